@@ -1,0 +1,75 @@
+"""Every error fedloom raises on purpose.
+
+    FedloomError
+    ├── SettingsError        a recipe or a --set that cannot be used            (ValueError)
+    ├── DataError            a file, a row or a column that cannot be used      (ValueError)
+    │   └── PartitionError   rows that cannot be split among clients as asked   (ValueError)
+    ├── ModelError           a base model that is absent, foreign or unsuitable (ValueError)
+    │   └── CutError         a place where a model cannot be cut in two         (ValueError)
+    ├── AdapterError         an adapter that is corrupt or does not fit         (ValueError)
+    ├── UpdateError          what a client sent back cannot be used             (ValueError)
+    ├── RunError             a run folder that cannot be created or resumed     (RuntimeError)
+    │   └── TooFewClientsError   fewer usable updates than the set minimum      (RuntimeError)
+    ├── EvaluationError      outputs, references or questions that do not fit   (ValueError)
+    │   └── EndpointError    a judge's endpoint that is down, slow or refuses   (ConnectionError)
+    └── MissingExtraError    an optional dependency that is not installed       (ImportError)
+
+A message says what was expected, what came, where, and what to do, in one line. The command line prints it
+after ``error:`` and exits with code 2; any other exception keeps its traceback.
+"""
+
+
+class FedloomError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class SettingsError(FedloomError, ValueError):
+    """A setting that cannot be used."""
+
+
+class DataError(FedloomError, ValueError):
+    """A file, row or column that cannot be used."""
+
+
+class PartitionError(DataError):
+    """Rows that cannot be split among clients as asked."""
+
+
+class ModelError(FedloomError, ValueError):
+    """A base model that is absent, foreign or unsuitable."""
+
+
+class CutError(ModelError):
+    """A place where a model cannot be cut."""
+
+
+class AdapterError(FedloomError, ValueError):
+    """An adapter that is corrupt or does not fit its model."""
+
+
+class UpdateError(FedloomError, ValueError):
+    """A client's update that cannot be used."""
+
+
+class RunError(FedloomError, RuntimeError):
+    """A run folder that cannot be created, resumed or read."""
+
+
+class TooFewClientsError(RunError):
+    """Fewer usable updates arrived than the minimum."""
+
+
+class EvaluationError(FedloomError, ValueError):
+    """Outputs, references or questions that cannot be scored."""
+
+
+class EndpointError(EvaluationError, ConnectionError):
+    """A judge's endpoint that is down, slow or refuses."""
+
+
+class MissingExtraError(FedloomError, ImportError):
+    """An optional dependency that is not installed."""
+
+    def __init__(self, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the extra '{extra}': pip install 'fedloom[{extra}]'")
+        self.extra = extra

@@ -1,0 +1,17 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> Path:
+    """Return the folder of real data named by FEDLOOM_DATA; skip where there is none."""
+    folder = Path(os.environ.get("FEDLOOM_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data absent: set FEDLOOM_DATA (looked in {folder})")
+    return folder
