@@ -1,0 +1,202 @@
+"""Operations on low-rank products that never form an out × in matrix where the ranks make that dearer.
+
+Letters: I in, O out, R rank. A weight always multiplies ``b``; ``a`` stays as it came.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import AdapterError
+from fedloom.lora.pair import Adapter, Pair
+
+
+def stack_pairs(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """Return the pair of ``Σ w_k b_k a_k``, exactly, at rank ``Σ r_k``. Source: FLoRA, eq. 5."""
+    b_OR = torch.cat([pair.b_OR * weight for pair, weight in zip(pairs, weights, strict=True)], dim=1)
+    return Pair(b_OR, torch.cat([pair.a_RI for pair in pairs], dim=0))
+
+
+def pad_pair(pair: Pair, rank: int) -> Pair:
+    """Append zero slots up to ``rank``; the product stays the same."""
+    missing = rank - pair.rank
+    if missing < 0:
+        raise AdapterError(f"expected a rank of at least {pair.rank} to pad to, got {rank}")
+    return Pair(
+        torch.nn.functional.pad(pair.b_OR, (0, missing)), torch.nn.functional.pad(pair.a_RI, (0, 0, 0, missing))
+    )
+
+
+def truncate_pair(pair: Pair, rank: int) -> Pair:
+    """Keep the first ``rank`` slots (all of them when there are fewer). Source: HetLoRA, section 3.2."""
+    return Pair(pair.b_OR[:, :rank], pair.a_RI[:rank])
+
+
+def mean_factors_of_pairs(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
+    """Return ``(Σ w_k b_k, Σ w_k a_k)``: FedIT's rule, whose product is not the mean of the products."""
+    b_OR = sum_of([pair.b_OR * w for pair, w in zip(pairs, weights, strict=True)])
+    return Pair(b_OR, sum_of([pair.a_RI * w for pair, w in zip(pairs, weights, strict=True)]))
+
+
+def sum_of(tensors: Sequence[Tensor]) -> Tensor:
+    """Add tensors of one shape in the order given."""
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
+
+
+def inner_of_pairs(left: Pair, right: Pair) -> float:
+    """Return ``⟨b a, b' a'⟩`` from two R × R' Gram matrices, in float64: ``tr((bᵀb')(a'aᵀ))``."""
+    gram_b = left.b_OR.double().T @ right.b_OR.double()
+    gram_a = left.a_RI.double() @ right.a_RI.double().T
+    return float((gram_b * gram_a).sum())
+
+
+def norm_of_pair(pair: Pair) -> float:
+    """Return the Frobenius norm of the product from Gram matrices."""
+    return math.sqrt(max(inner_of_pairs(pair, pair), 0.0))
+
+
+def norm_of_difference(left: Pair, right: Pair) -> float:
+    """Return ``‖b a − b' a'‖`` through the triangular factors, free of the cancellation that Grams suffer."""
+    pair = stack_pairs([left.to(torch.float64), right.to(torch.float64)], [1.0, -1.0])
+    if pair.rank >= min(pair.shape):
+        return float(torch.linalg.matrix_norm(pair.delta()))
+    t_b = torch.linalg.qr(pair.b_OR, mode="r").R
+    t_a = torch.linalg.qr(pair.a_RI.T, mode="r").R
+    return float(torch.linalg.matrix_norm(t_b @ t_a.T))
+
+
+@dataclass(frozen=True, eq=False)
+class CompressedPair:
+    """A pair in balanced SVD form, all its singular values before the cut, and the exact error of the cut."""
+
+    pair: Pair
+    singular_values: Tensor
+    error: float
+
+
+def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0) -> CompressedPair:
+    """Return the best pair of lower rank, by two QRs and one R × R SVD.
+
+    ``tolerance`` is the share of the energy ``Σ σ²`` that may be dropped; 0 drops only what rounding made (lossless).
+    ``rank`` caps the result. ``error`` is ``√(Σ_{i>q} σ_i²)``, the exact Frobenius error and the least that any
+    pair of that rank can have (Eckart–Young). Costs ``4(O+I)R² + O(R³)`` instead of the SVD of an O × I matrix.
+
+    Raises:
+        AdapterError: if the pair holds a number that is not finite.
+    """
+    dtype = pair.b_OR.dtype if pair.b_OR.dtype == torch.float64 else torch.float32
+    b, a = pair.b_OR.to(dtype), pair.a_RI.to(dtype)
+    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+        raise AdapterError("expected finite factors to compress, got NaN or infinity")
+    u, sigma, vt = _svd_of_product(b, a)
+    kept = _rank_to_keep(sigma, pair.shape, rank, tolerance)
+    root = sigma[:kept].sqrt()
+    signs = _signs(u[:, :kept])
+    balanced = Pair(u[:, :kept] * (signs * root), (signs * root)[:, None] * vt[:kept])
+    return CompressedPair(balanced, sigma, float(sigma[kept:].double().square().sum().sqrt()))
+
+
+def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    if b.shape[1] >= min(b.shape[0], a.shape[1]):
+        u, sigma, vt = torch.linalg.svd(b @ a, full_matrices=False)
+        return u, sigma, vt
+    q_b, t_b = torch.linalg.qr(b)
+    q_a, t_a = torch.linalg.qr(a.T)
+    u, sigma, vt = torch.linalg.svd(t_b @ t_a.T)
+    return q_b @ u, sigma, vt @ q_a.T
+
+
+def _rank_to_keep(sigma: Tensor, shape: tuple[int, int], rank: int | None, tolerance: float) -> int:
+    if sigma.numel() == 0 or float(sigma[0]) == 0.0:
+        return 0
+    numerical = int((sigma > max(shape) * torch.finfo(sigma.dtype).eps * sigma[0]).sum())
+    energy = sigma.double().square()
+    dropped = energy.flip(0).cumsum(0).flip(0)
+    within = int((dropped > tolerance * dropped[0]).sum())
+    return min(numerical, within, numerical if rank is None else rank)
+
+
+def _signs(u: Tensor) -> Tensor:
+    """Return ±1 per column so that its largest entry becomes positive: an SVD made unique."""
+    if u.shape[1] == 0:
+        return u.new_ones(0)
+    largest = u.gather(0, u.abs().argmax(0, keepdim=True))[0]
+    return torch.where(largest < 0, -1.0, 1.0).to(u.dtype)
+
+
+# ---- the same on whole adapters ----------------------------------------------------------------------------------
+
+
+def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Return the adapter whose every delta is ``Σ w_k delta_k``, exactly.
+
+    Raises:
+        AdapterError: if the adapters do not cover the same modules.
+    """
+    return _combine(adapters, lambda pairs: stack_pairs(pairs, weights))
+
+
+def mean_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """Return the adapter of weighted sums of factors, at one common rank (FedIT)."""
+    return _combine(adapters, lambda pairs: mean_factors_of_pairs(pairs, weights))
+
+
+def pad(adapter: Adapter, rank: int) -> Adapter:
+    """Append zero slots to every pair up to ``rank``."""
+    return Adapter({name: pad_pair(pair, rank) for name, pair in adapter.items()})
+
+
+def truncate(adapter: Adapter, rank: int) -> Adapter:
+    """Keep the first ``rank`` slots of every pair."""
+    return Adapter({name: truncate_pair(pair, rank) for name, pair in adapter.items()})
+
+
+def inner(left: Adapter, right: Adapter) -> float:
+    """Return the sum over modules of the inner products of the deltas."""
+    return sum(inner_of_pairs(left[name], right[name]) for name in left)
+
+
+def norm(adapter: Adapter) -> float:
+    """Return the Frobenius norm of all deltas together."""
+    return math.sqrt(max(inner(adapter, adapter), 0.0))
+
+
+def distance(left: Adapter, right: Adapter) -> float:
+    """Return the Frobenius norm of the difference of all deltas together."""
+    return math.hypot(*(norm_of_difference(left[name], right[name]) for name in left))
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A compressed adapter, every module's spectrum before the cut, and the exact error of the cut."""
+
+    adapter: Adapter
+    spectrum: dict[str, Tensor]
+    error: float
+
+
+def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.0) -> Compressed:
+    """Compress every pair; see :func:`compress_pair`. ``error`` is over all modules together."""
+    parts = {name: compress_pair(pair, rank=rank, tolerance=tolerance) for name, pair in adapter.items()}
+    return Compressed(
+        Adapter({name: part.pair for name, part in parts.items()}),
+        {name: part.singular_values for name, part in parts.items()},
+        math.hypot(*(part.error for part in parts.values())),
+    )
+
+
+def _combine(adapters: Sequence[Adapter], rule: Callable[[Sequence[Pair]], Pair]) -> Adapter:
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.keys() != first.keys():
+            differing = sorted(other.keys() ^ first.keys())[0]
+            raise AdapterError(f"expected adapters of the same modules, {differing} is in one and not in the other")
+    return Adapter({name: rule([adapter[name] for adapter in adapters]) for name in first})

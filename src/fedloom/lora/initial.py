@@ -1,0 +1,41 @@
+"""Where a fresh adapter starts: ``a`` random, ``b`` zero, so that it adds nothing yet."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+
+from fedloom.errors import AdapterError
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.seeding import torch_stream
+
+
+def fresh_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, *name: str | int) -> Adapter:
+    """Draw an adapter of zero product: ``a ~ U(−1/√I, 1/√I)``, ``b = 0``, in float32.
+
+    Every module has its own named stream, so the draw depends on neither the order nor the number of modules.
+    Source: the default of LoRA's and PEFT's releases (Kaiming uniform with a = √5).
+
+    Raises:
+        AdapterError: if ``rank`` is below 1 or above a module's smaller side.
+    """
+    check_rank(shapes, rank)
+    pairs = {}
+    for module, (num_out, num_in) in shapes.items():
+        a_RI = torch.empty(rank, num_in)
+        bound = 1.0 / math.sqrt(num_in)
+        a_RI.uniform_(-bound, bound, generator=torch_stream(seed, "init", *name, module))
+        pairs[module] = Pair(torch.zeros(num_out, rank), a_RI)
+    return Adapter(pairs)
+
+
+def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
+    """Refuse a rank that the smallest module cannot hold."""
+    module, (num_out, num_in) = min(shapes.items(), key=lambda item: min(item[1]))
+    if not 1 <= rank <= min(num_out, num_in):
+        raise AdapterError(
+            f"method.ranks: expected 1 to {min(num_out, num_in)}, the smaller side of {module} ({num_out} × {num_in}), "
+            f"got {rank}; choose a smaller rank or other model.target_modules"
+        )

@@ -1,0 +1,168 @@
+"""Adapters on disk, in the format that ``peft`` reads and writes.
+
+The only place, with the layer, that knows ``alpha``, rsLoRA, rank patterns and GPT-2's ``fan_in_fan_out``: what comes
+out of :func:`load_peft` is effective pairs, what goes in is effective pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fedloom.errors import AdapterError
+from fedloom.lora.pair import Adapter, Pair
+
+PREFIX = "base_model.model."
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
+
+
+def save_peft(
+    adapter: Adapter,
+    folder: Path,
+    *,
+    base_name: str,
+    scale: float = 1.0,
+    conv1d: bool = False,
+    dropout: float = 0.0,
+) -> None:
+    """Write an adapter as a PEFT folder, with ``lora_alpha = scale · r`` and ``b / scale`` in the file.
+
+    Ranks that differ between modules go into ``rank_pattern`` and ``alpha_pattern``; a module of rank 0 adds nothing
+    and is left out.
+
+    Raises:
+        AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing.
+    """
+    from peft import LoraConfig
+
+    pairs = {name: pair for name, pair in adapter.items() if pair.rank > 0}
+    if not pairs:
+        raise AdapterError("expected an adapter with at least one module of rank 1 or more, got one that adds nothing")
+    ranks = {name: pair.rank for name, pair in pairs.items()}
+    rank = max(ranks.values())
+    differing = {name: r for name, r in ranks.items() if r != rank}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=_plain(scale * rank),
+        rank_pattern=differing,
+        alpha_pattern={name: _plain(scale * r) for name, r in differing.items()},
+        target_modules=sorted(pairs),
+        fan_in_fan_out=conv1d,
+        lora_dropout=dropout,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base_name,
+        inference_mode=True,
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(_peft_tensors(pairs, scale), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+
+def load_peft(folder: Path) -> Adapter:
+    """Read a PEFT folder as effective pairs: each module's own scale is folded into ``b``.
+
+    Raises:
+        AdapterError: if a file is absent, truncated or not LoRA, or holds what a low-rank pair cannot express
+            (DoRA, trained biases, whole modules, embeddings).
+    """
+    config, tensors = _read_config(folder), _read_tensors(folder)
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, kind = _split_key(key, folder)
+        factors.setdefault(module, {})[kind] = tensor
+    pairs = {}
+    for module, found in factors.items():
+        if found.keys() != {"a", "b"}:
+            raise AdapterError(f"{folder / WEIGHTS_NAME}: expected lora_A and lora_B of {module}, only one is there")
+        pair = Pair(found["b"], found["a"])
+        pairs[module] = pair.to(torch.float32).scaled(_scale_of(config, module, pair.rank, folder))
+    if not pairs:
+        raise AdapterError(f"{folder / WEIGHTS_NAME}: expected lora_A and lora_B tensors, found none")
+    return Adapter(pairs)
+
+
+def base_name_of(folder: Path) -> str | None:
+    """Return the base model that a PEFT folder names."""
+    name = _read_config(folder).get("base_model_name_or_path")
+    return str(name) if name else None
+
+
+def _peft_tensors(pairs: Mapping[str, Pair], scale: float) -> dict[str, Tensor]:
+    tensors = {}
+    for name, pair in pairs.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a_RI.detach().cpu().contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = (pair.b_OR.detach().cpu() / scale).contiguous()
+    return tensors
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG_NAME
+    if not path.is_file():
+        raise AdapterError(f"expected a PEFT adapter folder with {CONFIG_NAME}, got {folder}")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise AdapterError(
+            f"{path}: expected JSON, got text that breaks off or is malformed ({error}); fetch it again"
+        ) from error
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(f"{path}: expected peft_type LORA, got {config.get('peft_type')!r}")
+    foreign = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        foreign.append("bias")
+    if foreign:
+        raise AdapterError(
+            f"{path}: expected low-rank pairs only, {foreign[0]} = {config[foreign[0]]!r} cannot be expressed as one"
+        )
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        raise AdapterError(
+            f"expected {WEIGHTS_NAME} in {folder}, found none (.bin files are not read: convert with safetensors)"
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{path}: expected a whole safetensors file, it is corrupt or truncated ({error}); fetch it again"
+        ) from error
+
+
+def _split_key(key: str, folder: Path) -> tuple[str, str]:
+    for kind in "ab":
+        suffix = f".lora_{kind.upper()}.weight"
+        if key.startswith(PREFIX) and key.endswith(suffix):
+            return key.removeprefix(PREFIX).removesuffix(suffix), kind
+    raise AdapterError(f"{folder / WEIGHTS_NAME}: expected only lora_A and lora_B weights, got {key}")
+
+
+def _scale_of(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
+    from peft.utils.other import get_pattern_key
+
+    def setting(pattern: str, default: str) -> Any:
+        patterns = config.get(pattern) or {}
+        return patterns.get(get_pattern_key(list(patterns), module), config[default])
+
+    stated = setting("rank_pattern", "r")
+    if stated != rank:
+        raise AdapterError(
+            f"{folder}: expected rank {stated} of {module} as {CONFIG_NAME} states, its tensors have rank {rank}"
+        )
+    alpha = float(setting("alpha_pattern", "lora_alpha"))
+    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _plain(value: float) -> float | int:
+    """Return 16 for 16.0: files then read as people write them."""
+    return int(value) if float(value).is_integer() else value

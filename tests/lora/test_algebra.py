@@ -1,0 +1,135 @@
+"""Laws of the low-rank algebra, in float64 on shapes small enough to check by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedloom.errors import AdapterError
+from fedloom.lora import algebra
+from fedloom.lora.pair import Adapter, Pair
+
+TOLERANCE = 1e-12
+
+
+def random_pair(seed: int, num_out: int, num_in: int, rank: int) -> Pair:
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(num_out, rank, generator=generator, dtype=torch.float64)
+    return Pair(b, torch.randn(rank, num_in, generator=generator, dtype=torch.float64))
+
+
+@st.composite
+def cohorts(draw: st.DrawFn) -> tuple[list[Pair], list[float]]:
+    num_out, num_in = draw(st.integers(2, 9)), draw(st.integers(2, 9))
+    ranks = draw(st.lists(st.integers(1, 6), min_size=1, max_size=5))
+    weights = draw(st.lists(st.floats(0, 1), min_size=len(ranks), max_size=len(ranks)))
+    return [random_pair(k, num_out, num_in, rank) for k, rank in enumerate(ranks)], weights
+
+
+def dense_sum(pairs: list[Pair], weights: list[float]) -> torch.Tensor:
+    return sum((w * pair.delta() for pair, w in zip(pairs, weights, strict=True)), torch.zeros(pairs[0].shape).double())
+
+
+@given(cohorts())
+def test_the_stack_is_the_weighted_sum_of_the_deltas(cohort: tuple[list[Pair], list[float]]) -> None:
+    pairs, weights = cohort
+    assert torch.allclose(algebra.stack_pairs(pairs, weights).delta(), dense_sum(pairs, weights), atol=TOLERANCE)
+
+
+@given(cohorts())
+def test_lossless_compression_keeps_the_delta_and_never_exceeds_the_smaller_side(
+    cohort: tuple[list[Pair], list[float]],
+) -> None:
+    stacked = algebra.stack_pairs(*cohort)
+    compressed = algebra.compress_pair(stacked)
+    assert torch.allclose(compressed.pair.delta(), stacked.delta(), atol=1e-11)
+    assert compressed.pair.rank <= min(stacked.rank, *stacked.shape)
+
+
+def test_the_reported_error_is_the_dense_distance_and_no_random_pair_beats_it() -> None:
+    pair = random_pair(1, 20, 15, 8)
+    compressed = algebra.compress_pair(pair, rank=3)
+    assert compressed.error == pytest.approx(
+        float(torch.linalg.matrix_norm(pair.delta() - compressed.pair.delta())), rel=1e-10
+    )
+    rivals = (random_pair(seed, 20, 15, 3) for seed in range(2, 20))
+    assert all(algebra.norm_of_difference(pair, rival) > compressed.error for rival in rivals)
+
+
+def test_the_tolerance_bounds_the_energy_that_is_dropped() -> None:
+    pair = random_pair(1, 20, 15, 8)
+    compressed = algebra.compress_pair(pair, tolerance=0.1)
+    assert compressed.pair.rank < 8
+    assert compressed.error**2 <= 0.1 * algebra.norm_of_pair(pair) ** 2
+
+
+def test_compression_of_nothing_is_rank_zero() -> None:
+    assert algebra.compress_pair(Pair(torch.zeros(4, 2), torch.ones(2, 3))).pair.rank == 0
+
+
+def test_compression_refuses_what_is_not_finite() -> None:
+    with pytest.raises(AdapterError, match="finite"):
+        algebra.compress_pair(Pair(torch.full((4, 2), math.nan), torch.ones(2, 3)))
+
+
+def test_padding_keeps_the_delta_and_truncation_keeps_the_first_slots() -> None:
+    pair = random_pair(3, 5, 4, 2)
+    padded = algebra.pad_pair(pair, 6)
+    assert padded.rank == 6
+    assert torch.equal(padded.delta(), pair.delta())
+    assert torch.equal(algebra.truncate_pair(padded, 2).b_OR, pair.b_OR)
+
+
+@given(cohorts())
+def test_inner_products_and_norms_equal_the_dense_ones(cohort: tuple[list[Pair], list[float]]) -> None:
+    left, right = cohort[0][0], cohort[0][-1]
+    assert algebra.inner_of_pairs(left, right) == pytest.approx(float((left.delta() * right.delta()).sum()), abs=1e-9)
+    assert algebra.norm_of_pair(left) == pytest.approx(float(torch.linalg.matrix_norm(left.delta())), rel=1e-9)
+    expected = float(torch.linalg.matrix_norm(left.delta() - right.delta()))
+    assert algebra.norm_of_difference(left, right) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_distance_of_nearly_equal_pairs_does_not_cancel_away() -> None:
+    pair = random_pair(5, 40, 30, 4)
+    moved = Pair(pair.b_OR * (1 + 1e-12), pair.a_RI)
+    assert algebra.norm_of_difference(moved, pair) == pytest.approx(1e-12 * algebra.norm_of_pair(pair), rel=0.05)
+
+
+def test_fedit_misses_the_mean_delta_by_the_weighted_covariance_of_the_factors() -> None:
+    pairs, weights = [random_pair(k, 6, 5, 3) for k in range(4)], [0.4, 0.3, 0.2, 0.1]
+    mean = algebra.mean_factors_of_pairs(pairs, weights)
+    centred = [Pair(p.b_OR - mean.b_OR, p.a_RI - mean.a_RI) for p in pairs]
+    assert torch.allclose(dense_sum(pairs, weights) - mean.delta(), dense_sum(centred, weights), atol=TOLERANCE)
+
+
+def test_only_the_stack_ignores_how_a_pair_is_factored() -> None:
+    pairs, weights = [random_pair(k, 6, 5, 3) for k in range(2)], [0.5, 0.5]
+    turn = random_pair(9, 3, 3, 3).delta()
+    turned = [Pair(pairs[0].b_OR @ turn, torch.linalg.solve(turn, pairs[0].a_RI)), pairs[1]]
+    assert torch.allclose(
+        algebra.stack_pairs(turned, weights).delta(), algebra.stack_pairs(pairs, weights).delta(), atol=1e-10
+    )
+    fedit = algebra.mean_factors_of_pairs
+    assert not torch.allclose(fedit(turned, weights).delta(), fedit(pairs, weights).delta(), atol=0.1)
+
+
+def test_adapters_of_different_modules_are_not_combined() -> None:
+    pair = random_pair(1, 3, 3, 1)
+    with pytest.raises(AdapterError, match="same modules, right"):
+        algebra.stack([Adapter({"left": pair}), Adapter({"left": pair, "right": pair})], [0.5, 0.5])
+
+
+def test_a_pair_of_two_ranks_is_refused() -> None:
+    with pytest.raises(AdapterError, match="one rank"):
+        Pair(torch.zeros(4, 2), torch.zeros(3, 4))
+
+
+def test_an_adapter_survives_its_serialised_form() -> None:
+    adapter = Adapter({"layers.0.q": random_pair(1, 4, 3, 2), "layers.1.q": random_pair(2, 4, 3, 1)})
+    back = Adapter.from_tensors(adapter.as_tensors())
+    assert list(back) == list(adapter)
+    assert all(torch.equal(back[name].b_OR, adapter[name].b_OR) for name in adapter)
