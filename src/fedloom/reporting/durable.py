@@ -1,0 +1,147 @@
+"""Files that survive a crash: written beside their place, synced, then moved there in one step.
+
+A reader sees the old file or the new one, never half of either; the same holds after a power failure, because data
+reaches the disk before the name does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.errors import FedloomError, RunError
+
+TEMPORARY = ".tmp-"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
+
+
+def temporary_name(parent: Path) -> Path:
+    """Return an unused name inside ``parent`` that a later start recognises as left over."""
+    return parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace the file ``path`` by ``data`` in one step."""
+    temporary = temporary_name(path.parent)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file ``path`` by ``value`` as indented JSON, in one step."""
+    write_bytes(path, (encode_json(value, indent=2) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """Return the content of a JSON file.
+
+    Raises:
+        RunError: the file is absent or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise RunError(f"{path} is missing: expected a JSON file of a fedloom run") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise RunError(f"{path} is damaged: expected JSON, got {error}; restore the file or start over") from error
+
+
+def encode_json(value: Any, indent: int | None = None) -> str:
+    """Return ``value`` as strict JSON: numbers that are not finite become null, NumPy values plain ones."""
+    return json.dumps(plain(value), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` in JSON's own types: tuples as lists, keys as text, numbers that are not finite as None."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return float(value) if math.isfinite(value) else None
+        case Mapping():
+            return {str(key): plain(item) for key, item in value.items()}
+        case list() | tuple() | set() | frozenset():
+            return [plain(item) for item in value]
+        case np.ndarray() | np.generic():
+            return plain(value.tolist())
+        case Path():
+            return str(value)
+        case _ if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            return plain({field.name: getattr(value, field.name) for field in dataclasses.fields(value)})
+        case _:
+            raise TypeError(f"expected a value that JSON can hold, got {type(value).__name__}")
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Sync every file of the folder ``temporary``, then rename it to ``final``, which must not exist."""
+    for parent, _, names in os.walk(temporary, topdown=False):
+        for name in names:
+            with (Path(parent) / name).open("rb") as file:
+                os.fsync(file.fileno())
+        sync_folder(Path(parent))
+    temporary.rename(final)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names inside ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link (never what it points to) or a folder; do nothing where there is none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def explained(what: str, remedy: str) -> Iterator[None]:
+    """Turn a disk that is full or refuses into one line that says what was being written and what to do.
+
+    Raises:
+        RunError: the block met an operating-system error while writing.
+    """
+    try:
+        yield
+    except FedloomError:
+        raise
+    except Exception as error:
+        reason = _disk_reason(error)
+        if reason is None:
+            raise
+        raise RunError(f"cannot write {what}: {reason}; {remedy}") from error
+
+
+def _disk_reason(error: Exception) -> str | None:
+    """Return why the disk refused, or None for any other error. Rust writers pass the cause on as text only."""
+    if "os error 28" in str(error) or getattr(error, "errno", None) in _FULL:
+        return "the disk is full"
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return (error.strerror or str(error)).lower()
+    return None
