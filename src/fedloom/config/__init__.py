@@ -1,0 +1,19 @@
+"""Settings: one schema, TOML recipes, ``--set``. Imports no torch."""
+
+from fedloom.config.loading import check, load, parse, resolve
+from fedloom.config.problems import Problem
+from fedloom.config.schema import Settings, every_setting, tables
+from fedloom.config.variants import with_method, with_seed
+
+__all__ = [
+    "Problem",
+    "Settings",
+    "check",
+    "every_setting",
+    "load",
+    "parse",
+    "resolve",
+    "tables",
+    "with_method",
+    "with_seed",
+]

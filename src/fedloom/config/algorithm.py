@@ -1,0 +1,137 @@
+"""The tables that say how is learned: method, server step, federation, local training, the cut.
+
+Lists with one entry per client follow the client's number.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.config.setting import Count, Decay, Fraction, Natural, NonNegative, Positive, Table, setting
+
+MethodName = Literal["fedit", "zero-padding", "flora", "centralised", "standalone", "splitlora", "base"]
+
+FEDERATED = ("fedit", "zero-padding", "flora")
+SPLIT = {"method.name": ("splitlora",)}
+FLORA = {"method.name": ("flora",)}
+STEPPED = {"method.name": FEDERATED}
+
+
+class Method(Table):
+    """What the server does with the clients' adapters, and the adapters' size."""
+
+    name: MethodName = setting("fedit", "The method; a control is a method too.")
+    ranks: Count | tuple[Count, ...] = setting(8, "Rank of the adapters: one for all, or one per client.")
+    alpha: Positive | tuple[Positive, ...] | None = setting(
+        None, "LoRA's alpha: one for all, or one per client; left out: twice the rank."
+    )
+    scaling: Literal["alpha/r", "rslora"] = setting("alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).")
+    weighting: Literal["rows", "tokens", "uniform", "norm"] = setting(
+        "rows", "Weight of a client in the mean; `norm` is HetLoRA's and belongs to zero-padding."
+    )
+    initialisation: Literal["independent", "shared"] = setting(
+        "independent",
+        "Whether the clients of a round draw their fresh A each for itself (the FLoRA paper) or all alike.",
+        when=FLORA,
+    )
+    broadcast: Literal["stack", "compressed"] = setting(
+        "stack", "What the server sends after a round: the stack, or its recompression.", when=FLORA
+    )
+    tolerance: Decay = setting(
+        0.0,
+        "Fraction of the energy the recompression may drop; 0: lossless.",
+        when={"method.broadcast": ("compressed",)},
+    )
+
+
+class Server(Table):
+    """The step the server takes along the aggregated product."""
+
+    step: Literal["plain", "momentum", "fedexp", "adaptive"] = setting("plain", "Kind of server step.", when=STEPPED)
+    learning_rate: Positive = setting(
+        1.0, "Factor on the aggregate: the sum of the clients' weights, FLoRA's scaling factor.", when=STEPPED
+    )
+    momentum: Decay = setting(0.5, "Share of the last step kept.", when={"server.step": ("momentum",)})
+    fedexp_cap: Positive = setting(1.5, "Largest factor FedExP may choose.", when={"server.step": ("fedexp",)})
+    beta2: Decay = setting(0.99, "Decay of the factored second moment.", when={"server.step": ("adaptive",)})
+
+
+class Federation(Table):
+    """Who takes part, and how often."""
+
+    num_rounds: Count = setting(10, "Rounds of the run.")
+    num_clients: Count = setting(10, "Clients in the population.")
+    clients_per_round: Count | Fraction | None = setting(
+        None,
+        "Clients drawn per round: a number, or a fraction with a decimal point (`1`: one, `1.0`: all); left out: all.",
+    )
+    min_clients: Count = setting(1, "Usable updates a round needs; with fewer the run ends, with nothing lost.")
+    max_norm_ratio: Positive = setting(
+        100.0, "An update whose norm is above this multiple of the round's median is left out."
+    )
+
+
+class Training(Table):
+    """What a client does in a round. Give exactly one of `local_steps` and `local_epochs`."""
+
+    local_steps: Count | None = setting(None, "Optimiser steps per client and round.")
+    local_epochs: Positive | None = setting(None, "Passes over the client's rows per round.")
+    batch_size: Count = setting(16, "Rows per optimiser step.")
+    micro_batch_size: Count | None = setting(
+        None, "Rows per pass; left out: the whole batch. Changes memory, not the result."
+    )
+    learning_rate: Positive = setting(3e-4, "AdamW's peak learning rate.")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "How the learning rate falls after warm-up."
+    )
+    warmup_steps: Natural = setting(0, "Steps over which the learning rate rises from zero.")
+    schedule_span: Literal["round", "run"] = setting(
+        "round", "Whether warm-up and schedule start anew each round or run once over all rounds."
+    )
+    weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.")
+    beta1: Decay = setting(0.9, "AdamW's first decay.")
+    beta2: Decay = setting(0.999, "AdamW's second decay.")
+    max_grad_norm: NonNegative = setting(1.0, "Clip a client's gradient to this norm; 0: do not clip.")
+    dropout: Decay = setting(0.0, "Dropout on the adapters' input.")
+    label_smoothing: Decay = setting(0.0, "Share of the target spread evenly over the vocabulary.")
+    token_budget: Count = setting(
+        8192, "Tokens per pass over all clients trained together. Changes memory and speed, not the result."
+    )
+
+
+class Split(Table):
+    """Split training: where the model is cut and what crosses."""
+
+    cut_layer: Count | tuple[Count, ...] = setting(
+        1, "Decoder blocks on the client: one for all, or one per client.", when=SPLIT
+    )
+    aggregation: Literal["fedit", "zero-padding", "flora"] = setting(
+        "fedit", "Method that aggregates the client-side adapters.", when=SPLIT
+    )
+    aggregate_every: Count = setting(100, "Steps between two aggregations of the client-side adapters.", when=SPLIT)
+    server_update: Literal["joint", "sequential"] = setting(
+        "joint", "One server step on all clients' activations, or one per client in turn.", when=SPLIT
+    )
+    labels: Literal["server", "client"] = setting(
+        "server", "Where the labels are; `client`: the last blocks, head and loss stay there too (U-shape).", when=SPLIT
+    )
+    tail_blocks: Count = setting(1, "Last decoder blocks kept by the client.", when={"split.labels": ("client",)})
+    client_half: Literal["trained", "frozen"] = setting(
+        "trained", "`frozen`: no client-side adapters; a row's activations cross once and are cached.", when=SPLIT
+    )
+    client_rank: Count | tuple[Count, ...] | None = setting(
+        None, "Rank of the client-side adapters; left out: `method.ranks`.", when=SPLIT
+    )
+    server_rank: Count | None = setting(
+        None, "Rank of the server-side adapters; left out: the largest of `method.ranks`.", when=SPLIT
+    )
+    wire_dtype: Literal["bf16", "fp32", "fp16", "int8"] = setting(
+        "bf16", "Type of the activations that cross; int8 has one scale per token.", when=SPLIT
+    )
+    gradient_wire_dtype: Literal["bf16", "fp32", "fp16", "int8"] = setting(
+        "bf16", "Type of the gradients that come back.", when=SPLIT
+    )
+    error_feedback: Literal["off", "on"] = setting(
+        "off", "Carry the rounding error of the gradients into the next step.", when=SPLIT
+    )
+    micro_batches: Count = setting(1, "Micro-batches in flight, to hide the link's delay.", when=SPLIT)

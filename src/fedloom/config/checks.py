@@ -1,0 +1,194 @@
+"""What one setting demands of another: alternatives, applicability, lists per client, methods and ranks.
+
+Every check looks at typed settings only, opens no file, and yields problems instead of raising, so that all are
+reported at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedloom.config.problems import Problem
+from fedloom.config.schema import Settings, every_setting
+from fedloom.config.setting import conditions, shown
+
+HOLD_OUTS = ("data.eval_path", "data.eval_rows", "data.eval_fraction")
+DURATIONS = ("training.local_steps", "training.local_epochs")
+ALTERNATIVES = (DURATIONS, HOLD_OUTS)
+
+PER_CLIENT = (
+    "method.ranks",
+    "method.alpha",
+    "split.cut_layer",
+    "split.client_rank",
+    "devices.client_flops",
+    "devices.client_memory_gib",
+    "devices.uplink_mbit_per_second",
+    "devices.downlink_mbit_per_second",
+    "devices.latency_ms",
+)
+COLUMN_SCHEMES = ("dirichlet", "shards", "category")
+
+
+def problems(settings: Settings) -> list[Problem]:
+    """Return everything that does not fit together."""
+    checks = (alternatives, applicability, lists, ranks, weighting, numbers, columns, batches, suites, cuts)
+    return [problem for check in checks for problem in check(settings)]
+
+
+def alternatives(settings: Settings) -> Iterator[Problem]:
+    """Exactly one duration; at most one way to hold rows out."""
+    for names, least in ((DURATIONS, 1), (HOLD_OUTS, 0)):
+        given = [name for name in names if settings.value(name) is not None]
+        wanted = ("exactly one of " if least else "at most one of ") + ", ".join(names)
+        if len(given) > 1:
+            got = " and ".join(f"{name.partition('.')[2]} = {shown(settings.value(name))}" for name in given)
+            yield Problem(given[0], wanted, got, f"remove {given[1]} or {given[0]}", names)
+        elif len(given) < least:
+            yield Problem(names[0], wanted, "none", f"set one, e.g. {names[0]} = 10", names)
+
+
+def inapplicable(settings: Settings) -> Iterator[tuple[str, str, list[str]]]:
+    """Yield each setting given against its conditions, with the setting it depends on and the values that would do."""
+    for name, field in every_setting():
+        for other, values in conditions(field).items():
+            if settings.value(name) != field.get_default() and settings.value(other) not in values:
+                yield name, other, values
+
+
+def applicability(settings: Settings) -> Iterator[Problem]:
+    """A setting that would be ignored is refused, unless it has its default value."""
+    for name, other, values in inapplicable(settings):
+        wanted = f"{name} only with {other} = {' or '.join(values)}"
+        got = f"{shown(settings.value(name))} with {other} = {settings.value(other)}"
+        yield Problem(name, wanted, got, f"leave it out (--set {name}= does) or change {other}", (other,))
+
+
+def lists(settings: Settings) -> Iterator[Problem]:
+    """A list per client has as many entries as there are clients."""
+    clients = settings.federation.num_clients
+    for name in PER_CLIENT:
+        value = settings.value(name)
+        if isinstance(value, tuple) and len(value) != clients:
+            yield Problem(
+                name,
+                f"one value, or {clients} (one per client)",
+                f"{len(value)} values",
+                f"give {clients}, or set federation.num_clients = {len(value)}",
+                ("federation.num_clients",),
+            )
+
+
+def ranks(settings: Settings) -> Iterator[Problem]:
+    """FedIT averages factors, which needs equal ranks; so does a cut that aggregates by it."""
+    if settings.method.name == "fedit":
+        yield from _equal_ranks(settings, "method.ranks", "method.name", "zero-padding or flora")
+    if settings.method.name == "splitlora" and settings.split.aggregation == "fedit":
+        name = "method.ranks" if settings.split.client_rank is None else "split.client_rank"
+        yield from _equal_ranks(settings, name, "split.aggregation", "zero-padding or flora")
+
+
+def _equal_ranks(settings: Settings, name: str, chooser: str, instead: str) -> Iterator[Problem]:
+    value = settings.value(name)
+    if isinstance(value, tuple) and len(set(value)) > 1:
+        yield Problem(
+            name,
+            f"one rank for all clients with {chooser} = fedit",
+            shown(value),
+            f"set {chooser} to {instead}, which take different ranks",
+            (chooser,),
+        )
+
+
+def weighting(settings: Settings) -> Iterator[Problem]:
+    """Weights by norm are HetLoRA's: zero-padding only."""
+    if settings.method.weighting == "norm" and settings.method.name != "zero-padding":
+        yield Problem(
+            "method.weighting",
+            f"rows, tokens or uniform with method.name = {settings.method.name}",
+            '"norm"',
+            "choose one of those, or method.name = zero-padding",
+            ("method.name",),
+        )
+
+
+def numbers(settings: Settings) -> Iterator[Problem]:
+    """Clients drawn exist; a round can reach its minimum; there are rows enough for every client."""
+    federation, data = settings.federation, settings.data
+    if isinstance(federation.clients_per_round, int) and federation.clients_per_round > federation.num_clients:
+        yield Problem(
+            "federation.clients_per_round",
+            f"at most federation.num_clients = {federation.num_clients}",
+            str(federation.clients_per_round),
+            "lower it, or raise federation.num_clients",
+            ("federation.num_clients",),
+        )
+    elif federation.min_clients > settings.cohort_size:
+        yield Problem(
+            "federation.min_clients",
+            f"at most the {settings.cohort_size} clients drawn per round",
+            str(federation.min_clients),
+            "lower it, or raise federation.clients_per_round",
+            ("federation.clients_per_round", "federation.num_clients"),
+        )
+    needed = federation.num_clients * settings.partition.min_rows + (data.eval_rows or 0)
+    if data.max_rows is not None and data.max_rows < needed:
+        yield Problem(
+            "data.max_rows",
+            f"at least {needed} rows (partition.min_rows per client, and data.eval_rows)",
+            str(data.max_rows),
+            "raise it, or lower federation.num_clients",
+            ("federation.num_clients", "partition.min_rows", "data.eval_rows"),
+        )
+
+
+def columns(settings: Settings) -> Iterator[Problem]:
+    """Schemes that tell rows apart need the column to do it by."""
+    partition = settings.partition
+    if partition.scheme in COLUMN_SCHEMES and partition.column is None and partition.path is None:
+        yield Problem(
+            "partition.column",
+            f"the name of a column with partition.scheme = {partition.scheme}",
+            "none",
+            'set it, e.g. partition.column = "category"',
+            ("partition.scheme",),
+        )
+
+
+def batches(settings: Settings) -> Iterator[Problem]:
+    """A micro-batch is a part of the batch."""
+    training = settings.training
+    if training.micro_batch_size is not None and training.micro_batch_size > training.batch_size:
+        yield Problem(
+            "training.micro_batch_size",
+            f"at most training.batch_size = {training.batch_size}",
+            str(training.micro_batch_size),
+            "lower it, or leave it out for the whole batch",
+            ("training.batch_size",),
+        )
+
+
+def suites(settings: Settings) -> Iterator[Problem]:
+    """Paths are given for suites that are asked for."""
+    asked = settings.evaluation.suites
+    for suite in settings.evaluation.paths:
+        if suite not in asked:
+            yield Problem(
+                "evaluation.paths",
+                "names from evaluation.suites = " + shown(asked),
+                shown(suite),
+                "add it to evaluation.suites, or remove its path",
+                ("evaluation.suites",),
+            )
+
+
+def cuts(settings: Settings) -> Iterator[Problem]:
+    """A frozen client half has no adapters of its own to size."""
+    if settings.split.client_half == "frozen" and settings.split.client_rank is not None:
+        yield Problem(
+            "split.client_rank",
+            "no rank with split.client_half = frozen",
+            shown(settings.split.client_rank),
+            "leave it out, or set split.client_half = trained",
+            ("split.client_half",),
+        )

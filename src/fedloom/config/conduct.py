@@ -1,0 +1,53 @@
+"""The tables that say how a run is conducted: devices of the cost model, the wire, evaluation, the run itself."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.config.setting import Count, Fraction, Natural, NonNegative, Positive, Table, setting
+
+
+class Devices(Table):
+    """Devices and links of the cost model: one value for all clients, or one per client. They change no result."""
+
+    client_flops: Positive | tuple[Positive, ...] = setting(35.6e12, "Operations per second of a client.")
+    client_memory_gib: Positive | tuple[Positive, ...] = setting(24.0, "Memory of a client.")
+    uplink_mbit_per_second: Positive | tuple[Positive, ...] = setting(100.0, "Rate from client to server.")
+    downlink_mbit_per_second: Positive | tuple[Positive, ...] = setting(100.0, "Rate from server to client.")
+    latency_ms: NonNegative | tuple[NonNegative, ...] = setting(20.0, "Delay of a message, one way.")
+    server_flops: Positive = setting(312e12, "Operations per second of the server.")
+    utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.")
+
+
+class Wire(Table):
+    """How adapters cross between client and server."""
+
+    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Type of the adapters on the wire.")
+
+
+class Evaluation(Table):
+    """What is measured, and when."""
+
+    every: Natural = setting(1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.")
+    batch_tokens: Count = setting(8192, "Tokens per evaluation pass.")
+    suites: tuple[Literal["e2e", "mmlu", "multiple-choice", "exact-match"], ...] = setting(
+        (), "Scores besides the held-out loss."
+    )
+    paths: dict[str, str] = setting({}, "Where a suite's data is: suite = path.")
+    shots: Natural = setting(5, "Examples before a multiple-choice question.")
+    limit: Count | None = setting(None, "Items per suite at most; left out: all.")
+    beams: Count = setting(10, "Beams when decoding.")
+    length_penalty: NonNegative = setting(0.8, "Beam search's length penalty.")
+    no_repeat_ngram: Natural = setting(4, "Length of n-grams that may not repeat; 0: any may.")
+    max_new_tokens: Count = setting(100, "Tokens decoded per item at most.")
+
+
+class Run(Table):
+    """The run itself."""
+
+    seed: Natural = setting(1, "Seed of every random stream.")
+    keep_updates: bool = setting(False, "Keep every client's upload as a PEFT folder.")
+    keep_states: bool = setting(False, "Keep the server's state of every round, not only of the last.")
+    trackers: tuple[Literal["wandb", "mlflow"], ...] = setting(
+        (), "Trackers besides TensorBoard, which is always written."
+    )

@@ -1,0 +1,82 @@
+"""The tables that say what is learned from: base model, rows, and who owns which.
+
+One line declares a setting: type with its bound, default, sentence, when it acts. Units stand in the names. ``None``
+(a setting left out) means what its sentence says.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.config.setting import Count, Name, OpenFraction, PathOrName, Positive, Table, setting
+
+
+class Model(Table):
+    """The frozen base model and where the adapters sit."""
+
+    base: PathOrName = setting(
+        "embedded", "Base model: a Hugging Face folder, a hub name, or `embedded` for the small model in the package."
+    )
+    tokenizer: PathOrName | None = setting(
+        None, "Tokenizer folder or hub name, or `bytes` (one id per byte); left out: the base's own."
+    )
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
+        "auto", "Type the base computes in; `auto`: the one its weights are stored in."
+    )
+    device: Name = setting("auto", "`auto`, `cpu`, `cuda`, `cuda:N` or `mps`.")
+    quantization: Literal["none", "4bit", "8bit"] = setting(
+        "none", "Load the base quantized (extra `quantized`); the adapters stay in full precision."
+    )
+    revision: Name | None = setting(None, "Commit, tag or branch of a base from the hub; left out: its main branch.")
+    target_modules: tuple[Name, ...] | None = setting(
+        None, "Names or patterns of the adapted layers; left out: the defaults of the model's family."
+    )
+
+
+class Data(Table):
+    """The rows, their shape, and what of each row is learned."""
+
+    path: PathOrName = setting(
+        "embedded", "Rows: a file (JSON, JSONL, CSV, Parquet), a folder of them, a hub name, or `embedded`."
+    )
+    split: Name = setting("train", "Split of a hub data set.")
+    shape: Literal["auto", "alpaca", "dolly", "prompt-completion", "messages", "sharegpt", "e2e", "question-answer"] = (
+        setting("auto", "How a row becomes prompt and answer; `auto`: from its columns.")
+    )
+    columns: dict[str, str] = setting(
+        {}, "Columns under other names: the shape's name = the file's, e.g. `{instruction = \"question\"}`."
+    )
+    template: PathOrName | None = setting(None, "Prompt template: a shipped name or a file; left out: the shape's own.")
+    max_length: Count | None = setting(None, "Tokens per row at most; left out: the base's context.")
+    overlong: Literal["error", "drop", "truncate"] = setting("error", "What becomes of a row longer than `max_length`.")
+    loss_on: Literal["answer", "all"] = setting("answer", "Tokens that are learned: the answer's, or the prompt's too.")
+    eval_path: PathOrName | None = setting(None, "Held-out rows from a file, folder or hub name.")
+    eval_rows: Count | None = setting(
+        None, "Held-out rows as a number, drawn from the rows before they are partitioned."
+    )
+    eval_fraction: OpenFraction | None = setting(None, "Held-out rows as a fraction of the rows.")
+    max_rows: Count | None = setting(None, "Use only that many rows, drawn from the whole; left out: all.")
+
+
+class Partition(Table):
+    """Who owns which row."""
+
+    scheme: Literal["iid", "dirichlet", "shards", "category", "size", "length", "natural"] = setting(
+        "iid", "How rows are dealt to clients; `natural`: by the values of `column`, or one file per client."
+    )
+    column: Name | None = setting(
+        None,
+        "Column whose values tell rows apart.",
+        when={"partition.scheme": ("dirichlet", "shards", "category", "natural")},
+    )
+    concentration: Positive = setting(
+        0.5, "Dirichlet's alpha: small is skewed, large is even.", when={"partition.scheme": ("dirichlet", "size")}
+    )
+    shards_per_client: Count = setting(
+        2, "Shards a client gets of the rows sorted by `column`.", when={"partition.scheme": ("shards",)}
+    )
+    categories_per_client: Count = setting(
+        2, "Values of `column` a client holds.", when={"partition.scheme": ("category",)}
+    )
+    min_rows: Count = setting(1, "Rows every client must have.")
+    path: PathOrName | None = setting(None, "Reuse this saved `partition.json` instead of drawing one.")

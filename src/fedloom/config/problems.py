@@ -1,0 +1,125 @@
+"""What is wrong with a setting, in one line: expected, received, where, what to do."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from fedloom.config.schema import every_setting, tables
+from fedloom.config.setting import choices, expected, shown
+from fedloom.errors import SettingsError
+
+NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
+KNOWN_ELSEWHERE = {
+    "lora_r": "method.ranks",
+    "lora_rank": "method.ranks",
+    "r": "method.ranks",
+    "rank": "method.ranks",
+    "lora_alpha": "method.alpha",
+    "use_rslora": "method.scaling",
+    "aggregation": "method.name",
+    "lr": "training.learning_rate",
+    "epochs": "training.local_epochs",
+    "num_train_epochs": "training.local_epochs",
+    "max_steps": "training.local_steps",
+    "per_device_train_batch_size": "training.batch_size",
+    "rounds": "federation.num_rounds",
+    "clients": "federation.num_clients",
+    "client_fraction": "federation.clients_per_round",
+    "fraction_fit": "federation.clients_per_round",
+    "cutoff_len": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "dataset": "data.path",
+    "model_name_or_path": "model.base",
+    "dirichlet_alpha": "partition.concentration",
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with ``setting``; ``about`` names the other settings it was judged by."""
+
+    setting: str
+    expected: str
+    got: str
+    action: str
+    about: tuple[str, ...] = ()
+
+    def line(self, origins: Mapping[str, str]) -> str:
+        """Say it in one line, with where each value came from."""
+        place = origins.get(self.setting) or origins.get(self.setting.partition(".")[0], "the defaults")
+        return f"{self.setting}: expected {self.expected}, got {self.got}, in {place}; {self.action}"
+
+
+def refuse(problems: Sequence[Problem], origins: Mapping[str, str]) -> None:
+    """Raise all ``problems``, a line each.
+
+    Raises:
+        SettingsError: when there is any.
+    """
+    if problems:
+        raise SettingsError("\n".join(problem.line(origins) for problem in problems))
+
+
+def schema_problems(error: ValidationError, document: Mapping[str, Any]) -> list[Problem]:
+    """Turn pydantic's findings into one problem per setting."""
+    found: dict[str, Problem] = {}
+    for detail in error.errors(include_url=False, include_context=False):
+        table, key = (*map(str, detail["loc"][:2]), "")[:2]
+        name = f"{table}.{key}" if key else table
+        if name not in found:
+            found[name] = _schema_problem(table, key, document)
+    return list(found.values())
+
+
+def _schema_problem(table: str, key: str, document: Mapping[str, Any]) -> Problem:
+    kinds = tables()
+    if table not in kinds:
+        return _unknown_table(table, document[table])
+    if not key:
+        return Problem(table, f"a table [{table}]", shown(document[table]), f"write its settings under [{table}]")
+    field = kinds[table].model_fields.get(key)
+    if field is None:
+        return Problem(f"{table}.{key}", f"a setting of [{table}]", shown(key), suggestion(f"{table}.{key}"))
+    value = document[table][key]
+    return Problem(f"{table}.{key}", expected(field), shown(value), _remedy(field, value))
+
+
+def _unknown_table(table: str, value: object) -> Problem:
+    close = difflib.get_close_matches(table, list(tables()), 1, 0.5)
+    action = f"did you mean [{close[0]}]?" if close else suggestion(table)
+    if not isinstance(value, Mapping):
+        action = suggestion(table)
+    return Problem(table, "one of the tables " + ", ".join(tables()), shown(table), action)
+
+
+def _remedy(field: FieldInfo, value: object) -> str:
+    accepts = expected(field)
+    if isinstance(value, str):
+        if "a list" in accepts and "," in value:
+            items = [item.strip(" []'\"") for item in value.split(",")]
+            return (
+                "write a list: [" + ", ".join(item if NUMBER.fullmatch(item) else shown(item) for item in items) + "]"
+            )
+        close = difflib.get_close_matches(value, choices(field.annotation), 1, 0.5)
+        if close:
+            return f"did you mean {shown([close[0]] if accepts.startswith('a list') else close[0])}?"
+    return "give such a value, or leave the setting out for its default"
+
+
+def suggestion(name: str) -> str:
+    """Say which setting was probably meant by the unknown ``name``."""
+    names = [known for known, _ in every_setting()]
+    table, _, key = name.rpartition(".")
+    elsewhere = [KNOWN_ELSEWHERE[key]] if key in KNOWN_ELSEWHERE else []
+    elsewhere += [known for known in names if known.rpartition(".")[2] == key]
+    beside = difflib.get_close_matches(name, [known for known in names if known.startswith(f"{table}.")], 1, 0.75)
+    anywhere = difflib.get_close_matches(name, names, 1, 0.5)
+    meant = beside or elsewhere or anywhere
+    return f"did you mean {meant[0]}?" if meant else "remove it; docs/settings.md lists every setting"

@@ -1,0 +1,86 @@
+"""The settings of an experiment: every table once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from pydantic import Field
+from pydantic.fields import FieldInfo
+
+from fedloom.config.algorithm import Federation, Method, Server, Split, Training
+from fedloom.config.conduct import Devices, Evaluation, Run, Wire
+from fedloom.config.inputs import Data, Model, Partition
+from fedloom.config.setting import Table
+
+Number = TypeVar("Number", int, float)
+
+
+class Settings(Table):
+    """A resolved experiment. Frozen; ``as_dict`` gives plain values that ``load`` reads back as the same settings."""
+
+    model: Model = Field(default_factory=Model)
+    data: Data = Field(default_factory=Data)
+    partition: Partition = Field(default_factory=Partition)
+    method: Method = Field(default_factory=Method)
+    server: Server = Field(default_factory=Server)
+    federation: Federation = Field(default_factory=Federation)
+    training: Training = Field(default_factory=Training)
+    split: Split = Field(default_factory=Split)
+    devices: Devices = Field(default_factory=Devices)
+    wire: Wire = Field(default_factory=Wire)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
+    run: Run = Field(default_factory=Run)
+
+    def as_dict(self) -> dict[str, dict[str, Any]]:
+        """Return every setting as plain JSON values, table by table."""
+        return self.model_dump(mode="json")
+
+    def value(self, name: str) -> Any:
+        """Return the setting called ``name``, e.g. ``"training.batch_size"``."""
+        table, _, key = name.partition(".")
+        return getattr(getattr(self, table), key)
+
+    @property
+    def client_ranks(self) -> tuple[int, ...]:
+        """One adapter rank per client."""
+        return self.per_client(self.method.ranks)
+
+    @property
+    def client_scales(self) -> tuple[float, ...]:
+        """One factor on B·A per client: alpha/r, or alpha/√r for rsLoRA; alpha is twice the rank when left out."""
+        ranks = self.client_ranks
+        alphas = (
+            tuple(2.0 * rank for rank in ranks) if self.method.alpha is None else self.per_client(self.method.alpha)
+        )
+        divisors = ranks if self.method.scaling == "alpha/r" else tuple(math.sqrt(rank) for rank in ranks)
+        return tuple(alpha / divisor for alpha, divisor in zip(alphas, divisors, strict=True))
+
+    @property
+    def cohort_size(self) -> int:
+        """Clients drawn per round: all, a number, or max(⌊fraction · clients⌋, 1) as Shepherd does."""
+        drawn = self.federation.clients_per_round
+        match drawn:
+            case None:
+                return self.federation.num_clients
+            case int():
+                return drawn
+            case float():
+                return max(math.floor(drawn * self.federation.num_clients + 1e-9), 1)
+
+    def per_client(self, value: Number | tuple[Number, ...]) -> tuple[Number, ...]:
+        """Spread one value over all clients; a list is returned as it is."""
+        return value if isinstance(value, tuple) else (value,) * self.federation.num_clients
+
+
+def tables() -> dict[str, type[Table]]:
+    """Return the tables by name, in the order of the documentation."""
+    return {name: field.annotation for name, field in Settings.model_fields.items()}  # type: ignore[misc]
+
+
+def every_setting() -> Iterator[tuple[str, FieldInfo]]:
+    """Yield each setting's full name and declaration, e.g. ``("wire.dtype", ...)``."""
+    for table, kind in tables().items():
+        for key, field in kind.model_fields.items():
+            yield f"{table}.{key}", field
