@@ -105,10 +105,8 @@ def test_a_kill_before_any_single_change_of_the_disk_resumes_to_the_same_end(tmp
     assert done.returncode == 0, done.stderr
     num_points = int(done.stdout)
     assert num_points > 50
-    resume = (
-        CHAIN
-        + f"import os\nos.fsync = lambda _: None\nfor calls in range({num_points}): run(Path(sys.argv[1]) / str(calls), 3, 1)\n"
-    )
+    every = f"for calls in range({num_points}): run(Path(sys.argv[1]) / str(calls), 3, 1)\n"
+    resume = f"{CHAIN}import os\nos.fsync = lambda _: None\n{every}"
     done = execute(resume, tmp_path)
     assert done.returncode == 0, done.stderr
     for calls in range(num_points):

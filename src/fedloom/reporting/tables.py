@@ -1,0 +1,230 @@
+"""The comparison table: methods by metrics, mean ± standard deviation over seeds, and what exceeds the noise.
+
+A difference is judged on pairs: both methods ran every seed on the same data and the same initial draws, so what the
+seed contributes cancels. With n seeds and differences d, the 95 % interval is mean(d) ± t · sd(d) / sqrt(n), t being
+Student's quantile at n - 1 degrees of freedom; a difference counts when the interval excludes zero.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from rich.table import Table
+
+from fedloom.errors import EvaluationError
+
+Better = Literal["lower", "higher", "neither"]
+Verdict = Literal["better", "worse", "differs", "within noise", "too few seeds"]
+Unit = Literal["", "%", "B", "s"]
+
+# Student's t at 0.975 for 1..9 degrees of freedom.
+_T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A column: the key in the results, its heading, which way is better, and how it is written."""
+
+    key: str
+    title: str
+    better: Better = "lower"
+    unit: Unit = ""
+    digits: int = 3
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A method against the reference over the seeds both ran: mean, half-width of the 95 % interval, verdict."""
+
+    mean: float
+    half_width: float | None
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method's value of one metric. ``sd`` is None for a single seed, ``difference`` for the reference itself."""
+
+    mean: float
+    sd: float | None
+    num_seeds: int
+    difference: Difference | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished table. ``cells[method][key]`` is None where the method has no such value."""
+
+    metrics: tuple[Metric, ...]
+    reference: str | None
+    cells: dict[str, dict[str, Cell | None]]
+
+    def to_rich(self, title: str | None = None) -> Table:
+        """Return the table for a terminal; the best value of a column is bold."""
+        table = Table(title=title, caption=self._caption(), caption_justify="left")
+        table.add_column("method")
+        for metric in self.metrics:
+            table.add_column(metric.title, justify="right")
+        for method in self.cells:
+            styled = [f"[bold]{text}[/bold]" if best else text for text, best in self._row(method)]
+            table.add_row(method, *styled)
+        return table
+
+    def to_markdown(self) -> str:
+        """Return the table as markdown; the best value of a column is bold."""
+        head = [["method", *(metric.title for metric in self.metrics)], ["---", *["---:"] * len(self.metrics)]]
+        body = [
+            [method, *(f"**{text}**" if best else text for text, best in self._row(method))] for method in self.cells
+        ]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *body])
+        return f"{table}\n\n{self._caption()}\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return every number, unrounded, in JSON's types."""
+        methods = {
+            method: {key: None if cell is None else _cell_json(cell) for key, cell in cells.items()}
+            for method, cells in self.cells.items()
+        }
+        metrics = [
+            {"key": metric.key, "title": metric.title, "better": metric.better, "unit": metric.unit}
+            for metric in self.metrics
+        ]
+        return {"reference": self.reference, "metrics": metrics, "methods": methods}
+
+    def best(self, key: str) -> str | None:
+        """Return the method whose mean of ``key`` is best, or None where no direction is better."""
+        metric = next(metric for metric in self.metrics if metric.key == key)
+        means = {method: cell.mean for method, cells in self.cells.items() if (cell := cells[key]) is not None}
+        if metric.better == "neither" or len(means) < 2 or any(math.isnan(mean) for mean in means.values()):
+            return None
+        return min(means, key=means.__getitem__) if metric.better == "lower" else max(means, key=means.__getitem__)
+
+    def _row(self, method: str) -> list[tuple[str, bool]]:
+        return [
+            (_cell_text(self.cells[method][metric.key], metric), self.best(metric.key) == method)
+            for metric in self.metrics
+        ]
+
+    def _caption(self) -> str:
+        seeds = {cell.num_seeds for cells in self.cells.values() for cell in cells.values() if cell is not None}
+        count = "–".join(str(n) for n in sorted({min(seeds, default=0), max(seeds, default=0)}))
+        text = f"mean ± standard deviation over {count} seed{'' if count == '1' else 's'}"
+        if self.reference is None:
+            return text
+        return f"{text}; ▲ better, ▼ worse, ≠ different from {self.reference} beyond noise (paired t, 95 %)"
+
+
+def compare(
+    results: Mapping[str, Mapping[int, Mapping[str, float | None]]],
+    metrics: Sequence[Metric],
+    reference: str | None = None,
+) -> Comparison:
+    """Return the table of ``results[method][seed][key]``, each method set against ``reference`` over common seeds.
+
+    Raises:
+        EvaluationError: there is nothing to compare, or the reference is not among the methods.
+    """
+    if not results:
+        raise EvaluationError("expected at least one method to tabulate, got none")
+    if reference is not None and reference not in results:
+        raise EvaluationError(f"reference method {reference!r} is not among {', '.join(results)}: name one of them")
+    cells = {
+        method: {metric.key: _cell(results, method, metric, reference) for metric in metrics} for method in results
+    }
+    return Comparison(tuple(metrics), reference, cells)
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float], better: Better) -> Difference:
+    """Return the difference ``values - reference`` over the seeds both have (at least one)."""
+    differences = [values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())]
+    mean = statistics.fmean(differences)
+    if len(differences) < 2:
+        return Difference(mean, None, "too few seeds")
+    half_width = student_t975(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    return Difference(mean, half_width, _verdict(mean, half_width, better))
+
+
+def student_t975(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t distribution, to 1e-4.
+
+    Source: Cornish-Fisher expansion, Abramowitz and Stegun 26.7.5, from ten degrees of freedom on.
+    """
+    if degrees <= len(_T975):
+        return _T975[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / degrees + second / degrees**2 + third / degrees**3
+
+
+def _verdict(mean: float, half_width: float, better: Better) -> Verdict:
+    if not abs(mean) > half_width:
+        return "within noise"
+    if better == "neither":
+        return "differs"
+    return "better" if (mean < 0) == (better == "lower") else "worse"
+
+
+def _cell(
+    results: Mapping[str, Mapping[int, Mapping[str, float | None]]], method: str, metric: Metric, reference: str | None
+) -> Cell | None:
+    values = _by_seed(results[method], metric.key)
+    if not values:
+        return None
+    sd = statistics.stdev(values.values()) if len(values) > 1 else None
+    difference = None
+    if reference is not None and reference != method:
+        other = _by_seed(results[reference], metric.key)
+        if values.keys() & other.keys():
+            difference = paired_difference(values, other, metric.better)
+    return Cell(statistics.fmean(values.values()), sd, len(values), difference)
+
+
+def _by_seed(seeds: Mapping[int, Mapping[str, float | None]], key: str) -> dict[int, float]:
+    return {seed: float(value) for seed, row in seeds.items() if (value := row.get(key)) is not None}
+
+
+def _cell_text(cell: Cell | None, metric: Metric) -> str:
+    if cell is None:
+        return "–"
+    text = written(cell.mean, metric.unit, metric.digits)
+    if cell.sd is not None:
+        text += f" ± {written(cell.sd, metric.unit, metric.digits)}"
+    marks = {"better": " ▲", "worse": " ▼", "differs": " ≠", "within noise": "", "too few seeds": ""}
+    return text + (marks[cell.difference.verdict] if cell.difference else "")
+
+
+def _cell_json(cell: Cell) -> dict[str, Any]:
+    difference = cell.difference and {
+        "mean": cell.difference.mean,
+        "half_width_95": cell.difference.half_width,
+        "verdict": cell.difference.verdict,
+    }
+    return {"mean": cell.mean, "sd": cell.sd, "num_seeds": cell.num_seeds, "difference": difference}
+
+
+def written(value: float, unit: Unit, digits: int = 3) -> str:
+    """Return a number as people read it: bytes in decimal multiples, everything else with fixed digits."""
+    match unit:
+        case "B":
+            return written_bytes(value)
+        case "s":
+            return f"{value:.1f} s"
+        case "%":
+            return f"{100 * value:.1f} %"
+        case "":
+            return f"{value:.{digits}f}"
+
+
+def written_bytes(num_bytes: float) -> str:
+    """Return a size in decimal multiples: 999 B, 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 999.5 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"

@@ -1,0 +1,117 @@
+"""The comparison table."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from fedloom.errors import EvaluationError
+from fedloom.reporting.tables import Metric, compare, paired_difference, student_t975, written, written_bytes
+
+LOSS = Metric("loss_nats", "loss [nats]")
+EXACT = Metric("exact", "exact match", better="higher", unit="%")
+RESULTS = {
+    "fedit": {1: {"loss_nats": 2.0, "exact": 0.10}, 2: {"loss_nats": 3.0, "exact": 0.20}, 3: {"loss_nats": 4.0}},
+    "flora": {1: {"loss_nats": 1.9, "exact": 0.50}, 2: {"loss_nats": 2.9, "exact": 0.10}, 3: {"loss_nats": 3.89}},
+}
+
+
+def test_a_cell_is_mean_and_sample_standard_deviation_over_seeds() -> None:
+    cell = compare(RESULTS, [LOSS]).cells["fedit"]["loss_nats"]
+    assert cell is not None
+    assert (cell.mean, cell.sd, cell.num_seeds) == (3.0, 1.0, 3)
+
+
+def test_a_difference_smaller_than_the_spread_of_seeds_is_found_by_pairing_them() -> None:
+    table = compare(RESULTS, [LOSS, EXACT], reference="fedit")
+    loss, exact = (table.cells["flora"][key] for key in ("loss_nats", "exact"))
+    assert loss is not None
+    assert loss.difference is not None
+    assert loss.difference.mean == pytest.approx(-0.31 / 3)
+    assert loss.difference.verdict == "better"
+    assert exact is not None
+    assert exact.difference is not None
+    assert exact.difference.verdict == "within noise"
+    assert table.cells["fedit"]["loss_nats"].difference is None  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("better", "shift", "verdict"),
+    [("lower", -1, "better"), ("lower", 1, "worse"), ("higher", 1, "better"), ("neither", 1, "differs")],
+)
+def test_the_direction_decides_what_is_better(better: str, shift: float, verdict: str) -> None:
+    reference = {1: 0.0, 2: 5.0}
+    moved = {seed: value + shift for seed, value in reference.items()}
+    assert paired_difference(moved, reference, better).verdict == verdict  # type: ignore[arg-type]
+
+
+def test_equal_results_are_within_noise_and_one_seed_decides_nothing() -> None:
+    assert paired_difference({1: 1.0, 2: 2.0}, {1: 1.0, 2: 2.0}, "lower").verdict == "within noise"
+    assert paired_difference({1: 1.0}, {1: 2.0, 2: 2.0}, "lower").verdict == "too few seeds"
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 5, 9, 10, 11, 30, 100])
+def test_the_quantile_is_students(degrees: int) -> None:
+    stats = pytest.importorskip("scipy.stats")
+    assert student_t975(degrees) == pytest.approx(stats.t.ppf(0.975, degrees), rel=1e-4)
+
+
+def test_the_interval_is_that_of_the_paired_t_test() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values, reference = {1: 1.0, 2: 2.5, 3: 2.0}, {1: 1.5, 2: 2.6, 3: 2.9}
+    interval = stats.ttest_rel(list(values.values()), list(reference.values())).confidence_interval(0.95)
+    difference = paired_difference(values, reference, "lower")
+    assert difference.half_width is not None
+    assert difference.mean - difference.half_width == pytest.approx(interval.low, rel=1e-4)
+    assert difference.mean + difference.half_width == pytest.approx(interval.high, rel=1e-4)
+
+
+def test_markdown_marks_the_best_value_and_says_what_the_marks_mean() -> None:
+    text = compare(RESULTS, [LOSS, EXACT], reference="fedit").to_markdown()
+    assert "| flora | **2.897 ± 0.995 ▲** | **30.0 % ± 28.3 %** |" in text
+    assert "| fedit | 3.000 ± 1.000 | 15.0 % ± 7.1 % |" in text
+    assert "mean ± standard deviation over 2–3 seeds; ▲ better" in text
+
+
+def test_the_terminal_shows_the_same_values() -> None:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(compare(RESULTS, [LOSS], reference="fedit").to_rich("Dolly"))
+    assert "2.897 ± 0.995 ▲" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_json_keeps_every_digit() -> None:
+    value = json.loads(json.dumps(compare(RESULTS, [LOSS], reference="fedit").to_json()))
+    assert value["methods"]["flora"]["loss_nats"]["mean"] == pytest.approx(8.69 / 3, abs=1e-15)
+    assert value["methods"]["flora"]["loss_nats"]["difference"]["verdict"] == "better"
+    assert value["metrics"][0] == {"key": "loss_nats", "title": "loss [nats]", "better": "lower", "unit": ""}
+
+
+def test_a_value_that_is_not_there_is_a_dash_and_never_best() -> None:
+    results = {"base": {1: {"exact": 0.5}}, "flora": {1: {"loss_nats": 1.0, "exact": 0.4}}}
+    table = compare(results, [LOSS, EXACT], reference="flora")
+    assert "| base | – | **50.0 %** |" in table.to_markdown()
+    assert table.best("loss_nats") is None
+
+
+def test_nothing_to_compare_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="at least one method"):
+        compare({}, [LOSS])
+    with pytest.raises(EvaluationError, match="'floar' is not among fedit, flora"):
+        compare(RESULTS, [LOSS], reference="floar")
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (1_536_000, "1.54 MB"), (999_600, "1 MB"), (5e15, "5e+03 TB")],
+)
+def test_sizes_are_decimal(num_bytes: float, text: str) -> None:
+    assert written_bytes(num_bytes) == text
+
+
+def test_units_are_written() -> None:
+    assert written(0.1234, "%") == "12.3 %"
+    assert written(61.25, "s") == "61.2 s"
+    assert written(1.5, "B") == "2 B"
