@@ -1,0 +1,218 @@
+"""Load a causal language model as the frozen base of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from fedloom.data.tokenizer import load_tokenizer
+from fedloom.errors import MissingExtraError, ModelError
+
+Dtype = Literal["float32", "bfloat16", "float16", "auto"]
+Quantization = Literal["none", "4bit", "8bit"]
+
+_DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+_SNAPSHOT = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen causal LM in evaluation mode, its tokenizer, and what it is.
+
+    ``revision_hash`` is the sha256 of ``config.json`` and the weights, so two bases of one hash are one base wherever
+    their files lie and whatever they are called.
+    """
+
+    model: Any
+    tokenizer: Any
+    name: str
+    revision_hash: str
+    dtype: torch.dtype
+    device: torch.device
+
+
+def load_base(
+    name_or_path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    dtype: Dtype = "float32",
+    device: str = "auto",
+    quantization: Quantization = "none",
+    revision: str | None = None,
+) -> Base:
+    """Load a causal LM from a local folder or by its hub name, frozen and in evaluation mode.
+
+    Weights are read from safetensors only. ``tokenizer`` is a folder, a hub name or ``bytes``; None takes the base's
+    own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first of cuda, mps, cpu that is there. With
+    ``quantization`` the linear layers are held in 4 or 8 bits and ``dtype`` is that of the activations.
+
+    Raises:
+        ModelError: if there is no such model, it is incomplete or corrupt, it is not a causal LM, or it has no
+            tokenizer.
+        MissingExtraError: if ``quantization`` is asked for without bitsandbytes.
+    """
+    folder = _resolve(str(name_or_path), revision)
+    config = _read_config(folder)
+    weights = _check_weights(folder)
+    place = _choose_device(device)
+    loaded = _load_tokenizer(folder, tokenizer)
+    model = _load_model(folder, config, _DTYPES[dtype], place, quantization)
+    if len(loaded) > model.config.get_text_config().vocab_size:
+        raise ModelError(
+            f"model.tokenizer: expected at most {model.config.vocab_size} tokens, the vocabulary of {name_or_path}, "
+            f"got {len(loaded)}; choose the base's own"
+        )
+    model.requires_grad_(False).eval()
+    digest = _identity([folder / "config.json", *weights])
+    return Base(model, loaded, str(name_or_path), digest, model.dtype, place)
+
+
+def _resolve(name_or_path: str, revision: str | None) -> Path:
+    """Return the folder of a base, fetching a hub name's snapshot if it is not cached."""
+    folder = Path(name_or_path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith((".", "/")) or folder.exists():
+        raise ModelError(f"model.base: expected a folder or a hub name, got {name_or_path!r}, which is not there")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=_SNAPSHOT))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(
+            f"model.base: {name_or_path!r} is no folder here and could not be fetched from the hub: {reason}"
+        ) from error
+
+
+def _read_config(folder: Path) -> Any:
+    """Return the model's configuration, checked to be a causal LM's."""
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, found none in {folder}")
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, AttributeError, KeyError, OSError) as error:
+        raise ModelError(f"model.base: {path} is not a model's configuration: {str(error).splitlines()[0]}") from error
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(f"model.base: expected a causal language model, {folder} holds a {kind!r}")
+    return config
+
+
+def _check_weights(folder: Path) -> list[Path]:
+    """Return the weight files, each checked to be whole, and all shards of an index checked to be there."""
+    index = folder / "model.safetensors.index.json"
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
+    missing = sorted(name for name in named if not (folder / name).is_file())
+    if missing:
+        raise ModelError(f"model.base: {index} names {missing[0]}, which is not in {folder}; fetch the model again")
+    files = sorted(folder / name for name in named) if named else sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelError(
+            f"model.base: expected weights as *.safetensors in {folder}, found none; other formats are not read, "
+            "convert them with transformers' save_pretrained"
+        )
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"model.base: {file} is truncated or corrupt ({error}); fetch the model again") from error
+    return files
+
+
+def _choose_device(device: str) -> torch.device:
+    """Return the device of that name, or the best one that is there.
+
+    Raises:
+        ModelError: if it is not there.
+    """
+    present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if device == "auto":
+        return torch.device(next(name for name, there in present.items() if there))
+    kind, _, index = device.partition(":")
+    too_high = kind == "cuda" and index.isdigit() and int(index) >= torch.cuda.device_count()
+    if not present.get(kind, False) or too_high or (index and not index.isdigit()):
+        here = ", ".join(name for name, there in present.items() if there)
+        raise ModelError(f"model.device: expected auto or a device of this machine ({here}), got {device!r}")
+    return torch.device(device)
+
+
+def _load_tokenizer(folder: Path, tokenizer: str | Path | None) -> Any:
+    if tokenizer is None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"model.base: {folder} has no tokenizer; set model.tokenizer to a folder or hub name, or to 'bytes' if its "
+            "token ids are bytes"
+        )
+    return load_tokenizer(folder if tokenizer is None else tokenizer)
+
+
+def _load_model(
+    folder: Path, config: Any, dtype: torch.dtype | str, device: torch.device, quantization: Quantization
+) -> Any:
+    """Read the weights into the model, all of them.
+
+    Raises:
+        ModelError: if a weight is absent from the files, or does not fit.
+    """
+    from transformers import AutoModelForCausalLM
+
+    extra = _quantized(quantization, dtype, config)
+    placed = {"device_map": {"": device}} if extra else {}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed, **extra
+        )
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}") from error
+    if report["missing_keys"]:
+        name = sorted(report["missing_keys"])[0]
+        raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")
+    return model if extra else model.to(device)
+
+
+def _quantized(quantization: Quantization, dtype: torch.dtype | str, config: Any) -> dict[str, Any]:
+    """Return what ``from_pretrained`` needs to quantise while loading."""
+    if quantization == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise MissingExtraError("quantized", f"model.quantization = {quantization!r}")
+    from transformers import BitsAndBytesConfig
+
+    compute = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.bfloat16
+    if quantization == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=compute
+        )
+    }
+
+
+def _identity(files: list[Path]) -> str:
+    """Return the sha256 over the files' names and contents."""
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            whole.update(f"{file.name} {hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()

@@ -1,0 +1,1 @@
+"""Local training: packed forwards, the loss on supervised tokens, the optimiser, a cohort of clients."""

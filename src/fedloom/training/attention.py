@@ -1,0 +1,227 @@
+"""Attention over rows packed one behind the other, for any model that uses transformers' attention interface.
+
+A packed pass is one row of T tokens without padding; attention stays inside each sample. The registered function gets
+the samples' lengths through the forward's keyword arguments, so nothing is remembered between forwards. Outside
+``packed_attention`` the model attends as it always did.
+
+Letters: T tokens, N samples, L length of a sample, H query heads, G key/value heads, E head width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from fedloom.errors import ModelError
+
+PACKED = "fedloom_packed"
+"""The name under which the packed attention is registered."""
+
+LAYOUT = "packed_layout"
+"""The keyword argument that carries the ``Layout`` through a model to its attention."""
+
+BUCKET_RATIO, BUCKET_SLACK = 1.12, 8
+"""A bucket holds samples up to this ratio, plus this many tokens, longer than its shortest."""
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Samples of similar length that share one attention call, right-padded to the longest of them.
+
+    ``gather`` (n·L) are the token rows to read (a sample's last token repeated as padding), ``kept`` the places among
+    them that are real.
+    """
+
+    num_samples: int
+    length: int
+    gather: Tensor
+    kept: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """How samples lie in a packed pass, and how their attention is called.
+
+    Without buckets every sample is a call of its own on views of the pass: nothing is copied or padded, which is the
+    faster way on a CPU. With buckets there are few calls, which is what a GPU needs. ``restore`` (T) brings the kept
+    rows of all buckets back into the order of the pass.
+    """
+
+    lengths: tuple[int, ...]
+    buckets: tuple[Bucket, ...] = ()
+    restore: Tensor | None = None
+    _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    def mask(self, like: Tensor, length: int, sliding_window: int | None) -> Tensor:
+        """Return what to add to a sample's scores (L, L): 0 where a token (row) sees another, −inf elsewhere.
+
+        Built once per pass for the longest sample; that of a shorter one is its corner.
+        """
+        key = (sliding_window, like.dtype)
+        if key not in self._masks:
+            unseen = torch.full((max(self.lengths),) * 2, -math.inf, dtype=like.dtype, device=like.device)
+            behind = 0.0 if sliding_window is None else unseen.tril(-sliding_window)
+            self._masks[key] = unseen.triu(1) + behind
+        return self._masks[key][:length, :length]
+
+
+def layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+    """Return the layout of samples of these lengths: sample by sample on a CPU, in buckets elsewhere."""
+    if torch.device(device).type == "cpu":
+        return Layout(tuple(lengths))
+    return bucketed_layout(lengths, device)
+
+
+def bucketed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
+    """Return a layout whose samples share attention calls with those of similar length."""
+    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
+    buckets, kept_rows = [], []
+    for members in _similar(lengths):
+        length = lengths[members[-1]]
+        steps, own = torch.arange(length)[None], torch.tensor([lengths[i] for i in members])[:, None]
+        rows = starts[members][:, None] + torch.minimum(steps, own - 1)
+        kept = (steps < own).flatten().nonzero()[:, 0]
+        kept_rows.append(rows.flatten()[kept])
+        buckets.append(Bucket(len(members), length, rows.flatten().to(device), kept.to(device)))
+    return Layout(tuple(lengths), tuple(buckets), torch.cat(kept_rows).argsort().to(device))
+
+
+def _similar(lengths: Sequence[int]) -> list[list[int]]:
+    """Group samples, shortest first, as long as each is near its group's shortest."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and lengths[i] <= lengths[groups[-1][0]] * BUCKET_RATIO + BUCKET_SLACK:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+@contextmanager
+def packed_attention(model: Any) -> Iterator[None]:
+    """Let a model attend sample by sample as its forward's ``packed_layout`` says; put its own attention back after."""
+    config = model.config
+    before = config._attn_implementation
+    config._attn_implementation = PACKED
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Compute causal attention inside each sample of a packed pass: (1, H, T, E) in, (1, T, H, E) out.
+
+    Key and value heads may be fewer than query heads; ``sliding_window`` counts the token itself, ``softcap`` is c in
+    ``c·tanh(s / c)`` before the softmax. The base is frozen and in evaluation mode, so attention dropout is refused.
+
+    Raises:
+        ModelError: for a feature that this attention does not have, by its name.
+    """
+    rows: Layout | None = kwargs.get(LAYOUT)
+    if rows is None:
+        raise ModelError(f"model.base: {type(module).__name__} is not told how samples are packed")
+    _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
+    call = _Call(rows, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    if not rows.buckets:
+        parts = [torch.split(t, list(rows.lengths), dim=2) for t in (query, key, value)]
+        return torch.cat([call(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)], dim=1), None
+    return _attend_in_buckets(call, query, key, value, rows), None
+
+
+def _check_supported(
+    module: nn.Module,
+    attention_mask: Tensor | None,
+    dropout: float,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> None:
+    kind = type(module).__name__
+    if kwargs.get("s_aux") is not None:
+        raise ModelError(f"model.base: {kind} has attention sinks, which packed training does not support")
+    if kwargs.get("position_bias") is not None or attention_mask is not None:
+        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, which packed training does not support")
+    if not getattr(module, "is_causal", True):
+        raise ModelError(f"model.base: {kind} is not causal; expected a decoder")
+    if dropout:
+        raise ModelError(f"model.base: {kind} drops attention ({dropout}); expected a base in evaluation mode")
+    if sliding_window is None and _layer_type(module) not in (None, "full_attention"):
+        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, unknown to packed training")
+
+
+def _layer_type(module: nn.Module) -> str | None:
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return types[index] if types is not None and index is not None else None
+
+
+def _attend_in_buckets(call: _Call, query: Tensor, key: Tensor, value: Tensor, rows: Layout) -> Tensor:
+    """Gather each bucket's samples, attend, and bring the real rows back in order."""
+    by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
+    kept = []
+    for bucket in rows.buckets:
+        q, k, v = (
+            t.index_select(0, bucket.gather).view(bucket.num_samples, bucket.length, *t.shape[1:]).transpose(1, 2)
+            for t in by_token
+        )
+        kept.append(call(q, k, v).transpose(1, 2).flatten(0, 1).index_select(0, bucket.kept))
+    return torch.cat(kept)[rows.restore][None]
+
+
+@dataclass(frozen=True)
+class _Call:
+    """One attention product over samples of one (padded) length: (n, H, L, E) from (n, H, L, E), (n, G, L, E)."""
+
+    rows: Layout
+    scaling: float
+    sliding_window: int | None
+    softcap: float | None
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        slow_kernel = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
+        if self.softcap is not None or slow_kernel:
+            return self._two_products(query, key, value)
+        length, shared = query.shape[2], query.shape[1] // key.shape[1]
+        if self.sliding_window is None or length <= self.sliding_window:
+            return scaled_dot_product_attention(
+                query, key, value, is_causal=True, scale=self.scaling, enable_gqa=shared > 1
+            )
+        key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
+        return scaled_dot_product_attention(query, key, value, attn_mask=self._mask(query), scale=self.scaling)
+
+    def _two_products(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend by two products and a softmax: softcapping needs it, and in half precision a CPU is faster so."""
+        n, heads, length, width = query.shape
+        key, value = key.flatten(0, 1), value.flatten(0, 1)
+        stacked = (query * self.scaling).reshape(key.shape[0], -1, width)
+        scores = torch.bmm(stacked, key.transpose(1, 2)).view(n, heads, length, length)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
+        share = torch.softmax(scores.add_(self._mask(query)), -1)
+        return torch.bmm(share.view(key.shape[0], -1, length), value).view(query.shape)
+
+    def _mask(self, query: Tensor) -> Tensor:
+        return self.rows.mask(query, query.shape[2], self.sliding_window)
+
+
+AttentionInterface.register(PACKED, attend)

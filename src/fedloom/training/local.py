@@ -1,0 +1,294 @@
+"""Train a cohort of clients over one frozen base: several clients' rows in one packed pass, each with its own adapter.
+
+What a client ends with depends on its own rows, rank, start and streams only; which other clients were in its passes
+changes rounding at most. Per step and client the loss is the mean over all supervised tokens of the batch, however
+many micro-batches it is cut into.
+
+What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is handed in), the
+order of the rows (stream ``batches``), the dropout masks (stream ``dropout``), and with ``schedule_span = "round"``
+the learning-rate schedule with its warm-up. What persists: nothing but what the caller hands in again — ``start``
+and ``optimiser_state``; with ``schedule_span = "run"`` the schedule goes on from round to round.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.data.batches import batches
+from fedloom.data.tokens import TokenSet
+from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.lora.pair import Adapter
+from fedloom.seeding import stream, torch_stream
+from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
+from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
+from fedloom.training.packing import Row, hidden_states, num_targets, pack, split_by_tokens
+
+
+@dataclass(frozen=True)
+class LocalTraining:
+    """What a client does in a round. Exactly one of ``steps`` and ``epochs`` is given.
+
+    A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
+    tokens of all clients together; a batch beyond either is accumulated over several passes, with the same result
+    (with dropout: other draws).
+    """
+
+    learning_rate: float
+    batch_size: int
+    steps: int | None = None
+    epochs: float | None = None
+    micro_batch_size: int | None = None
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    schedule_span: ScheduleSpan = "round"
+    total_rounds: int = 1
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    max_grad_norm: float | None = None
+    dropout: float = 0.0
+    label_smoothing: float = 0.0
+    token_budget: int = 8192
+
+    @property
+    def adamw(self) -> AdamWSettings:
+        """AdamW's part of the settings."""
+        return AdamWSettings(self.learning_rate, self.betas, self.weight_decay, self.max_grad_norm)
+
+
+@dataclass(frozen=True, eq=False)
+class ClientTask:
+    """One client's part of a round: its rows, the rank and scale it trains at, and what it starts from."""
+
+    client: int
+    rows: TokenSet
+    rank: int
+    scale: float
+    start: Adapter
+    optimiser_state: Mapping[str, Tensor] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ClientResult:
+    """What a client ends with.
+
+    ``num_tokens`` and ``num_loss_tokens`` count what was processed, ``loss_nats`` is the mean over all of the round's
+    targets and ``loss_last_nats`` over those of the last batch, both without smoothing. ``change_norm`` is the norm
+    of the change of the factors: zero exactly when training moved nothing. ``seconds`` are the client's share, by
+    tokens, of the passes it was in.
+
+    A client whose loss is not finite takes that step and then stops: its losses and its adapter are not finite
+    either, so the check of updates leaves it out and says why.
+    """
+
+    client: int
+    adapter: Adapter
+    num_rows: int
+    num_examples_seen: int
+    num_tokens: int
+    num_loss_tokens: int
+    num_steps: int
+    loss_nats: float
+    loss_last_nats: float
+    change_norm: float
+    seconds: float
+    optimiser_state: dict[str, Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One client's step, for progress: ``step`` counts from 1 to ``num_steps``."""
+
+    client: int
+    step: int
+    num_steps: int
+    loss_nats: float
+    learning_rate: float
+    num_tokens: int
+
+
+def train_cohort(
+    lora: LoRAModel,
+    tasks: Sequence[ClientTask],
+    settings: LocalTraining,
+    *,
+    seed: int,
+    round: int,
+    on_step: Callable[[StepReport], None] | None = None,
+) -> list[ClientResult]:
+    """Train every task's adapter from its start for one round and return the results in the tasks' order.
+
+    Law: ``loss_k = (1/S_k) Σ_s nll_s`` over the S_k targets of client k's batch; the pass minimises ``Σ_k loss_k``,
+    whose gradient at client k's factors is that of ``loss_k`` alone. A client with fewer steps is not touched again
+    after its last. Rounds count from 1. Slots are opened for the cohort and freed at the end, also after an error.
+
+    Raises:
+        ModelError: if the model cannot train packed.
+        AdapterError: if a start does not fit the model or its task's rank.
+    """
+    device = next(lora.model.parameters()).device
+    lora.open(
+        [
+            Slot(t.rank, t.scale, settings.dropout, torch_stream(seed, "dropout", round, t.client, device=device))
+            for t in tasks
+        ]
+    )
+    try:
+        lora.route_all(None)
+        head = output_head(lora.model)
+        clients = [_Client(lora, slot, task, settings, seed, round) for slot, task in enumerate(tasks)]
+        while active := [client for client in clients if not client.is_done]:
+            _train_step(lora, head, active, settings)
+            for client in active:
+                report = client.update()
+                if on_step is not None:
+                    on_step(report)
+            lora.zero_grad()
+        return [client.result() for client in clients]
+    finally:
+        lora.close()
+
+
+@dataclass(frozen=True, eq=False)
+class _MicroBatch:
+    """Rows of one client's batch that go through in one pass; every target weighs ``1 / S`` of the whole batch."""
+
+    owner: _Client
+    rows: list[Row]
+    num_tokens: int
+    num_targets: int
+    weight: float
+
+
+class _Client:
+    """A client while its round runs: its batches, its optimiser, what it has seen so far."""
+
+    def __init__(
+        self, lora: LoRAModel, slot: int, task: ClientTask, settings: LocalTraining, seed: int, number: int
+    ) -> None:
+        self.slot, self.task, self._lora, self._settings = slot, task, lora, settings
+        lora.load(slot, task.start)
+        self._start = lora.adapter(slot)
+        rng = stream(seed, "batches", number, task.client)
+        self._batches = list(
+            batches(len(task.rows), settings.batch_size, rng, steps=settings.steps, epochs=settings.epochs)
+        )
+        first, total = first_step(settings.schedule_span, number, settings.total_rounds, len(self._batches))
+        factor = schedule(settings.schedule, settings.warmup_steps, total)
+        factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
+        self._optimiser = ClientOptimiser(factors, settings.adamw, factor, first=first, state=task.optimiser_state)
+        self._step, self._broken = 0, False
+        self._examples = self._tokens = self._targets = 0
+        self._nats = self._seconds = 0.0
+        self._batch_tokens = self._batch_targets = 0
+        self._batch_nats, self._last_loss = 0.0, math.nan
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all steps are taken, or a loss was not finite."""
+        return self._broken or self._step == len(self._batches)
+
+    def micro_batches(self) -> list[_MicroBatch]:
+        """Cut the next batch into what goes through in one pass each; decided from this client alone."""
+        rows = [self.task.rows.row(int(index)) for index in self._batches[self._step]]
+        lengths = [len(ids) for ids, _ in rows]
+        parts = split_by_tokens(lengths, self._settings.token_budget, self._settings.micro_batch_size)
+        learnt = sum(num_targets(supervised) for _, supervised in rows)
+        self._batch_tokens, self._batch_targets, self._batch_nats = sum(lengths), learnt, 0.0
+        self._examples += len(rows)
+        return [self._micro_batch([rows[i] for i in part], learnt) for part in parts]
+
+    def _micro_batch(self, rows: list[Row], targets_of_batch: int) -> _MicroBatch:
+        tokens = sum(len(ids) for ids, _ in rows)
+        targets = sum(num_targets(supervised) for _, supervised in rows)
+        return _MicroBatch(self, rows, tokens, targets, 1.0 / max(1, targets_of_batch))
+
+    def add(self, sum_nats: float, seconds: float) -> None:
+        """Book what a pass gave for one of this client's micro-batches."""
+        self._batch_nats += sum_nats
+        self._seconds += seconds
+
+    def update(self) -> StepReport:
+        """Take the optimiser's step on the gradients that have gathered."""
+        begun = time.perf_counter()
+        learning_rate = self._optimiser.step()
+        self._step += 1
+        self._tokens += self._batch_tokens
+        self._targets += self._batch_targets
+        self._nats += self._batch_nats
+        self._last_loss = self._batch_nats / max(1, self._batch_targets)
+        self._broken = not math.isfinite(self._last_loss)
+        self._seconds += time.perf_counter() - begun
+        return StepReport(
+            self.task.client, self._step, len(self._batches), self._last_loss, learning_rate, self._batch_tokens
+        )
+
+    def result(self) -> ClientResult:
+        """Read the slot and what was counted."""
+        adapter = self._lora.adapter(self.slot)
+        return ClientResult(
+            client=self.task.client,
+            adapter=adapter,
+            num_rows=len(self.task.rows),
+            num_examples_seen=self._examples,
+            num_tokens=self._tokens,
+            num_loss_tokens=self._targets,
+            num_steps=self._step,
+            loss_nats=self._nats / max(1, self._targets),
+            loss_last_nats=self._last_loss,
+            change_norm=_change_norm(self._start, adapter),
+            seconds=self._seconds,
+            optimiser_state=self._optimiser.export_state(),
+        )
+
+
+def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], settings: LocalTraining) -> None:
+    """Gather the gradients of every active client's next batch.
+
+    The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one micro-batch
+    of a client at most, so that its stream of dropout masks is consumed in the same order whoever else trains.
+    """
+    waiting = [client.micro_batches() for client in active]
+    for turn in range(max(len(parts) for parts in waiting)):
+        ready = [parts[turn] for parts in waiting if turn < len(parts) and parts[turn].num_targets]
+        for members in split_by_tokens([part.num_tokens for part in ready], settings.token_budget):
+            _run_pass(lora, head, [ready[i] for i in members], settings.label_smoothing)
+
+
+def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], label_smoothing: float) -> None:
+    """Run forward and backward over several clients' micro-batches, and book losses and time with each."""
+    begun = time.perf_counter()
+    device = head.weight_VD.device
+    batch = pack([row for part in parts for row in part.rows], device)
+    lora.route([(part.owner.slot, part.num_tokens) for part in parts])
+    hidden_SD = hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
+    counts = [part.num_targets for part in parts]
+    weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)
+    loss, nats_S = supervised_cross_entropy(
+        hidden_SD, head, batch.targets_S, weights_S, label_smoothing=label_smoothing
+    )
+    torch.autograd.backward(loss)
+    sums = [float(part.sum()) for part in torch.split(nats_S.double().cpu(), counts)]
+    per_token = (time.perf_counter() - begun) / batch.num_tokens
+    for part, sum_nats in zip(parts, sums, strict=True):
+        part.owner.add(sum_nats, per_token * part.num_tokens)
+
+
+def _factor_names(lora: LoRAModel) -> list[str]:
+    """Name a slot's factors in the order of ``LoRAModel.parameters``."""
+    return [f"{module}.{factor}" for module in lora.shapes for factor in ("a_RI", "bt_RO")]
+
+
+def _change_norm(before: Adapter, after: Adapter) -> float:
+    squares = [
+        (new - old).double().square().sum()
+        for name in before
+        for old, new in ((before[name].a_RI, after[name].a_RI), (before[name].b_OR, after[name].b_OR))
+    ]
+    return math.sqrt(float(torch.stack(squares).sum()))

@@ -1,0 +1,187 @@
+"""Cross-entropy on supervised tokens only, never holding more than a chunk of logits.
+
+The gradient with respect to the hidden states is computed together with the loss, chunk by chunk; the head is frozen,
+so its weight needs none. With K clients in a pass each target carries a weight, one over its client's number of
+targets in the batch, so that the sum is the sum of the clients' mean losses.
+
+Letters: S supervised targets, C targets of a chunk, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import ModelError
+from fedloom.models.families import model_type
+from fedloom.training.packing import hidden_states, pack
+
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
+"""Logits held at a time: what stays in a CPU's cache; what keeps a GPU busy."""
+
+PROBE_LENGTHS = (7, 4)
+"""Tokens of the two samples with which a model's packed forward is compared with its own."""
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """What a model does between last hidden state and logits: ``z = scale·(h Wᵀ + bias)``, then ``c·tanh(z / c)``."""
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Return the logits (S, V), in fp32 at least."""
+        logits_SV = nn.functional.linear(hidden_SD, self.weight_VD, self.bias_V)
+        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits_SV = logits_SV * self.scale
+        return logits_SV if self.softcap is None else self.softcap * torch.tanh(logits_SV / self.softcap)
+
+    def pull_back(self, grad_SV: Tensor, logits_SV: Tensor | None) -> Tensor:
+        """Return the gradient (S, D) at the hidden states; changes ``grad_SV``."""
+        if self.softcap is not None and logits_SV is not None:
+            grad_SV.mul_(1.0 - (logits_SV / self.softcap).square_())
+        if self.scale != 1.0:
+            grad_SV.mul_(self.scale)
+        return grad_SV.to(self.weight_VD.dtype) @ self.weight_VD
+
+
+def supervised_cross_entropy(
+    hidden_SD: Tensor,
+    head: OutputHead,
+    targets_S: Tensor,
+    weights_S: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Return ``Σ_s w_s·((1 − ε)·nll_s + ε·mean_v(−log p_sv))`` and the targets' ``nll_S`` in nats, without graph.
+
+    The first is differentiable with respect to the hidden states; the second is the plain negative log-likelihood,
+    whatever the smoothing ε.
+    """
+    loss, nats_S = _CrossEntropy.apply(hidden_SD, head, targets_S, weights_S, label_smoothing)  # type: ignore[no-untyped-call]
+    return loss, nats_S
+
+
+def target_nats(hidden_SD: Tensor, head: OutputHead, targets_S: Tensor) -> Tensor:
+    """Return the targets' negative log-likelihoods (S,) in nats, without gradient."""
+    nats_S = torch.empty(targets_S.shape, dtype=_accumulator(hidden_SD.dtype), device=hidden_SD.device)
+    with torch.no_grad():
+        for part in _chunks(hidden_SD, head):
+            logits_CV = head.logits(hidden_SD[part])
+            target_C1 = targets_S[part, None]
+            nats_S[part] = logits_CV.logsumexp(1) - logits_CV.gather(1, target_C1)[:, 0]
+    return nats_S
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """Loss and gradient in one sweep over chunks of targets."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_SD: Tensor, head: OutputHead, targets_S: Tensor, weights_S: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        grad_SD = torch.empty_like(hidden_SD)
+        nats_S = torch.empty(targets_S.shape, dtype=_accumulator(hidden_SD.dtype), device=hidden_SD.device)
+        loss = nats_S.new_zeros(())
+        for part in _chunks(hidden_SD, head):
+            logits_CV = head.logits(hidden_SD[part])
+            nats_C, smooth_C, grad_CV = _loss_and_gradient(logits_CV, targets_S[part], smoothing, head)
+            weight_C = weights_S[part].to(nats_C.dtype)
+            loss += weight_C @ ((1.0 - smoothing) * nats_C + smoothing * smooth_C)
+            nats_S[part] = nats_C
+            grad_SD[part] = head.pull_back(grad_CV.mul_(weight_C[:, None]), logits_CV)
+        ctx.save_for_backward(grad_SD)
+        ctx.mark_non_differentiable(nats_S)
+        return loss, nats_S
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_SD,) = ctx.saved_tensors
+        return grad_SD * grads[0].to(grad_SD.dtype), None, None, None, None
+
+
+def _loss_and_gradient(
+    logits_CV: Tensor, targets_C: Tensor, smoothing: float, head: OutputHead
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return nll (C,), mean −log p over the vocabulary (C,) and the gradient at the logits (C, V).
+
+    The gradient ``p − (1 − ε)·onehot − ε/V`` takes the logits' place unless a softcap still needs them.
+    """
+    target_C1 = targets_C[:, None]
+    top_C1 = logits_CV.amax(1, keepdim=True)
+    of_target_C1 = logits_CV.gather(1, target_C1)
+    mean_C1 = logits_CV.mean(1, keepdim=True) if smoothing else of_target_C1
+    shifted_CV = logits_CV - top_C1 if head.softcap is not None else logits_CV.sub_(top_C1)
+    share_CV = shifted_CV.exp_()
+    total_C1 = share_CV.sum(1, keepdim=True)
+    log_total_C1 = total_C1.log() + top_C1
+    grad_CV = share_CV.div_(total_C1)
+    grad_CV.scatter_add_(1, target_C1, torch.full_like(of_target_C1, smoothing - 1.0))
+    if smoothing:
+        grad_CV.sub_(smoothing / logits_CV.shape[1])
+    return (log_total_C1 - of_target_C1)[:, 0], (log_total_C1 - mean_C1)[:, 0], grad_CV
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunks(hidden_SD: Tensor, head: OutputHead) -> Iterator[slice]:
+    size = max(16, CHUNK_LOGITS.get(hidden_SD.device.type, 1 << 24) // head.weight_VD.shape[0])
+    return (slice(start, start + size) for start in range(0, hidden_SD.shape[0], size))
+
+
+_VERIFIED: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
+
+
+def output_head(model: Any) -> OutputHead:
+    """Return a causal LM's output head, once its packed forward has been seen to give the model's own logits.
+
+    The first call for a model runs two short samples packed, and each alone the model's own way; an unknown
+    transformation of the logits, or layers that mix samples, end there. An adapter must not be routed at that time.
+
+    Raises:
+        ModelError: naming the family whose packed forward or head is not the model's own.
+    """
+    if model not in _VERIFIED:
+        head = _read_head(model)
+        _verify(model, head)
+        _VERIFIED[model] = head
+    return _VERIFIED[model]
+
+
+def _read_head(model: Any) -> OutputHead:
+    """Read what the families' configurations say: Gemma's softcap, Cohere's factor, Granite's divisor."""
+    layer, config = model.get_output_embeddings(), model.config
+    if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
+        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}")
+    scale = getattr(config, "logit_scale", None) or 1.0
+    scale /= getattr(config, "logits_scaling", None) or 1.0
+    return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+@torch.no_grad()
+def _verify(model: Any, head: OutputHead) -> None:
+    vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
+    ids = [np.arange(1, n + 1, dtype=np.int32) * 37 % vocabulary for n in PROBE_LENGTHS]
+    batch = pack([(row, np.ones(len(row), dtype=np.bool_)) for row in ids], device)
+    packed = torch.split(head.logits(hidden_states(model, batch)), list(batch.lengths))
+    tolerance = 1e-3 if head.weight_VD.dtype in (torch.float32, torch.float64) else 5e-2
+    for logits_TV, row in zip(packed, ids, strict=True):
+        own_TV = model(input_ids=torch.from_numpy(row).long().to(device)[None], use_cache=False).logits[0]
+        error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
+        if not error <= tolerance:
+            raise ModelError(
+                f"model.base: the packed forward of {model_type(model)!r} differs from the model's own by {error:.1e}, "
+                f"at most {tolerance:.0e} expected: {type(model).__name__} has layers or an output head not known here"
+            )

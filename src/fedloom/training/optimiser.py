@@ -1,0 +1,144 @@
+"""The local optimiser: AdamW over one client's factors, its learning-rate schedule and its own gradient clipping."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import AdapterError, SettingsError
+
+Schedule = Literal["constant", "linear", "cosine"]
+ScheduleSpan = Literal["round", "run"]
+
+_STATES = ("step", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class AdamWSettings:
+    """AdamW's numbers; ``max_grad_norm`` bounds the norm of one client's whole gradient, None leaves it."""
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+
+
+def schedule(kind: Schedule, warmup_steps: int, total_steps: int) -> Callable[[int], float]:
+    """Return the factor on the learning rate at step i = 0, 1, ...
+
+    ``(i + 1) / (w + 1)`` during w warm-up steps, which unlike the usual ``i / w`` wastes no first step at zero; then,
+    with ``u = (i − w) / (total − w)``: 1 (constant), ``1 − u`` (linear) or ``(1 + cos πu) / 2`` (cosine), so that zero
+    would be reached just after the last step.
+    """
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        done = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+        match kind:
+            case "constant":
+                return 1.0
+            case "linear":
+                return 1.0 - done
+            case "cosine":
+                return (1.0 + math.cos(math.pi * done)) / 2.0
+            case _:
+                assert_never(kind)
+
+    return factor
+
+
+def first_step(span: ScheduleSpan, round: int, total_rounds: int, steps_per_round: int) -> tuple[int, int]:
+    """Return (index of a round's first step, total steps) on the schedule; rounds count from 1.
+
+    Over a ``round`` every round starts at 0; over the ``run`` round n goes on where round n − 1 stopped.
+
+    Raises:
+        SettingsError: if the round is outside the run.
+    """
+    match span:
+        case "round":
+            return 0, steps_per_round
+        case "run":
+            if not 1 <= round <= total_rounds:
+                raise SettingsError(
+                    f"training.schedule_span: a schedule over the run of {total_rounds} rounds has no round {round}"
+                )
+            return (round - 1) * steps_per_round, total_rounds * steps_per_round
+        case _:
+            assert_never(span)
+
+
+class ClientOptimiser:
+    """AdamW over one client's named factors, clipped by that client's own gradient norm.
+
+    Fresh (no ``state``) its moments are zero and its step count 0; ``state`` as given by ``export_state`` continues
+    exactly where that one stopped. The learning rate is ``learning_rate · factor(step)`` with steps counted from
+    ``first``, whatever the state says: schedule and moments are separate choices.
+
+    Raises:
+        AdapterError: if the state is of other factors.
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, nn.Parameter],
+        settings: AdamWSettings,
+        factor: Callable[[int], float],
+        *,
+        first: int = 0,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._factors, self._settings, self._factor = dict(factors), settings, factor
+        self._next = first
+        # one fused kernel per client; it exists for the CPU and CUDA alike
+        self._adamw = torch.optim.AdamW(
+            self._factors.values(),
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        if state is not None:
+            self._import_state(state)
+
+    def step(self) -> float:
+        """Clip, update the factors in place from their gradients, and return the learning rate used."""
+        if self._settings.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self._factors.values(), self._settings.max_grad_norm)
+        learning_rate = self._settings.learning_rate * self._factor(self._next)
+        for group in self._adamw.param_groups:
+            group["lr"] = learning_rate
+        self._adamw.step()
+        self._next += 1
+        return learning_rate
+
+    def export_state(self) -> dict[str, Tensor]:
+        """Return AdamW's state as ``<factor>.step``, ``.exp_avg``, ``.exp_avg_sq``, copies on the CPU."""
+        return {
+            f"{name}.{key}": self._adamw.state[parameter][key].detach().cpu().clone()
+            for name, parameter in self._factors.items()
+            if parameter in self._adamw.state
+            for key in _STATES
+        }
+
+    def _import_state(self, state: Mapping[str, Tensor]) -> None:
+        expected = {f"{name}.{key}" for name in self._factors for key in _STATES}
+        if state.keys() != expected:
+            name = sorted(state.keys() ^ expected)[0]
+            raise AdapterError(f"expected an optimiser state of this client's factors; {name!r} is foreign or missing")
+        for name, parameter in self._factors.items():
+            moments = {key: state[f"{name}.{key}"] for key in _STATES[1:]}
+            for key, moment in moments.items():
+                if moment.shape != parameter.shape:
+                    shapes = f"{tuple(parameter.shape)}, got {tuple(moment.shape)}"
+                    raise AdapterError(f"{name}.{key}: expected an optimiser state of shape {shapes}")
+            self._adamw.state[parameter] = {
+                "step": state[f"{name}.step"].to(parameter.device, torch.float32, copy=True),
+                **{key: moment.to(parameter, copy=True) for key, moment in moments.items()},
+            }

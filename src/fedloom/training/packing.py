@@ -1,0 +1,109 @@
+"""Batches without padding: samples one behind the other, positions restarting, targets where there is a label.
+
+Letters: T tokens of all samples, S supervised targets, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedloom.models.families import body_of
+from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
+
+Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
+"""A sample's token ids and which of them are supervised."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedBatch:
+    """Samples concatenated into one pass.
+
+    Position t predicts token t + 1 of the same sample, so the targets are the supervised tokens at index 1 and
+    beyond: target s is token ``targets_S[s]``, predicted from the hidden state at ``target_index_S[s]`` of the pass,
+    in sample ``row_of_target_S[s]``.
+    """
+
+    input_ids_T: Tensor
+    position_ids_T: Tensor
+    target_index_S: Tensor
+    targets_S: Tensor
+    row_of_target_S: Tensor
+    layout: Layout
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sample, in order."""
+        return self.layout.lengths
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the pass."""
+        return self.input_ids_T.shape[0]
+
+
+def num_targets(supervised: NDArray[np.bool_]) -> int:
+    """Return how many tokens of a sample are learnt: the supervised ones that have a token before them."""
+    return int(np.count_nonzero(supervised[1:]))
+
+
+def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> PackedBatch:
+    """Concatenate samples into one pass on ``device``."""
+    lengths = [len(ids) for ids, _ in rows]
+    ids_T = np.concatenate([ids for ids, _ in rows])
+    starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+    supervised_T = np.concatenate([supervised for _, supervised in rows])
+    supervised_T[starts] = False
+    row_of_token_T = np.repeat(np.arange(len(rows)), lengths)
+    (target_at_S,) = np.nonzero(supervised_T)
+
+    def move(array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array.astype(np.int64)).to(device)
+
+    return PackedBatch(
+        input_ids_T=move(ids_T),
+        position_ids_T=move(np.arange(len(ids_T)) - starts[row_of_token_T]),
+        target_index_S=move(target_at_S - 1),
+        targets_S=move(ids_T[target_at_S]),
+        row_of_target_S=move(row_of_token_T[target_at_S]),
+        layout=layout(lengths, device),
+    )
+
+
+def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
+    """Return the last hidden states (T, D) of a packed batch: after the final norm, before the output head.
+
+    Raises:
+        ModelError: if the model cannot attend sample by sample, naming what it has.
+    """
+    with packed_attention(model):
+        outputs = body_of(model)(
+            input_ids=batch.input_ids_T[None],
+            position_ids=batch.position_ids_T[None],
+            use_cache=False,
+            **{LAYOUT: batch.layout},
+        )
+    hidden_TD: Tensor = outputs.last_hidden_state[0]
+    return hidden_TD
+
+
+def split_by_tokens(lengths: Iterable[int], token_budget: int, most: int | None = None) -> list[list[int]]:
+    """Cut a sequence of samples into consecutive parts of at most ``token_budget`` tokens and ``most`` samples.
+
+    A sample longer than the budget is a part of its own.
+    """
+    parts: list[list[int]] = []
+    tokens = 0
+    for index, length in enumerate(lengths):
+        if not parts or tokens + length > token_budget or len(parts[-1]) == most:
+            parts.append([])
+            tokens = 0
+        parts[-1].append(index)
+        tokens += length
+    return parts

@@ -1,0 +1,59 @@
+"""Negative log-likelihood of rows under a model, without gradient: what evaluation and training report alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedloom.data.tokens import TokenSet
+from fedloom.lora.layer import LoRAModel
+from fedloom.training.loss import output_head, target_nats
+from fedloom.training.packing import hidden_states, pack, split_by_tokens
+
+
+@dataclass(frozen=True, eq=False)
+class RowLosses:
+    """Per row: the sum of its targets' losses in nats, and how many targets it has."""
+
+    sum_nats: NDArray[np.float64]
+    num_loss_tokens: NDArray[np.int64]
+
+    @property
+    def mean_nats(self) -> float:
+        """Mean over all targets of all rows."""
+        return float(self.sum_nats.sum() / self.num_loss_tokens.sum())
+
+
+def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int) -> RowLosses:
+    """Score rows with a causal LM or with what a ``LoRAModel`` is routed to (``route_all``).
+
+    Rows go through in passes of at most ``token_budget`` tokens, sorted by length; the result is in the rows' order
+    and does not depend on the passes. Targets are the supervised tokens that have a token before them.
+
+    Raises:
+        ModelError: if the model cannot run packed.
+    """
+    causal_lm = model.model if isinstance(model, LoRAModel) else model
+    sum_nats = np.zeros(len(rows))
+    num_loss_tokens = np.zeros(len(rows), dtype=np.int64)
+    order = np.argsort(rows.lengths, kind="stable")
+    for part in split_by_tokens(rows.lengths[order].tolist(), token_budget):
+        members = order[part]
+        sum_nats[members], num_loss_tokens[members] = _score(causal_lm, rows, members.tolist())
+    return RowLosses(sum_nats, num_loss_tokens)
+
+
+@torch.no_grad()
+def _score(model: Any, rows: TokenSet, members: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    head = output_head(model)
+    batch = pack([rows.row(index) for index in members], head.weight_VD.device)
+    nats_S = target_nats(hidden_states(model, batch)[batch.target_index_S], head, batch.targets_S)
+    row_of_target_S = batch.row_of_target_S.cpu().numpy()
+    counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
+    sum_nats = np.bincount(row_of_target_S, weights=nats_S.double().cpu().numpy(), minlength=len(members))
+    return sum_nats.astype(np.float64), counts
