@@ -1,0 +1,200 @@
+"""The shape of the code base: what may import what, how large things are, what is never called."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "fedloom"
+
+# A module imports only from packages earlier in this list, and from its own.
+ORDER = (
+    "errors",
+    "seeding",
+    "config",
+    "data",
+    "lora",
+    "models",
+    "training",
+    "aggregation",
+    "federation",
+    "engines",
+    "privacy",
+    "evaluation",
+    "reporting",
+    "recipes",
+    "experiment",
+    "cli",
+)
+CONFIG_READERS = {"config", "experiment", "cli"}
+MAX_MODULE_LINES = 350
+MAX_FUNCTION_STATEMENTS = 40
+VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}
+BANNED_CALLS = {
+    "torch.manual_seed",
+    "torch.cuda.manual_seed",
+    "torch.cuda.manual_seed_all",
+    "torch.seed",
+    "torch.save",
+    "torch.load",
+    "np.random.seed",
+    "numpy.random.seed",
+    "random.seed",
+    "transformers.set_seed",
+    "set_seed",
+}
+BANNED_IMPORTS = {"pickle", "dill", "cloudpickle", "joblib", "random"}
+HEAVY = ("torch", "transformers", "datasets", "peft")
+
+MODULES = sorted(SOURCE.rglob("*.py"))
+PROGRAMS = [*MODULES, *sorted((ROOT / "examples").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+
+def module_name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def package_of(path: Path) -> str:
+    """Return the entry of ORDER a module belongs to: its package, or its own name at the top."""
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) for every import, inside functions too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def dotted(node: ast.expr) -> str:
+    """Return ``a.b.c`` for a chain of names, and the empty text for anything else."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=value, attr=attr):
+            return f"{dotted(value)}.{attr}" if dotted(value) else ""
+        case _:
+            return ""
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_imports_go_down_the_list(path: Path) -> None:
+    package = package_of(path)
+    if package in {"__init__", "__main__"}:
+        return
+    assert package in ORDER, f"{package} has no place in the order of packages: give it one"
+    allowed = {"__init__", *ORDER[: ORDER.index(package) + 1]}
+    upward = []
+    for line, name in imports(parse(path)):
+        parts = name.split(".")
+        if parts[0] == "fedloom" and len(parts) > 1 and parts[1] in ORDER and parts[1] not in allowed:
+            upward.append(f"line {line}: {package} imports {name}")
+    assert not upward
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_only_the_composition_root_knows_settings(path: Path) -> None:
+    if package_of(path) in CONFIG_READERS:
+        return
+    assert not [name for _, name in imports(parse(path)) if name.startswith("fedloom.config")]
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=module_name)
+def test_nothing_banned_is_called_or_imported(path: Path) -> None:
+    tree = parse(path)
+    found = [f"line {line}: import {name}" for line, name in imports(tree) if name.split(".")[0] in BANNED_IMPORTS]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=function) if dotted(function) in BANNED_CALLS:
+                found.append(f"line {node.lineno}: {dotted(function)}")
+            case ast.ExceptHandler(type=None):
+                found.append(f"line {node.lineno}: bare except")
+            case ast.keyword(arg="strict", value=ast.Constant(value=False)):
+                found.append(f"line {node.value.lineno}: strict=False")
+            case ast.ImportFrom(level=level) if level:
+                found.append(f"line {node.lineno}: relative import")
+            case _:
+                continue
+    assert not found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_modules_and_functions_are_small(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    long = [f"{len(text.splitlines())} lines"] if len(text.splitlines()) > MAX_MODULE_LINES else []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            size = sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
+            if size > MAX_FUNCTION_STATEMENTS:
+                long.append(f"{node.name}: {size} statements")
+    assert not long
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=module_name)
+def test_every_module_has_a_name_that_says_something_and_a_docstring(path: Path) -> None:
+    assert not VAGUE_NAMES & set(path.stem.split("_"))
+    assert ast.get_docstring(parse(path))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def test_every_public_name_is_documented(path: Path) -> None:
+    tree = parse(path)
+    members = [*tree.body]
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            members.extend(node.body)
+    bare = [
+        f"line {node.lineno}: {node.name}"
+        for node in members
+        if isinstance(node, ast.FunctionDef | ast.ClassDef)
+        and not node.name.startswith("_")
+        and node.name != "forward"
+        and not ast.get_docstring(node)
+        and not any(dotted(decorator).endswith(("setter", "overload")) for decorator in node.decorator_list)
+    ]
+    assert not bare
+
+
+def test_the_test_folders_mirror_the_packages() -> None:
+    folders = {folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir() and any(folder.glob("test_*"))}
+    assert folders <= {folder.name for folder in SOURCE.iterdir() if folder.is_dir()} | {"docs", "examples"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fedloom",
+        "import fedloom.config",
+        "import fedloom.reporting.run_folder, fedloom.reporting.progress",
+        "import contextlib\nfrom fedloom.cli import main\nsys.argv = ['fedloom', '--help']\n"
+        "with contextlib.suppress(SystemExit):\n    main()",
+    ],
+    ids=["import fedloom", "import fedloom.config", "import fedloom.reporting", "fedloom --help"],
+)
+def test_what_must_be_quick_does_not_load_the_heavy_libraries(code: str) -> None:
+    if "cli" in code and not list(SOURCE.glob("cli*")):
+        pytest.skip("no command line yet")
+    script = f"import sys\n{code}\nprint(*({set(HEAVY)!r} & sys.modules.keys()), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.split() == []
+
+
+def test_public_names_are_there_and_documented() -> None:
+    package = importlib.import_module("fedloom")
+    for name in getattr(package, "__all__", []):
+        assert hasattr(package, name), name
+        assert name == "__version__" or getattr(package, name).__doc__, name
