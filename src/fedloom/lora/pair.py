@@ -135,7 +135,7 @@ class Adapter(Mapping[str, Pair]):
         Raises:
             AdapterError: if a factor has no partner.
         """
-        modules = dict.fromkeys(key.rsplit(".", 1)[0] for key in tensors)
+        modules = sorted({key.rsplit(".", 1)[0] for key in tensors})
         missing = [f"{m}.{f}" for m in modules for f in "ba" if f"{m}.{f}" not in tensors]
         if missing:
             raise AdapterError(f"expected both factors of every module, missing {missing[0]}; the file is incomplete")

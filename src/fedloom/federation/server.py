@@ -1,0 +1,143 @@
+"""The server between two rounds: what each client must be sent, and the next state from an aggregate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from statistics import median
+
+import torch
+
+from fedloom.aggregation.records import Aggregate, Broadcast, ServerState
+from fedloom.aggregation.server_step import ServerStep
+from fedloom.aggregation.strategy import Strategy
+from fedloom.federation.messages import WireDtype, as_received
+from fedloom.lora.algebra import compress, distance, norm, stack
+from fedloom.lora.pair import Adapter
+
+
+class BroadcastForm(StrEnum):
+    """Whether an addition to the side is sent as the stack it is (FLoRA) or compressed first (ours)."""
+
+    STACK = "stack"
+    COMPRESSED = "compressed"
+
+
+@dataclass(frozen=True)
+class ServerRules:
+    """How the server turns aggregates into states, whatever the strategy.
+
+    Attributes:
+        step: the server step on the aggregated product.
+        form: the form in which additions to the side are sent.
+        tolerance: share of an addition's energy that compression may hold back for later rounds; 0 is lossless.
+        wire: dtype of what is sent; the server adopts what the clients will see.
+    """
+
+    step: ServerStep
+    form: BroadcastForm = BroadcastForm.STACK
+    tolerance: float = 0.0
+    wire: WireDtype = WireDtype.FP32
+
+
+def broadcasts_for(
+    state: ServerState,
+    clients: Iterable[int],
+    strategy: Strategy,
+    rank_of: Mapping[int, int],
+    scale_of: Mapping[int, float],
+) -> list[Broadcast]:
+    """Return what each client receives: the news since it last took part, and its start."""
+    ready = []
+    for client in clients:
+        since, news = news_for(state, state.seen.get(client, 0))
+        ready.append(
+            Broadcast(
+                round=state.round + 1,
+                client=client,
+                rank=rank_of[client],
+                scale=scale_of[client],
+                side=state.side,
+                news=news,
+                since=since,
+                start=strategy.start_for(state, client),
+                draw=strategy.draw_for(state, client),
+            )
+        )
+    return ready
+
+
+def news_for(state: ServerState, version: int) -> tuple[int, Adapter]:
+    """Return the cheaper way from a held version to the present side: the missed additions, or all of it (since 0)."""
+    missed = state.round - version
+    if not state.side or missed == 0:
+        return version, Adapter()
+    if missed <= len(state.chain):
+        additions = [part for part in state.chain[len(state.chain) - missed :] if part]
+        chained = stack(additions, [1.0] * len(additions)) if additions else Adapter()
+        if version == 0 or chained.num_bytes <= state.side.num_bytes:
+            return version, chained
+    return 0, state.side
+
+
+def next_state(
+    state: ServerState, aggregate: Aggregate, rules: ServerRules, norms: Iterable[float], clients: Iterable[int]
+) -> ServerState:
+    """Return the state after a round: the server step taken, the addition in the form in which it is sent."""
+    correction, velocity = rules.step.correction(aggregate, state.velocity)
+    addition, residual = _in_sending_form(_total([aggregate.addition, correction, state.residual]), rules)
+    side = compacted(_total([state.side, addition]))
+    start = None if aggregate.start is None else as_received(aggregate.start, rules.wire)
+    return replace(
+        state,
+        round=state.round + 1,
+        side=side,
+        start=start,
+        chain=_worth_keeping((*state.chain, addition), side),
+        seen={**state.seen, **dict.fromkeys(clients, state.round)},
+        velocity=velocity,
+        residual=residual,
+        own=aggregate.own,
+        typical_norm=median(norms),
+    )
+
+
+def aggregation_noise(aggregate: Aggregate) -> float | None:
+    """Return ``‖applied − Σ p_k s_k B_k A_k‖ / ‖Σ p_k s_k B_k A_k‖``; None where nothing is aggregated."""
+    if not aggregate.ideal:
+        return None
+    whole = norm(aggregate.ideal)
+    return distance(aggregate.applied.to(torch.float64), aggregate.ideal) / whole if whole > 0.0 else 0.0
+
+
+def compacted(side: Adapter) -> Adapter:
+    """Compress losslessly once a module's pair is dearer than its matrix; below that it costs more than it saves."""
+    if all(pair.rank <= min(pair.shape) for pair in side.values()):
+        return side
+    return compress(side).adapter
+
+
+def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Adapter]:
+    """Return what is sent and what is held back for the next round."""
+    if not addition:
+        return addition, Adapter()
+    if rules.form is BroadcastForm.STACK:
+        return as_received(addition, rules.wire), Adapter()
+    sent = as_received(compress(addition, tolerance=rules.tolerance).adapter, rules.wire)
+    if rules.tolerance == 0.0:
+        return sent, Adapter()
+    return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter
+
+
+def _total(parts: Iterable[Adapter]) -> Adapter:
+    present = [part for part in parts if part]
+    return stack(present, [1.0] * len(present)) if len(present) > 1 else (present[0] if present else Adapter())
+
+
+def _worth_keeping(chain: tuple[Adapter, ...], side: Adapter) -> tuple[Adapter, ...]:
+    """Drop the oldest additions once all of them together are dearer than the side itself."""
+    kept = list(chain)
+    while len(kept) > 1 and sum(part.num_bytes for part in kept) > side.num_bytes:
+        kept.pop(0)
+    return tuple(kept)

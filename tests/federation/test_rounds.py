@@ -1,0 +1,272 @@
+"""The round loop over a scripted engine: what is sent, what is refused, what the next state is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+
+from fedloom.aggregation.flora import FLoRA
+from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
+from fedloom.aggregation.server_step import FedExPStep, MomentumStep, PlainStep
+from fedloom.aggregation.strategy import Cohort, Strategy
+from fedloom.aggregation.zero_padding import ZeroPadding, fedit
+from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.federation.messages import (
+    WireDtype,
+    decode_broadcast,
+    decode_update,
+    encode_broadcast,
+    encode_update,
+    numbers_of,
+)
+from fedloom.federation.rounds import Arrival, RoundPlan, RoundRecord, run_rounds
+from fedloom.federation.sampling import count_of, sample_clients
+from fedloom.federation.server import BroadcastForm, ServerRules, news_for
+from fedloom.lora.algebra import distance, norm, stack
+from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.seeding import torch_stream
+
+SHAPES = {"layers.0.q": (12, 10), "layers.1.v": (8, 10)}
+RANKS = {0: 3, 1: 2, 2: 1}
+COHORT = Cohort(SHAPES, 3, RANKS.__getitem__, seed=1)
+
+
+class ScriptedEngine:
+    """Moves every client by a small random step of its own; ``faults`` replaces what a client returns."""
+
+    def __init__(self, faults: dict[tuple[int, int], object] | None = None) -> None:
+        self.faults, self.sent = faults or {}, list[Broadcast]()
+
+    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
+        for broadcast in broadcasts:
+            self.sent.append(broadcast)
+            update = self.trained(broadcast)
+            fault = self.faults.get((broadcast.round, broadcast.client), lambda u: u)
+            outcome = fault(update)  # type: ignore[operator]
+            if outcome is not None:
+                yield Arrival(outcome, 100, 200)
+
+    def trained(self, broadcast: Broadcast) -> Update:
+        start = broadcast.start or fresh_adapter(SHAPES, broadcast.rank, 1, *broadcast.draw)
+        generator = torch_stream(7, broadcast.round, broadcast.client)
+        moved = {n: Pair(p.b_OR + torch.randn(p.b_OR.shape, generator=generator) / 9, p.a_RI) for n, p in start.items()}
+        return Update(
+            broadcast.round, broadcast.client, Adapter(moved), 10 + broadcast.client, 70, 30, 4, 2.0, 1.5, 0.1
+        )
+
+
+def plan(strategy: Strategy, **changes: object) -> RoundPlan:
+    defaults = RoundPlan(
+        num_rounds=3,
+        strategy=strategy,
+        rules=ServerRules(PlainStep()),
+        sample=lambda round: [0, 1, 2],
+        shapes=SHAPES,
+        ranks=RANKS,
+        scales=dict.fromkeys(RANKS, 2.0),
+    )
+    return replace(defaults, **changes)  # type: ignore[arg-type]
+
+
+def run(
+    the_plan: RoundPlan, engine: ScriptedEngine | None = None, state: ServerState | None = None
+) -> list[RoundRecord]:
+    start = state or the_plan.strategy.initial()
+    return list(run_rounds(start, the_plan, engine or ScriptedEngine(), lambda state: {"round": state.round}))
+
+
+def test_floras_global_adapter_is_the_sum_of_all_rounds_weighted_means_on_an_untouched_base() -> None:
+    engine = ScriptedEngine()
+    records = run(plan(FLoRA(COHORT)), engine)
+    updates = [engine.trained(broadcast) for broadcast in engine.sent]
+    total = sum(10 + k for k in RANKS)
+    expected = stack([u.adapter for u in updates], [u.num_rows / total for u in updates])
+    assert distance(records[-1].state.global_adapter(), expected) < 1e-5 * norm(expected)
+    assert all(record.aggregation_noise == pytest.approx(0.0, abs=1e-6) for record in records)
+
+
+def test_the_loop_stops_anywhere_and_goes_on_to_the_same_state() -> None:
+    whole, first = run(plan(FLoRA(COHORT))), run(plan(FLoRA(COHORT), num_rounds=1))
+    rest = run(plan(FLoRA(COHORT)), state=first[-1].state)
+    ours, theirs = (records[-1].state.side.as_tensors() for records in (whole, rest))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert [record.round for record in rest] == [2, 3]
+
+
+def test_the_last_round_is_always_evaluated() -> None:
+    records = run(plan(FLoRA(COHORT), evaluate_every=0))
+    assert [record.evaluation for record in records] == [None, None, {"round": 3}]
+
+
+FAULTS = {
+    "returned nothing": lambda update: None,
+    "out of memory": lambda update: Failure(update.client, "out of memory"),
+    "finite": lambda update: replace(update, adapter=update.adapter.scaled(math.nan)),
+    "lacks module": lambda update: replace(update, adapter=Adapter({"layers.0.q": update.adapter["layers.0.q"]})),
+    "expected rank 2": lambda update: replace(update, adapter=fresh_adapter(SHAPES, 1, 1)),
+    "trained weights to move": lambda update: replace(update, adapter=fresh_adapter(SHAPES, 2, 1)),
+    "expected a change of norm": lambda update: replace(update, adapter=update.adapter.scaled(1e6)),
+    "update for round 2": lambda update: replace(update, round=1),
+    "at least one row": lambda update: replace(update, num_rows=0),
+}
+
+
+@pytest.mark.parametrize("reason", FAULTS)
+def test_an_unusable_update_is_left_out_with_its_reason_and_the_round_goes_on(reason: str) -> None:
+    records = run(plan(FLoRA(COHORT)), ScriptedEngine({(2, 1): FAULTS[reason]}))
+    left_out = records[1].clients[1]
+    assert left_out.reason is not None
+    assert reason in left_out.reason
+    assert [c.weight for c in records[1].clients] == pytest.approx([10 / 22, 0.0, 12 / 22])
+    assert math.isfinite(records[-1].change_norm)
+
+
+def test_too_few_usable_updates_end_the_run_with_every_reason() -> None:
+    engine = ScriptedEngine({(2, k): FAULTS["out of memory"] for k in (0, 1)})
+    with pytest.raises(TooFewClientsError, match=r"at least 2 clients .* got 1 .*client 0: out of memory; client 1"):
+        run(plan(FLoRA(COHORT), min_clients=2), engine)
+
+
+def test_an_uninvited_or_repeated_update_changes_nothing() -> None:
+    class Chatty(ScriptedEngine):
+        def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
+            for arrival in super().train(broadcasts):
+                yield arrival
+                yield arrival
+                assert isinstance(arrival.outcome, Update)
+                yield replace(arrival, outcome=replace(arrival.outcome, client=99))
+
+    assert run(plan(FLoRA(COHORT)), Chatty())[-1].change_norm == run(plan(FLoRA(COHORT)))[-1].change_norm
+
+
+# ---- what is sent ------------------------------------------------------------------------------------------------
+
+
+def test_a_client_that_missed_rounds_receives_the_news_that_bring_it_to_the_present_side() -> None:
+    engine = ScriptedEngine()
+    sample = {1: [0, 1], 2: [0, 1], 3: [0, 2], 4: [0, 1, 2]}
+    run(plan(FLoRA(COHORT), num_rounds=4, sample=sample.__getitem__), engine)
+    held: dict[int, Adapter] = {}
+    for broadcast in engine.sent:
+        before = held.get(broadcast.client, Adapter()) if broadcast.since else Adapter()
+        parts = [part for part in (before, broadcast.news) if part]
+        now = stack(parts, [1.0] * len(parts)) if parts else Adapter()
+        if broadcast.side:
+            assert distance(now, broadcast.side) < 1e-5 * norm(broadcast.side)
+        held[broadcast.client] = broadcast.side
+
+
+def test_news_are_never_dearer_than_the_whole_side() -> None:
+    records = run(plan(FLoRA(COHORT), num_rounds=8))
+    state = records[-1].state
+    assert all(news_for(state, version)[1].num_bytes <= state.side.num_bytes for version in range(1, 9))
+    assert len(state.chain) < 8
+
+
+def test_a_lossless_compressed_broadcast_gives_floras_model_at_fewer_bytes() -> None:
+    cohort = Cohort(SHAPES, 8, lambda client: 8, seed=1)
+    plans = [
+        plan(FLoRA(cohort), rules=ServerRules(PlainStep(), form), ranks=dict.fromkeys(RANKS, 8))
+        for form in (BroadcastForm.STACK, BroadcastForm.COMPRESSED)
+    ]
+    stacked, compressed = (run(p) for p in plans)
+    assert distance(stacked[-1].state.side, compressed[-1].state.side) < 1e-4 * norm(stacked[-1].state.side)
+    assert compressed[0].state.chain[-1].num_bytes < stacked[0].state.chain[-1].num_bytes
+
+
+def test_what_a_lossy_broadcast_holds_back_is_sent_later() -> None:
+    rules = ServerRules(PlainStep(), BroadcastForm.COMPRESSED, tolerance=0.3)
+    lossy, exact = run(plan(FLoRA(COHORT), rules=rules))[-1].state, run(plan(FLoRA(COHORT)))[-1].state
+    delivered = stack([lossy.side, lossy.residual], [1.0, 1.0])
+    assert norm(lossy.residual) > 0.1 * norm(exact.side)
+    assert distance(delivered, exact.side) < 1e-4 * norm(exact.side)
+
+
+def test_the_server_adopts_what_a_16_bit_wire_lets_the_clients_see() -> None:
+    rules = ServerRules(PlainStep(), wire=WireDtype.BF16)
+    state = run(plan(ZeroPadding(COHORT), rules=rules))[-1].state
+    assert state.start is not None
+    assert all(torch.equal(t, t.bfloat16().float()) for t in state.start.as_tensors().values())
+
+
+# ---- server steps ------------------------------------------------------------------------------------------------
+
+
+def test_a_server_learning_rate_scales_the_change_for_every_strategy() -> None:
+    for strategy in (FLoRA(COHORT), ZeroPadding(COHORT)):
+        plain = run(plan(strategy, num_rounds=1))[0].state.global_adapter()
+        doubled = run(plan(strategy, num_rounds=1, rules=ServerRules(PlainStep(2.0))))[0].state.global_adapter()
+        start = strategy.initial().start
+        moved = plain if start is None else stack([plain, start], [1.0, -1.0])
+        expected = stack([plain, moved], [1.0, 1.0])
+        assert distance(doubled, expected) < 1e-5 * norm(expected)
+
+
+def test_momentum_is_the_dense_heavy_ball_on_the_product() -> None:
+    plain = run(plan(FLoRA(COHORT)))
+    moved = run(plan(FLoRA(COHORT), rules=ServerRules(MomentumStep(1.5, 0.5))))
+    velocity, total = 0.0, 0.0
+    for before, after in zip([ServerState(), *(r.state for r in plain)], [r.state for r in plain], strict=False):
+        change = after.side["layers.0.q"].delta() - (before.side["layers.0.q"].delta() if before.side else 0.0)
+        velocity = 0.5 * velocity + change
+        total = total + 1.5 * velocity
+    assert torch.allclose(moved[-1].state.side["layers.0.q"].delta(), total, atol=1e-5)  # type: ignore[arg-type]
+
+
+def test_fedexp_steps_further_where_clients_disagree_and_never_past_its_cap() -> None:
+    steps = {
+        cap: run(plan(FLoRA(COHORT), num_rounds=1, rules=ServerRules(FedExPStep(cap=cap))))[0]
+        for cap in (1.0, 1.3, 9.0)
+    }
+    lengths = [norm(record.state.side) for record in steps.values()]
+    engine = ScriptedEngine()
+    plain = run(plan(FLoRA(COHORT), num_rounds=1), engine)[0]
+    shares = [u.num_rows / 33 for u in map(engine.trained, engine.sent)]
+    squares = sum(s * norm(u.adapter) ** 2 for s, u in zip(shares, map(engine.trained, engine.sent), strict=True))
+    expected = max(1.0, squares / (2 * norm(plain.state.side) ** 2))
+    assert lengths == pytest.approx([norm(plain.state.side) * r for r in (1.0, min(1.3, expected), expected)], rel=1e-5)
+
+
+# ---- messages and sampling ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", list(WireDtype))
+def test_messages_arrive_as_sent_up_to_the_wires_dtype(dtype: WireDtype) -> None:
+    engine = ScriptedEngine()
+    run(plan(ZeroPadding(COHORT), num_rounds=1), engine)
+    broadcast = engine.sent[0]
+    update = engine.trained(broadcast)
+    back = decode_update(encode_update(update, dtype))
+    assert numbers_of(back) == numbers_of(update)
+    assert distance(back.adapter, update.adapter) < 1e-2 * norm(update.adapter)
+    received = decode_broadcast(encode_broadcast(broadcast, dtype), broadcast.side)
+    assert (received.round, received.rank, received.draw, received.since) == (1, 3, (), 0)
+    assert received.start is not None
+    assert broadcast.start is not None
+    arrived, expected = received.start.as_tensors(), broadcast.start.to(dtype.torch).to(torch.float32).as_tensors()
+    assert all(torch.equal(arrived[key], expected[key]) for key in expected)
+
+
+def test_a_torn_message_is_refused() -> None:
+    engine = ScriptedEngine()
+    run(plan(fedit(COHORT), num_rounds=1), engine)
+    blob = encode_update(engine.trained(engine.sent[0]), WireDtype.FP32)
+    with pytest.raises(UpdateError, match="whole safetensors message"):
+        decode_update(blob[:-3])
+
+
+def test_sampling_is_a_function_of_seed_and_round_alone() -> None:
+    drawn = sample_clients(3, 5, 100_000, 10)
+    assert drawn == sample_clients(3, 5, 100_000, 10) == sorted(set(drawn))
+    assert drawn != sample_clients(4, 5, 100_000, 10)
+    assert drawn != sample_clients(3, 6, 100_000, 10)
+    assert sample_clients(3, 5, 4, 4) == [0, 1, 2, 3]
+
+
+def test_five_percent_of_ten_clients_is_one() -> None:
+    assert (count_of(0.05, 10), count_of(0.5, 10), count_of(3, 10)) == (1, 5, 3)
