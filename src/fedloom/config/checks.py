@@ -6,6 +6,7 @@ reported at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from fedloom.config.problems import Problem
@@ -27,12 +28,13 @@ PER_CLIENT = (
     "devices.downlink_mbit_per_second",
     "devices.latency_ms",
 )
+DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 COLUMN_SCHEMES = ("dirichlet", "shards", "category")
 
 
 def problems(settings: Settings) -> list[Problem]:
     """Return everything that does not fit together."""
-    checks = (alternatives, applicability, lists, ranks, weighting, numbers, columns, batches, suites, cuts)
+    checks = (alternatives, applicability, lists, ranks, weighting, numbers, columns, batches, suites, cuts, devices)
     return [problem for check in checks for problem in check(settings)]
 
 
@@ -192,3 +194,10 @@ def cuts(settings: Settings) -> Iterator[Problem]:
             "leave it out, or set split.client_half = trained",
             ("split.client_half",),
         )
+
+
+def devices(settings: Settings) -> Iterator[Problem]:
+    """The device's name is one torch knows; whether it is there is found out by running."""
+    device = settings.model.device
+    if not DEVICE.fullmatch(device):
+        yield Problem("model.device", "auto, cpu, cuda, cuda:N or mps", shown(device), "choose one of those")

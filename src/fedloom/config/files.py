@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedloom.config.setting import shown
 
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".tsv", ".txt", ".toml", ".gz", ".zst")
+CLIENT_FILE = re.compile(r"local_training_\d+\.(json|jsonl|csv|tsv|parquet)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 GROUPED = ("k_proj", "v_proj")
 
@@ -113,12 +115,12 @@ def clients(settings: Settings) -> Iterator[Problem]:
     folder = Path(settings.data.path)
     if settings.partition.scheme != "natural" or settings.partition.column is not None or not folder.is_dir():
         return
-    files = len(list(folder.glob("local_training_*.json")))
+    files = sum(CLIENT_FILE.fullmatch(file.name) is not None for file in folder.iterdir())
     wanted = settings.federation.num_clients
     if files and files != wanted:
         yield Problem(
             "federation.num_clients",
-            f"{files}, one per local_training_<i>.json in {shown(settings.data.path)}",
+            f"{files}, one per local_training_<i> file in {shown(settings.data.path)}",
             str(wanted),
             f"set federation.num_clients = {files}",
             ("data.path", "partition.scheme"),
@@ -130,13 +132,17 @@ def read_shape(config: dict[str, Any], targets: tuple[str, ...] | None) -> Shape
     width = _first(config, "hidden_size", "n_embd", "d_model")
     heads = _first(config, "num_attention_heads", "n_head")
     groups = config.get("num_key_value_heads")
-    adapted = targets is None or any(part in target for target in targets for part in GROUPED)
+    adapted = targets is None or any(_reaches(target, layer) for target in targets for layer in GROUPED)
     max_rank, narrowest = width, "hidden size"
     if adapted and width and heads and groups:
         head_dim = config.get("head_dim") or width // heads
         max_rank, narrowest = min(width, groups * head_dim), "v_proj's outputs"
     context = _first(config, "max_position_embeddings", "n_positions", "n_ctx")
     return Shape(_first(config, "num_hidden_layers", "n_layer"), context, max_rank, narrowest)
+
+
+def _reaches(target: str, layer: str) -> bool:
+    return target == "all-linear" or layer in target or fnmatchcase(layer, target.rpartition(".")[2])
 
 
 def _first(config: dict[str, Any], *names: str) -> int | None:
@@ -163,7 +169,8 @@ def _cut(settings: Settings, num_blocks: int) -> Iterator[Problem]:
     last = num_blocks - 1 - tail
     cut = _largest(settings.split.cut_layer)
     if cut > last:
-        wanted = f"cuts from 1 to {last} (the base has {num_blocks} blocks, the client keeps the last {tail})"
+        keeps = f", the client keeps the last {tail}" if tail else ""
+        wanted = f"cuts from 1 to {last} (the base has {num_blocks} blocks{keeps})"
         yield Problem(
             "split.cut_layer", wanted, str(cut), "lower it", ("model.base", "split.tail_blocks", "split.labels")
         )

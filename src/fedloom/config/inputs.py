@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.config.setting import Count, Name, OpenFraction, PathOrName, Positive, Table, setting
+from fedloom.config.setting import Count, Name, NonNegative, OpenFraction, PathOrName, Positive, Table, setting
 
 
 class Model(Table):
@@ -39,7 +39,9 @@ class Data(Table):
     path: PathOrName = setting(
         "embedded", "Rows: a file (JSON, JSONL, CSV, Parquet), a folder of them, a hub name, or `embedded`."
     )
-    split: Name = setting("train", "Split of a hub data set.")
+    split: Literal["train", "eval", "test"] = setting("train", "Part of a folder or of a hub data set.")
+    subset: Name | None = setting(None, "Configuration of a hub data set that has several.")
+    revision: Name | None = setting(None, "Commit, tag or branch of a hub data set; left out: its main branch.")
     shape: Literal["auto", "alpaca", "dolly", "prompt-completion", "messages", "sharegpt", "e2e", "question-answer"] = (
         setting("auto", "How a row becomes prompt and answer; `auto`: from its columns.")
     )
@@ -61,13 +63,16 @@ class Data(Table):
 class Partition(Table):
     """Who owns which row."""
 
-    scheme: Literal["iid", "dirichlet", "shards", "category", "size", "length", "natural"] = setting(
+    scheme: Literal["iid", "dirichlet", "shards", "category", "size", "power-law", "length", "natural"] = setting(
         "iid", "How rows are dealt to clients; `natural`: by the values of `column`, or one file per client."
     )
     column: Name | None = setting(
         None,
         "Column whose values tell rows apart.",
         when={"partition.scheme": ("dirichlet", "shards", "category", "natural")},
+    )
+    exponent: NonNegative = setting(
+        1.0, "How fast sizes fall: client k has a share ∝ (k+1)^-exponent.", when={"partition.scheme": ("power-law",)}
     )
     concentration: Positive = setting(
         0.5, "Dirichlet's alpha: small is skewed, large is even.", when={"partition.scheme": ("dirichlet", "size")}

@@ -113,6 +113,12 @@ def _remedy(field: FieldInfo, value: object) -> str:
     return "give such a value, or leave the setting out for its default"
 
 
+def nearest(name: str, names: Sequence[str]) -> str:
+    """Say which of a closed set of names was probably meant."""
+    close = difflib.get_close_matches(name, names, 1, 0.5)
+    return f"did you mean {close[0]}?" if close else "name one of them"
+
+
 def suggestion(name: str) -> str:
     """Say which setting was probably meant by the unknown ``name``."""
     names = [known for known, _ in every_setting()]

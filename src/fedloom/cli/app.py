@@ -1,0 +1,77 @@
+"""The commands together, and what an exit code means.
+
+0 done; 2 the user's input, one line per problem after ``error:``; 130 interrupted, with the state saved. Anything else
+that goes wrong is our mistake and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from fedloom import __version__
+from fedloom.cli import experiments, shipped
+from fedloom.errors import FedloomError
+
+DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
+
+app = typer.Typer(
+    name="fedloom",
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def fedloom(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Fine-tune large language models on data that stays where it is, with low-rank adapters."""
+
+
+app.command("validate")(experiments.validate)
+app.command("describe")(experiments.describe)
+app.command("run")(experiments.run)
+app.command("compare")(experiments.compare)
+app.add_typer(shipped.app, name="recipes")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(exit_code(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def exit_code(arguments: list[str]) -> int:
+    """Run one command and return its exit code; without a command, show the help."""
+    try:
+        returned = typer.main.get_command(app)(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
+    except FedloomError as error:
+        return _refuse(str(error))
+    except typer.TyperException as error:
+        return _refuse(
+            f"{error.format_message().rstrip('.')}; fedloom --help, or --help after a command, shows what is accepted"
+        )
+    except (KeyboardInterrupt, typer.Abort):
+        returned = INTERRUPTED
+    if returned == INTERRUPTED:
+        print("interrupted; what was finished is saved, and the same command goes on from there", file=sys.stderr)
+    return returned if isinstance(returned, int) else DONE
+
+
+def _refuse(message: str) -> int:
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr)
+    return USER_INPUT

@@ -1,0 +1,156 @@
+"""validate, describe, run, compare: a recipe in, an experiment out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, cast, get_args
+
+import typer
+
+from fedloom import config, recipes
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, RecipeArgument, SetOption
+from fedloom.cli.output import print_json, print_result, say
+from fedloom.config import Settings
+from fedloom.config.algorithm import MethodName
+from fedloom.config.problems import nearest
+from fedloom.errors import SettingsError
+
+METHODS: tuple[str, ...] = get_args(MethodName)
+RUNS = Path("runs")
+
+
+def load_settings(recipe: str, overrides: Sequence[str] | None) -> Settings:
+    """Load a shipped recipe by name, or a file.
+
+    Raises:
+        SettingsError: a line per problem.
+    """
+    if is_file(recipe):
+        return config.load(recipe, overrides or ())
+    return config.resolve(config.parse(recipes.read(recipe), f"{recipe}.toml"), f"recipe {recipe}", overrides or ())
+
+
+def is_file(recipe: str) -> bool:
+    """Tell a file from the name of a shipped recipe."""
+    path = Path(recipe)
+    return recipe not in recipes.names() and (path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1)
+
+
+def default_folder(recipe: str) -> Path:
+    """Return where a recipe's run goes unless told otherwise."""
+    return RUNS / Path(recipe).stem if is_file(recipe) else RUNS / recipe
+
+
+def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Report every problem of a recipe at once, without loading a model."""
+    try:
+        settings = load_settings(recipe, overrides)
+    except SettingsError as error:
+        if as_json:
+            print_json({"recipe": recipe, "valid": False, "problems": str(error).splitlines()})
+        raise
+    if as_json:
+        print_json({"recipe": recipe, "valid": True, "problems": [], "settings": settings.as_dict()})
+    else:
+        print(f"{recipe} is valid: {summary(settings)}")
+
+
+def summary(settings: Settings) -> str:
+    """Say in a line what would run."""
+    ranks = settings.method.ranks
+    written = f"rank {ranks}" if isinstance(ranks, int) else f"ranks {', '.join(map(str, ranks))}"
+    clients = f"{settings.cohort_size} of {settings.federation.num_clients} clients a round"
+    rounds = f"{settings.federation.num_rounds} rounds"
+    return (
+        f"{settings.method.name}, {written}, {clients}, {rounds}, base {settings.model.base}, data {settings.data.path}"
+    )
+
+
+def describe(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show settings, trainable parameters, bytes per round and client, and memory; train nothing."""
+    settings = load_settings(recipe, overrides)
+    from fedloom import experiment
+
+    print_result(experiment.describe(settings), as_json=as_json)
+
+
+def run(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    out: OutOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train. The same command again goes on where it stopped."""
+    settings = load_settings(recipe, overrides)
+    folder = out or default_folder(recipe)
+    from fedloom import experiment
+    from fedloom.reporting.progress import progress_for
+
+    with progress_for() as progress:
+        result = experiment.run(settings, folder, fresh=fresh, progress=progress)
+    print_result(result, as_json=as_json)
+    say(f"run folder: {folder}")
+
+
+def compare(
+    recipe: RecipeArgument,
+    methods: Annotated[
+        str,
+        typer.Option("--methods", metavar="A,B,...", help="Methods, separated by commas: " + ", ".join(METHODS) + "."),
+    ] = "fedit,zero-padding,flora,centralised,standalone",
+    seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,...", help="Seeds, separated by commas.")] = "1",
+    overrides: SetOption = None,
+    out: OutOption = None,
+    fresh: FreshOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Run several methods over several seeds on the same data at the same budget, and print one table."""
+    settings = load_settings(recipe, overrides)
+    chosen, numbers = parse_methods(methods), parse_seeds(seeds)
+    folder = out or default_folder(recipe).with_name(default_folder(recipe).name + "-compared")
+    from fedloom import experiment
+    from fedloom.reporting.progress import progress_for
+
+    with progress_for() as progress:
+        result = experiment.compare(settings, chosen, numbers, folder, fresh=fresh, progress=progress)
+    print_result(result, as_json=as_json)
+    say(f"comparison folder: {folder}")
+
+
+def parse_methods(text: str) -> list[str]:
+    """Read a list of methods.
+
+    Raises:
+        SettingsError: one of them does not exist, is named twice, or there is none.
+    """
+    names = [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in METHODS:
+            raise SettingsError(
+                f"--methods: expected names from {', '.join(METHODS)}, got {name!r}; {nearest(name, METHODS)}"
+            )
+    return cast("list[str]", _distinct("--methods", names))
+
+
+def parse_seeds(text: str) -> list[int]:
+    """Read a list of seeds.
+
+    Raises:
+        SettingsError: one of them is no integer ≥ 0, or is named twice.
+    """
+    try:
+        seeds = [int(seed) for seed in text.split(",")]
+    except ValueError:
+        seeds = [-1]
+    if min(seeds) < 0:
+        raise SettingsError(f"--seeds: expected integers ≥ 0 separated by commas, got {text!r}; e.g. --seeds 1,2,3")
+    return cast("list[int]", _distinct("--seeds", seeds))
+
+
+def _distinct(option: str, items: Sequence[object]) -> Sequence[object]:
+    for item in items:
+        if items.count(item) > 1:
+            raise SettingsError(f"{option}: expected each value once, got {item} twice; remove one")
+    return items

@@ -1,0 +1,30 @@
+"""Arguments and options that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A shipped recipe (`fedloom recipes`) or a TOML file.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="TABLE.SETTING=VALUE",
+        help="Override one setting; repeat for more. Nothing after `=` means its default.",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what is there.")]
+OutOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", metavar="FOLDER", help="Folder to write; left out: `runs/` and the recipe's name.", show_default=False
+    ),
+]

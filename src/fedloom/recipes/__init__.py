@@ -1,0 +1,97 @@
+"""Shipped experiments: a TOML file each, with what it claims in its header.
+
+A header is comment lines ``# key: text`` with the keys of :data:`KEYS`, continued on lines indented further.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+
+from fedloom.errors import SettingsError
+
+KEYS = ("claim", "command", "machine", "expect", "small")
+_ENTRY = re.compile(r"# (\w+): (.*)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A shipped experiment: what it claims, how to run it, on what, the number to expect, and a run on a small base."""
+
+    name: str
+    claim: str
+    command: str
+    machine: str
+    expect: str
+    small: str
+
+    def as_dict(self) -> dict[str, str]:
+        """Return the header as plain values."""
+        return asdict(self)
+
+
+def names() -> list[str]:
+    """Return the names of the shipped recipes, sorted."""
+    return sorted(
+        entry.name.removesuffix(".toml")
+        for entry in resources.files(__name__).iterdir()
+        if entry.name.endswith(".toml")
+    )
+
+
+def read(name: str) -> str:
+    """Return the text of the shipped recipe ``name``.
+
+    Raises:
+        SettingsError: there is none of that name.
+    """
+    if name not in names():
+        close = get_close_matches(name, names(), 1, 0.5)
+        action = f"did you mean {close[0]}?" if close else "name one of them, or a file ending in .toml"
+        raise SettingsError(
+            f"{name}: expected a shipped recipe ({', '.join(names())}) or a file, got neither; {action}"
+        )
+    return (resources.files(__name__) / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def describe(name: str) -> Recipe:
+    """Read the header of the shipped recipe ``name``.
+
+    Raises:
+        SettingsError: there is none of that name, or its header lacks a key.
+    """
+    entries: dict[str, str] = {}
+    key = ""
+    for line in read(name).splitlines():
+        if match := _ENTRY.fullmatch(line):
+            key = match[1]
+            entries[key] = match[2]
+        elif key and line.startswith("#   "):
+            entries[key] += " " + line.removeprefix("#").strip()
+        else:
+            key = ""
+    missing = [key for key in KEYS if key not in entries]
+    if missing:
+        raise SettingsError(f"{name}.toml: expected a header with {', '.join(KEYS)}, got none for {', '.join(missing)}")
+    return Recipe(name, **{key: entries[key] for key in KEYS})
+
+
+def copy(name: str, to: Path) -> Path:
+    """Write the shipped recipe ``name`` to a new file ``to`` (in a folder: under its own name) and return the file.
+
+    Raises:
+        SettingsError: there is no such recipe, or the file exists or cannot be written.
+    """
+    text = read(name)
+    file = to / f"{name}.toml" if to.is_dir() else to
+    try:
+        with file.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    except FileExistsError as error:
+        raise SettingsError(f"{file}: expected a new file, got one that exists; choose another name") from error
+    except OSError as error:
+        raise SettingsError(f"{file}: cannot be written ({error.strerror}); choose another place") from error
+    return file
