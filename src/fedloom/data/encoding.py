@@ -1,0 +1,275 @@
+"""Tokenise records and mark the tokens to learn, from character offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, assert_never
+
+import numpy as np
+import numpy.typing as npt
+
+from fedloom.data.chat import render_chat
+from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape
+from fedloom.data.templates import AUTO, CHAT, Rendered, Template, default_template, load_template
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerFast
+
+_ROWS_PER_CALL = 1000
+
+
+class LossOn(StrEnum):
+    """Which tokens are learned: the answer and its end, or everything after the first token."""
+
+    ANSWER = "answer"
+    ALL = "all"
+
+
+class Overlong(StrEnum):
+    """What becomes of a row with more tokens than allowed."""
+
+    ERROR = "error"
+    DROP = "drop"
+    TRUNCATE = "truncate"
+
+
+class Unanswered(StrEnum):
+    """What becomes of a row without an answer."""
+
+    ERROR = "error"
+    DROP = "drop"
+
+
+@dataclass(frozen=True)
+class EncodingCounts:
+    """What happened to the rows.
+
+    ``num_rows = num_kept + num_unanswered + num_overlong_dropped + num_answer_cut_off``; the truncated ones are kept.
+    """
+
+    num_rows: int
+    num_kept: int
+    num_unanswered: int
+    num_overlong_dropped: int
+    num_truncated: int
+    num_answer_cut_off: int
+    num_turns_after_last_answer: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens, the position among the records each row had, and the counts."""
+
+    tokens: TokenSet
+    kept: npt.NDArray[np.int64]
+    counts: EncodingCounts
+
+
+@dataclass(frozen=True)
+class _Row:
+    ids: npt.NDArray[np.int32]
+    answer: npt.NDArray[np.bool_]
+
+
+def encode(
+    records: Records,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    template: str | Path = AUTO,
+    max_length: int | None = None,
+    loss_on: LossOn | str = LossOn.ANSWER,
+    overlong: Overlong | str = Overlong.ERROR,
+    unanswered: Unanswered | str = Unanswered.ERROR,
+) -> Encoded:
+    """Tokenise ``records`` and mark what is learned.
+
+    A token is part of the answer when one of the answer's characters is in it, by the tokenizer's offsets; a token
+    across the border counts as answer. The tokenizer's beginning-of-text comes first where it has one; the end of text
+    follows the answer and is learned, unless a chat template closed the turn with a special token of its own. A
+    truncated row has no end of text. ``max_length`` None means no limit.
+
+    Raises:
+        DataError: a row has no answer or too many tokens (unless the policy says otherwise), or none is left.
+    """
+    loss_on, overlong, unanswered = LossOn(loss_on), Overlong(overlong), Unanswered(unanswered)
+    answered, num_trailing = _answered(records, unanswered)
+    rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer), tokenizer)
+    rows = list(_tokenise(rendered, tokenizer))
+    kept: list[tuple[int, _Row]] = []
+    num_truncated = num_cut_off = 0
+    limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
+    if overlong is Overlong.ERROR:
+        _refuse_overlong(records, answered, rows, limit)
+    for index, row in zip(answered, rows, strict=True):
+        if len(row.ids) <= limit:
+            kept.append((index, row))
+        elif overlong is Overlong.TRUNCATE and row.answer[:limit].any():
+            kept.append((index, _Row(row.ids[:limit], row.answer[:limit])))
+            num_truncated += 1
+        elif overlong is Overlong.TRUNCATE:
+            num_cut_off += 1
+    counts = EncodingCounts(
+        num_rows=len(records),
+        num_kept=len(kept),
+        num_unanswered=len(records) - len(answered),
+        num_overlong_dropped=len(rows) - len(kept) - num_cut_off,
+        num_truncated=num_truncated,
+        num_answer_cut_off=num_cut_off,
+        num_turns_after_last_answer=num_trailing,
+    )
+    if not kept:
+        raise DataError(f"expected at least one usable row, none of {len(records)} is: {counts}; raise data.max_length")
+    tokens = TokenSet.from_rows((row.ids, _supervised(row, loss_on)) for _, row in kept)
+    return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
+
+
+def resolve_template(name: str | Path, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Template | None:
+    """Return the template ``name`` stands for; None is the tokenizer's chat template.
+
+    ``auto`` is the chat template for dialogues when the tokenizer has one, else ``default_template``.
+
+    Raises:
+        DataError: ``chat`` was asked for and the tokenizer has no chat template, or there is no template ``name``.
+    """
+    has_chat = bool(tokenizer.chat_template)
+    if str(name) == CHAT and not has_chat:
+        raise DataError("data.template: 'chat' needs a tokenizer with a chat template, this one has none; try 'plain'")
+    if str(name) == CHAT or (str(name) == AUTO and has_chat and shape in (Shape.MESSAGES, Shape.SHAREGPT)):
+        return None
+    return load_template(default_template(shape) if str(name) == AUTO else name)
+
+
+def render(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    """Write one record with ``template``, or with the tokenizer's chat template for None."""
+    return render_chat(record, tokenizer) if template is None else template.render(record, tokenizer.eos_token)
+
+
+def _answered(records: Records, policy: Unanswered) -> tuple[list[int], int]:
+    usable, num_trailing = [], 0
+    for index, record in enumerate(records.items):
+        if _has_answer(record):
+            usable.append(index)
+            num_trailing += _num_trailing_turns(record)
+        elif policy is Unanswered.ERROR:
+            raise DataError(
+                f"{records.rows.where(index)}: expected an answer, found none ({records.shape} shape); "
+                "fill or remove the row, or set data.unanswered to 'drop'"
+            )
+    return usable, num_trailing
+
+
+def _has_answer(record: Record) -> bool:
+    match record:
+        case Prompt():
+            return bool(record.answer.strip())
+        case Dialogue():
+            answers = [turn.content for turn in record.turns if turn.role == "assistant"]
+            return bool(answers) and all(answer.strip() for answer in answers)
+        case _:
+            assert_never(record)
+
+
+def _num_trailing_turns(record: Record) -> int:
+    if isinstance(record, Prompt):
+        return 0
+    return next(n for n, turn in enumerate(reversed(record.turns)) if turn.role == "assistant")
+
+
+def _render(
+    records: Records, indices: Sequence[int], template: Template | None, tokenizer: PreTrainedTokenizerFast
+) -> Iterator[Rendered]:
+    for index in indices:
+        record = records.items[index]
+        if isinstance(record, Dialogue) and (trailing := _num_trailing_turns(record)):
+            record = Dialogue(record.turns[:-trailing])
+        try:
+            yield render(record, template, tokenizer)
+        except DataError as problem:
+            raise DataError(f"{records.rows.where(index)}: {problem}") from problem
+
+
+def _tokenise(rendered: Iterator[Rendered], tokenizer: PreTrainedTokenizerFast) -> Iterator[_Row]:
+    prefix = np.asarray(_prefix_ids(tokenizer), np.int32)
+    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    while batch := list(islice(rendered, _ROWS_PER_CALL)):
+        texts = [item.text for item in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        for item, encoding in zip(batch, encoded.encodings, strict=True):
+            row = _mark(item, encoding)
+            yield _close(row if item.framed else _begin(row, prefix), tokenizer.eos_token_id, special)
+
+
+def _prefix_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Return the special ids the tokenizer puts before any text."""
+    encoding = tokenizer("a", return_special_tokens_mask=True)
+    ids, mask = encoding["input_ids"], encoding["special_tokens_mask"]
+    return list(ids[: mask.index(0)])
+
+
+def _mark(item: Rendered, encoding: Encoding) -> _Row:
+    answer = np.zeros(len(encoding.ids), np.bool_)
+    for start, stop in item.spans:
+        first = _first_token(encoding, start, len(item.text))
+        last = _first_token(encoding, stop, len(item.text))
+        while last < len(answer) and _begins_before(encoding, last, stop):
+            last += 1
+        answer[first:last] = True
+    return _Row(np.array(encoding.ids, np.int32), answer)
+
+
+def _begins_before(encoding: Encoding, token: int, stop: int) -> bool:
+    characters = encoding.token_to_chars(token)
+    return characters is None or characters[0] < stop
+
+
+def _first_token(encoding: Encoding, start: int, stop: int) -> int:
+    """Return the first token that holds a character from ``start`` on; characters may have been dropped, so walk."""
+    for character in range(start, stop):
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return int(token)
+    return len(encoding.ids)
+
+
+def _begin(row: _Row, prefix: npt.NDArray[np.int32]) -> _Row:
+    return _Row(np.concatenate([prefix, row.ids]), np.concatenate([np.zeros(len(prefix), np.bool_), row.answer]))
+
+
+def _close(row: _Row, end_of_text: int, special: set[int]) -> _Row:
+    """Cut what follows the last answer, and end the row with the end of text unless a special token already does."""
+    stop = int(np.flatnonzero(row.answer)[-1]) + 1
+    ids, answer = row.ids[:stop], row.answer[:stop]
+    if int(ids[-1]) in special:
+        return _Row(ids, answer)
+    return _Row(np.append(ids, np.int32(end_of_text)), np.append(answer, True))
+
+
+def _refuse_overlong(records: Records, indices: Sequence[int], rows: Sequence[_Row], limit: int) -> None:
+    lengths = np.array([len(row.ids) for row in rows], np.int64)
+    overlong = np.flatnonzero(lengths > limit)
+    if overlong.size:
+        first = int(overlong[0])
+        raise DataError(
+            f"{records.rows.where(indices[first])}: {lengths[first]} tokens, data.max_length is {limit} "
+            f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); "
+            "raise data.max_length, or set data.overlong to 'drop' or 'truncate'"
+        )
+
+
+def _supervised(row: _Row, loss_on: LossOn) -> npt.NDArray[np.bool_]:
+    match loss_on:
+        case LossOn.ANSWER:
+            mask = row.answer.copy()
+        case LossOn.ALL:
+            mask = np.ones(len(row.ids), np.bool_)
+        case _:
+            assert_never(loss_on)
+    mask[0] = False
+    return mask

@@ -1,0 +1,294 @@
+"""Read rows from files, folders or the hub, and remember where each row came from.
+
+JSON, JSON Lines, CSV, TSV and text are read by the standard library; Parquet and hub names go through ``datasets``.
+The first kinds do not go through ``datasets`` because its readers infer a type per column: an answer ``"2019-05-03"``
+comes back as a timestamp, ``"007"`` as 7, and a CSV line with too many fields shifts its columns without a word
+(seen with datasets 5.2). Here every value stays what the file says.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedloom.errors import DataError
+
+Row = dict[str, Any]
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CLIENT_FILE = re.compile(r"local_(training|eval|test)_(\d+)\.(json|jsonl|csv|tsv|parquet)")
+_CLIENT_FILE_SPLITS = {"train": "training", "eval": "eval", "test": "test"}
+_GLOBAL_FILES = {"train": "global_training.json", "eval": "global_eval.json", "test": "global_test.json"}
+_READ_BY_LINE = (".jsonl", ".csv", ".tsv", ".txt")
+_SPLIT_PREFIXES = {"train": ("train",), "eval": ("eval", "valid", "dev"), "test": ("test",)}
+
+
+class Split(StrEnum):
+    """Which part of a folder or of a hub data set."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+    TEST = "test"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows in reading order, and the file and number each one has in it.
+
+    ``file_of_row`` holds positions in ``files``; ``numbers`` count from 1 inside a file (for JSON Lines, CSV and
+    text: the line the row begins on).
+    """
+
+    rows: Sequence[Row]
+    files: tuple[str, ...]
+    file_of_row: npt.NDArray[np.int64]
+    numbers: npt.NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, index: int) -> str:
+        """Name the place of row ``index`` as a person would look it up."""
+        file = self.files[self.file_of_row[index]]
+        return f"{file} {'line' if Path(file).suffix.lower() in _READ_BY_LINE else 'row'} {self.numbers[index]}"
+
+    def column(self, name: str) -> list[Any]:
+        """Return the values of one column.
+
+        Raises:
+            DataError: a row lacks the column.
+        """
+        for index, row in enumerate(self.rows):
+            if name not in row:
+                raise DataError(f"{self.where(index)}: no column {name!r}; it has {_listed(row)}")
+        return [row[name] for row in self.rows]
+
+    def select(self, indices: npt.NDArray[np.int64] | Sequence[int]) -> Rows:
+        """Return the rows at ``indices``, in that order; the files stay listed."""
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Rows([self.rows[i] for i in chosen], self.files, self.file_of_row[chosen], self.numbers[chosen])
+
+    def client_of_file(self) -> list[str]:
+        """Name each row's client after its file: ``7`` for ``local_training_7.json``, else the file's stem."""
+        names = [_client_name(file) for file in self.files]
+        if len(set(names)) < len(names):
+            names = list(self.files)
+        return [names[file] for file in self.file_of_row]
+
+
+def load_rows(
+    path: str | Path, split: Split | str = Split.TRAIN, *, subset: str | None = None, revision: str | None = None
+) -> Rows:
+    """Read the rows of ``split`` from a file, a folder or a hub name.
+
+    A file is read whole whatever the split. In a folder, the files ``local_<split>_<n>.json`` are one client each
+    (Shepherd's and FederatedScope's layout), ordered by number; else ``global_<split>.json``; else the files whose
+    names begin with the split; else, for the training split, every data file. A name that is no path is a hub data
+    set, whose ``subset`` and ``revision`` may be named.
+
+    Raises:
+        DataError: nothing is there, a file is malformed or empty, or the hub cannot be reached.
+    """
+    split = Split(split)
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _read_files(_files_of_folder(place, split))
+    if place.is_file():
+        return _read_files([place])
+    if place.suffix.lower() in _READERS or not _HUB_NAME.fullmatch(str(path)):
+        raise DataError(f"{path}: expected a file, a folder or a hub name, found nothing there; check data.path")
+    return _read_hub(str(path), split, subset, revision)
+
+
+def _files_of_folder(folder: Path, split: Split) -> list[Path]:
+    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in _READERS)
+    word = _CLIENT_FILE_SPLITS[split]
+    of_clients = [(int(m[2]), p) for p in files if (m := _CLIENT_FILE.fullmatch(p.name)) and m[1] == word]
+    if of_clients:
+        return [p for _, p in sorted(of_clients)]
+    if (shared := folder / _GLOBAL_FILES[split]) in files:
+        return [shared]
+    named = [p for p in files if p.stem.lower().startswith(_SPLIT_PREFIXES[split])]
+    if named:
+        return named
+    marked = tuple(prefix for prefixes in _SPLIT_PREFIXES.values() for prefix in (*prefixes, "local_", "global_"))
+    if split is Split.TRAIN and files and not any(p.stem.lower().startswith(marked) for p in files):
+        return files
+    kinds = " ".join(_READERS)
+    raise DataError(f"{folder}: expected files of the {split} split ({kinds}), found {_listed(p.name for p in files)}")
+
+
+def _read_files(files: Sequence[Path]) -> Rows:
+    rows: list[Row] = []
+    numbers: list[int] = []
+    counts: list[int] = []
+    for file in files:
+        before = len(rows)
+        for number, row in _reader(file)(file):
+            rows.append(row)
+            numbers.append(number)
+        if len(rows) == before:
+            raise DataError(f"{file}: expected rows, found none; remove the file or fill it")
+        counts.append(len(rows) - before)
+    owner = np.repeat(np.arange(len(files), dtype=np.int64), counts)
+    return Rows(rows, _short_names(files), owner, np.asarray(numbers, dtype=np.int64))
+
+
+def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
+    text = _text(file)
+    if not text.lstrip().startswith("["):
+        yield from _parse_lines(file, text)
+        return
+    try:
+        rows = json.loads(text)
+    except json.JSONDecodeError as cause:
+        raise DataError(
+            f"{file} line {cause.lineno} column {cause.colno}: expected JSON, got {cause.msg}; is the file cut short?"
+        ) from cause
+    for number, row in enumerate(rows, start=1):
+        yield number, _as_row(row, file, f"row {number}")
+
+
+def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
+    yield from _parse_lines(file, _text(file))
+
+
+def _parse_lines(file: Path, text: str) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as cause:
+            raise DataError(
+                f"{file} line {number}: expected one JSON object per line, or one list of objects for the file; "
+                f"got {cause.msg} at column {cause.colno}"
+            ) from cause
+        yield number, _as_row(row, file, f"line {number}")
+
+
+def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
+    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream, delimiter=delimiter, strict=True)
+        header: list[str] | None = None
+        begins = 1
+        try:
+            for values in reader:
+                if header is None:
+                    header = values
+                elif values and len(values) != len(header):
+                    raise DataError(
+                        f"{file} line {begins}: expected {len(header)} values ({', '.join(header)}), got "
+                        f"{len(values)}; quote the values that contain the separator"
+                    )
+                elif values:
+                    yield begins, dict(zip(header, values, strict=True))
+                begins = reader.line_num + 1
+        except csv.Error as cause:
+            raise DataError(f"{file} line {begins}: expected CSV, got {cause}; is a quote left open?") from cause
+        except UnicodeDecodeError as cause:
+            raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
+
+
+def _read_text(file: Path) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(_text(file).split("\n"), start=1):
+        if line.strip():
+            yield number, {"text": line.rstrip("\r")}
+
+
+def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
+    import datasets
+
+    with tempfile.TemporaryDirectory(prefix="fedloom-") as cache:
+        try:
+            table = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=cache)
+        except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as cause:
+            raise DataError(f"{file}: expected a Parquet file, got {_root(cause)}") from cause
+        rows = table.to_list()
+        del table
+    yield from enumerate(rows, start=1)
+
+
+def _read_hub(name: str, split: Split, subset: str | None, revision: str | None) -> Rows:
+    import datasets
+
+    try:
+        part = _hub_split(name, split, datasets.get_dataset_split_names(name, subset, revision=revision))
+        rows = datasets.load_dataset(name, subset, split=part, revision=revision).to_list()
+    except DataError:
+        raise
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as cause:
+        raise DataError(
+            f"{name}: no such file or folder, and the hub did not give a data set of that name ({_root(cause)}); "
+            "check data.path"
+        ) from cause
+    count = len(rows)
+    return Rows(rows, (f"{name}[{part}]",), np.zeros(count, np.int64), np.arange(1, count + 1))
+
+
+def _hub_split(name: str, split: Split, available: Sequence[str]) -> str:
+    wanted = {"train": ("train",), "eval": ("validation", "eval", "dev"), "test": ("test",)}[split]
+    for part in wanted:
+        if part in available:
+            return part
+    raise DataError(f"{name}: expected a split called {' or '.join(wanted)}, it has {_listed(available)}")
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
+    ".json": _read_json,
+    ".jsonl": _read_json_lines,
+    ".csv": _read_csv,
+    ".tsv": _read_csv,
+    ".parquet": _read_parquet,
+    ".txt": _read_text,
+}
+
+
+def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Row]]]:
+    reader = _READERS.get(file.suffix.lower())
+    if reader is None:
+        raise DataError(f"{file}: expected one of {' '.join(_READERS)}, got {file.suffix!r}")
+    return reader
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
+
+
+def _as_row(value: object, file: Path, place: str) -> Row:
+    if not isinstance(value, dict):
+        raise DataError(f"{file} {place}: expected an object with named values, got {type(value).__name__}")
+    return value
+
+
+def _short_names(files: Sequence[Path]) -> tuple[str, ...]:
+    names = [file.name for file in files]
+    return tuple(names if len(set(names)) == len(names) else map(str, files))
+
+
+def _client_name(file: str) -> str:
+    match = _CLIENT_FILE.fullmatch(file)
+    return match[2] if match else Path(file).stem
+
+
+def _listed(names: Iterator[str] | Sequence[str] | Row) -> str:
+    shown = list(names)
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") or "nothing"
+
+
+def _root(cause: BaseException) -> str:
+    deepest = cause.__cause__ or cause
+    return f"{type(deepest).__name__}: {str(deepest).splitlines()[0] if str(deepest) else 'no detail'}"

@@ -1,0 +1,186 @@
+"""Write a record as the text a model reads, and say which characters are the answer.
+
+Templates are data: TOML files with the wording before the answer, and of each turn of a dialogue. ``chat`` stands for
+the tokenizer's own chat template (``fedloom.data.chat``).
+"""
+
+from __future__ import annotations
+
+import string
+import tomllib
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import assert_never
+
+from fedloom.data.records import Dialogue, Prompt, Record, Shape
+from fedloom.errors import DataError
+
+CHAT = "chat"
+AUTO = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A record's text.
+
+    ``spans`` are the half-open character ranges of the answers, in order. ``framed`` says that the text carries its
+    own special tokens (a chat template's does), so that none is put in front.
+    """
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    framed: bool = False
+
+    @property
+    def prompt(self) -> str:
+        """Everything before the last answer: what a model is given to generate it."""
+        return self.text[: self.spans[-1][0]]
+
+
+@dataclass(frozen=True)
+class DialogueWording:
+    """Wording of turns; ``assistant`` stands before an answer, the end of text and ``separator`` after it."""
+
+    system: str
+    user: str
+    tool: str
+    assistant: str
+    answer: str
+    separator: str
+
+
+@dataclass(frozen=True)
+class Template:
+    """Wording of prompts and of dialogues."""
+
+    name: str
+    with_input: str
+    without_input: str
+    answer: str
+    dialogue: DialogueWording
+
+    def render(self, record: Record, end_of_text: str = "") -> Rendered:
+        """Write ``record``; answers of a dialogue before the last one are closed by ``end_of_text``.
+
+        The end of text after the last answer is not written: it is a token, which ``encode`` adds.
+        """
+        match record:
+            case Prompt():
+                return self._render_prompt(record)
+            case Dialogue():
+                return self._render_dialogue(record, end_of_text)
+            case _:
+                assert_never(record)
+
+    def _render_prompt(self, record: Prompt) -> Rendered:
+        wording = self.with_input if record.input.strip() else self.without_input
+        prompt = wording.format(instruction=record.instruction, input=record.input)
+        text = prompt + self.answer.format(answer=record.answer)
+        return Rendered(text, ((len(prompt), len(text)),))
+
+    def _render_dialogue(self, record: Dialogue, end_of_text: str) -> Rendered:
+        wording, text, spans = self.dialogue, "", []
+        turns_before = {"system": wording.system, "user": wording.user, "tool": wording.tool}
+        for number, turn in enumerate(record.turns, start=1):
+            if turn.role != "assistant":
+                text += turns_before[turn.role].format(content=turn.content)
+                continue
+            text += wording.assistant
+            start = len(text)
+            text += wording.answer.format(answer=turn.content)
+            is_last = number == len(record.turns)
+            text += "" if is_last else end_of_text
+            spans.append((start, len(text)))
+            text += "" if is_last else wording.separator
+        return Rendered(text, tuple(spans))
+
+
+_PROMPT_NAMES = {
+    "with_input": {"instruction", "input"},
+    "without_input": {"instruction"},
+    "answer": {"answer"},
+}
+_DIALOGUE_NAMES: dict[str, set[str]] = {
+    "system": {"content"},
+    "user": {"content"},
+    "tool": {"content"},
+    "assistant": set(),
+    "answer": {"answer"},
+    "separator": set(),
+}
+
+
+def shipped_templates() -> tuple[str, ...]:
+    """Return the names of the templates that come with the package."""
+    folder = resources.files("fedloom.data") / "wording"
+    return tuple(sorted(file.name.removesuffix(".toml") for file in folder.iterdir() if file.name.endswith(".toml")))
+
+
+def load_template(name_or_path: str | Path) -> Template:
+    """Load a shipped template by name, or one's own TOML file by path.
+
+    Raises:
+        DataError: there is no such template, or the file lacks an entry or a placeholder.
+    """
+    name = str(name_or_path)
+    if name in shipped_templates():
+        text = (resources.files("fedloom.data") / "wording" / f"{name}.toml").read_text(encoding="utf-8")
+    elif Path(name).is_file():
+        text = Path(name).read_text(encoding="utf-8")
+    else:
+        known = ", ".join((AUTO, CHAT, *shipped_templates()))
+        raise DataError(f"data.template: expected one of {known}, or a TOML file; got {name!r}")
+    try:
+        entries = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as cause:
+        raise DataError(f"{name}: expected TOML, got {cause}") from cause
+    return _build(name, entries)
+
+
+def default_template(shape: Shape) -> str:
+    """Return the name of the template that ``auto`` means for ``shape`` where there is no chat template to use."""
+    match shape:
+        case Shape.ALPACA | Shape.DOLLY:
+            return "alpaca"
+        case Shape.E2E:
+            return "e2e"
+        case Shape.PROMPT_COMPLETION | Shape.QUESTION_ANSWER | Shape.MESSAGES | Shape.SHAREGPT | Shape.AUTO:
+            return "plain"
+        case _:
+            assert_never(shape)
+
+
+def _build(name: str, entries: dict[str, object]) -> Template:
+    dialogue = entries.pop("dialogue", {})
+    if not isinstance(dialogue, dict):
+        raise DataError(f"{name}: expected a table [dialogue], got {type(dialogue).__name__}")
+    prompts = _checked(name, entries, _PROMPT_NAMES)
+    turns = _checked(f"{name} [dialogue]", dialogue, _DIALOGUE_NAMES)
+    return Template(name, **prompts, dialogue=DialogueWording(**turns))
+
+
+def _checked(place: str, entries: dict[str, object], expected: dict[str, set[str]]) -> dict[str, str]:
+    if entries.keys() != expected.keys():
+        missing = ", ".join(sorted(expected.keys() - entries.keys())) or "nothing"
+        unknown = ", ".join(sorted(entries.keys() - expected.keys())) or "nothing"
+        raise DataError(f"{place}: expected the entries {', '.join(expected)}; missing {missing}, unknown {unknown}")
+    checked: dict[str, str] = {}
+    for key, value in entries.items():
+        if not isinstance(value, str):
+            raise DataError(f"{place}, entry {key}: expected text, got {type(value).__name__}")
+        if (found := _placeholders(place, key, value)) != expected[key]:
+            raise DataError(f"{place}, entry {key}: expected {_braced(expected[key])}, got {_braced(found)}")
+        checked[key] = value
+    return checked
+
+
+def _placeholders(place: str, key: str, value: str) -> set[str]:
+    try:
+        return {name for _, name, _, _ in string.Formatter().parse(value) if name is not None}
+    except ValueError as cause:
+        raise DataError(f"{place}, entry {key}: {cause}; write {{{{ and }}}} for plain braces") from cause
+
+
+def _braced(names: set[str]) -> str:
+    return ", ".join(f"{{{name}}}" for name in sorted(names)) or "no placeholder"

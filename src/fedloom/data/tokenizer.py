@@ -1,0 +1,90 @@
+"""Load a tokenizer that can say which characters each token stands for."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedloom.errors import MissingExtraError, ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+BYTES = "bytes"
+_USUAL_ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
+
+
+def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a folder or hub name; ``bytes`` is the one whose 256 ids are the bytes.
+
+    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names, else the only usual one
+    in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say what it is for).
+
+    Raises:
+        ModelError: there is no tokenizer, it gives no character offsets, or its end of text is unknown.
+        MissingExtraError: the folder holds only a SentencePiece model and that library is absent.
+    """
+    if str(name_or_path) == BYTES:
+        return byte_tokenizer()
+    from transformers import AutoTokenizer
+
+    _check_sentencepiece(Path(name_or_path))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision or "main")
+    except (OSError, ValueError, KeyError) as cause:
+        detail = (str(cause).splitlines() or ["no detail"])[0]
+        raise ModelError(
+            f"{name_or_path}: expected a tokenizer (tokenizer.json) in this folder or hub name, got {detail}; "
+            "set model.tokenizer, or 'bytes' for a model of bytes"
+        ) from cause
+    if not tokenizer.is_fast:
+        raise ModelError(f"{name_or_path}: expected a tokenizer that gives character offsets (tokenizer.json)")
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = _find_end_of_text(tokenizer, Path(name_or_path))
+    return tokenizer
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer whose ids are the bytes of the UTF-8 text; 0 is the end of text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    symbols = _byte_symbols()
+    # The zero byte keeps its own character: it is a special token, taken out before bytes become symbols.
+    vocabulary = {"\x00" if byte == 0 else symbol: byte for byte, symbol in enumerate(symbols)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("\x00", normalized=False, special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="\x00", pad_token="\x00")
+
+
+def _byte_symbols() -> list[str]:
+    """Return the printable stand-in of each byte, as GPT-2's byte-level BPE assigns them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    code = {byte: byte for byte in printable} | {byte: 256 + n for n, byte in enumerate(others)}
+    return [chr(code[byte]) for byte in range(256)]
+
+
+def _check_sentencepiece(folder: Path) -> None:
+    only_sentencepiece = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if only_sentencepiece and importlib.util.find_spec("sentencepiece") is None:
+        raise MissingExtraError("sentencepiece", f"{folder}/tokenizer.model")
+
+
+def _find_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    config = folder / "config.json"
+    if config.is_file():
+        named = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
+        if isinstance(named, int):
+            return str(tokenizer.convert_ids_to_tokens(named))
+    vocabulary = tokenizer.get_vocab()
+    usual = [token for token in _USUAL_ENDS_OF_TEXT if token in vocabulary]
+    if len(usual) == 1:
+        return usual[0]
+    raise ModelError(
+        f"{folder}: its tokenizer does not name an end-of-text token; write eos_token into tokenizer_config.json"
+    )
