@@ -1,0 +1,1 @@
+"""Scores: perplexity, multiple choice, E2E's metrics, judges, and how far each figure can be trusted."""

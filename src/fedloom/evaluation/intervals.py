@@ -1,0 +1,155 @@
+"""Say how far a figure can be trusted: bootstrap over items, paired differences, Wilson's interval.
+
+Letters: N items, S sufficient statistics of one item, M resamples.
+
+A corpus score is a function of statistics summed over items, so a resample costs one weighted sum and never a second
+scoring of any text. Two systems are compared on the same resamples of the same items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedloom import seeding
+from fedloom.errors import EvaluationError
+
+Statistics = NDArray[np.float64]
+Score = Callable[[Statistics], Statistics]  # (..., S) sums over items -> (...) scores
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, the interval that holds it with probability ``level``, and what both were computed from."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+    level: float
+    method: str
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n:,})"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How much higher the first system scores than the second on the same items."""
+
+    value: float
+    low: float
+    high: float
+    p_value: float
+    n: int
+    level: float
+    method: str
+    seed: int | None = None
+
+    @property
+    def exceeds_noise(self) -> bool:
+        """Whether the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        verdict = "more than noise" if self.exceeds_noise else "within noise"
+        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p={self.p_value:.3f}, n={self.n:,}: {verdict}"
+
+
+def bootstrap(
+    statistics_NS: Statistics, score: Score, *, seed: int, resamples: int = 1000, level: float = 0.95
+) -> Estimate:
+    """Return ``score`` of the summed statistics with its percentile interval over resampled items.
+
+    Raises:
+        EvaluationError: there is no item.
+
+    Source: Koehn, "Statistical significance tests for machine translation evaluation", 2004.
+    """
+    sums_MS = _resampled_sums(statistics_NS, seed, resamples)
+    low, high = np.quantile(score(sums_MS), [(1 - level) / 2, (1 + level) / 2])
+    value = float(score(statistics_NS.sum(axis=0)))
+    method = f"bootstrap, {resamples} resamples"
+    return Estimate(value, float(low), float(high), len(statistics_NS), level, method, seed)
+
+
+def bootstrap_difference(
+    first_NS: Statistics,
+    second_NS: Statistics,
+    score: Score,
+    *,
+    seed: int,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> Difference:
+    """Return the paired difference of two systems' scores over the same items.
+
+    p is two-sided: twice the smaller share of resamples on one side of zero, never below 1 / (resamples + 1).
+
+    Raises:
+        EvaluationError: the systems were not scored on the same number of items.
+    """
+    if len(first_NS) != len(second_NS):
+        raise EvaluationError(
+            f"a paired comparison needs the same items on both sides, got {len(first_NS)} and {len(second_NS)}: "
+            "score both systems on one file"
+        )
+    first_M, second_M = (score(_resampled_sums(side_NS, seed, resamples)) for side_NS in (first_NS, second_NS))
+    differences_M = first_M - second_M
+    low, high = np.quantile(differences_M, [(1 - level) / 2, (1 + level) / 2])
+    value = float(score(first_NS.sum(axis=0)) - score(second_NS.sum(axis=0)))
+    tail = min(np.count_nonzero(differences_M <= 0), np.count_nonzero(differences_M >= 0))
+    p_value = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    method = f"paired bootstrap, {resamples} resamples"
+    return Difference(value, float(low), float(high), p_value, len(first_NS), level, method, seed)
+
+
+def bootstrap_mean(values_N: ArrayLike, *, seed: int, resamples: int = 1000, level: float = 0.95) -> Estimate:
+    """Return the mean over items with its interval."""
+    return bootstrap(ratio_statistics(values_N), ratio, seed=seed, resamples=resamples, level=level)
+
+
+def ratio_statistics(numerators_N: ArrayLike, denominators_N: ArrayLike = 1.0) -> Statistics:
+    """Pair numerators with denominators, (N, 2), for :func:`ratio`; by default every item counts once."""
+    columns = np.broadcast_arrays(numerators_N, denominators_N)
+    return np.stack(columns, axis=-1).astype(np.float64)
+
+
+def ratio(sums: Statistics) -> Statistics:
+    """Return Σ numerators / Σ denominators from sums (..., 2)."""
+    return np.asarray(sums[..., 0] / sums[..., 1])
+
+
+def wilson(num_successes: int, num_trials: int, *, level: float = 0.95) -> Estimate:
+    """Return a proportion with Wilson's score interval.
+
+    centre = (p + z²/2n) / (1 + z²/n), half width = z / (1 + z²/n) · √(p(1−p)/n + z²/4n²)
+
+    Raises:
+        EvaluationError: there is no trial.
+
+    Source: Wilson, "Probable inference", 1927.
+    """
+    if num_trials < 1:
+        raise EvaluationError(f"a proportion needs at least one item, got {num_trials}: check the file of questions")
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    share = num_successes / num_trials
+    shrink = 1 + z * z / num_trials
+    centre = (share + z * z / (2 * num_trials)) / shrink
+    half = z / shrink * float(np.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2))
+    return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), num_trials, level, "Wilson")
+
+
+def _resampled_sums(statistics_NS: Statistics, seed: int, resamples: int) -> Statistics:
+    """Return statistics summed over ``resamples`` draws of N items with replacement, (M, S)."""
+    n = len(statistics_NS)
+    if n == 0:
+        raise EvaluationError("an interval needs at least one item, got none: check the file that was scored")
+    rng = seeding.stream(seed, "bootstrap", n)
+    sums = [np.bincount(rng.integers(n, size=n), minlength=n) @ statistics_NS for _ in range(resamples)]
+    return np.stack(sums)

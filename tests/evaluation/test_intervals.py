@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedloom.errors import EvaluationError
+from fedloom.evaluation.intervals import (
+    bootstrap,
+    bootstrap_difference,
+    bootstrap_mean,
+    ratio,
+    ratio_statistics,
+    wilson,
+)
+
+
+def test_wilson_interval_equals_the_textbook_one() -> None:
+    estimate = wilson(10, 20)  # Newcombe 1998: 0.2993 to 0.7007
+    assert (round(estimate.low, 4), round(estimate.high, 4)) == (0.2993, 0.7007)
+
+
+def test_wilson_interval_of_no_success_starts_at_zero_and_is_not_empty() -> None:
+    estimate = wilson(0, 10)
+    assert estimate.low == pytest.approx(0.0, abs=1e-12)
+    assert 0.2 < estimate.high < 0.35
+
+
+def test_bootstrap_interval_of_a_mean_is_about_two_standard_errors_wide() -> None:
+    values = np.linspace(-1, 1, 400)
+    estimate = bootstrap_mean(values, seed=3, resamples=2000)
+    standard_error = values.std() / np.sqrt(len(values))
+    assert estimate.value == pytest.approx(0.0, abs=1e-12)
+    assert estimate.high - estimate.low == pytest.approx(2 * 1.96 * standard_error, rel=0.1)
+
+
+def test_bootstrap_covers_the_true_mean_as_often_as_it_says() -> None:
+    rng = np.random.Generator(np.random.PCG64(0))
+    estimates = [bootstrap_mean(rng.normal(size=60), seed=i, resamples=300) for i in range(150)]
+    covered = np.mean([estimate.low <= 0.0 <= estimate.high for estimate in estimates])
+    assert 0.88 <= covered <= 0.99
+
+
+def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
+    values = np.arange(30.0)
+    assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
+    assert bootstrap_mean(values, seed=1).low != bootstrap_mean(values, seed=2).low
+
+
+def test_paired_difference_sees_through_noise_that_items_share() -> None:
+    rng = np.random.Generator(np.random.PCG64(1))
+    difficulty = rng.normal(scale=10, size=200)
+    better = ratio_statistics(difficulty + 0.5 + rng.normal(scale=0.1, size=200))
+    worse = ratio_statistics(difficulty)
+    difference = bootstrap_difference(better, worse, ratio, seed=0)
+    assert difference.exceeds_noise
+    assert difference.value == pytest.approx(0.5, abs=0.05)
+    assert difference.p_value < 0.01
+
+
+def test_a_system_against_itself_is_within_noise() -> None:
+    same = ratio_statistics(np.arange(20.0))
+    difference = bootstrap_difference(same, same, ratio, seed=0)
+    assert (difference.value, difference.p_value) == (0.0, 1.0)
+    assert not difference.exceeds_noise
+
+
+def test_ratio_weighs_items_by_their_denominator() -> None:
+    assert bootstrap(ratio_statistics([1.0, 9.0], [1.0, 3.0]), ratio, seed=0).value == 2.5
+
+
+def test_comparing_different_numbers_of_items_is_refused() -> None:
+    with pytest.raises(EvaluationError, match="got 3 and 2"):
+        bootstrap_difference(ratio_statistics(np.ones(3)), ratio_statistics(np.ones(2)), ratio, seed=0)
+
+
+@pytest.mark.parametrize("compute", [lambda: wilson(0, 0), lambda: bootstrap_mean([], seed=0)])
+def test_an_interval_over_nothing_is_refused(compute: object) -> None:
+    with pytest.raises(EvaluationError, match="at least one item"):
+        compute()  # type: ignore[operator]
