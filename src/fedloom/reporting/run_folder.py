@@ -4,6 +4,7 @@
       config.json         settings, resolved
       manifest.json       versions, seeds, hashes of base, data and partition
       partition.json      who owns which row
+      holdings.json       what each client holds, counted by group, for people and the report
       metrics.jsonl       one record per round
       tensorboard/        the same as events
       rounds/<n>/         record.json, state/ (pruned), clients/, global/
@@ -28,7 +29,7 @@ from fedloom.reporting.manifest import version_changes
 from fedloom.reporting.run_opening import ENTRIES, READY, complete_lines, inside
 
 RECORD = "record.json"
-MAY_CHANGE = ("run.out", "run.fresh", "federation.num_rounds")
+MAY_CHANGE = ("federation.num_rounds", "run.out", "run.keep_states", "run.trackers")
 _RETRY = "free space or mend the disk, then run the same command again"
 
 Writer = Callable[[Path], None]

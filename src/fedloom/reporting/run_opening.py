@@ -32,6 +32,7 @@ ENTRIES = (
     "evaluation",
     "report.html",
     "partition.json",
+    "holdings.json",
     "config.json",
     "manifest.json",
 )

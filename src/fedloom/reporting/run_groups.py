@@ -1,0 +1,185 @@
+"""Runs put side by side: groups that differ by the seed only, their curves, their table."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from fedloom.reporting.ledger import total_cost
+from fedloom.reporting.manifest import flatten
+from fedloom.reporting.stored_run import StoredRun, read_run
+from fedloom.reporting.tables import Better, Comparison, Metric, Unit, compare
+
+_INDIVIDUAL = {"run.seed", "run.out"}
+_HIGHER = ("exact", "accuracy", "bleu", "nist", "meteor", "rouge", "cider", "win")
+_SHARES = ("exact", "accuracy")
+_COUNTS = ("num_", "seconds")
+TITLES = {
+    "loss_nats": "held-out loss [nats]",
+    "perplexity": "perplexity",
+    "train_loss_nats": "training loss [nats]",
+    "upload_bytes": "up",
+    "download_bytes": "down",
+    "seconds": "time",
+    "aggregation_noise": "aggregation noise",
+}
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs of one method and one set of settings, one per seed, in the order of the seeds."""
+
+    label: str
+    colour: int
+    runs: tuple[StoredRun, ...]
+
+    @property
+    def first(self) -> StoredRun:
+        """The run of the lowest seed, shown where one run has to stand for the group."""
+        return self.runs[0]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A group's mean over seeds and the range the seeds span, at the x all of them have."""
+
+    group: RunGroup
+    xs: list[float]
+    ys: list[float]
+    low: list[float]
+    high: list[float]
+
+
+def group_runs(paths: Iterable[Path]) -> list[RunGroup]:
+    """Read run folders and group them: a label is the method's name, with the settings that tell equal names apart."""
+    members: dict[str, list[StoredRun]] = {}
+    for run in map(read_run, paths):
+        settings = {name: value for name, value in flatten(run.config).items() if name not in _INDIVIDUAL}
+        members.setdefault(repr((run.method, sorted(settings.items()))), []).append(run)
+    groups = [sorted(runs, key=lambda run: run.seed) for runs in members.values()]
+    labels = _labels([runs[0] for runs in groups])
+    return [
+        RunGroup(label, colour, tuple(runs)) for colour, (label, runs) in enumerate(zip(labels, groups, strict=True))
+    ]
+
+
+def _labels(runs: Sequence[StoredRun]) -> list[str]:
+    shared = Counter(run.method for run in runs)
+    labels = []
+    for run in runs:
+        same = [flatten(other.config) for other in runs if other.method == run.method]
+        mine = flatten(run.config)
+        told = [
+            f"{name.rpartition('.')[2]}={mine.get(name)}"
+            for name in mine
+            if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
+        ]
+        labels.append(f"{run.method} ({', '.join(told)})" if shared[run.method] > 1 and told else run.method)
+    return labels
+
+
+def curve(group: RunGroup, per_run: Mapping[int, Sequence[tuple[int, float, float]]]) -> Curve:
+    """Return a group's curve from ``per_run[i]`` = (round, x, y) of run i: mean and range over the rounds all have."""
+    points = [{n: (x, y) for n, x, y in rows} for rows in per_run.values()]
+    rounds = sorted(set.intersection(*(set(one) for one in points))) if points else []
+    at = [[one[n] for one in points] for n in rounds]
+    return Curve(
+        group,
+        [statistics.fmean(x for x, _ in seeds) for seeds in at],
+        [statistics.fmean(y for _, y in seeds) for seeds in at],
+        [min(y for _, y in seeds) for seeds in at] if len(points) > 1 else [],
+        [max(y for _, y in seeds) for seeds in at] if len(points) > 1 else [],
+    )
+
+
+def loss_by_round(group: RunGroup) -> Curve:
+    """Return held-out loss against rounds."""
+    return curve(group, {i: [(n, float(n), loss) for n, _, loss in _losses(run)] for i, run in enumerate(group.runs)})
+
+
+def loss_by_bytes(group: RunGroup) -> Curve:
+    """Return held-out loss against the bytes that crossed so far, both ways, over all clients."""
+    return curve(group, {i: [(n, sent, loss) for n, sent, loss in _losses(run)] for i, run in enumerate(group.runs)})
+
+
+def value_by_round(group: RunGroup, key: str) -> Curve:
+    """Return a number of the records against rounds, leaving out rounds without it."""
+    return curve(
+        group,
+        {
+            i: [(r["round"], float(r["round"]), float(r[key])) for r in run.records if r.get(key) is not None]
+            for i, run in enumerate(group.runs)
+        },
+    )
+
+
+def rank_by_round(group: RunGroup) -> Curve:
+    """Return the largest rank among the result's modules against rounds."""
+    return curve(
+        group,
+        {
+            i: [(r["round"], float(r["round"]), float(max(r["rank"].values()))) for r in run.records if r.get("rank")]
+            for i, run in enumerate(group.runs)
+        },
+    )
+
+
+def _losses(run: StoredRun) -> list[tuple[int, float, float]]:
+    sent = accumulate((r.get("upload_bytes") or 0) + (r.get("download_bytes") or 0) for r in run.records)
+    return [
+        (record["round"], float(total), float(record["eval"]["loss_nats"]))
+        for record, total in zip(run.records, sent, strict=True)
+        if (record.get("eval") or {}).get("loss_nats") is not None
+    ]
+
+
+def results(run: StoredRun) -> dict[str, float]:
+    """Return a run's final figures by key: the last evaluation's numbers, and what the run cost."""
+    evaluations = run.evaluations()
+    final = dict((run.finished or {}).get("eval") or (evaluations[-1]["eval"] if evaluations else {}))
+    figures = {
+        key: float(value)
+        for key, value in flatten(final).items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and not key.split(".")[-1].startswith(_COUNTS)
+    }
+    cost = total_cost(run.records)
+    figures |= {"upload_bytes": cost.upload_bytes, "download_bytes": cost.download_bytes, "seconds": cost.seconds}
+    noises = [record["aggregation_noise"] for record in run.records if record.get("aggregation_noise") is not None]
+    return figures | ({"aggregation_noise": statistics.fmean(noises)} if noises else {})
+
+
+def result_table(groups: Sequence[RunGroup], reference: str | None = None) -> Comparison:
+    """Return the table of every group's final figures over its seeds."""
+    by_group = {group.label: {run.seed: results(run) for run in group.runs} for group in groups}
+    keys = {key: None for seeds in by_group.values() for row in seeds.values() for key in row}
+    last = ("upload_bytes", "download_bytes", "seconds", "aggregation_noise")
+    ordered = [key for key in keys if key not in last] + [key for key in last if key in keys]
+    return compare(by_group, [metric_of(key) for key in ordered], reference)
+
+
+def metric_of(key: str) -> Metric:
+    """Return how a figure is headed, written and judged, from its name."""
+    name = key.split(".")[-1]
+    title = TITLES.get(key, key.replace("_", " ").replace(".", " · "))
+    if key.endswith("_bytes"):
+        return Metric(key, title, unit="B")
+    if key == "seconds":
+        return Metric(key, title, unit="s")
+    better: Better = (
+        "higher" if name.startswith(_HIGHER) else "lower" if "loss" in name or "perplex" in name else "neither"
+    )
+    unit: Unit = "%" if name.startswith(_SHARES) else ""
+    return Metric(
+        key, title, better if key != "aggregation_noise" else "lower", unit, digits=4 if "loss" in name else 3
+    )
+
+
+def client_entries(run: StoredRun) -> list[Mapping[str, Any]]:
+    """Return each client's entry of the last round it took part in, by client."""
+    latest = {entry["client"]: entry for record in run.records for entry in record.get("clients") or []}
+    return [latest[client] for client in sorted(latest)]
