@@ -120,12 +120,12 @@ def nearest(name: str, names: Sequence[str]) -> str:
 
 
 def suggestion(name: str) -> str:
-    """Say which setting was probably meant by the unknown ``name``."""
+    """Say which setting was probably meant by the unknown ``name``: one spelt like it, here or in another table."""
     names = [known for known, _ in every_setting()]
     table, _, key = name.rpartition(".")
+    here = {known.rpartition(".")[2]: known for known in names if known.startswith(f"{table}.")}
     elsewhere = [KNOWN_ELSEWHERE[key]] if key in KNOWN_ELSEWHERE else []
     elsewhere += [known for known in names if known.rpartition(".")[2] == key]
-    beside = difflib.get_close_matches(name, [known for known in names if known.startswith(f"{table}.")], 1, 0.75)
-    anywhere = difflib.get_close_matches(name, names, 1, 0.5)
-    meant = beside or elsewhere or anywhere
+    close = [here[one] for one in difflib.get_close_matches(key, here, 1, 0.6)]
+    meant = elsewhere or close or difflib.get_close_matches(name, names, 1, 0.6)
     return f"did you mean {meant[0]}?" if meant else "remove it; docs/settings.md lists every setting"

@@ -1,0 +1,113 @@
+"""Write docs/settings.md from the schema and docs/commands.md from the command line.
+
+python scripts/document.py            # write both pages
+python scripts/document.py --check    # exit 1 when a committed page differs from what would be written
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fedloom.cli import app
+from fedloom.config import tables
+from fedloom.config.setting import Table, conditions, expected, shown
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+SETTINGS_INTRODUCTION = """\
+# Settings
+
+Generated from the schema by `scripts/document.py`.
+
+A recipe is a TOML file with the tables below; `--set table.setting=value` overrides one setting of it and is the only
+override. The value is read as TOML (`3e-4`, `true`, `[8, 4, 4]`) and as bare text when it is none
+(`--set method.name=flora`); nothing after `=` means the default. A list per client has one entry for each client, by
+number. Paths are relative to the folder the command runs in. Unknown names are refused, and so is a setting that would
+be ignored.
+"""
+COMMANDS_INTRODUCTION = """\
+# Commands
+
+Generated from the command line by `scripts/document.py`.
+
+Results go to standard output, words for people and progress to standard error. Exit codes: 0 done; 2 the input cannot
+be used, one line per problem; 130 interrupted, with the state saved.
+"""
+
+
+def settings_page() -> str:
+    """Return docs/settings.md."""
+    return "\n".join(
+        [SETTINGS_INTRODUCTION, *(part for name, kind in tables().items() for part in table_section(name, kind))]
+    )
+
+
+def table_section(name: str, kind: type[Table]) -> Iterator[str]:
+    """Yield the section of one table."""
+    yield f"## [{name}]\n\n{kind.__doc__}\n\n| setting | default | accepts | what it says |\n|---|---|---|---|"
+    for key, field in kind.model_fields.items():
+        default = field.get_default()
+        acts = "; ".join(f"`{other}` = {' or '.join(values)}" for other, values in conditions(field).items())
+        says = f"{field.description} Only with {acts}." if acts else f"{field.description}"
+        written = "left out" if default is None else f"`{shown(default)}`"
+        yield "| " + " | ".join([f"`{name}.{key}`", written, cell(expected(field)), cell(says)]) + " |"
+    yield ""
+
+
+def cell(text: str) -> str:
+    """Escape what would end a table cell."""
+    return text.replace("|", "\\|")
+
+
+def commands_page() -> str:
+    """Return docs/commands.md."""
+    return "\n".join([COMMANDS_INTRODUCTION, *command_sections(typer.main.get_command(app), "fedloom")])
+
+
+def command_sections(command: Any, path: str) -> Iterator[str]:
+    """Yield the section of a command and of those below it."""
+    arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
+    below = getattr(command, "commands", {})
+    usage = " ".join([path, *(argument.metavar for argument in arguments), "COMMAND" if below else "", "[OPTIONS]"])
+    yield f"## {path}\n\n{command.help}\n\n```\n{' '.join(usage.split())}\n```\n"
+    yield "| argument or option | meaning |\n|---|---|"
+    for parameter in command.params:
+        yield f"| {cell(spelling(parameter))} | {cell(parameter.help or '')}{default_words(parameter)} |"
+    yield ""
+    for name, child in below.items():
+        yield from command_sections(child, f"{path} {name}")
+
+
+def spelling(parameter: Any) -> str:
+    """Return how an argument or option is typed."""
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar}`"
+    value = "" if parameter.is_flag else f" {parameter.metavar}"
+    return f"`{', '.join(parameter.opts)}{value}`"
+
+
+def default_words(parameter: Any) -> str:
+    """Return the default of an option that has one to show."""
+    return f" Default: `{parameter.default}`." if isinstance(parameter.default, str) else ""
+
+
+def main(arguments: list[str]) -> int:
+    """Write or check both pages."""
+    pages = {DOCS / "settings.md": settings_page(), DOCS / "commands.md": commands_page()}
+    stale = [file for file, text in pages.items() if not file.is_file() or file.read_text(encoding="utf-8") != text]
+    if arguments == ["--check"]:
+        for file in stale:
+            print(f"{file.name} is not what the code says; run: python scripts/document.py", file=sys.stderr)
+        return 1 if stale else 0
+    for file in stale:
+        file.write_text(pages[file], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

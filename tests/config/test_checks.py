@@ -1,0 +1,133 @@
+"""What one setting demands of another."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedloom.config import Settings, with_method, with_seed
+from fedloom.config.checks import problems
+from fedloom.config.schema import every_setting
+from fedloom.config.setting import choices, conditions
+
+ENOUGH = {"training": {"local_steps": 1}}
+
+
+def found(**tables: object) -> list[str]:
+    return [problem.setting for problem in problems(Settings.model_validate(ENOUGH | tables))]
+
+
+def test_the_defaults_with_a_duration_fit_together() -> None:
+    assert found() == []
+
+
+@pytest.mark.parametrize("method", ["fedit", "zero-padding", "flora", "centralised", "standalone", "splitlora", "base"])
+def test_every_method_is_accepted_with_one_rank(method: str) -> None:
+    assert found(method={"name": method}) == []
+
+
+def test_fedit_refuses_different_ranks_and_names_the_methods_that_take_them() -> None:
+    settings = Settings.model_validate({**ENOUGH, "method": {"ranks": (4, 2)}, "federation": {"num_clients": 2}})
+    (problem,) = problems(settings)
+    assert "zero-padding or flora" in problem.action
+
+
+def test_fedit_accepts_a_list_of_equal_ranks() -> None:
+    assert found(method={"ranks": (4, 4)}, federation={"num_clients": 2}) == []
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [
+        {"method": {"name": "flora", "ranks": (4, 2)}},
+        {"method": {"alpha": (4.0, 2.0)}},
+        {"devices": {"client_flops": (1.0, 2.0)}},
+        {"method": {"name": "splitlora"}, "split": {"cut_layer": (1, 2)}},
+    ],
+    ids=str,
+)
+def test_a_list_per_client_is_as_long_as_there_are_clients(tables: dict[str, object]) -> None:
+    assert len(found(**tables)) == 1
+    assert found(**tables, federation={"num_clients": 2}) == []
+
+
+@pytest.mark.parametrize(
+    ("tables", "setting"),
+    [
+        ({"method": {"name": "flora", "weighting": "norm"}}, "method.weighting"),
+        ({"method": {"broadcast": "compressed"}}, "method.broadcast"),
+        ({"method": {"name": "flora", "tolerance": 0.1}}, "method.tolerance"),
+        ({"method": {"name": "centralised"}, "server": {"learning_rate": 2.0}}, "server.learning_rate"),
+        ({"server": {"momentum": 0.9}}, "server.momentum"),
+        ({"server": {"step": "momentum", "fedexp_cap": 3.0}}, "server.fedexp_cap"),
+        ({"split": {"cut_layer": 2}}, "split.cut_layer"),
+        ({"partition": {"concentration": 0.1}}, "partition.concentration"),
+        ({"partition": {"scheme": "dirichlet"}}, "partition.column"),
+        ({"federation": {"clients_per_round": 11}}, "federation.clients_per_round"),
+        ({"federation": {"clients_per_round": 0.5, "min_clients": 6}}, "federation.min_clients"),
+        ({"data": {"max_rows": 9}}, "data.max_rows"),
+        ({"data": {"max_rows": 19, "eval_rows": 10}}, "data.max_rows"),
+        ({"data": {"eval_rows": 10, "eval_fraction": 0.1}}, "data.eval_rows"),
+        ({"training": {"local_steps": 1, "batch_size": 4, "micro_batch_size": 8}}, "training.micro_batch_size"),
+        ({"evaluation": {"paths": {"e2e": "x"}}}, "evaluation.paths"),
+        ({"model": {"device": "gpu"}}, "model.device"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_together_is_refused(tables: dict[str, object], setting: str) -> None:
+    assert found(**tables) == [setting]
+
+
+def test_split_ranks_follow_the_method_that_aggregates_the_client_half() -> None:
+    ranks = {"name": "splitlora", "ranks": (4, 2)}
+    assert found(method=ranks, federation={"num_clients": 2}) == ["method.ranks"]
+    assert found(method=ranks, federation={"num_clients": 2}, split={"aggregation": "flora"}) == []
+
+
+def test_conditions_name_settings_and_values_that_exist() -> None:
+    fields = dict(every_setting())
+    for name, field in fields.items():
+        for other, values in conditions(field).items():
+            assert set(values) <= set(choices(fields[other].annotation)), name
+
+
+HETERO = Settings.model_validate(
+    {
+        **ENOUGH,
+        "method": {
+            "name": "flora",
+            "ranks": (64, 32, 16, 16, 8, 8, 4, 4, 4, 4),
+            "broadcast": "compressed",
+            "tolerance": 0.1,
+        },
+        "server": {"step": "momentum", "momentum": 0.7},
+    }
+)
+
+
+@pytest.mark.parametrize("method", ["fedit", "zero-padding", "flora", "centralised", "standalone", "base"])
+def test_an_experiment_stays_valid_under_every_method(method: str) -> None:
+    assert problems(with_method(HETERO, method)) == []  # type: ignore[arg-type]
+
+
+def test_methods_of_one_rank_get_the_mean_rank_so_that_as_much_is_sent() -> None:
+    changed = with_method(HETERO, "fedit")
+    assert changed.method.ranks == 16
+    assert sum(changed.client_ranks) == sum(HETERO.client_ranks)
+
+
+def test_a_method_keeps_what_it_can_use_and_drops_the_rest() -> None:
+    fedit, centralised = with_method(HETERO, "fedit"), with_method(HETERO, "centralised")
+    assert (fedit.server.step, fedit.server.momentum, fedit.method.broadcast) == ("momentum", 0.7, "stack")
+    assert centralised.server == Settings().server
+
+
+def test_norm_weights_fall_back_to_rows_outside_zero_padding() -> None:
+    padded = Settings.model_validate({**ENOUGH, "method": {"name": "zero-padding", "weighting": "norm"}})
+    assert with_method(padded, "flora").method.weighting == "rows"
+    assert with_method(padded, "zero-padding") == padded
+
+
+def test_a_seed_changes_only_the_seed() -> None:
+    changed = with_seed(HETERO, 7)
+    assert changed.run.seed == 7
+    assert with_seed(changed, HETERO.run.seed) == HETERO

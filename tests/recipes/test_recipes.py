@@ -1,0 +1,111 @@
+"""Every shipped recipe loads, says what it claims, and runs on the small base with two overrides."""
+
+from __future__ import annotations
+
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from fedloom import config, recipes
+from fedloom.config import checks
+from fedloom.errors import SettingsError
+
+NAMES = recipes.names()
+
+
+def loaded(name: str, *overrides: str) -> config.Settings:
+    return config.resolve(config.parse(recipes.read(name), f"{name}.toml"), name, overrides, also=[checks.problems])
+
+
+def test_the_shipped_recipes_are_these() -> None:
+    assert NAMES == [
+        "e2e-dirichlet",
+        "fedit-dolly",
+        "fedit-natural",
+        "flora-hetero-dolly",
+        "flora-homo-alpaca",
+        "splitlora-e2e",
+        "splitlora-e2e-medium",
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_loads(name: str) -> None:
+    loaded(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_header_names_its_own_recipe_in_its_commands(name: str) -> None:
+    recipe = recipes.describe(name)
+    assert recipe.command.split()[0] == recipe.small.split()[0] == "fedloom"
+    assert recipe.command.split()[2] == recipe.small.split()[2] == name
+    assert recipes.read(name).startswith(f"# {name}\n")
+
+
+def small_overrides(name: str, data: str) -> list[str]:
+    words = shlex.split(recipes.describe(name).small.replace("$FEDLOOM_DATA", data))
+    return [value for option, value in pairwise(words) if option == "--set"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_small_run_changes_the_base_and_the_data_and_nothing_else(name: str) -> None:
+    changed = [override.partition("=")[0] for override in small_overrides(name, "/data")]
+    assert changed == ["model.base", "data.path"]
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("name", NAMES)
+def test_the_small_run_is_valid(name: str, data_dir: Path) -> None:
+    source = config.parse(recipes.read(name), f"{name}.toml")
+    config.resolve(source, name, small_overrides(name, str(data_dir)))
+
+
+def adapter_bytes(layers: int, shapes: list[tuple[int, int]], rank: int) -> int:
+    return 4 * layers * sum(rank * (outputs + inputs) for outputs, inputs in shapes)
+
+
+def test_bytes_in_the_headers_follow_from_the_shapes() -> None:
+    tinyllama = (22, [(2048, 2048), (256, 2048)])
+    claims = {
+        "fedit-dolly": [adapter_bytes(32, [(4096, 4096)] * 4, 8)],
+        "fedit-natural": [adapter_bytes(32, [(4096, 4096)] * 4, 8)],
+        "flora-hetero-dolly": [adapter_bytes(*tinyllama, 64), adapter_bytes(*tinyllama, 160)],
+        "flora-homo-alpaca": [adapter_bytes(*tinyllama, 16), adapter_bytes(*tinyllama, 160)],
+        "e2e-dirichlet": [adapter_bytes(12, [(2304, 768)], 8)],
+        "splitlora-e2e": [adapter_bytes(12, [(2304, 768)], 4) // 4, adapter_bytes(3, [(2304, 768)], 4) // 4],
+        "splitlora-e2e-medium": [adapter_bytes(24, [(3072, 1024)], 4) // 4, adapter_bytes(3, [(3072, 1024)], 4) // 4],
+    }
+    assert sorted(claims) == NAMES
+    for name, numbers in claims.items():
+        for number in numbers:
+            assert f"{number:,}" in recipes.describe(name).expect, name
+
+
+def test_heterogeneous_flora_has_the_papers_ranks() -> None:
+    settings = loaded("flora-hetero-dolly")
+    assert sum(settings.client_ranks) == 160
+    assert set(settings.client_scales) == {2.0}
+
+
+def test_fedit_draws_one_client_of_ten() -> None:
+    assert loaded("fedit-dolly").cohort_size == 1
+
+
+def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
+    with pytest.raises(SettingsError, match="did you mean fedit-dolly"):
+        recipes.read("fedit-doly")
+
+
+def test_a_copy_is_the_recipe_and_never_overwrites(tmp_path: Path) -> None:
+    file = recipes.copy("fedit-dolly", tmp_path)
+    assert file == tmp_path / "fedit-dolly.toml"
+    assert file.read_text(encoding="utf-8") == recipes.read("fedit-dolly")
+    with pytest.raises(SettingsError, match="expected a new file"):
+        recipes.copy("fedit-dolly", file)
+
+
+def test_a_copy_to_nowhere_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="cannot be written"):
+        recipes.copy("fedit-dolly", tmp_path / "no" / "where.toml")
