@@ -88,8 +88,8 @@ def test_a_setting_outside_any_table_is_led_home() -> None:
 
 
 def test_a_check_that_rests_on_a_bad_setting_waits_for_it() -> None:
-    (line,) = problems("method.ranks=[4, 0, 4]")
-    assert "an integer ≥ 1" in line
+    (line,) = problems("federation.num_clients=0", "method.ranks=[4, 4]")
+    assert line.startswith("federation.num_clients: expected an integer ≥ 1")
 
 
 def test_text_that_looks_like_a_format_is_shown_as_it_is() -> None:
