@@ -127,9 +127,14 @@ class Partition:
                 f"{data_sha256[:12]}; restore the data, tokenizer, template and max_length, or make a new partition"
             )
         try:
-            return _from_clients(document["clients"], document["how"])
+            partition = _from_clients(document["clients"], document["how"])
         except (KeyError, TypeError, ValueError) as cause:
             raise PartitionError(f"{path}: {cause}") from cause
+        if partition.num_rows != document.get("num_rows"):
+            raise PartitionError(
+                f"{path}: expected {document.get('num_rows')} rows, its clients own {partition.num_rows}"
+            )
+        return partition
 
 
 def _from_clients(clients: Sequence[Mapping[str, object]], how: Mapping[str, str | int | float]) -> Partition:

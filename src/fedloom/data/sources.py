@@ -24,7 +24,7 @@ import numpy.typing as npt
 from fedloom.errors import DataError
 
 Row = dict[str, Any]
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CLIENT_FILE = re.compile(r"local_(training|eval|test)_(\d+)\.(json|jsonl|csv|tsv|parquet)")
 _CLIENT_FILE_SPLITS = {"train": "training", "eval": "eval", "test": "test"}
 _GLOBAL_FILES = {"train": "global_training.json", "eval": "global_eval.json", "test": "global_test.json"}

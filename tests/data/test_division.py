@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedloom.data import Division, Rows, Scheme, TokenSet, divide
+from fedloom.errors import PartitionError
+
+ROWS = Rows(
+    [{"category": "ab"[i % 2], "site": i % 3} for i in range(12)],
+    ("local_training_4.json", "local_training_9.json"),
+    np.repeat([0, 1], 6),
+    np.arange(12),
+)
+TOKENS = TokenSet.from_rows(([0] * (i + 1), [True] * (i + 1)) for i in range(12))
+
+
+@pytest.mark.parametrize("scheme", [s for s in Scheme if s is not Scheme.NATURAL])
+def test_every_scheme_can_be_named(scheme: Scheme) -> None:
+    partition = divide(Division(scheme, num_clients=3, column="category"), ROWS, TOKENS, seed=1)
+    assert (partition.num_clients, partition.how["scheme"]) == (3, scheme)
+
+
+def test_natural_clients_are_the_files_or_the_values_of_a_column() -> None:
+    assert divide(Division(Scheme.NATURAL), ROWS, TOKENS, seed=1).names == ("4", "9")
+    assert divide(Division(Scheme.NATURAL, column="site"), ROWS, TOKENS, seed=1).names == ("0", "1", "2")
+
+
+@pytest.mark.parametrize(
+    ("division", "message"),
+    [
+        (Division(Scheme.IID), "needs federation.num_clients"),
+        (Division(Scheme.DIRICHLET, 3), r"needs partition.column; set it .*\('category', 'site'\)"),
+        (Division(Scheme.DIRICHLET, 3, column="topic"), "no column 'topic'; it has category, site"),
+        (Division(Scheme.NATURAL, 3), "the data name 2 clients"),
+    ],
+)
+def test_what_is_missing_is_named(division: Division, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        divide(division, ROWS, TOKENS, seed=1)
+
+
+def test_rows_that_were_not_the_encoded_ones_are_refused() -> None:
+    with pytest.raises(PartitionError, match="12 rows and 2 encoded"):
+        divide(Division(Scheme.IID, 2), ROWS, TOKENS.select([0, 1]), seed=1)
