@@ -40,7 +40,7 @@ def test_a_difference_smaller_than_the_spread_of_seeds_is_found_by_pairing_them(
 
 @pytest.mark.parametrize(
     ("better", "shift", "verdict"),
-    [("lower", -1, "better"), ("lower", 1, "worse"), ("higher", 1, "better"), ("neither", 1, "differs")],
+    [("lower", -1, "better"), ("lower", 1, "worse"), ("higher", 1, "better"), ("neither", 1, "not judged")],
 )
 def test_the_direction_decides_what_is_better(better: str, shift: float, verdict: str) -> None:
     reference = {1: 0.0, 2: 5.0}

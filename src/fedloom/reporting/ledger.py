@@ -155,6 +155,11 @@ def total_cost(records: Iterable[Mapping[str, Any]]) -> TotalCost:
     )
 
 
+def was_left_out(client: Mapping[str, Any]) -> bool:
+    """Return whether a client's entry in a round's record tells of an update that was not used."""
+    return bool(client.get("reason")) or client.get("status", "ok") != "ok"
+
+
 def peak_memory_bytes() -> int:
     """Return the most memory this process ever held resident."""
     high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
+from fedloom.reporting.ledger import was_left_out
 from fedloom.reporting.tables import written_bytes
 
 
@@ -182,7 +183,7 @@ def figures(record: Mapping[str, Any]) -> str:
     """Return a round's main figures in one line; what the record lacks is left out."""
     evaluation = record.get("eval") or {}
     clients = record.get("clients") or []
-    left_out = sum(client.get("status", "ok") != "ok" for client in clients)
+    left_out = sum(was_left_out(client) for client in clients)
     sent = (record.get("upload_bytes") or 0) + (record.get("download_bytes") or 0)
     parts = [
         _number("train loss", record.get("train_loss_nats")),

@@ -15,6 +15,7 @@ from fedloom.reporting.manifest import flatten
 from fedloom.reporting.stored_run import StoredRun, read_run
 from fedloom.reporting.tables import Better, Comparison, Metric, Unit, compare
 
+_ORDER = ("fedit", "zero-padding", "flora", "splitlora", "standalone", "centralised", "base")
 _INDIVIDUAL = {"run.seed", "run.out"}
 _HIGHER = ("exact", "accuracy", "bleu", "nist", "meteor", "rouge", "cider", "win")
 _SHARES = ("exact", "accuracy")
@@ -26,7 +27,7 @@ TITLES = {
     "upload_bytes": "up",
     "download_bytes": "down",
     "seconds": "time",
-    "aggregation_noise": "aggregation noise",
+    "aggregation_noise": "noise",
 }
 
 
@@ -62,6 +63,7 @@ def group_runs(paths: Iterable[Path]) -> list[RunGroup]:
         settings = {name: value for name, value in flatten(run.config).items() if name not in _INDIVIDUAL}
         members.setdefault(repr((run.method, sorted(settings.items()))), []).append(run)
     groups = [sorted(runs, key=lambda run: run.seed) for runs in members.values()]
+    groups.sort(key=lambda runs: _ORDER.index(runs[0].method) if runs[0].method in _ORDER else len(_ORDER))
     labels = _labels([runs[0] for runs in groups])
     return [
         RunGroup(label, colour, tuple(runs)) for colour, (label, runs) in enumerate(zip(labels, groups, strict=True))
@@ -167,9 +169,9 @@ def metric_of(key: str) -> Metric:
     name = key.split(".")[-1]
     title = TITLES.get(key, key.replace("_", " ").replace(".", " · "))
     if key.endswith("_bytes"):
-        return Metric(key, title, unit="B")
+        return Metric(key, title, "neither", "B")
     if key == "seconds":
-        return Metric(key, title, unit="s")
+        return Metric(key, title, "neither", "s")
     better: Better = (
         "higher" if name.startswith(_HIGHER) else "lower" if "loss" in name or "perplex" in name else "neither"
     )

@@ -42,7 +42,7 @@ def spectra_of(adapter_folder: Path) -> list[Spectrum]:
     from fedloom.lora.peft_files import load_peft
 
     adapter = load_peft(adapter_folder)
-    values = compress(adapter).singular_values
+    values = compress(adapter).spectrum
     return [Spectrum(name, pair.shape, pair.rank, tuple(values[name].tolist())) for name, pair in adapter.items()]
 
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from fedloom.errors import EvaluationError
 
 Better = Literal["lower", "higher", "neither"]
-Verdict = Literal["better", "worse", "differs", "within noise", "too few seeds"]
+Verdict = Literal["better", "worse", "within noise", "too few seeds", "not judged"]
 Unit = Literal["", "%", "B", "s"]
 
 # Student's t at 0.975 for 1..9 degrees of freedom.
@@ -65,7 +65,7 @@ class Comparison:
 
     def to_rich(self, title: str | None = None) -> Table:
         """Return the table for a terminal; the best value of a column is bold."""
-        table = Table(title=title, caption=self._caption(), caption_justify="left")
+        table = Table(title=title, caption=self.caption(), caption_justify="left")
         table.add_column("method")
         for metric in self.metrics:
             table.add_column(metric.title, justify="right")
@@ -81,7 +81,7 @@ class Comparison:
             [method, *(f"**{text}**" if best else text for text, best in self._row(method))] for method in self.cells
         ]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *body])
-        return f"{table}\n\n{self._caption()}\n"
+        return f"{table}\n\n{self.caption()}\n"
 
     def to_json(self) -> dict[str, Any]:
         """Return every number, unrounded, in JSON's types."""
@@ -109,13 +109,14 @@ class Comparison:
             for metric in self.metrics
         ]
 
-    def _caption(self) -> str:
+    def caption(self) -> str:
+        """Return what the numbers and marks mean, in one line."""
         seeds = {cell.num_seeds for cells in self.cells.values() for cell in cells.values() if cell is not None}
         count = "–".join(str(n) for n in sorted({min(seeds, default=0), max(seeds, default=0)}))
         text = f"mean ± standard deviation over {count} seed{'' if count == '1' else 's'}"
         if self.reference is None:
             return text
-        return f"{text}; ▲ better, ▼ worse, ≠ different from {self.reference} beyond noise (paired t, 95 %)"
+        return f"{text}; ▲ better, ▼ worse than {self.reference} by more than noise (paired t, 95 %)"
 
 
 def compare(
@@ -163,10 +164,10 @@ def student_t975(degrees: int) -> float:
 
 
 def _verdict(mean: float, half_width: float, better: Better) -> Verdict:
+    if better == "neither":
+        return "not judged"
     if not abs(mean) > half_width:
         return "within noise"
-    if better == "neither":
-        return "differs"
     return "better" if (mean < 0) == (better == "lower") else "worse"
 
 
@@ -193,10 +194,10 @@ def _cell_text(cell: Cell | None, metric: Metric) -> str:
     if cell is None:
         return "–"
     text = written(cell.mean, metric.unit, metric.digits)
-    if cell.sd is not None:
+    if cell.sd:
         text += f" ± {written(cell.sd, metric.unit, metric.digits)}"
-    marks = {"better": " ▲", "worse": " ▼", "differs": " ≠", "within noise": "", "too few seeds": ""}
-    return text + (marks[cell.difference.verdict] if cell.difference else "")
+    marks = {"better": " ▲", "worse": " ▼"}
+    return text + (marks.get(cell.difference.verdict, "") if cell.difference else "")
 
 
 def _cell_json(cell: Cell) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""The report's page: parts, sections, style and script."""

@@ -1,0 +1,94 @@
+"""Who took part: bars by client, and who holds what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fedloom.reporting.charts import Axis, Bar, bar_chart, matrix_chart
+from fedloom.reporting.ledger import was_left_out
+from fedloom.reporting.page.parts import choice, figure, table
+from fedloom.reporting.run_groups import RunGroup, client_entries
+from fedloom.reporting.stored_run import Holding
+from fedloom.reporting.tables import Unit, written
+
+MAX_BARS = 60
+CLIENT_VALUES: tuple[tuple[str, str, Unit], ...] = (
+    ("loss_nats", "training loss [nats]", ""),
+    ("num_rows", "rows", ""),
+    ("norm", "norm of the update", ""),
+    ("seconds", "seconds", "s"),
+    ("upload_bytes", "bytes sent up", "B"),
+    ("download_bytes", "bytes received", "B"),
+)
+
+
+def clients(groups: Sequence[RunGroup]) -> str:
+    """Return per-client bars, one panel per group and quantity."""
+    panels = []
+    for group in groups:
+        entries = client_entries(group.first)
+        for field, title, unit in CLIENT_VALUES:
+            if len(entries) > 1 and any(entry.get(field) for entry in entries):
+                panels.append(((title, group.label), _client_figure(group, entries, field, title, unit)))
+    return choice(("Show", "of"), panels)
+
+
+def _client_figure(group: RunGroup, entries: Sequence[Mapping[str, Any]], field: str, title: str, unit: Unit) -> str:
+    names = {index: holding.name for index, holding in enumerate(group.first.holdings)}
+    bars = []
+    for entry in entries[:MAX_BARS]:
+        value, label = entry.get(field), _client_label(entry["client"], names)
+        note = f"left out: {entry.get('reason')}" if was_left_out(entry) else "–" if value is None else ""
+        bars.append(Bar(label, [(title, group.colour, float(value or 0.0))], note[:40]))
+    digits = 0 if field == "num_rows" else 3
+    note = f"{group.label}, seed {group.first.seed}, the last round each took part in"
+    note += f"; the first {MAX_BARS} of {len(entries)} clients" if len(entries) > MAX_BARS else ""
+    rows = [[bar.label, bar.note or written(bar.parts[0][2], unit, digits)] for bar in bars]
+    return figure(
+        f"By client: {title}",
+        bar_chart(title, Axis(title, unit, digits=digits), bars),
+        note,
+        table(["client", title], rows),
+    )
+
+
+def _client_label(client: int, names: Mapping[int, str]) -> str:
+    name = names.get(client, str(client))
+    return f"client {name}" if name.isdigit() else name
+
+
+def partition(groups: Sequence[RunGroup]) -> str:
+    """Return who holds what, a panel per distinct partition."""
+    distinct: list[RunGroup] = []
+    for group in groups:
+        if group.first.holdings and all(group.first.holdings != other.first.holdings for other in distinct):
+            distinct.append(group)
+    panels = [((group.label,), _partition_figure(group.first.holdings)) for group in distinct]
+    return choice(("Partition of",), panels)
+
+
+def _partition_figure(holdings: Sequence[Holding]) -> str:
+    columns = sorted({name for holding in holdings for name in holding.rows_by_group})
+    rows = [
+        (_holder(index, holding), [holding.rows_by_group.get(column, 0) for column in columns])
+        for index, holding in enumerate(holdings)
+    ]
+    head = ["client", "rank", "rows", *columns]
+    body = [
+        [label, "–" if holding.rank is None else str(holding.rank), f"{holding.num_rows:,}", *map(str, counts)]
+        for (label, counts), holding in zip(rows, holdings, strict=True)
+    ]
+    note = f"the first {MAX_BARS} of {len(rows)} clients; " if len(rows) > MAX_BARS else ""
+    if columns:
+        drawing = matrix_chart("Rows by client and group", rows[:MAX_BARS], columns)
+        note += "The darker a cell, the larger its share of the client's rows."
+    else:
+        bars = [Bar(_holder(i, holding), [("rows", 0, float(holding.num_rows))]) for i, holding in enumerate(holdings)]
+        drawing = bar_chart("Rows by client", Axis("rows", digits=0), bars[:MAX_BARS])
+    return figure("Who holds what", drawing, note, table(head, body))
+
+
+def _holder(index: int, holding: Holding) -> str:
+    label = _client_label(index, {index: holding.name})
+    return label if holding.rank is None else f"{label} · r {holding.rank}"

@@ -1,0 +1,104 @@
+"""What came out: the methods' table, loss against rounds and bytes, aggregation noise, rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedloom.reporting.charts import Axis, Level, Line, line_chart
+from fedloom.reporting.page.parts import figure, table
+from fedloom.reporting.run_groups import (
+    Curve,
+    RunGroup,
+    loss_by_bytes,
+    loss_by_round,
+    rank_by_round,
+    result_table,
+    value_by_round,
+)
+from fedloom.reporting.svg import element
+from fedloom.reporting.tables import written
+
+LOSS = Axis("held-out loss [nats per token]", digits=4)
+ROUNDS = Axis("round", whole=True)
+
+
+def methods(groups: Sequence[RunGroup], reference: str | None) -> str:
+    """Return the table of final figures."""
+    comparison = result_table(groups, reference)
+    if not comparison.metrics:
+        return ""
+    head, *rows = [
+        [part.strip() for part in line.strip("|").split("|")] for line in _table_lines(comparison.to_markdown())
+    ]
+    cells = "".join(
+        element(
+            "tr",
+            element("th", element("span", class_="swatch"), element("span", text=row[0]), scope="row"),
+            *(
+                element("td", text=cell.strip("*"), class_="best" if cell.startswith("**") else None)
+                for cell in row[1:]
+            ),
+            class_=f"s{group.colour % 8}",
+        )
+        for row, group in zip(rows, groups, strict=True)
+    )
+    top = element("thead", element("tr", *(element("th", text=cell, scope="col") for cell in head)))
+    note = element("p", text=comparison.caption(), class_="note")
+    return element("div", element("table", top, element("tbody", cells), class_="results"), class_="scroll") + note
+
+
+def _table_lines(markdown: str) -> list[str]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    return [lines[0], *lines[2:]]
+
+
+def losses(groups: Sequence[RunGroup]) -> str:
+    """Return held-out loss against rounds and against bytes."""
+    by_round = [loss_by_round(group) for group in groups]
+    by_bytes = [loss_by_bytes(group) for group in groups]
+    sent = Axis("bytes sent so far, both ways, all clients", unit="B", kind=_kind_of(by_bytes))
+    return _curves("Loss against rounds", by_round, ROUNDS, LOSS) + _curves("Loss against bytes", by_bytes, sent, LOSS)
+
+
+def noise_and_rank(groups: Sequence[RunGroup]) -> str:
+    """Return aggregation noise and the result's largest rank, by round."""
+    noise = [value_by_round(group, "aggregation_noise") for group in groups]
+    rank = [rank_by_round(group) for group in groups]
+    noise_axis, rank_axis = Axis("‖applied − mean of products‖ / ‖mean‖", digits=4), Axis("largest rank", digits=0)
+    return _curves("Aggregation noise", noise, ROUNDS, noise_axis) + _curves(
+        "Rank of the result", rank, ROUNDS, rank_axis
+    )
+
+
+def _kind_of(curves: Sequence[Curve]) -> Any:
+    totals = [x for curve in curves for x in curve.xs if x > 0]
+    return "log" if totals and max(totals) > 30 * min(totals) else "linear"
+
+
+def _curves(title: str, curves: Sequence[Curve], x: Axis, y: Axis) -> str:
+    drawn = [curve for curve in curves if curve.ys]
+    if not drawn:
+        return ""
+    flat = [curve for curve in drawn if len(curve.xs) == 1 or (x.unit == "B" and max(curve.xs) == 0)]
+    moving = [curve for curve in drawn if curve not in flat]
+    if not moving:
+        moving, flat = flat, []
+    lines = [Line(c.group.label, c.group.colour, *_visible(c, x)) for c in moving]
+    levels = [Level(c.group.label, c.group.colour, c.ys[-1]) for c in flat]
+    note = "Band: range over seeds. " if any(line.low for line in lines) else ""
+    note += "Dashed: nothing crosses, or a single measurement." if levels else ""
+    rows = [
+        [c.group.label, written(at, x.unit, 0), written(value, y.unit, y.digits)]
+        for c in drawn
+        for at, value in zip(c.xs, c.ys, strict=True)
+    ]
+    numbers = table(["method", x.title, y.title], rows)
+    return figure(title, line_chart(title, x, y, lines, levels), note.strip(), numbers)
+
+
+def _visible(curve: Curve, x: Axis) -> tuple[list[float], list[float], list[float], list[float]]:
+    """Return the points a log axis can show: those at zero bytes are left out."""
+    kept = [index for index, at in enumerate(curve.xs) if x.kind == "linear" or at > 0]
+    low, high = ([values[i] for i in kept] if values else [] for values in (curve.low, curve.high))
+    return [curve.xs[i] for i in kept], [curve.ys[i] for i in kept], low, high

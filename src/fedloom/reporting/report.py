@@ -1,0 +1,139 @@
+"""The report: one self-contained HTML page from run folders, readable without network, in print, in light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+
+from fedloom.errors import RunError
+from fedloom.reporting import durable
+from fedloom.reporting.ledger import total_cost
+from fedloom.reporting.page import adapter, clients, costs, provenance, results
+from fedloom.reporting.page.parts import key, section
+from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
+from fedloom.reporting.stored_run import find_runs
+from fedloom.reporting.svg import element
+from fedloom.reporting.tables import written_bytes
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+
+
+def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) -> None:
+    """Write the page ``out`` about run folders, or folders of run folders; ``reference`` is the method to compare with.
+
+    Raises:
+        RunError: there is no run, or ``out`` cannot be written.
+        EvaluationError: ``reference`` is not among the methods.
+    """
+    paths = [found for path in runs for found in find_runs(path)]
+    if not paths:
+        raise RunError("expected at least one run folder to report on, got none")
+    page = report_html(group_runs(dict.fromkeys(paths)), reference)
+    with durable.explained(str(out), "choose another place for the report"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_bytes(out, page.encode())
+
+
+def report_html(groups: Sequence[RunGroup], reference: str | None = None) -> str:
+    """Return the page about run groups."""
+    losses = results.losses(groups)
+    body = "".join(
+        (
+            _header(groups),
+            section("results", "Results", "", results.methods(groups, reference)),
+            section("loss", "Loss", "", key(groups) + losses if losses else ""),
+            section("clients", "Clients", "", clients.clients(groups), clients.partition(groups)),
+            section("aggregation", "Aggregation", _NOISE, results.noise_and_rank(groups)),
+            section("result", "The result", "", adapter.spectrum(groups)),
+            section("costs", "Costs", "", costs.costs(groups)),
+            section("provenance", "Settings and hashes", "", provenance.settings(groups), provenance.origins(groups)),
+        )
+    )
+    return _page(_title(groups), element("main", body))
+
+
+_NOISE = (
+    "Noise is how far what the server applied lies from the weighted mean of the clients' products, relative to that "
+    "mean: zero for an exact method."
+)
+
+
+def _page(title: str, body: str) -> str:
+    head = element(
+        "head",
+        '<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        '<meta name="color-scheme" content="light dark">',
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
+        element("title", text=title),
+        f"<style>{_asset('report.css')}</style>",
+    )
+    script = f"<script>{_asset('report.js')}</script>"
+    return f'<!doctype html>\n<html lang="en">{head}{element("body", body, script)}</html>\n'
+
+
+def _asset(name: str) -> str:
+    return resources.files("fedloom.reporting.page").joinpath(name).read_text(encoding="utf-8")
+
+
+def _title(groups: Sequence[RunGroup]) -> str:
+    return f"fedloom report: {', '.join(group.label for group in groups)}"
+
+
+def _header(groups: Sequence[RunGroup]) -> str:
+    runs = [run for group in groups for run in group.runs]
+    unfinished = [run.path.name for run in runs if run.finished is None]
+    warning = f"Not finished: {', '.join(unfinished)}. The figures are of the rounds so far." if unfinished else ""
+    head = element("div", element("h1", text=_heading(groups)), _theme_button())
+    about = element("p", text=_about(groups), class_="lead")
+    return element(
+        "header", head, about, element("p", text=warning, class_="warning") if warning else "", _tiles(groups)
+    )
+
+
+def _heading(groups: Sequence[RunGroup]) -> str:
+    if len(groups) == 1:
+        return groups[0].label
+    return f"{', '.join(group.label for group in groups[:-1])} and {groups[-1].label}"
+
+
+def _theme_button() -> str:
+    return element("button", text="Light / dark", type="button", id="scheme")
+
+
+def _about(groups: Sequence[RunGroup]) -> str:
+    config = groups[0].first.config
+    base = config.get("model", {}).get("base")
+    data = config.get("data", {}).get("path")
+    num_clients = config.get("federation", {}).get("num_clients")
+    seeds = sorted({run.seed for group in groups for run in group.runs})
+    parts = [
+        f"base {Path(str(base)).name}" if base else "",
+        f"data {Path(str(data)).name}" if data else "",
+        f"{num_clients} clients" if num_clients else "",
+        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}",
+    ]
+    return " · ".join(part for part in parts if part)
+
+
+def _tiles(groups: Sequence[RunGroup]) -> str:
+    table = result_table(groups)
+    tiles = []
+    if any(metric.key == "loss_nats" for metric in table.metrics):
+        losses = {label: cells["loss_nats"] for label, cells in table.cells.items()}
+        label, cell = min(((label, cell) for label, cell in losses.items() if cell), key=lambda item: item[1].mean)
+        tiles.append((f"{cell.mean:.4f}", "lowest held-out loss [nats]", label if len(groups) > 1 else ""))
+    cost = [total_cost(run.records) for group in groups for run in group.runs]
+    sent = sum(one.upload_bytes + one.download_bytes for one in cost)
+    tiles.append((written_bytes(sent), "crossed the wire", "as serialised, all runs"))
+    tiles.append(
+        (f"{sum(one.seconds for one in cost):,.0f} s", "of work", f"{len(cost)} runs" if len(cost) > 1 else "")
+    )
+    peak = max(one.peak_memory_bytes for one in cost)
+    tiles.append((written_bytes(peak), "peak memory", "of one process"))
+    drawn = [
+        element("div", element("b", text=value), element("span", text=name), element("small", text=note), class_="tile")
+        for value, name, note in tiles
+    ]
+    return element("div", *drawn, class_="tiles")
