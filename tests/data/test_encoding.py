@@ -120,6 +120,34 @@ def test_rows_without_answer_can_be_dropped_and_are_counted() -> None:
     assert (encoded.counts.num_unanswered, encoded.kept.tolist()) == (1, [1])
 
 
+def test_the_tokenizer_s_beginning_of_text_comes_first_and_is_not_learned() -> None:
+    from tokenizers import processors
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="\x00 $A \x00", special_tokens=[("\x00", 0)]
+    )
+    ids, mask = encode(read_records(rows_of(qa("a?", "b"))), tokenizer).tokens.row(0)
+    assert bytes(ids.tolist()) == b"\x00Question: a?\nAnswer: b\x00"
+    assert mask.tolist() == [False] * (len(ids) - 3) + [True] * 3
+
+
+def test_a_token_across_either_border_of_an_answer_is_learned() -> None:
+    from tokenizers import Tokenizer, models
+
+    letters = {letter: number for number, letter in enumerate("U:Assitanrebxy \n")}
+    vocabulary = {**letters, ": ": 50, "b\n": 51, "<end>": 52}
+    bpe = models.BPE(vocab=vocabulary, merges=[(":", " "), ("b", "\n")])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(bpe), eos_token="<end>")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'User: x' if m['role'] == 'user' else 'Assistant:' + ' b\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+    )
+    rows = read_records(rows_of(dialogue("u:x", "a:b", "u:x", "a:b")))
+    ids, mask = encode(rows, tokenizer).tokens.row(0)
+    assert tokenizer.convert_ids_to_tokens(ids[mask].tolist()) == [": ", "b\n", ": ", "b\n", "<end>"]
+
+
 # "Question: q\nAnswer:" is 19 bytes, " b" and the end make 22.
 LENGTHS = rows_of(qa("q", "b"), qa("q", "long answer"), qa("question that is very long", "b"))
 
