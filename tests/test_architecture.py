@@ -29,6 +29,7 @@ ORDER = (
     "privacy",
     "evaluation",
     "reporting",
+    "embedded",
     "recipes",
     "experiment",
     "cli",

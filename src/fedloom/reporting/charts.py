@@ -55,7 +55,7 @@ def line_chart(name: str, x: Axis, y: Axis, lines: Sequence[Line], levels: Seque
     across = fitted(xs, LEFT, WIDTH - RIGHT, x.kind, whole=x.whole)
     up = fitted(ys, HEIGHT - BOTTOM, TOP, y.kind)
     marks = [_level(level, up) for level in levels] + [_line(line, across, up) for line in lines]
-    labels = _end_labels(lines, levels, up)
+    labels = _end_labels(lines, levels, across, up)
     hover = element("g", element("line", class_="crosshair", y1=TOP, y2=HEIGHT - BOTTOM), class_="hover")
     data = json.dumps([_hover_data(line, x, y, across, up) for line in lines], ensure_ascii=False)
     return element(
@@ -110,18 +110,26 @@ def _level(level: Level, up: Scale) -> str:
     return element("g", drawn, class_=f"series s{level.colour % NUM_COLOURS}", data_series=level.label)
 
 
-def _end_labels(lines: Sequence[Line], levels: Sequence[Level], up: Scale) -> list[str]:
-    ends = [(line.label, line.colour, up(line.ys[-1])) for line in lines if line.ys]
+def _end_labels(lines: Sequence[Line], levels: Sequence[Level], across: Scale, up: Scale) -> list[str]:
+    """Label curves at the right edge, moved apart; a curve that ends well before it is labelled where it ends."""
+    right = WIDTH - RIGHT
+    early = [line for line in lines if line.ys and across(line.xs[-1]) < right - 70]
+    ends = [(line.label, line.colour, up(line.ys[-1])) for line in lines if line.ys and line not in early]
     ends += [(level.label, level.colour, up(level.y)) for level in levels]
-    if len(ends) > MAX_END_LABELS:
+    if len(ends) + len(early) > MAX_END_LABELS:
         return []
     heights = spread([y for _, _, y in ends], 14, TOP + 4, HEIGHT - BOTTOM)
     labels = []
     for (label, colour, y), height in zip(ends, heights, strict=True):
-        right = WIDTH - RIGHT
         leader = element("path", d=path_data([(right + 3, y), (right + 11, height)]), class_="leader")
         text = element("text", text=_short(label, 15), x=right + 14, y=height + 4, class_="end-label")
         labels.append(element("g", leader, text, class_=f"series s{colour % NUM_COLOURS}", data_series=label))
+    if not early:
+        return labels
+    lower = spread([up(line.ys[-1]) for line in early], 14, TOP + 4, HEIGHT - BOTTOM)
+    for line, height in zip(early, lower, strict=True):
+        text = element("text", text=line.label, x=across(line.xs[-1]) + 8, y=height + 4, class_="end-label")
+        labels.append(element("g", text, class_=f"series s{line.colour % NUM_COLOURS}", data_series=line.label))
     return labels
 
 
@@ -180,7 +188,8 @@ def _bar_parts(bar: Bar, axis: Axis, across: Scale, y: float, pitch: float) -> l
 
 def matrix_chart(name: str, rows: Sequence[tuple[str, Sequence[int]]], columns: Sequence[str]) -> str:
     """Return a matrix of counts: the darker a cell, the larger its share of the row; totals at the right."""
-    cell, left, top = (30.0 if len(columns) <= 16 else 16.0), 150.0, 118.0
+    cell, left = (30.0 if len(columns) <= 16 else 16.0), 150.0
+    top = 24.0 + 4.6 * min(max(map(len, columns), default=0), 22)
     row_height = 22.0 if len(rows) <= 40 else 14.0
     edge = left + cell * len(columns)
     width, height = edge + 190.0, top + row_height * len(rows) + 10

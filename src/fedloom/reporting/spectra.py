@@ -24,7 +24,7 @@ class Spectrum:
 
     def rank_holding(self, share: float) -> int:
         """Return how many directions hold ``share`` of the energy Σ σ²."""
-        wanted, held = share * self.norm**2, 0.0
+        wanted, held = share * sum(sigma * sigma for sigma in self.singular_values), 0.0
         for count, sigma in enumerate(self.singular_values, start=1):
             held += sigma * sigma
             if held >= wanted:

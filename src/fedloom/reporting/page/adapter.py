@@ -28,7 +28,7 @@ def spectrum(groups: Sequence[RunGroup]) -> str:
 
 
 def _module_table(group: RunGroup, spectra: Sequence[Spectrum]) -> str:
-    head = ["module", "out × in", "rank", "holds 90 %", "holds 99 %", "norm"]
+    head = ["module", "out × in", "rank", "90 %", "99 %", "norm"]
     rows = [
         [
             one.module,
@@ -40,5 +40,7 @@ def _module_table(group: RunGroup, spectra: Sequence[Spectrum]) -> str:
         ]
         for one in spectra
     ]
-    caption = f"{group.label}, seed {group.first.seed}: rank as stored, and directions that hold a share of the energy"
+    caption = (
+        f"{group.label}, seed {group.first.seed}: rank as stored, and directions that hold 90 and 99 % of the energy"
+    )
     return table(head, rows, caption)

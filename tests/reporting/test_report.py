@@ -1,0 +1,102 @@
+"""The report as a file; the browser's own view of it is in test_report_in_browser.py."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from fedloom.errors import EvaluationError, RunError
+from fedloom.reporting.report import write_report
+
+MakeRun = Callable[..., Path]
+SECTIONS = ["results", "loss", "clients", "aggregation", "result", "costs", "provenance"]
+
+
+class Checked(HTMLParser):
+    """Collect sections and addresses, and check that elements close in order."""
+
+    VOID = frozenset({"meta"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sections: list[str] = []
+        self.addresses: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in self.VOID:
+            self.open.append(tag)
+        found = dict(attrs)
+        if tag == "section":
+            self.sections.append(str(found["id"]))
+        self.addresses += [str(found[name]) for name in ("src", "href", "action") if name in found]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def read(page: Path) -> Checked:
+    parser = Checked()
+    parser.feed(page.read_text(encoding="utf-8"))
+    assert parser.open == []
+    return parser
+
+
+def test_the_page_has_every_section_and_asks_the_network_for_nothing(comparison: Path, tmp_path: Path) -> None:
+    write_report([comparison], tmp_path / "report.html", reference="fedit")
+    page = read(tmp_path / "report.html")
+    assert page.sections == SECTIONS
+    assert page.addresses == []
+    text = (tmp_path / "report.html").read_text()
+    assert not re.findall(r"https?://|@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_a_run_without_partition_adapter_or_finish_is_reported_with_a_warning(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    path = make_run("flora", finish="no")
+    (path / "holdings.json").unlink()
+    shutil.rmtree(path / "adapter")
+    write_report([path], tmp_path / "report.html")
+    page = read(tmp_path / "report.html")
+    assert page.sections == [name for name in SECTIONS if name != "result"]
+    text = (tmp_path / "report.html").read_text()
+    assert "Not finished: flora-seed1" in text
+    assert "left out: not finite" not in text  # client 4 took part again after round 2
+    assert "Who holds what" not in text
+
+
+def test_a_run_that_has_no_round_yet_is_reported(make_run: MakeRun, tmp_path: Path) -> None:
+    write_report([make_run("fedit", num_rounds=0, finish="no")], tmp_path / "report.html")
+    assert "provenance" in read(tmp_path / "report.html").sections
+
+
+def test_names_from_outside_are_text_and_not_markup(make_run: MakeRun, tmp_path: Path) -> None:
+    write_report([make_run("fedit", path="<script>alert(1)</script>")], tmp_path / "report.html")
+    assert "<script>alert" not in (tmp_path / "report.html").read_text()
+
+
+def test_a_run_named_twice_counts_once(make_run: MakeRun, tmp_path: Path) -> None:
+    path = make_run("fedit")
+    write_report([path, path], tmp_path / "twice.html")
+    write_report([path], tmp_path / "once.html")
+    assert (tmp_path / "twice.html").read_bytes() == (tmp_path / "once.html").read_bytes()
+
+
+def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="at least one run folder"):
+        write_report([], tmp_path / "report.html")
+    with pytest.raises(RunError, match="holds no fedloom run"):
+        write_report([tmp_path], tmp_path / "report.html")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reference_that_is_not_there_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match="'flora' is not among fedit"):
+        write_report([make_run("fedit")], tmp_path / "report.html", reference="flora")

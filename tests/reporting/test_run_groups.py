@@ -1,0 +1,97 @@
+"""Runs side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedloom.reporting.run_groups import (
+    client_entries,
+    group_runs,
+    loss_by_bytes,
+    loss_by_round,
+    metric_of,
+    rank_by_round,
+    result_table,
+    results,
+    value_by_round,
+)
+
+MakeRun = Callable[..., Path]
+
+
+def test_runs_that_differ_by_the_seed_alone_are_one_group(comparison: Path) -> None:
+    groups = group_runs(comparison.iterdir())
+    assert [group.label for group in groups] == ["fedit", "zero-padding", "flora", "standalone", "centralised", "base"]
+    assert all([run.seed for run in group.runs] == [1, 2] for group in groups)
+
+
+def test_equal_methods_are_told_apart_by_the_setting_that_differs(make_run: MakeRun) -> None:
+    groups = group_runs([make_run("flora", seed=1, shape="dolly"), make_run("flora", seed=2, shape="alpaca")])
+    assert sorted(group.label for group in groups) == ["flora (shape=alpaca)", "flora (shape=dolly)"]
+
+
+def test_a_curve_is_the_mean_of_the_seeds_over_the_rounds_all_have(make_run: MakeRun) -> None:
+    paths = [make_run("fedit", seed=1), make_run("fedit", seed=2)]
+    (group,) = group_runs(paths)
+    curve = loss_by_round(group)
+    first, second = (run.records[2]["eval"]["loss_nats"] for run in group.runs)
+    assert curve.xs == [1, 2, 3, 4, 5, 6]
+    assert curve.ys[2] == pytest.approx((first + second) / 2)
+    assert (curve.low[2], curve.high[2]) == (min(first, second), max(first, second))
+
+
+def test_bytes_accumulate_both_ways(make_run: MakeRun) -> None:
+    (group,) = group_runs([make_run("flora", num_rounds=2)])
+    curve = loss_by_bytes(group)
+    assert curve.xs == [22e6, 44e6]
+    assert curve.low == []
+
+
+def test_rounds_without_a_value_are_left_out(make_run: MakeRun) -> None:
+    (group,) = group_runs([make_run("centralised")])
+    assert value_by_round(group, "aggregation_noise").ys == []
+    assert rank_by_round(group).ys == [64] * 6
+
+
+def test_final_figures_are_the_last_evaluation_and_the_run_s_costs(make_run: MakeRun) -> None:
+    (group,) = group_runs([make_run("fedit", num_rounds=2)])
+    figures = results(group.first)
+    assert figures["loss_nats"] == group.first.records[-1]["eval"]["loss_nats"]
+    assert (figures["upload_bytes"], figures["aggregation_noise"]) == (4_000_000, pytest.approx(0.4))
+    assert "num_tokens" not in figures
+
+
+def test_the_table_judges_scores_and_not_costs(comparison: Path) -> None:
+    table = result_table(group_runs(comparison.iterdir()), "fedit")
+    assert table.best("loss_nats") == "centralised"
+    assert table.best("exact_match") == "centralised"
+    assert table.best("upload_bytes") is None
+
+
+@pytest.mark.parametrize(
+    ("key", "better", "unit"),
+    [
+        ("loss_nats", "lower", ""),
+        ("perplexity", "lower", ""),
+        ("exact_match", "higher", "%"),
+        ("e2e.bleu", "higher", ""),
+        ("mmlu.accuracy", "higher", "%"),
+        ("upload_bytes", "neither", "B"),
+        ("seconds", "neither", "s"),
+        ("aggregation_noise", "lower", ""),
+        ("something", "neither", ""),
+    ],
+)
+def test_a_figure_s_name_says_how_it_is_judged(key: str, better: str, unit: str) -> None:
+    metric = metric_of(key)
+    assert (metric.better, metric.unit) == (better, unit)
+
+
+def test_a_client_is_shown_as_it_last_took_part(make_run: MakeRun) -> None:
+    (group,) = group_runs([make_run("flora", num_rounds=2)])
+    entries = client_entries(group.first)
+    assert [entry["client"] for entry in entries] == list(range(10))
+    assert entries[4]["reason"] == "not finite"
