@@ -1,0 +1,178 @@
+"""Decode prompts with a model, every distinct prompt once, and keep what was decoded.
+
+Letters: B rows of a pass (prompts times beams), T tokens, G generated tokens, N length of an n-gram, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedloom.errors import EvaluationError
+from fedloom.evaluation.outputs_file import OutputsFile
+from fedloom.evaluation.prompts import causal_lm, context_length, prompt_ids
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How text is decoded. The defaults are SplitLoRA's: 10 beams, length penalty 0.8, no 4-gram twice.
+
+    N-grams are counted in the decoded text alone, as the GPT-2/LoRA release does; counting the prompt's too would
+    forbid a model to name what it was asked about. ``num_beams=1`` is greedy.
+    """
+
+    num_beams: int = 10
+    length_penalty: float = 0.8
+    no_repeat_ngram_size: int = 4
+    max_new_tokens: int = 64
+
+
+GREEDY = DecodingSettings(num_beams=1, length_penalty=1.0, no_repeat_ngram_size=0)
+OnProgress = Callable[[int, int, float], None]  # done, total, seconds left
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One output per prompt, in the prompts' order, and how they came about."""
+
+    outputs: tuple[str, ...]
+    settings: DecodingSettings
+    num_unique: int
+    num_resumed: int
+    num_cut_off: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Output:
+    """The text decoded for one prompt; ``is_cut_off`` says it ended by the limit, not by the end of text."""
+
+    text: str
+    is_cut_off: bool
+
+
+def decode(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    settings: DecodingSettings | None = None,
+    *,
+    batch_size: int = 16,
+    file: Path | None = None,
+    model_id: str = "",
+    on_progress: OnProgress | None = None,
+) -> Decoded:
+    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device.
+
+    Adapters are whatever the model is routed to (``LoRAModel.route_all``); nothing is merged. With ``file``, each batch
+    is appended to it as it is done, together with the settings and ``model_id`` (say, hashes of base and adapter); a
+    later call with the same ones decodes only what is missing.
+
+    Raises:
+        EvaluationError: a prompt leaves no room for the answer, or ``file`` holds outputs of another model or settings.
+    """
+    settings = settings or DecodingSettings()
+    begin = time.monotonic()
+    store = OutputsFile.open(file, settings, model_id)
+    known = {prompt: Output(text, cut) for prompt, (text, cut) in store.outputs.items()}
+    unique = list(dict.fromkeys(prompts))
+    todo = [prompt for prompt in unique if prompt not in known]
+    num_resumed = len(unique) - len(todo)
+    for batch, outputs in _decode_batches(model, tokenizer, todo, settings, batch_size):
+        store.append([(prompt, output.text, output.is_cut_off) for prompt, output in zip(batch, outputs, strict=True)])
+        known.update(zip(batch, outputs, strict=True))
+        if on_progress is not None:
+            done = sum(prompt in known for prompt in unique)
+            pace = (time.monotonic() - begin) / (done - num_resumed)
+            on_progress(done, len(unique), pace * (len(unique) - done))
+    texts = tuple(known[prompt].text for prompt in prompts)
+    num_cut_off = sum(known[prompt].is_cut_off for prompt in unique)
+    return Decoded(texts, settings, len(unique), num_resumed, num_cut_off, time.monotonic() - begin)
+
+
+def _decode_batches(
+    model: Any, tokenizer: Any, prompts: Sequence[str], settings: DecodingSettings, batch_size: int
+) -> Iterator[tuple[list[str], list[Output]]]:
+    rows = prompt_ids(tokenizer, prompts)
+    _check_room(model, prompts, rows, settings)
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
+    for start in range(0, len(order), batch_size):
+        members = order[start : start + batch_size]
+        outputs = _generate(causal_lm(model), tokenizer, [rows[index] for index in members], settings)
+        yield [prompts[index] for index in members], outputs
+
+
+@torch.inference_mode()
+def _generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: DecodingSettings) -> list[Output]:
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    input_ids_BT, mask_BT = _left_padded(rows, pad, model.device)
+    width = input_ids_BT.shape[1]
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=settings.num_beams,
+        length_penalty=settings.length_penalty,
+        max_new_tokens=settings.max_new_tokens,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    processors = LogitsProcessorList()
+    if settings.no_repeat_ngram_size:
+        processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
+    generated_BT = model.generate(
+        input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
+    )
+    return [_output(tokenizer, row[width:].tolist()) for row in generated_BT]
+
+
+class NoRepeatedNgrams:
+    """Forbid the token that would complete an n-gram already decoded; the prompt, ``width`` tokens, does not count."""
+
+    def __init__(self, size: int, width: int) -> None:
+        self.size = size
+        self.width = width
+
+    def __call__(self, input_ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+        decoded_BG = input_ids_BT[:, self.width :]
+        if decoded_BG.shape[1] < self.size:
+            return scores_BV
+        ngrams_BGN = decoded_BG.unfold(1, self.size, 1)
+        begun_BN = decoded_BG[:, decoded_BG.shape[1] - self.size + 1 :]
+        repeats_BG = (ngrams_BGN[:, :, :-1] == begun_BN[:, None, :]).all(dim=-1)
+        forbidden_BG = torch.where(repeats_BG, float("-inf"), 0.0).to(scores_BV)
+        return scores_BV.scatter_add(1, ngrams_BGN[:, :, -1], forbidden_BG)
+
+
+def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _output(tokenizer: Any, ids: list[int]) -> Output:
+    end = tokenizer.eos_token_id
+    is_cut_off = end not in ids
+    kept = ids if is_cut_off else ids[: ids.index(end)]
+    return Output(tokenizer.decode(kept, skip_special_tokens=True).strip(), is_cut_off)
+
+
+def _check_room(model: Any, prompts: Sequence[str], rows: Sequence[Sequence[int]], settings: DecodingSettings) -> None:
+    context = context_length(model)
+    if context is None:
+        return
+    room = context - settings.max_new_tokens
+    overlong = [index for index, row in enumerate(rows) if len(row) > room]
+    if overlong:
+        raise EvaluationError(
+            f"{len(overlong)} prompts are longer than the {room} tokens that {settings.max_new_tokens} new ones leave "
+            f"of the model's {context}; the first begins {prompts[overlong[0]][:60]!r}: lower max_new_tokens, or "
+            "shorten the prompts"
+        )

@@ -1,0 +1,80 @@
+"""The file decoded outputs are appended to: a first line with the settings, then one prompt and its output per line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import EvaluationError
+
+
+@dataclass
+class OutputsFile:
+    """What is decoded already, and where more goes; ``path`` None keeps nothing."""
+
+    path: Path | None
+    outputs: dict[str, tuple[str, bool]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path | None, settings: Any, model_id: str) -> OutputsFile:
+        """Read what a previous run left, or begin the file.
+
+        A last line cut short by an interruption is taken off: its prompt is decoded again.
+
+        Raises:
+            EvaluationError: the file is of another model or settings, or is no file of outputs.
+        """
+        if path is None:
+            return cls(None)
+        header = {"fedloom_outputs": 1, "model": model_id, "settings": asdict(settings)}
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _append(path, [header])
+            return cls(path)
+        lines = _whole_lines(path)
+        if not lines:
+            _append(path, [header])
+            return cls(path)
+        try:
+            found, *rows = [json.loads(line) for line in lines]
+            outputs = {row["prompt"]: (row["output"], row["is_cut_off"]) for row in rows}
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+        if found != header:
+            raise EvaluationError(f"{path} holds outputs of {found}, asked for {header}: choose another file")
+        return cls(path, outputs)
+
+    def append(self, rows: Sequence[tuple[str, str, bool]]) -> None:
+        """Add prompts with their outputs."""
+        self.outputs.update({prompt: (output, cut) for prompt, output, cut in rows})
+        if self.path is not None:
+            _append(
+                self.path,
+                [
+                    {"key": prompt_key(prompt), "prompt": prompt, "output": output, "is_cut_off": cut}
+                    for prompt, output, cut in rows
+                ],
+            )
+
+
+def prompt_key(prompt: str) -> str:
+    """Return the short hash a prompt goes by."""
+    return hashlib.sha256(prompt.encode()).hexdigest()[:16]
+
+
+def _whole_lines(path: Path) -> list[str]:
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return whole.decode("utf-8").splitlines()
+
+
+def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)

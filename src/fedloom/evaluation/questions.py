@@ -1,0 +1,106 @@
+"""Read multiple-choice questions: MMLU's folders of CSV files, and any JSONL with question, choices and answer."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import EvaluationError
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its choices, and the index of the right one."""
+
+    question: str
+    choices: tuple[str, ...]
+    answer: int
+    subject: str = ""
+
+
+def read_mmlu(folder: Path, split: str = "test") -> list[Question]:
+    """Read ``folder/<split>/*.csv``, with or without a header, answers as a letter or an index; by subject, in order.
+
+    Raises:
+        EvaluationError: there is no such folder or file, or a row is no question.
+    """
+    files = sorted((folder / split).glob("*.csv"))
+    if not files:
+        raise EvaluationError(
+            f"no questions at {folder / split}: expected MMLU's CSV files there, e.g. "
+            f"{folder / split / f'anatomy_{split}.csv'}"
+        )
+    return [question for file in files for question in _read_csv(file, file.stem.removesuffix(f"_{split}"))]
+
+
+def read_questions(file: Path) -> list[Question]:
+    """Read a JSON object per line: ``question``, ``choices`` (a list), ``answer`` (index, letter, text), ``subject``.
+
+    Raises:
+        EvaluationError: the file is absent or empty, or a line is no question.
+    """
+    if not file.is_file():
+        raise EvaluationError(f"no questions at {file}: expected JSON lines with question, choices and answer")
+    lines = file.read_text(encoding="utf-8").split("\n")
+    questions = [_from_json(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    if not questions:
+        raise EvaluationError(f"{file} holds no question")
+    return questions
+
+
+def _read_csv(file: Path, subject: str) -> Iterator[Question]:
+    with file.open(encoding="utf-8", newline="") as handle:
+        for number, row in enumerate(csv.reader(handle), start=1):
+            if number == 1 and row and row[0].strip().lower() == "question":
+                continue
+            if len(row) < 4:
+                raise EvaluationError(
+                    f"{file}, row {number}: expected a question, its choices and the answer, got {len(row)} cells"
+                )
+            yield _question(row[0], row[1:-1], row[-1], subject, f"{file}, row {number}")
+
+
+def _from_json(line: str, where: str) -> Question:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise EvaluationError(f"{where}: no JSON ({error})") from error
+    if not isinstance(row, dict) or not {"question", "choices", "answer"} <= row.keys():
+        raise EvaluationError(f"{where}: expected the keys question, choices and answer, got {line[:80]!r}")
+    choices = row["choices"]
+    if isinstance(choices, dict):  # as the hub has ARC: {"text": [...], "label": [...]}
+        if str(row["answer"]) in choices.get("label", []):
+            row["answer"] = choices["label"].index(str(row["answer"]))
+        choices = choices.get("text")
+    if not isinstance(choices, list):
+        raise EvaluationError(f"{where}: expected a list of choices, got {choices!r}")
+    return _question(row["question"], choices, row["answer"], str(row.get("subject", "")), where)
+
+
+def _question(text: Any, choices: list[Any], answer: Any, subject: str, where: str) -> Question:
+    texts = tuple(str(choice) for choice in choices)
+    if len(texts) < 2 or len(texts) > len(LETTERS):
+        raise EvaluationError(f"{where}: expected 2 to {len(LETTERS)} choices, got {len(texts)}")
+    if not str(text).strip():
+        raise EvaluationError(f"{where}: the question is empty")
+    return Question(str(text), texts, _index(answer, texts, where), subject)
+
+
+def _index(answer: Any, choices: tuple[str, ...], where: str) -> int:
+    """Return the answer's index; a number is an index, a letter a label, anything else the text of one choice."""
+    written = str(answer).strip()
+    if written.isdecimal() and int(written) < len(choices):
+        return int(written)
+    if len(written) == 1 and written.upper() in LETTERS[: len(choices)]:
+        return LETTERS.index(written.upper())
+    if choices.count(written) == 1:
+        return choices.index(written)
+    raise EvaluationError(
+        f"{where}: the answer {written!r} is none of the {len(choices)} choices (index, letter or text)"
+    )
