@@ -47,13 +47,12 @@ class Method(Table):
 class Server(Table):
     """The step the server takes along the aggregated product."""
 
-    step: Literal["plain", "momentum", "fedexp", "adaptive"] = setting("plain", "Kind of server step.", when=STEPPED)
+    step: Literal["plain", "momentum", "fedexp"] = setting("plain", "Kind of server step.", when=STEPPED)
     learning_rate: Positive = setting(
         1.0, "Factor on the aggregate: the sum of the clients' weights, FLoRA's scaling factor.", when=STEPPED
     )
     momentum: Decay = setting(0.5, "Share of the last step kept.", when={"server.step": ("momentum",)})
     fedexp_cap: Positive = setting(1.5, "Largest factor FedExP may choose.", when={"server.step": ("fedexp",)})
-    beta2: Decay = setting(0.99, "Decay of the factored second moment.", when={"server.step": ("adaptive",)})
 
 
 class Federation(Table):

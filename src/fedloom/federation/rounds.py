@@ -17,6 +17,7 @@ from fedloom.aggregation.validation import check_update
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
 from fedloom.lora.algebra import norm
+from fedloom.lora.pair import Adapter
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +58,12 @@ class ClientRecord:
 
 @dataclass(frozen=True, eq=False)
 class RoundRecord:
-    """All there is to know of a round that has ended."""
+    """All there is to know of a round that has ended; ``applied`` is the aggregate that anybody can recompute."""
 
     round: int
     state: ServerState
     clients: tuple[ClientRecord, ...]
+    applied: Adapter
     aggregation_noise: float | None
     change_norm: float
     seconds: Mapping[str, float]
@@ -124,7 +126,16 @@ def run_rounds(
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
         clock.lap("evaluate")
         records = intake.records(aggregate.weights)
-        yield RoundRecord(state.round, state, records, noise, norm(aggregate.change), clock.seconds, evaluation)
+        yield RoundRecord(
+            round=state.round,
+            state=state,
+            clients=records,
+            applied=aggregate.applied,
+            aggregation_noise=noise,
+            change_norm=norm(aggregate.change),
+            seconds=clock.seconds,
+            evaluation=evaluation,
+        )
 
 
 @dataclass

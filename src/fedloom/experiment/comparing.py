@@ -1,0 +1,87 @@
+"""Run several methods over several seeds on the same data at the same budget, into one table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedloom.config import Settings, with_method, with_seed
+from fedloom.experiment.inputs import Workshop
+from fedloom.experiment.running import RunSummary, run
+from fedloom.reporting import durable
+from fedloom.reporting.progress import Progress, SilentProgress
+from fedloom.reporting.tables import Comparison, Metric
+from fedloom.reporting.tables import compare as tabulate
+
+METRICS = (
+    Metric("loss_nats", "held-out loss"),
+    Metric("perplexity", "perplexity", digits=2),
+    Metric("aggregation_noise", "aggregation noise", better="neither"),
+    Metric("upload_bytes", "bytes up", unit="B"),
+    Metric("download_bytes", "bytes down", unit="B"),
+    Metric("seconds", "time", unit="s"),
+)
+
+
+@dataclass(frozen=True)
+class MethodsComparison:
+    """Every run of a comparison, and the table over them."""
+
+    folder: Path
+    runs: tuple[RunSummary, ...]
+    table: Comparison
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return runs and table as plain values."""
+        return {"folder": str(self.folder), "table": self.table.to_json(), "runs": [r.as_dict() for r in self.runs]}
+
+    def lines(self) -> list[str]:
+        """Return the table for people."""
+        console = Console(width=150)
+        with console.capture() as capture:
+            console.print(self.table.to_rich())
+        return capture.get().rstrip().splitlines()
+
+
+def compare(
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> MethodsComparison:
+    """Run every method with every seed into ``out/<method>-seed<k>/`` and tabulate them.
+
+    Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds.
+    """
+    progress, workshop = progress or SilentProgress(), Workshop()
+    runs: list[RunSummary] = []
+    for seed in seeds:
+        for method in methods:
+            variant = with_seed(with_method(settings, method), seed)  # type: ignore[arg-type]
+            folder = out / f"{method}-seed{seed}"
+            runs.append(run(variant, folder, fresh=fresh, progress=progress, workshop=workshop))
+    reference = "fedit" if "fedit" in methods and len(methods) > 1 else None
+    result = MethodsComparison(out, tuple(runs), tabulate(_by_method(runs), METRICS, reference))
+    durable.write_json(out / "comparison.json", result.as_dict())
+    return result
+
+
+def _by_method(runs: Sequence[RunSummary]) -> dict[str, dict[int, Mapping[str, float | None]]]:
+    results: dict[str, dict[int, Mapping[str, float | None]]] = {}
+    for summary in runs:
+        results.setdefault(summary.method, {})[summary.seed] = {
+            "loss_nats": summary.eval.get("loss_nats"),
+            "perplexity": summary.eval.get("perplexity"),
+            "aggregation_noise": summary.aggregation_noise,
+            "upload_bytes": summary.upload_bytes or None,
+            "download_bytes": summary.download_bytes or None,
+            "seconds": summary.seconds or None,
+        }
+    return results

@@ -1,0 +1,207 @@
+"""What an experiment starts from: the base with its slots, the rows as tokens, and who owns which."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.config import Settings
+from fedloom.data.division import Division, Scheme, divide
+from fedloom.data.encoding import Encoded, EncodingCounts, encode
+from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
+from fedloom.data.partition import Partition
+from fedloom.data.records import read_records
+from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.templates import AUTO
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import DataError
+from fedloom.lora.layer import LoRAModel
+from fedloom.models.families import resolve_targets
+from fedloom.models.load import Base, load_base
+from fedloom.seeding import stream
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Training rows as tokens with their owners, and the held-out rows; hashes say which they are."""
+
+    rows: Rows
+    tokens: TokenSet
+    partition: Partition
+    held_out_rows: Rows | None
+    held_out: TokenSet | None
+    counts: EncodingCounts
+    data_sha256: str
+    held_out_sha256: str | None
+
+    def rows_of(self, client: int) -> TokenSet:
+        """Return one client's rows."""
+        return self.tokens.select(self.partition.rows_of(client))
+
+    @property
+    def partition_sha256(self) -> str:
+        """Hash of who owns which row."""
+        digest = hashlib.sha256(self.partition.rows.astype("<i8").tobytes())
+        digest.update(self.partition.starts.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+
+@dataclass
+class Workshop:
+    """Holds one base and one set of encoded rows, so that a comparison loads them once."""
+
+    _base_key: str | None = None
+    _base: tuple[Base, LoRAModel] | None = None
+    _rows: dict[str, tuple[Rows, Encoded]] = field(default_factory=dict)
+
+    def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
+        """Return the base of the settings, wrapped, without slots or side."""
+        key = settings.model.model_dump_json()
+        if self._base is None or self._base_key != key:
+            model = settings.model
+            base = load_base(
+                base_path(settings),
+                tokenizer=model.tokenizer,
+                dtype=model.dtype,
+                device=model.device,
+                quantization=model.quantization,
+                revision=model.revision,
+            )
+            targets = resolve_targets(base.model, model.target_modules)
+            self._base, self._base_key = (base, LoRAModel(base.model, targets)), key
+        lora = self._base[1]
+        lora.close()
+        lora.set_side(None)
+        return self._base
+
+    def inputs(self, settings: Settings, base: Base, saved_partition: Path | None = None) -> Inputs:
+        """Return the rows of the settings, held out and partitioned by the run's seed.
+
+        ``saved_partition`` is a run's own; it takes the place of drawing one.
+
+        Raises:
+            DataError: if rows cannot be read or used.
+            PartitionError: if they cannot be divided as asked, or a saved partition is of other rows.
+        """
+        path = _data_path(settings, settings.data.path)
+        rows, encoded = self._encoded(settings, base, path, settings.data.split, settings.data.max_rows)
+        chosen, held = _divided(settings, rows)
+        training, tokens = rows.select(chosen), encoded.tokens.select(chosen)
+        held_rows, held_tokens = (None, None) if held is None else (rows.select(held), encoded.tokens.select(held))
+        if settings.data.eval_path is not None:
+            eval_path = _data_path(settings, settings.data.eval_path)
+            held_rows, evaluated = self._encoded(settings, base, eval_path, Split.TEST, None)
+            held_tokens = evaluated.tokens
+        data_sha256 = tokens.sha256()
+        partition = _partition(settings, training, tokens, data_sha256, saved_partition)
+        return Inputs(
+            training,
+            tokens,
+            partition,
+            held_rows,
+            held_tokens,
+            encoded.counts,
+            data_sha256,
+            None if held_tokens is None else held_tokens.sha256(),
+        )
+
+    def _encoded(
+        self, settings: Settings, base: Base, path: str | Path, split: str, max_rows: int | None
+    ) -> tuple[Rows, Encoded]:
+        """Return the usable rows and their tokens, in step; of ``max_rows`` drawn by the run's seed."""
+        data, seed = settings.data, settings.run.seed
+        key = f"{path} {split} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
+        key += f" {seed}" if max_rows is not None else ""
+        if key not in self._rows:
+            rows = load_rows(path, split, subset=data.subset, revision=data.revision)
+            if max_rows is not None and max_rows < len(rows):
+                rows = rows.select(np.sort(stream(seed, "max_rows").permutation(len(rows))[:max_rows]))
+            encoded = encode(
+                read_records(rows, data.shape, data.columns),
+                base.tokenizer,
+                template=data.template or AUTO,
+                max_length=data.max_length or context_of(base.model.config),
+                loss_on=data.loss_on,
+                overlong=data.overlong,
+            )
+            self._rows[key] = rows.select(encoded.kept), encoded
+        return self._rows[key]
+
+
+def base_path(settings: Settings) -> str | Path:
+    """Return where the base is, the embedded one included."""
+    if settings.model.base != EMBEDDED:
+        return settings.model.base
+    from fedloom import embedded
+
+    return embedded.model_path()
+
+
+def context_of(config: Any) -> int | None:
+    """Return the number of positions of a model, where its config states one."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions"):
+        if getattr(text, name, None):
+            return int(getattr(text, name))
+    return None
+
+
+def _data_path(settings: Settings, path: str) -> str | Path:
+    if path != EMBEDDED:
+        return path
+    from fedloom import embedded
+
+    return (
+        embedded.data_path() if path == settings.data.path and path != settings.data.eval_path else embedded.eval_path()
+    )
+
+
+def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
+    """Return the positions of the training rows and of the held-out ones."""
+    amount = settings.data.eval_rows if settings.data.eval_rows is not None else settings.data.eval_fraction
+    if amount is None:
+        return np.arange(len(rows)), None
+    split = _held_out(settings, rows, amount)
+    return split.kept, split.held
+
+
+def _held_out(settings: Settings, rows: Rows, amount: float) -> HoldOut:
+    """Draw the held-out rows; a fraction of a natural federation is drawn from every client."""
+    rng = stream(settings.run.seed, "hold-out")
+    natural = settings.partition.scheme == "natural"
+    if natural and isinstance(amount, float):
+        column = settings.partition.column
+        return hold_out_by_category(rows.client_of_file() if column is None else rows.column(column), amount, rng)
+    return hold_out(len(rows), amount, rng)
+
+
+def _partition(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, saved: Path | None) -> Partition:
+    wanted, table = settings.federation.num_clients, settings.partition
+    if saved is not None:
+        return Partition.load(saved, sha256)
+    if table.path is not None:
+        partition = Partition.load(Path(table.path), sha256)
+    else:
+        division = Division(
+            scheme=Scheme(table.scheme),
+            num_clients=wanted,
+            column=table.column,
+            concentration=table.concentration,
+            min_rows=table.min_rows,
+            shards_per_client=table.shards_per_client,
+            categories_per_client=table.categories_per_client,
+            exponent=table.exponent,
+        )
+        partition = divide(division, rows, tokens, seed=settings.run.seed)
+    if partition.num_clients != wanted:
+        raise DataError(
+            f"federation.num_clients: expected {partition.num_clients}, as many as the partition has, got {wanted}; "
+            f"set federation.num_clients={partition.num_clients}"
+        )
+    return partition

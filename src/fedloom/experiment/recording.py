@@ -1,0 +1,107 @@
+"""A round's record as it goes into ``metrics.jsonl``, and the uploads that a run may keep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedloom.aggregation.records import Update
+from fedloom.federation.messages import numbers_of
+from fedloom.federation.rounds import ClientRecord, RoundRecord
+from fedloom.lora.pair import Adapter
+from fedloom.lora.peft_files import save_peft
+from fedloom.reporting.ledger import peak_memory_bytes
+
+USED, LEFT_OUT = "ok", "left out"
+
+
+def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return a round as plain values, units in the names."""
+    used = [client for client in record.clients if client.reason is None]
+    tokens = sum(client.num_loss_tokens for client in used)
+    state = record.state
+    return {
+        "round": record.round,
+        "method": method,
+        "train_loss_nats": sum((c.loss_nats or 0.0) * c.num_loss_tokens for c in used) / max(tokens, 1),
+        "eval": record.evaluation or None,
+        "aggregation_noise": record.aggregation_noise,
+        "change_norm": record.change_norm,
+        "num_tokens": sum(client.num_tokens for client in record.clients),
+        "num_loss_tokens": tokens,
+        "num_trained_parameters": None,
+        "upload_bytes": sum(client.upload_bytes for client in record.clients),
+        "download_bytes": sum(client.download_bytes for client in record.clients),
+        "seconds": dict(record.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "rank": {name: pair.rank for name, pair in state.global_adapter().items()},
+        "clients": [_client(client, names[client.client]) for client in record.clients],
+    }
+
+
+def _client(record: ClientRecord, name: str) -> dict[str, Any]:
+    return {
+        "client": record.client,
+        "name": name,
+        "status": USED if record.reason is None else LEFT_OUT,
+        "reason": record.reason,
+        "rows": record.num_rows,
+        "tokens": record.num_tokens,
+        "loss_tokens": record.num_loss_tokens,
+        "steps": record.num_steps,
+        "weight": record.weight,
+        "loss_nats": record.loss_nats,
+        "loss_last_nats": record.loss_last_nats,
+        "norm": record.norm,
+        "seconds": record.seconds,
+        "upload_bytes": record.upload_bytes,
+        "download_bytes": record.download_bytes,
+    }
+
+
+class UpdateKeeper:
+    """Writes every used upload as a PEFT folder beside the run, until its round takes them in."""
+
+    def __init__(
+        self, folder: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
+    ) -> None:
+        self._folder, self._save, self._scale_of = folder, save, scale_of
+        self._numbers: dict[int, dict[str, Any]] = {}
+
+    def keep(self, update: Update) -> None:
+        """Write one upload."""
+        self._save(update.adapter, self._folder / str(update.client), self._scale_of(update.client))
+        self._numbers[update.client] = numbers_of(update)
+
+    def move_into(self, destination: Path, clients: Sequence[ClientRecord]) -> None:
+        """Move the round's uploads to ``destination/<id>/``, each with its ``update.json``."""
+        destination.mkdir()
+        for client in clients:
+            if client.client in self._numbers:
+                folder = destination / str(client.client)
+                shutil.move(self._folder / str(client.client), folder)
+                numbers = self._numbers.pop(client.client) | {"weight": client.weight, "norm": client.norm}
+                (folder / "update.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def update_keeper(
+    beside: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
+) -> Iterator[UpdateKeeper]:
+    """Yield a keeper whose waiting uploads lie on the run's own disk and go with it if the process dies."""
+    with TemporaryDirectory(prefix=f".{beside.name}.uploads-", dir=beside.parent) as folder:
+        yield UpdateKeeper(Path(folder), save, scale_of)
+
+
+def peft_writer(base_name: str, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:
+    """Return a function that writes an adapter of this base as a PEFT folder at a scale."""
+
+    def write(adapter: Adapter, folder: Path, scale: float) -> None:
+        save_peft(adapter, folder, base_name=base_name, scale=scale, conv1d=conv1d, dropout=dropout)
+
+    return write
