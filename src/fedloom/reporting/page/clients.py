@@ -82,7 +82,7 @@ def _partition_figure(holdings: Sequence[Holding]) -> str:
     note = f"the first {MAX_BARS} of {len(rows)} clients; " if len(rows) > MAX_BARS else ""
     if columns:
         drawing = matrix_chart("Rows by client and group", rows[:MAX_BARS], columns)
-        note += "The darker a cell, the larger its share of the client's rows."
+        note += "The stronger a cell's colour, the larger its share of the client's rows."
     else:
         bars = [Bar(_holder(i, holding), [("rows", 0, float(holding.num_rows))]) for i, holding in enumerate(holdings)]
         drawing = bar_chart("Rows by client", Axis("rows", digits=0), bars[:MAX_BARS])
