@@ -67,4 +67,5 @@ def read_optimisers(blob: bytes) -> dict[int, dict[str, Tensor]]:
 
 
 def _flat(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    return {f"{part}/{key}": tensor for part, adapter in parts.items() for key, tensor in adapter.as_tensors().items()}
+    """Name every factor; copies, since a state may hold one tensor in two places and a file may not."""
+    return {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}

@@ -1,0 +1,5 @@
+"""``python -m fedloom.cli``."""
+
+from fedloom.cli.app import main
+
+main()
