@@ -96,6 +96,13 @@ def test_a_value_that_is_not_there_is_a_dash_and_never_best() -> None:
     assert table.best("loss_nats") is None
 
 
+def test_one_seed_says_that_nothing_is_judged() -> None:
+    results = {method: {1: seeds[1]} for method, seeds in RESULTS.items()}
+    text = compare(results, [LOSS], reference="fedit").to_markdown()
+    assert "| flora | **1.900** |" in text
+    assert "one seed: differences are not judged" in text
+
+
 def test_nothing_to_compare_is_refused() -> None:
     with pytest.raises(EvaluationError, match="at least one method"):
         compare({}, [LOSS])

@@ -52,10 +52,10 @@ def fitted(values: Sequence[float], start: float, end: float, kind: ScaleKind, *
     low, high = (min(values), max(values)) if values else (0.0, 1.0)
     if kind == "log":
         return Scale(low / 1.15, high * 1.15 if high > low else high * 10, start, end, kind)
-    if high <= low:
-        low, high = low - 0.5 * (abs(low) or 1.0), high + 0.5 * (abs(high) or 1.0)
-    air = 0.0 if whole else 0.06 * (high - low)
     floor = 0.0 if low >= 0 else -math.inf
+    if high <= low:
+        low, high = max(low - 0.5 * (abs(low) or 1.0), floor), high + 0.5 * (abs(high) or 1.0)
+    air = 0.0 if whole else 0.06 * (high - low)
     return Scale(max(low - air, floor), high + air, start, end, kind)
 
 

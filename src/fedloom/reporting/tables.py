@@ -112,8 +112,9 @@ class Comparison:
     def caption(self) -> str:
         """Return what the numbers and marks mean, in one line."""
         seeds = {cell.num_seeds for cells in self.cells.values() for cell in cells.values() if cell is not None}
-        count = "–".join(str(n) for n in sorted({min(seeds, default=0), max(seeds, default=0)}))
-        text = f"mean ± standard deviation over {count} seed{'' if count == '1' else 's'}"
+        if seeds <= {1}:
+            return "one seed: differences are not judged"
+        text = f"mean ± standard deviation over {'–'.join(map(str, sorted({min(seeds), max(seeds)})))} seeds"
         if self.reference is None:
             return text
         return f"{text}; ▲ better, ▼ worse than {self.reference} by more than noise (paired t, 95 %)"
