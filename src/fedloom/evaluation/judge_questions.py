@@ -1,0 +1,140 @@
+"""Read the questions, reference answers and models' answers of the judge protocols (FastChat's JSON lines)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import EvaluationError
+from fedloom.evaluation.decoding import DecodingSettings, OnProgress, decode
+
+Answers = Mapping[str, Sequence[str]]  # question id -> answer of each turn
+REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
+
+
+@dataclass(frozen=True)
+class JudgeQuestion:
+    """A conversation's user turns."""
+
+    id: str
+    turns: tuple[str, ...]
+    category: str = ""
+
+
+def read_judge_questions(file: Path) -> list[JudgeQuestion]:
+    """Read ``question_id``, ``turns`` (or ``text``) and ``category`` from JSON lines.
+
+    Raises:
+        EvaluationError: the file is absent or empty, a line is no question, or an id comes twice.
+    """
+    questions = [
+        JudgeQuestion(str(row["question_id"]), tuple(row.get("turns") or [row["text"]]), str(row.get("category", "")))
+        for row in _rows(file, "questions", {"question_id"}, ({"turns"}, {"text"}))
+    ]
+    if len({question.id for question in questions}) < len(questions):
+        raise EvaluationError(f"{file}: two questions have one question_id")
+    return questions
+
+
+def read_answers(file: Path) -> dict[str, tuple[str, ...]]:
+    """Read ``question_id`` and ``choices[0].turns`` (or ``text``) from JSON lines: answers, or references.
+
+    Raises:
+        EvaluationError: the file is absent or empty, or a line is no answer.
+    """
+    rows = _rows(file, "answers", {"question_id"}, ({"choices"}, {"text"}))
+    return {str(row["question_id"]): _turns(row, file) for row in rows}
+
+
+def write_answers(file: Path, answers: Answers, model_id: str) -> None:
+    """Write answers as FastChat's judge reads them."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as handle:
+        for question_id, turns in answers.items():
+            row = {"question_id": question_id, "model_id": model_id, "choices": [{"index": 0, "turns": list(turns)}]}
+            handle.write(json.dumps(row) + "\n")
+
+
+def answer_turns(
+    model: Any,
+    tokenizer: Any,
+    questions: Sequence[JudgeQuestion],
+    render: Callable[[Sequence[str]], str],
+    settings: DecodingSettings,
+    *,
+    batch_size: int = 8,
+    file: Path | None = None,
+    model_id: str = "",
+    on_progress: OnProgress | None = None,
+) -> dict[str, tuple[str, ...]]:
+    """Let a model answer every turn, each with the conversation before it.
+
+    ``render`` turns a conversation (user, assistant, user, ...) into a prompt. ``file`` keeps what is decoded, as
+    :func:`fedloom.evaluation.decoding.decode` does.
+
+    Raises:
+        EvaluationError: a conversation leaves no room for the answer.
+    """
+    conversations: dict[str, list[str]] = {question.id: [] for question in questions}
+    for turn in range(max(len(question.turns) for question in questions)):
+        asked = [question for question in questions if turn < len(question.turns)]
+        for question in asked:
+            conversations[question.id].append(question.turns[turn])
+        prompts = [render(conversations[question.id]) for question in asked]
+        decoded = decode(
+            model,
+            tokenizer,
+            prompts,
+            settings,
+            batch_size=batch_size,
+            file=file,
+            model_id=model_id,
+            on_progress=on_progress,
+        )
+        for question, output in zip(asked, decoded.outputs, strict=True):
+            conversations[question.id].append(output)
+    return {question_id: tuple(turns[1::2]) for question_id, turns in conversations.items()}
+
+
+def check_answers(questions: Sequence[JudgeQuestion], answers: Answers, whose: str) -> None:
+    """Raise unless every question has an answer for each of its turns."""
+    if not questions:
+        raise EvaluationError("there is no question to judge: check the file of questions")
+    for question in questions:
+        found = len(answers.get(question.id, ()))
+        if found < len(question.turns):
+            raise EvaluationError(
+                f"question {question.id}: expected {len(question.turns)} answers of {whose}, got {found}: "
+                "answer the same file of questions that is judged"
+            )
+
+
+def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]]) -> list[dict[str, Any]]:
+    if not file.is_file():
+        raise EvaluationError(f"no {what} at {file}: check the path")
+    rows = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise EvaluationError(f"{file}, line {number}: no JSON ({error})") from error
+        if not isinstance(row, dict) or not required <= row.keys() or not any(names <= row.keys() for names in one_of):
+            needed = sorted(required), [sorted(names) for names in one_of]
+            raise EvaluationError(f"{file}, line {number}: expected the keys {needed[0]} and one of {needed[1]}")
+        rows.append(row)
+    if not rows:
+        raise EvaluationError(f"{file} holds no {what}")
+    return rows
+
+
+def _turns(row: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+    try:
+        turns = row["choices"][0]["turns"] if "choices" in row else [row["text"]]
+        return tuple(map(str, turns))
+    except (KeyError, IndexError, TypeError) as error:
+        raise EvaluationError(f"{file}: question {row['question_id']} has no choices[0].turns") from error
