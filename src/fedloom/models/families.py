@@ -183,9 +183,7 @@ def _match(pattern: str, leaves: dict[str, nn.Module], head: nn.Module | None) -
     return [name for name in leaves if compiled.fullmatch(name)]
 
 
-def _check_matches(
-    pattern: str, matches: Sequence[str], leaves: dict[str, nn.Module], head: nn.Module | None
-) -> None:
+def _check_matches(pattern: str, matches: Sequence[str], leaves: dict[str, nn.Module], head: nn.Module | None) -> None:
     if not matches:
         linear = ", ".join(_last_names(name for name, module in leaves.items() if _is_linear(module)))
         raise ModelError(f"model.target_modules: {pattern!r} matches no module; linear layers here: {linear}")

@@ -1,0 +1,247 @@
+"""Time a round of ten clients on stories3M over Dolly against the same work with peft and a plain loop.
+
+    FEDLOOM_DATA=../shared/data python benchmarks/round.py
+    FEDLOOM_DATA=../shared/data python benchmarks/round.py --batch-size 16 --steps 4 --repeats 7 --threads 1
+
+Both sides train the same adapters (q and v, ranks 64 to 4, alpha = 2r) from the same start on the same batches of real
+rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. The baseline is a lean
+loop: one base in memory, `peft` injected once per client, batches padded to their longest row, SDPA attention, the
+model's own loss, fused AdamW. It has no Trainer, no copies, no tokenising inside the timed part.
+
+The sides run in turn in one process; reported are medians, and the median of the paired ratios, in wall time and in
+CPU time. Peak memory is what a process of its own per side needs beyond base, rows and libraries (Linux).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedloom.data.batches import batches
+from fedloom.data.encoding import encode
+from fedloom.data.records import read_records
+from fedloom.data.sources import load_rows
+from fedloom.data.tokens import TokenSet
+from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
+from fedloom.models.families import resolve_targets
+from fedloom.models.load import load_base
+from fedloom.seeding import stream
+from fedloom.training.local import ClientTask, LocalTraining, train_cohort
+
+RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
+SCALE = 2.0
+SEED = 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """What both sides do in a round."""
+
+    rows: list[TokenSet]
+    training: LocalTraining
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a side did: seconds on the wall and on the CPU, and the clients' losses, which must agree."""
+
+    seconds: float
+    cpu_seconds: float
+    losses: list[float]
+
+
+class Clock:
+    """Time since it was made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    def side(self, losses: list[float]) -> Side:
+        return Side(time.perf_counter() - self._wall, time.process_time() - self._cpu, losses)
+
+
+def load_clients(data: Path, tokenizer: Any) -> list[TokenSet]:
+    """Return the tokens of Dolly's ten clients, rows above 512 tokens left out."""
+    folder = data / "instruct" / "dolly15k_10clients"
+    files = [folder / f"local_training_{i}.json" for i in range(len(RANKS))]
+    return [
+        encode(read_records(load_rows(str(f))), tokenizer, max_length=512, overlong="drop", unanswered="drop").tokens
+        for f in files
+    ]
+
+
+def load_model(data: Path, dtype: str) -> Any:
+    return load_base(data / "models" / "stories3M", dtype=dtype, device="cpu")
+
+
+def run_fedloom(model: Any, work: Work) -> Side:
+    lora = LoRAModel(model, resolve_targets(model))
+    clock = Clock()
+    tasks = [
+        ClientTask(k, rows, rank, SCALE, start_of(lora.shapes, rank, k))
+        for k, (rows, rank) in enumerate(zip(work.rows, RANKS, strict=True))
+    ]
+    results = train_cohort(lora, tasks, work.training, seed=SEED, round=1)
+    side = clock.side([result.loss_nats for result in results])
+    lora.unwrap()
+    return side
+
+
+def run_peft(model: Any, work: Work) -> Side:
+    shapes = {name: _shape(model.get_submodule(name)) for name in resolve_targets(model)}
+    clock = Clock()
+    losses = [_train_with_peft(model, work, k, start_of(shapes, rank, k)) for k, rank in enumerate(RANKS)]
+    return clock.side(losses)
+
+
+def start_of(shapes: dict[str, tuple[int, int]], rank: int, client: int) -> Adapter:
+    return fresh_adapter(shapes, rank, SEED, 1, client)
+
+
+def _shape(module: Any) -> tuple[int, int]:
+    return module.out_features, module.in_features
+
+
+def _train_with_peft(base: Any, work: Work, client: int, start: Adapter) -> float:
+    """Train one client and return its mean loss over the round."""
+    from peft import LoraConfig, get_peft_model
+
+    rank, training = RANKS[client], work.training
+    targets = [name.rpartition(".")[2] for name in start]
+    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=sorted(set(targets)), task_type="CAUSAL_LM")
+    model: Any = get_peft_model(base, config)
+    for name, pair in start.items():
+        model.base_model.model.get_submodule(name).lora_A["default"].weight.data.copy_(pair.a_RI)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, fused=True)
+    rng = stream(SEED, "batches", 1, client)
+    total, count = 0.0, 0
+    for indices in batches(len(work.rows[client]), training.batch_size, rng, steps=training.steps):
+        loss, num_targets = _padded_loss(model, [work.rows[client].row(int(i)) for i in indices])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
+        adamw.step()
+        adamw.zero_grad()
+        total, count = total + float(loss.detach()) * num_targets, count + num_targets
+    model.unload()
+    return total / count
+
+
+def _padded_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
+    longest = max(len(ids) for ids, _ in rows)
+    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
+    labels_BT = torch.full_like(ids_BT, -100)
+    seen_BT = torch.zeros_like(ids_BT)
+    for i, (ids, supervised) in enumerate(rows):
+        row = torch.from_numpy(ids.astype(np.int64))
+        ids_BT[i, : len(ids)], seen_BT[i, : len(ids)] = row, 1
+        labels_BT[i, : len(ids)] = torch.where(torch.from_numpy(supervised.copy()), row, -100)
+    loss = model(input_ids=ids_BT, attention_mask=seen_BT, labels=labels_BT, use_cache=False).loss
+    return loss, int((labels_BT[:, 1:] >= 0).sum())
+
+
+SIDES: dict[str, Callable[[Any, Work], Side]] = {"fedloom": run_fedloom, "peft": run_peft}
+
+
+def peak_memory_mib(side: str, dtype: str, arguments: argparse.Namespace) -> float:
+    """Run one side once in its own process; return the most memory it needed beyond what was resident before."""
+    command = [sys.executable, __file__, "--only", side, "--dtypes", dtype, "--repeats", "1"]
+    command += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
+    command += ["--threads", str(arguments.threads), "--budget", str(arguments.budget)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return float(output.split()[-1])
+
+
+def work_of(rows: list[TokenSet], arguments: argparse.Namespace) -> Work:
+    training = LocalTraining(
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        learning_rate=3e-4,
+        max_grad_norm=1.0,
+        token_budget=arguments.budget,
+    )
+    return Work(rows, training)
+
+
+def num_tokens(work: Work) -> tuple[int, int]:
+    """Return real tokens of the round, and tokens as padded to each batch's longest row."""
+    real = padded = 0
+    for client, rows in enumerate(work.rows):
+        rng = stream(SEED, "batches", 1, client)
+        for indices in batches(len(rows), work.training.batch_size, rng, steps=work.training.steps):
+            lengths = rows.lengths[indices]
+            real, padded = real + int(lengths.sum()), padded + len(lengths) * int(lengths.max())
+    return real, padded
+
+
+def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
+    """Run both sides in turn and print medians."""
+    base = load_model(data, dtype)
+    work = work_of(load_clients(data, base.tokenizer), arguments)
+    real, padded = num_tokens(work)
+    runs: dict[str, list[Side]] = {name: [] for name in SIDES}
+    for _ in range(arguments.repeats + 1):
+        for name, run in SIDES.items():
+            runs[name].append(run(base.model, work))
+    difference = max(abs(a - b) for a, b in zip(runs["fedloom"][0].losses, runs["peft"][0].losses, strict=True))
+    print(f"{dtype}: {real} real tokens, {padded} padded ({padded / real:.2f}x), losses within {difference:.1e} nats")
+    for name, sides in runs.items():
+        wall, cpu = (float(np.median(x)) for x in ([s.seconds for s in sides[1:]], [s.cpu_seconds for s in sides[1:]]))
+        memory = peak_memory_mib(name, dtype, arguments)
+        speed = f"{real / wall:8.0f} real tokens/s  peak {memory:6.0f} MiB"
+        print(f"  {name:8s} {wall:7.2f} s  {cpu:7.2f} CPU s  {speed}", flush=True)
+    for clock in ("seconds", "cpu_seconds"):
+        pairs = list(zip(runs["peft"][1:], runs["fedloom"][1:], strict=True))
+        ratios = np.array([getattr(theirs, clock) / getattr(ours, clock) for theirs, ours in pairs])
+        spread = f"{ratios.min():.2f} to {ratios.max():.2f}, n = {len(ratios)}"
+        print(f"  {clock:12s} ratio {np.median(ratios):.2f} ({spread})", flush=True)
+
+
+def run_one(data: Path, side: str, arguments: argparse.Namespace) -> None:
+    """Run one side once and print the growth of this process's resident memory at its peak, in MiB."""
+    base = load_model(data, arguments.dtypes[0])
+    work = work_of(load_clients(data, base.tokenizer), arguments)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from what is resident now
+    before = _memory_mib("VmRSS")
+    SIDES[side](base.model, work)
+    print(_memory_mib("VmHWM") - before)
+
+
+def _memory_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--steps", type=int, default=4, help="steps per client")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
+    parser.add_argument("--budget", type=int, default=8192, help="tokens per pass (fedloom)")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--only", choices=sorted(SIDES))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    data = Path(os.environ["FEDLOOM_DATA"])
+    if arguments.only:
+        run_one(data, arguments.only, arguments)
+        return
+    for dtype in arguments.dtypes:
+        compare(data, dtype, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""Clients trained together are clients trained one by one; what is fresh, what persists, what stops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from fedloom.data.tokens import TokenSet
+from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.training.local import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
+
+SETTINGS = LocalTraining(learning_rate=1e-2, batch_size=3, steps=20)
+LENGTHS = ([9, 3, 17, 5, 2, 8, 11, 4], [21, 2, 6], [7, 7, 30, 12, 3])
+RANKS = (4, 2, 7)
+
+
+@pytest.fixture
+def tasks(llama_lora: LoRAModel, rows_of_lengths: Callable[..., TokenSet]) -> list[ClientTask]:
+    return [
+        ClientTask(10 + k, rows_of_lengths(lengths, k), rank, 2.0, fresh_adapter(llama_lora.shapes, rank, 0, k))
+        for k, (lengths, rank) in enumerate(zip(LENGTHS, RANKS, strict=True))
+    ]
+
+
+def train(
+    lora: LoRAModel, tasks: list[ClientTask], settings: LocalTraining = SETTINGS, **changes: Any
+) -> list[ClientResult]:
+    return train_cohort(lora, tasks, settings, **({"seed": 1, "round": 1} | changes))
+
+
+def assert_same(one: Adapter, other: Adapter, tolerance: float) -> None:
+    for name, pair in one.items():
+        torch.testing.assert_close(pair.a_RI, other[name].a_RI, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(pair.b_OR, other[name].b_OR, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dropout": 0.2, "max_grad_norm": 0.5, "label_smoothing": 0.1, "schedule": "cosine", "warmup_steps": 3},
+        {"micro_batch_size": 1, "dropout": 0.2},
+        {"token_budget": 25, "weight_decay": 0.1},
+        {"steps": None, "epochs": 2.5},
+    ],
+    ids=["plain", "everything", "micro-batches", "small budget", "epochs"],
+)
+def test_training_clients_together_equals_one_by_one(
+    llama_lora: LoRAModel, tasks: list[ClientTask], changes: dict[str, Any]
+) -> None:
+    settings = replace(SETTINGS, **changes)
+    together = train(llama_lora, tasks, settings)
+    alone = [train(llama_lora, [task], settings)[0] for task in tasks]
+    for one, other in zip(together, alone, strict=True):
+        assert_same(one.adapter, other.adapter, 1e-12)
+        assert one.loss_nats == pytest.approx(other.loss_nats, rel=1e-12)
+        assert (one.client, one.num_steps, one.num_tokens) == (other.client, other.num_steps, other.num_tokens)
+
+
+@pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"token_budget": 12}])
+def test_k_micro_batches_equal_one_batch(
+    llama_lora: LoRAModel, tasks: list[ClientTask], changes: dict[str, Any]
+) -> None:
+    whole, cut = train(llama_lora, tasks), train(llama_lora, tasks, replace(SETTINGS, **changes))
+    for one, other in zip(whole, cut, strict=True):
+        assert_same(one.adapter, other.adapter, 1e-11)
+
+
+def test_a_step_equals_a_plain_loop_over_padded_logits(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    """One step of plain AdamW on the mean over the batch's supervised tokens, by the model's own loss."""
+    task = tasks[1]  # three rows: one batch is all of them
+    (result,) = train(llama_lora, [task], replace(SETTINGS, steps=1))
+    lora = llama_lora
+    lora.open([Slot(task.rank, task.scale)])
+    lora.load(0, task.start)
+    lora.route_all(0)
+    losses = [_own_losses(lora.model, task.rows, i) for i in range(len(task.rows))]
+    loss = torch.cat(losses).mean()
+    parameters = lora.parameters(0)
+    loss.backward()
+    torch.optim.AdamW(parameters, lr=SETTINGS.learning_rate, weight_decay=0.0).step()
+    assert result.loss_nats == pytest.approx(loss.item(), rel=1e-12)
+    assert_same(result.adapter, lora.adapter(0), 1e-10)
+    assert result.num_loss_tokens == sum(len(part) for part in losses)
+
+
+def _own_losses(model: Any, rows: TokenSet, index: int) -> torch.Tensor:
+    ids, supervised = (torch.from_numpy(part.copy()) for part in rows.row(index))
+    logits_TV = model(input_ids=ids.long()[None], use_cache=False).logits[0]
+    nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:].long(), reduction="none")
+    return nats[supervised[1:]]
+
+
+def test_a_client_with_fewer_steps_is_not_touched_afterwards(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    settings = replace(SETTINGS, steps=None, epochs=1.0, token_budget=1)  # a row per pass: no client shares one
+    together = train(llama_lora, tasks, settings)
+    assert len({result.num_steps for result in together}) > 1
+    (alone,) = train(llama_lora, [tasks[1]], settings)
+    assert all(torch.equal(alone.adapter[n].a_RI, together[1].adapter[n].a_RI) for n in alone.adapter)
+    assert all(torch.equal(alone.adapter[n].b_OR, together[1].adapter[n].b_OR) for n in alone.adapter)
+
+
+def test_training_lowers_the_loss_and_moves_the_weights(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    for result in train(llama_lora, tasks, replace(SETTINGS, steps=40)):
+        assert result.loss_last_nats < result.loss_nats
+        assert result.change_norm > 0
+
+
+def test_a_rate_of_nothing_moves_nothing_and_says_so(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    (result,) = train(llama_lora, tasks[:1], replace(SETTINGS, learning_rate=0.0))
+    assert result.change_norm == 0.0
+
+
+def test_the_same_seed_repeats_bit_for_bit_and_another_does_not(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    settings = replace(SETTINGS, dropout=0.1)
+    first, again, other = (train(llama_lora, tasks[:1], settings, seed=s)[0].adapter for s in (1, 1, 2))
+    name = next(iter(first))
+    assert torch.equal(first[name].b_OR, again[name].b_OR)
+    assert not torch.equal(first[name].b_OR, other[name].b_OR)
+
+
+def test_neither_tasks_nor_base_are_changed(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    before = {name: tensor.clone() for name, tensor in llama_lora.model.state_dict().items() if ".base." in name}
+    start = tasks[0].start
+    copies = {name: Pair(pair.b_OR.clone(), pair.a_RI.clone()) for name, pair in start.items()}
+    train(llama_lora, tasks)
+    after = llama_lora.model.state_dict()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(torch.equal(start[name].a_RI, pair.a_RI) for name, pair in copies.items())
+
+
+def test_the_optimiser_is_fresh_in_each_round_unless_its_state_is_given(
+    llama_lora: LoRAModel, tasks: list[ClientTask]
+) -> None:
+    (first,) = train(llama_lora, tasks[:1])
+    assert first.optimiser_state is not None
+    next_task = replace(tasks[0], start=first.adapter)
+    (fresh,) = train(llama_lora, [next_task], round=2)
+    (kept,) = train(llama_lora, [replace(next_task, optimiser_state=first.optimiser_state)], round=2)
+    step = next(name for name in first.optimiser_state if name.endswith(".step"))
+    assert (fresh.optimiser_state[step], kept.optimiser_state[step]) == (20, 40)
+    name = next(iter(fresh.adapter))
+    assert not torch.equal(fresh.adapter[name].b_OR, kept.adapter[name].b_OR)
+
+
+def test_a_schedule_over_the_run_goes_on_and_one_over_the_round_does_not(
+    llama_lora: LoRAModel, tasks: list[ClientTask]
+) -> None:
+    rates: dict[str, list[float]] = {}
+    for span in ("round", "run"):
+        settings = replace(SETTINGS, steps=2, schedule="linear", schedule_span=span, total_rounds=2)
+        rates[span] = []
+        for number in (1, 2):
+            train(
+                llama_lora,
+                tasks[:1],
+                settings,
+                round=number,
+                on_step=lambda r, s=span: rates[s].append(r.learning_rate),
+            )
+    assert rates["round"] == pytest.approx([1e-2, 5e-3, 1e-2, 5e-3])
+    assert rates["run"] == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+
+
+def test_progress_reports_every_step_of_every_client(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    reports: list[StepReport] = []
+    results = train(llama_lora, tasks, replace(SETTINGS, steps=3), on_step=reports.append)
+    assert [(r.client, r.step, r.num_steps) for r in reports] == [(c, s, 3) for s in (1, 2, 3) for c in (10, 11, 12)]
+    assert sum(r.num_tokens for r in reports) == sum(result.num_tokens for result in results)
+    assert reports[-1].loss_nats == results[-1].loss_last_nats
+
+
+def test_a_client_that_diverges_stops_and_the_others_do_not_notice(
+    llama_lora: LoRAModel, tasks: list[ClientTask]
+) -> None:
+    sick = Adapter({n: Pair(p.b_OR, torch.full_like(p.a_RI, math.nan)) for n, p in tasks[0].start.items()})
+    results = train(llama_lora, [replace(tasks[0], start=sick), *tasks[1:]])
+    healthy = [train(llama_lora, [task])[0] for task in tasks[1:]]
+    assert results[0].num_steps == 1
+    assert not math.isfinite(results[0].loss_nats)
+    assert not results[0].adapter.is_finite()
+    for one, other in zip(results[1:], healthy, strict=True):
+        assert_same(one.adapter, other.adapter, 1e-12)
+
+
+def test_slots_are_freed_after_an_error(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    def interrupt(_: StepReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(llama_lora, tasks, on_step=interrupt)
+    assert llama_lora.slots == []
+
+
+@pytest.mark.parametrize("family_name", ["gpt2", "gemma2", "phi3", "opt", "gpt_neox"])
+def test_other_families_train_together_as_alone(
+    family_name: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet]
+) -> None:
+    from fedloom.models.families import resolve_targets
+
+    model = tiny(family_name)
+    lora = LoRAModel(model, resolve_targets(model))
+    tasks = [
+        ClientTask(k, rows_of_lengths(lengths, k), rank, 1.0, fresh_adapter(lora.shapes, rank, 0, k))
+        for k, (lengths, rank) in enumerate(zip(LENGTHS, RANKS, strict=True))
+    ]
+    settings = replace(SETTINGS, steps=4)
+    for one, task in zip(train(lora, tasks, settings), tasks, strict=True):
+        assert one.change_norm > 0
+        assert_same(one.adapter, train(lora, [task], settings)[0].adapter, 1e-11)

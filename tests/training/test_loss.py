@@ -1,0 +1,85 @@
+"""The chunked loss is torch's cross-entropy; the head is the model's own or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from fedloom.errors import ModelError
+from fedloom.training import loss as loss_module
+from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy, target_nats
+
+NUM_TARGETS, WIDTH, VOCABULARY = 41, 6, 11
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["plain", "bias", "softcap", "scale", "all"])
+def head(request: pytest.FixtureRequest) -> OutputHead:
+    has = {request.param} if request.param != "all" else {"bias", "softcap", "scale"}
+    return OutputHead(
+        draw(VOCABULARY, WIDTH, seed=1),
+        draw(VOCABULARY, seed=2) if "bias" in has else None,
+        scale=0.7 if "scale" in has else 1.0,
+        softcap=1.5 if "softcap" in has else None,
+    )
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_loss_and_gradient_equal_torchs_cross_entropy(
+    head: OutputHead, smoothing: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_LOGITS", {"cpu": 16 * VOCABULARY})
+    hidden_SD = draw(NUM_TARGETS, WIDTH, seed=3).requires_grad_()
+    targets_S = torch.arange(NUM_TARGETS) % VOCABULARY
+    weights_S = draw(NUM_TARGETS, seed=4).abs()
+    ours, nats_S = supervised_cross_entropy(hidden_SD, head, targets_S, weights_S, label_smoothing=smoothing)
+    logits_SV = head.logits(hidden_SD)
+    theirs = weights_S @ cross_entropy(logits_SV, targets_S, reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours * 3, hidden_SD)[0],
+        torch.autograd.grad(theirs * 3, hidden_SD)[0],
+        rtol=1e-11,
+        atol=1e-13,
+    )
+    torch.testing.assert_close(nats_S, cross_entropy(logits_SV, targets_S, reduction="none").detach())
+    assert not nats_S.requires_grad
+
+
+def test_scoring_gives_the_losses_of_training(head: OutputHead) -> None:
+    hidden_SD, targets_S = draw(NUM_TARGETS, WIDTH, seed=3), torch.arange(NUM_TARGETS) % VOCABULARY
+    _, nats_S = supervised_cross_entropy(hidden_SD, head, targets_S, torch.ones(NUM_TARGETS))
+    torch.testing.assert_close(target_nats(hidden_SD, head, targets_S), nats_S, rtol=1e-12, atol=1e-12)
+
+
+def test_large_logits_do_not_overflow() -> None:
+    head = OutputHead(torch.eye(3) * 1e4)
+    _, nats_S = supervised_cross_entropy(torch.eye(3), head, torch.tensor([0, 1, 1]), torch.ones(3))
+    torch.testing.assert_close(nats_S, torch.tensor([0.0, 0.0, 1e4]))
+
+
+def test_every_familys_head_is_verified(family: str, tiny: Callable[..., Any]) -> None:
+    model = tiny(family)
+    assert output_head(model) is output_head(model)
+
+
+@pytest.mark.parametrize("setting", ["final_logit_softcapping", "logits_scaling"])
+def test_an_unknown_change_of_the_logits_is_refused_by_name(setting: str, tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    setattr(model.config, setting, 2.0)  # announced, but this family's forward does not do it
+    with pytest.raises(ModelError, match="'llama' differs from the model's own"):
+        output_head(model)
+
+
+def test_layers_that_mix_samples_are_refused(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    model.model.layers[0].mlp.register_forward_hook(lambda *parts: parts[2].cumsum(1))
+    with pytest.raises(ModelError, match="differs from the model's own"):
+        output_head(model)

@@ -1,0 +1,44 @@
+"""Scores of rows are the model's own losses, whatever the passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedloom.data.tokens import TokenSet
+from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.training.scoring import row_losses
+
+LENGTHS = [9, 3, 17, 1, 10, 9]
+
+
+@pytest.mark.parametrize("token_budget", [1, 20, 1000])
+def test_row_losses_equal_the_models_own_losses(
+    family: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet], token_budget: int
+) -> None:
+    model, rows = tiny(family), rows_of_lengths(LENGTHS)
+    scores = row_losses(model, rows, token_budget=token_budget)
+    for index in range(len(rows)):
+        ids, supervised = (torch.from_numpy(part.copy()) for part in rows.row(index))
+        logits_TV = model(input_ids=ids.long()[None], use_cache=False).logits[0]
+        nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:].long(), reduction="none")[supervised[1:]]
+        assert scores.num_loss_tokens[index] == len(nats)
+        assert scores.sum_nats[index] == pytest.approx(float(nats.sum()), rel=1e-6, abs=1e-9)
+    assert scores.mean_nats == pytest.approx(scores.sum_nats.sum() / scores.num_loss_tokens.sum())
+
+
+def test_a_routed_adapter_is_scored(llama_lora: LoRAModel, rows_of_lengths: Callable[..., TokenSet]) -> None:
+    rows = rows_of_lengths(LENGTHS)
+    base = row_losses(llama_lora, rows, token_budget=30).sum_nats
+    start = fresh_adapter(llama_lora.shapes, 2, 0)
+    llama_lora.open([Slot(2, 1.0)])
+    llama_lora.load(0, start)
+    llama_lora.route_all(0)
+    np.testing.assert_allclose(row_losses(llama_lora, rows, token_budget=30).sum_nats, base, rtol=1e-12)
+    llama_lora.parameters(0)[1].data.fill_(1.0)
+    assert not np.allclose(row_losses(llama_lora, rows, token_budget=30).sum_nats, base)
