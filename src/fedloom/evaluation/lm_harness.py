@@ -1,0 +1,94 @@
+"""Run any task of lm-evaluation-harness on a model as it stands, adapters beside the base (extra ``lm-eval``)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from fedloom.errors import EvaluationError, MissingExtraError
+from fedloom.evaluation.intervals import Estimate
+from fedloom.evaluation.prompts import causal_lm
+
+
+@dataclass(frozen=True)
+class HarnessResult:
+    """Per task (and group of tasks) its metrics, the harness's version, and the settings it ran with."""
+
+    metrics: dict[str, dict[str, Estimate]]
+    version: str
+    shots: int | None
+    limit: int | None
+    seed: int
+
+
+def run_harness_tasks(
+    model: Any,
+    tokenizer: Any,
+    tasks: Sequence[str],
+    *,
+    shots: int | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    include: Path | None = None,
+) -> HarnessResult:
+    """Run ``tasks`` and return each metric with a normal interval from the harness's own standard error.
+
+    ``shots=None`` takes each task's own number; ``include`` is a folder of further task files.
+
+    Raises:
+        MissingExtraError: lm-evaluation-harness is not installed.
+        EvaluationError: a task is unknown, or its data cannot be had.
+    """
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError("lm-eval", "running tasks of lm-evaluation-harness") from error
+    manager = TaskManager(include_path=str(include) if include else None)
+    unknown = sorted(set(tasks) - set(manager.match_tasks(list(tasks))))
+    if unknown or not tasks:
+        raise EvaluationError(
+            f"lm-evaluation-harness {lm_eval.__version__} has no task {unknown}: see 'lm-eval ls tasks'"
+        )
+    lm = causal_lm(model)
+    wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, device=str(lm.device))
+    try:
+        found = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=list(tasks),
+            num_fewshot=shots,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
+    except (OSError, ValueError) as error:
+        raise EvaluationError(f"tasks {list(tasks)} could not be run: {error}") from error
+    metrics = {task: _metrics(row, found.get("n-samples", {}).get(task, {})) for task, row in found["results"].items()}
+    return HarnessResult(metrics, str(lm_eval.__version__), shots, limit, seed)
+
+
+def _metrics(row: Mapping[str, Any], samples: Mapping[str, int], level: float = 0.95) -> dict[str, Estimate]:
+    """Read ``acc,none`` and ``acc_stderr,none`` as value and standard error; without the latter the interval is NaN."""
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    n = int(samples.get("effective") or row.get("sample_len") or 0)
+    metrics = {}
+    for key, value in row.items():
+        name, _, extraction = key.partition(",")
+        if not extraction or name.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        error = row.get(f"{name}_stderr,{extraction}")
+        half = z * error if isinstance(error, int | float) else float("nan")
+        label = name if extraction == "none" else key
+        metrics[label] = Estimate(
+            float(value), value - half, value + half, n, level, "normal, harness's standard error"
+        )
+    return metrics
