@@ -1,0 +1,156 @@
+"""The pages cannot rot: links resolve, names exist, commands parse, the quickstart's commands run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from fedloom import config, embedded, recipes
+from fedloom.cli.app import app, exit_code
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = sorted(
+    [
+        *DOCS.rglob("*.md"),
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        ROOT / "examples/README.md",
+    ]
+)
+FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
+SHELLS = ("console", "bash", "sh")
+TRAINING = ("run", "compare")
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def prose_of(page: Path) -> str:
+    return FENCE.sub("", text_of(page))
+
+
+def blocks(page: Path, *languages: str) -> list[str]:
+    return [body for language, body in FENCE.findall(text_of(page)) if language in languages]
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words after ``fedloom`` of every command in a page's shell blocks."""
+    joined = "\n".join(blocks(page, *SHELLS)).replace("\\\n", " ")
+    lines = (line.removeprefix("$ ").strip() for line in joined.splitlines())
+    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"fedloom\b", line)]
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.+)$", prose_of(page), re.MULTILINE)
+    return {re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", title.lower()).strip()) for title in titles}
+
+
+@every_page
+def test_every_relative_link_resolves(page: Path) -> None:
+    for target in (first or second for first, second in LINK.findall(prose_of(page))):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        linked = (page.parent / path).resolve() if path else page
+        assert linked.exists(), f"{target} is not there"
+        assert linked.suffix != ".md" or not anchor or anchor in anchors(linked), f"{target}: no such heading"
+        assert DOCS not in page.parents or linked.is_relative_to(DOCS), f"{target} leaves the documentation"
+
+
+def nav_pages(entry: object) -> list[str]:
+    match entry:
+        case str():
+            return [entry]
+        case list():
+            return [page for part in entry for page in nav_pages(part)]
+        case dict():
+            return [page for part in entry.values() for page in nav_pages(part)]
+    raise AssertionError(entry)
+
+
+def test_the_navigation_holds_every_page_once() -> None:
+    listed = nav_pages(yaml.safe_load(text_of(ROOT / "mkdocs.yml"))["nav"])
+    assert sorted(listed) == sorted(str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md"))
+
+
+@every_page
+def test_every_test_and_file_that_a_page_names_exists(page: Path) -> None:
+    prose = prose_of(page)
+    tests = "\n".join(text_of(file) for file in (ROOT / "tests").rglob("test_*.py"))
+    for name in re.findall(r"`(test_\w+)`", prose):
+        assert f"def {name}(" in tests, name
+    for path in re.findall(r"`((?:src|tests|scripts|examples|benchmarks)/[\w./-]+\.\w+)`", prose):
+        assert (ROOT / path).exists(), path
+
+
+@every_page
+def test_every_setting_that_a_page_names_exists(page: Path) -> None:
+    settings = {name for name, _ in config.every_setting()}
+    tables = {name.partition(".")[0] for name in settings}
+    for name in re.findall(rf"`((?:{'|'.join(sorted(tables))})\.[a-z_0-9]+)\\b", prose_of(page)):
+        assert name in settings or name.endswith((".json", ".toml")), name
+
+
+def test_the_map_of_the_design_holds_every_package() -> None:
+    section = text_of(DOCS / "design.md").partition("## The map")[2].partition("\n## ")[0]
+    listed = {
+        name for row in re.findall(r"^\| (`.+?) \|", section, re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    there = {path.stem for path in (ROOT / "src" / "fedloom").iterdir() if not path.name.startswith("_")}
+    assert listed == {name for name in there if name != "py"}
+
+
+@every_page
+def test_every_command_parses(page: Path) -> None:
+    for words in commands(page):
+        command, context = typer.main.get_command(app), None
+        while words and hasattr(command, "commands") and words[0] in command.commands:
+            context = typer.Context(command, info_name=words[0], parent=context)
+            command, words = command.commands[words[0]], words[1:]
+        assert context is not None or not words, f"no such command: fedloom {shlex.join(words)}"
+        command.make_context("fedloom", list(words), parent=context, resilient_parsing=False)
+
+
+@every_page
+def test_every_recipe_and_override_of_a_command_is_valid(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for position, recipe in enumerate(blocks(DOCS / "quickstart.md", "toml")):
+        (tmp_path / "mine.toml").write_text(recipe, encoding="utf-8")
+        assert position == 0
+    for words in commands(page):
+        if words[:1] in (["run"], ["describe"], ["validate"], ["compare"]) and "path/to/model" not in " ".join(words):
+            overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            assert exit_code(["validate", words[1], *(part for o in overrides for part in ("--set", o))]) == 0, words
+
+
+def test_the_pages_of_methods_name_their_recipes() -> None:
+    named = {words[1] for page in (DOCS / "methods").glob("*.md") for words in commands(page) if words[0] in TRAINING}
+    assert named <= set(recipes.names())
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
+    if not embedded.model_path().is_dir():
+        pytest.skip("the embedded model is absent")
+    page = DOCS / "quickstart.md"
+    (tmp_path / "mine.toml").write_text(blocks(page, "toml")[0], encoding="utf-8")
+    for words in commands(page):
+        if words[0] != "compare":
+            subprocess.run([sys.executable, "-m", "fedloom.cli", *words], cwd=tmp_path, check=True, timeout=600)
+    for program in blocks(page, "python"):
+        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=600)
+    assert (tmp_path / "runs/first/adapter/adapter_model.safetensors").is_file()
