@@ -136,6 +136,21 @@ def test_the_seed_changes_rows_clients_and_result(settings_for: Make, tmp_path: 
     assert one != two
 
 
+def test_a_run_whose_schedule_spans_it_is_not_extended(settings_for: Make, tmp_path: Path) -> None:
+    spanning = {"training__schedule": "linear", "training__schedule_span": "run"}
+    run(settings_for(**spanning), tmp_path / "run")
+    with pytest.raises(RunError, match="num_rounds"):
+        run(settings_for(**spanning, federation__num_rounds=3), tmp_path / "run")
+
+
+def test_the_folder_tells_who_holds_what(settings_for: Make, tmp_path: Path) -> None:
+    run(settings_for(federation__num_rounds=1), tmp_path / "run")
+    holdings = json.loads((tmp_path / "run/holdings.json").read_text())
+    assert holdings["group"] == "category"
+    assert [len(client["rows_by_group"]) for client in holdings["clients"]] == [2, 2, 2]
+    assert sum(client["num_rows"] for client in holdings["clients"]) == 42
+
+
 def test_a_16_bit_wire_halves_the_bytes(settings_for: Make, tmp_path: Path) -> None:
     full = run(settings_for(), tmp_path / "fp32")
     half = run(settings_for(wire__dtype="bf16"), tmp_path / "bf16")
@@ -173,7 +188,7 @@ def test_a_comparison_runs_every_method_on_the_same_rows_and_resumes(settings_fo
 def test_centralised_takes_as_many_steps_as_all_clients_together(settings_for: Make, tmp_path: Path) -> None:
     def rows_seen(summary: RunSummary) -> int:
         lines = (summary.folder / "metrics.jsonl").read_text().splitlines()
-        return sum(client["steps"] for line in lines for client in json.loads(line)["clients"])
+        return sum(client["num_steps"] for line in lines for client in json.loads(line)["clients"])
 
     runs = [run(of_method(settings_for, m), tmp_path / m) for m in ("fedit", "centralised", "standalone")]
     assert {rows_seen(summary) for summary in runs} == {12}

@@ -90,7 +90,7 @@ def test_the_backward_formula_equals_numerical_differentiation(family: str) -> N
     start = layer.a_RI.detach().clone().requires_grad_()
 
     def of_a(a: torch.Tensor) -> torch.Tensor:
-        from fedloom.lora.layer import _LowRankLinear
+        from fedloom.lora.linear import _LowRankLinear
 
         return _LowRankLinear.apply(x.detach(), a, layer.bt_RO, layer, lora._route.blocks(5), [None, None])
 

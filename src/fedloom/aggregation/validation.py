@@ -25,7 +25,7 @@ def check_update(
     if update.round != broadcast.round:
         raise UpdateError(f"expected an update for round {broadcast.round}, got one for round {update.round}")
     try:
-        check_fits(update.adapter, dict(shapes))
+        check_fits(update.adapter, shapes)
     except AdapterError as error:
         raise UpdateError(str(error)) from error
     wrong = {name: rank for name, rank in update.adapter.ranks.items() if rank != broadcast.rank}

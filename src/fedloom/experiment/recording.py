@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedloom.aggregation.records import Update
+from fedloom.data.partition import Partition
+from fedloom.data.sources import Rows
 from fedloom.federation.messages import numbers_of
 from fedloom.federation.rounds import ClientRecord, RoundRecord
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.reporting.stored_run import Holding, holdings_document
 
-USED, LEFT_OUT = "ok", "left out"
+GROUPING_COLUMNS = ("category", "task", "label")
+MOST_GROUPS = 50
 
 
 def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
@@ -34,34 +40,28 @@ def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[s
         "change_norm": record.change_norm,
         "num_tokens": sum(client.num_tokens for client in record.clients),
         "num_loss_tokens": tokens,
-        "num_trained_parameters": None,
+        "num_trained_parameters": sum(client.num_parameters for client in used),
         "upload_bytes": sum(client.upload_bytes for client in record.clients),
         "download_bytes": sum(client.download_bytes for client in record.clients),
         "seconds": dict(record.seconds),
         "peak_memory_bytes": peak_memory_bytes(),
         "rank": {name: pair.rank for name, pair in state.global_adapter().items()},
-        "clients": [_client(client, names[client.client]) for client in record.clients],
+        "clients": [{"name": names[client.client], **asdict(client)} for client in record.clients],
     }
 
 
-def _client(record: ClientRecord, name: str) -> dict[str, Any]:
-    return {
-        "client": record.client,
-        "name": name,
-        "status": USED if record.reason is None else LEFT_OUT,
-        "reason": record.reason,
-        "rows": record.num_rows,
-        "tokens": record.num_tokens,
-        "loss_tokens": record.num_loss_tokens,
-        "steps": record.num_steps,
-        "weight": record.weight,
-        "loss_nats": record.loss_nats,
-        "loss_last_nats": record.loss_last_nats,
-        "norm": record.norm,
-        "seconds": record.seconds,
-        "upload_bytes": record.upload_bytes,
-        "download_bytes": record.download_bytes,
-    }
+def holdings_of(rows: Rows, partition: Partition, ranks: Mapping[int, int], column: str | None) -> dict[str, Any]:
+    """Return who owns how much of which group, for the report; no groups where a column has too many values."""
+    column = column or next((name for name in GROUPING_COLUMNS if all(name in row for row in rows.rows)), None)
+    values = None if column is None else rows.column(column)
+    if values is not None and len(set(values)) > MOST_GROUPS:
+        column = values = None
+    holdings = []
+    for client, name in enumerate(partition.names):
+        owned = partition.rows_of(client)
+        groups = {} if values is None else Counter(str(values[index]) for index in owned)
+        holdings.append(Holding(name, len(owned), ranks.get(client), dict(sorted(groups.items()))))
+    return holdings_document(holdings, column)
 
 
 class UpdateKeeper:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fedloom.aggregation.records import Broadcast, ServerState, Update
 from fedloom.config import Settings
-from fedloom.experiment.assembly import CONTROLS, Population, engine_of, plan_of, population_of
+from fedloom.experiment.assembly import CONTROLS, Population, engine_of, plan_of, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state
 from fedloom.experiment.inputs import Inputs, Workshop
-from fedloom.experiment.recording import UpdateKeeper, metrics_of, peft_writer, update_keeper
+from fedloom.experiment.recording import UpdateKeeper, holdings_of, metrics_of, peft_writer, update_keeper
 from fedloom.experiment.state_files import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
 from fedloom.federation.rounds import Arrival, Engine, RoundPlan, RoundRecord, run_rounds
 from fedloom.lora.algebra import compress
@@ -24,7 +24,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.reporting.run_folder import RunFolder, Writer
+from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder, Writer
 from fedloom.reporting.run_opening import refuse_foreign
 from fedloom.reporting.tables import written_bytes
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
@@ -90,7 +90,8 @@ def run(
     inputs = workshop.inputs(settings, base, saved if saved.exists() and not fresh else None)
     population = population_of(settings, inputs)
     plan = None if settings.method.name == "base" else plan_of(settings, population, lora)
-    with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh) as folder:
+    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
             base_sha256=base.revision_hash,
             data_sha256=inputs.data_sha256,
@@ -100,7 +101,16 @@ def run(
         )
         if not (folder.path / "partition.json").exists():
             inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
+            ranks = dict(enumerate(settings.client_ranks))
+            folder.write_json(
+                "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
+            )
         return Session(settings, folder, base, lora, inputs, population, plan, progress).complete()
+
+
+def is_extensible(settings: Settings) -> bool:
+    """Tell whether more rounds leave the rounds before as they are: not where one schedule spans the run."""
+    return settings.training.schedule == "constant" or training_of(settings).schedule_span == "round"
 
 
 @dataclass

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
@@ -46,6 +46,7 @@ class ClientRecord:
     download_bytes: int
     upload_bytes: int
     num_rows: int = 0
+    num_parameters: int = 0
     num_tokens: int = 0
     num_loss_tokens: int = 0
     num_steps: int = 0
@@ -170,10 +171,7 @@ class Intake:
 
     def records(self, weights: Mapping[int, float]) -> tuple[ClientRecord, ...]:
         """Return one record per client in the order of the ids, with the weights the strategy gave."""
-        return tuple(
-            ClientRecord(**{**self.seen[client].__dict__, "weight": weights.get(client, 0.0)})
-            for client in sorted(self.seen)
-        )
+        return tuple(replace(self.seen[client], weight=weights.get(client, 0.0)) for client in sorted(self.seen))
 
     def _examine(self, arrival: Arrival, broadcast: Broadcast) -> ClientRecord:
         outcome = arrival.outcome
@@ -192,6 +190,7 @@ class Intake:
             reason,
             *crossed,
             num_rows=outcome.num_rows,
+            num_parameters=outcome.adapter.num_parameters,
             num_tokens=outcome.num_tokens,
             num_loss_tokens=outcome.num_loss_tokens,
             num_steps=outcome.num_steps,

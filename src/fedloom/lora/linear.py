@@ -1,0 +1,155 @@
+"""The linear layer with slots: one frozen weight, many adapters of different ranks, one frozen side pair.
+
+Letters: T tokens, I in, O out, R sum of the open slots' ranks. The slots' factors lie one under the other in ``a_RI``
+and ``bt_RO`` (``b`` transposed); slot k owns a block of rows in both, as views, and segments of token rows of the
+packed batch. The two tensors are FLoRA's stack as they stand.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.errors import ModelError
+from fedloom.lora.pair import Pair
+from fedloom.lora.route import Route
+
+FOLD_WHEN_SIDE_COSTS = 1 / 8
+"""Fold the side adapter into a working copy of an fp32 weight once it costs this share of the base's product."""
+
+
+class _LowRankLinear(torch.autograd.Function):
+    """``y = x Wᵀ + bias + side(x) + s_k b_k a_k dropout(x)`` per segment; saves only x and the R-wide middle."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, a: Tensor, bt: Tensor, layer: LoRALinear, blocks: list[Any], masks: list[Any]
+    ) -> Tensor:
+        y = nn.functional.linear(x, layer.weight_OI(x.dtype), layer.bias)
+        if layer.side is not None:
+            y.addmm_(x @ layer.side.a_RI.T, layer.side.b_OR.T)
+        a_x, bt_x, middles = a.to(x.dtype), bt.to(x.dtype), []
+        for (slot, tokens, rows), mask in zip(blocks, masks, strict=True):
+            seen = x[tokens] if mask is None else x[tokens] * mask
+            middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
+            y[tokens].addmm_(middle, bt_x[rows])
+            middles.append(middle)
+        ctx.save_for_backward(x, a_x, bt_x, *middles)
+        ctx.layer, ctx.blocks, ctx.masks = layer, blocks, masks
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, a, bt, *middles = ctx.saved_tensors
+        layer, grad = ctx.layer, grads[0].contiguous()
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = grad @ layer.weight_OI(grad.dtype)
+            if layer.side is not None:
+                grad_x.addmm_(grad @ layer.side.b_OR, layer.side.a_RI)
+        grad_a, grad_bt = torch.zeros_like(a, dtype=layer.a_RI.dtype), torch.zeros_like(bt, dtype=layer.bt_RO.dtype)
+        for (slot, tokens, rows), mask, middle in zip(ctx.blocks, ctx.masks, middles, strict=True):
+            seen = x[tokens] if mask is None else x[tokens] * mask
+            grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
+            grad_bt[rows] += middle.T @ grad[tokens]
+            grad_a[rows] += grad_middle.T @ seen
+            if grad_x is not None and mask is None:
+                grad_x[tokens].addmm_(grad_middle, a[rows])
+            elif grad_x is not None:
+                grad_x[tokens].add_((grad_middle @ a[rows]).mul_(mask))
+        return grad_x, grad_a, grad_bt, None, None, None
+
+
+class LoRALinear(nn.Module):
+    """Stand in for one frozen ``nn.Linear``, ``Conv1D`` or quantised linear, with slots and a side adapter."""
+
+    def __init__(self, base: nn.Module, route: Route) -> None:
+        super().__init__()
+        self.base, self.route = base, route
+        self.out_features, self.in_features = _shape_of(base)
+        self.side: Pair | None = None
+        self._folded_OI: Tensor | None = None
+        self.allocate()
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, if it has one."""
+        bias = getattr(self.base, "bias", None)
+        return bias if isinstance(bias, Tensor) else None
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's own weight, for code that asks a linear layer for its dtype or device."""
+        return self.base.weight  # type: ignore[return-value]
+
+    def weight_OI(self, dtype: torch.dtype) -> Tensor:
+        """Return the weight to multiply with, (O, I): folded, transposed or dequantised as the base demands."""
+        return self._folded_OI if self._folded_OI is not None else _dense_weight(self.base).to(dtype)
+
+    def allocate(self) -> None:
+        """Make zeroed factors and gradients for the open slots."""
+        self.a_RI = self._trainable(self.in_features)
+        self.bt_RO = self._trainable(self.out_features)
+
+    def _trainable(self, width: int) -> nn.Parameter:
+        dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
+        factors = nn.Parameter(torch.zeros(self.route.total_rank, width, device=self.weight.device, dtype=dtype))
+        factors.grad = torch.zeros_like(factors)
+        return factors
+
+    def set_side(self, pair: Pair | None) -> None:
+        """Add a frozen pair to the base: beside it as factors, or folded into a working copy of an fp32 weight."""
+        self.side = self._folded_OI = None
+        if pair is None or pair.rank == 0:
+            return
+        pair = pair.to(self.weight.device)
+        share = pair.num_parameters / (self.out_features * self.in_features)
+        if _holds_full_precision(self.base) and share > FOLD_WHEN_SIDE_COSTS:
+            weight = _dense_weight(self.base)
+            self._folded_OI = torch.addmm(weight, pair.b_OR.to(weight.dtype), pair.a_RI.to(weight.dtype))
+        else:
+            compute = self.weight.dtype if self.weight.dtype.is_floating_point else torch.bfloat16
+            self.side = pair.to(compute)
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        blocks = self.route.blocks(flat.shape[0])
+        masks = [self._mask(slot, flat[tokens]) for slot, tokens, _ in blocks]
+        y: Tensor = _LowRankLinear.apply(flat, self.a_RI, self.bt_RO, self, blocks, masks)  # type: ignore[no-untyped-call]
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _mask(self, index: int, x: Tensor) -> Tensor | None:
+        """Draw a slot's dropout mask from its own stream; none without gradients."""
+        slot = self.route.slots[index]
+        if slot.dropout == 0.0 or not torch.is_grad_enabled():
+            return None
+        keep = torch.empty_like(x).bernoulli_(1.0 - slot.dropout, generator=slot.generator)
+        return keep.div_(1.0 - slot.dropout)
+
+
+def _shape_of(base: nn.Module) -> tuple[int, int]:
+    if isinstance(base, Conv1D):
+        num_in, num_out = base.weight.shape
+        return num_out, num_in
+    if isinstance(base, nn.Linear):
+        return base.out_features, base.in_features
+    raise ModelError(f"model.target_modules: expected linear layers, got a {type(base).__name__}")
+
+
+def _holds_full_precision(base: nn.Module) -> bool:
+    return base.weight.dtype in (torch.float32, torch.float64)
+
+
+def _dense_weight(base: nn.Module) -> Tensor:
+    """Return the base's (O, I) weight; a quantised one is dequantised here and never kept."""
+    weight: Tensor = base.weight  # type: ignore[assignment]
+    if isinstance(base, Conv1D):
+        return weight.T
+    if weight.dtype.is_floating_point:
+        return weight
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    return dequantize_bnb_weight(weight, state=getattr(base, "state", None))  # type: ignore[no-any-return]

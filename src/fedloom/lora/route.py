@@ -1,0 +1,59 @@
+"""Which tokens train which adapter: the slots of a cohort and the segments of a packed batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from fedloom.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Room for one client's adapter: its rank, its scale s (``alpha / r``) and its dropout with its own stream."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    generator: torch.Generator | None = None
+
+
+@dataclass
+class Route:
+    """Which token rows belong to which slot in the passes that follow; shared by all modules of a model."""
+
+    slots: list[Slot] = field(default_factory=list)
+    segments: list[tuple[int, int]] = field(default_factory=list)
+    everything_to: int | None = None
+
+    @property
+    def total_rank(self) -> int:
+        """Sum of the slots' ranks: rows of ``a_RI`` and ``bt_RO``."""
+        return sum(slot.rank for slot in self.slots)
+
+    def rows_of(self, slot: int) -> slice:
+        """Rows of ``a_RI`` and ``bt_RO`` that belong to a slot."""
+        start = sum(s.rank for s in self.slots[:slot])
+        return slice(start, start + self.slots[slot].rank)
+
+    def blocks(self, num_tokens: int) -> list[tuple[int, slice, slice]]:
+        """Return (slot, token rows, factor rows) of every segment.
+
+        Raises:
+            ModelError: if the segments do not add up to the tokens that arrived.
+        """
+        segments = self.segments
+        if not segments:
+            return (
+                []
+                if self.everything_to is None
+                else [(self.everything_to, slice(0, num_tokens), self.rows_of(self.everything_to))]
+            )
+        blocks, start = [], 0
+        for slot, count in segments:
+            blocks.append((slot, slice(start, start + count), self.rows_of(slot)))
+            start += count
+        if start != num_tokens:
+            raise ModelError(f"expected {start} token rows as routed to the slots, got {num_tokens}")
+        return blocks
