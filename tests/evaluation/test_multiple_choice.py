@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.multiple_choice import Answering, answer_questions, compare_answers, prompt_text
+from fedloom.evaluation.multiple_choice import answer_questions, compare_answers
+from fedloom.evaluation.question_prompts import Answering, prompt_text
 from fedloom.evaluation.questions import Question, read_mmlu, read_questions
 from fedloom.evaluation.shared_prefix import Query, continuation_nats, nats_from_scratch, shared_prefix
 
