@@ -83,6 +83,12 @@ class Party:
         """Tell whether a step can be taken."""
         return all(bool(torch.isfinite(f.grad).all()) for f in self._factors.values() if f.grad is not None)
 
+    def scale_gradients(self, modules: Collection[str], factor: float) -> None:
+        """Multiply the gradients of some modules."""
+        for name, parameter in self._factors.items():
+            if module_of(name) in modules and parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
     def drop_gradients(self) -> None:
         """Clear this party's gradients."""
         for factor in self._factors.values():

@@ -146,7 +146,7 @@ class Period:
                 asked += 1
             self._micro_batch(step, micro_batch, group)
         if any(client in self.present for client in group):
-            server.party.step()
+            server.step(self._share)
         for failure in clients.finish(step, [client for client in group if client in self.present]):
             self._leave_out(failure)
 

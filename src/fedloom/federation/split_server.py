@@ -12,7 +12,7 @@ from torch import Tensor
 from fedloom.federation.split_codecs import Encoded, ErrorFeedback, encode
 from fedloom.federation.split_messages import SplitMessage
 from fedloom.federation.split_party import MakeOptimiser, Party, reseed_dropout, set_side_partly, without
-from fedloom.federation.split_plan import SplitPlan
+from fedloom.federation.split_plan import SplitPlan, block_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.models.cut import num_blocks
@@ -41,6 +41,9 @@ class SplitServer:
         weight = next(lora.model.parameters())
         self._dtype, self._device = weight.dtype, weight.device
         self.width: int = lora.model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self._modules_of_block: dict[int, set[str]] = {}
+        for module in lora.shapes:
+            self._modules_of_block.setdefault(block_of(lora.model, module), set()).add(module)
         self.feedback = ErrorFeedback()
         self._cache: dict[int, dict[int, CachedRow]] = {}
         self._party: Party | None = None
@@ -142,6 +145,19 @@ class SplitServer:
         """Run backward from the tails' gradients (U-shape)."""
         assert self._done is not None
         backward_from_tails(self._done, {m.client: m.matrix.decode(self._dtype).to(self._device) for m in tails})
+
+    def step(self, num_loss_tokens: Mapping[int, int]) -> None:
+        """Take the server's step.
+
+        Where deeper clients run a block themselves, its gradient here is first made that of the mean loss of the
+        clients the server stands in for, as a client's is of its own; their aggregate then weighs each rightly.
+        """
+        cuts, total = self._plan.cut_layers, max(1, sum(num_loss_tokens.values()))
+        for block in range(min(cuts), max(cuts)):
+            passing = sum(tokens for client, tokens in num_loss_tokens.items() if cuts[client] <= block)
+            if passing:
+                self.party.scale_gradients(self._modules_of_block.get(block, set()), total / passing)
+        self.party.step()
 
     def gradients(self, step: int, micro_batch: int, nats: Mapping[int, float]) -> list[SplitMessage]:
         """Return the gradients of the clients' activations, none to frozen clients, and forget the pass."""

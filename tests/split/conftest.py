@@ -1,0 +1,34 @@
+"""A split run on a tiny model, set up as a test needs it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from split.split_cases import PLAN, SGD, SetUp, random_rows, wrapped
+
+from fedloom.aggregation.server_step import PlainStep
+from fedloom.aggregation.strategy import Weighting
+from fedloom.aggregation.zero_padding import fedit
+from fedloom.data.tokens import TokenSet
+from fedloom.federation.server import ServerRules
+from fedloom.federation.split_local import local_parties
+from fedloom.federation.split_period import SplitParties
+from fedloom.lora.layer import LoRAModel
+
+
+@pytest.fixture
+def set_up() -> SetUp:
+    """Return a function that sets up a run on a tiny Llama, the shared plan changed as told."""
+
+    def build(
+        make_strategy: Any = None, make_optimiser: Any = SGD, case: str = "llama", **changes: Any
+    ) -> tuple[LoRAModel, SplitParties, list[TokenSet]]:
+        plan = replace(PLAN, **changes)
+        lora = wrapped(case)
+        rows = [random_rows(n, seed) for seed, n in enumerate(plan.num_rows)]
+        strategy = make_strategy or (lambda cohort: fedit(cohort, Weighting.TOKENS))
+        return lora, local_parties(lora, plan, rows, strategy, ServerRules(PlainStep()), make_optimiser), rows
+
+    return build
