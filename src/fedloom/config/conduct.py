@@ -7,6 +7,9 @@ from typing import Literal
 from fedloom.config.setting import Count, Fraction, Natural, NonNegative, Positive, Table, setting
 
 
+SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match"]
+
+
 class Devices(Table):
     """Devices and links of the cost model: one value for all clients, or one per client. They change no result."""
 
@@ -30,7 +33,7 @@ class Evaluation(Table):
 
     every: Natural = setting(1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.")
     batch_tokens: Count = setting(8192, "Tokens per evaluation pass.")
-    suites: tuple[Literal["e2e", "mmlu", "multiple-choice", "exact-match"], ...] = setting(
+    suites: tuple[SuiteName, ...] = setting(
         (), "Scores besides the held-out loss."
     )
     paths: dict[str, str] = setting({}, "Where a suite's data is: suite = path.")

@@ -68,9 +68,26 @@ def compare(
             folder = out / f"{method}-seed{seed}"
             runs.append(run(variant, folder, fresh=fresh, progress=progress, workshop=workshop))
     reference = "fedit" if "fedit" in methods and len(methods) > 1 else None
-    result = MethodsComparison(out, tuple(runs), tabulate(_by_method(runs), METRICS, reference))
+    table = tabulate(_by_method(runs), (*METRICS[:2], *suite_metrics(runs), *METRICS[2:]), reference)
+    result = MethodsComparison(out, tuple(runs), table)
     durable.write_json(out / "comparison.json", result.as_dict())
     return result
+
+
+def suite_metrics(runs: Sequence[RunSummary]) -> list[Metric]:
+    """Return a column for every score of every suite that a run has."""
+    names = dict.fromkeys(name for summary in runs for name in suite_values(summary))
+    return [Metric(name, name.partition(".")[2].replace("_", " "), better="higher", digits=4) for name in names]
+
+
+def suite_values(summary: RunSummary) -> dict[str, float]:
+    """Return a run's scores by ``suite.metric``."""
+    suites = summary.eval.get("suites", {})
+    return {
+        f"{suite}.{name}": found["value"]
+        for suite, scores in suites.items()
+        for name, found in scores["metrics"].items()
+    }
 
 
 def _by_method(runs: Sequence[RunSummary]) -> dict[str, dict[int, Mapping[str, float | None]]]:
@@ -83,5 +100,6 @@ def _by_method(runs: Sequence[RunSummary]) -> dict[str, dict[int, Mapping[str, f
             "upload_bytes": summary.upload_bytes or None,
             "download_bytes": summary.download_bytes or None,
             "seconds": summary.seconds or None,
+            **suite_values(summary),
         }
     return results

@@ -1,14 +1,18 @@
-"""How good a state is: the loss on held-out rows, of the global model or of every client's own."""
+"""How good a state is: loss and scores of the global model, or the mean over every client's own."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedloom.aggregation.records import ServerState
+from fedloom.config.conduct import SuiteName
+from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
+from fedloom.experiment.suites import SuiteChoice, SuiteScores, run_suite
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.training.scoring import row_losses
@@ -51,3 +55,36 @@ def _mean_of(scores: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
         "loss_nats_of_client": {str(client): score["loss_nats"] for client, score in scores.items()},
         "loss_nats_sd": statistics.stdev(losses),
     }
+
+
+def score_state(
+    lora: LoRAModel,
+    tokenizer: Any,
+    state: ServerState,
+    suites: Sequence[SuiteName],
+    choice: SuiteChoice,
+    rows: Rows | None,
+    folder: Path,
+) -> dict[str, dict[str, Any]]:
+    """Score a state by every suite; what is decoded is kept in ``folder``, one file a suite, round and client."""
+    scores: dict[str, dict[str, Any]] = {}
+    owners: list[tuple[str, Adapter]] = [(f"-client{c}", own) for c, own in sorted(state.own.items())]
+    for suite in suites:
+        found = []
+        for name, adapter in owners or [("", state.global_adapter())]:
+            lora.close()
+            lora.set_side(adapter or None)
+            lora.route_all(None)
+            outputs = folder / f"{suite}-round{state.round}{name}.jsonl"
+            found.append(run_suite(suite, lora, tokenizer, choice, rows=rows, outputs=outputs))
+        scores[suite] = _mean_scores(found)
+    return scores
+
+
+def _mean_scores(found: Sequence[SuiteScores]) -> dict[str, Any]:
+    """Return one model's figures, or their mean over several without an interval."""
+    if len(found) == 1:
+        return found[0].as_dict()
+    names = found[0].estimates
+    means = {name: {"value": statistics.fmean(one.estimates[name].value for one in found)} for name in names}
+    return {"suite": found[0].suite, "metrics": means, "num_models": len(found)}

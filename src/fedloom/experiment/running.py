@@ -14,10 +14,11 @@ from torch import Tensor
 from fedloom.aggregation.records import Broadcast, ServerState, Update
 from fedloom.config import Settings
 from fedloom.experiment.assembly import CONTROLS, Population, engine_of, plan_of, population_of, training_of
-from fedloom.experiment.evaluating import evaluate_state
+from fedloom.experiment.evaluating import evaluate_state, score_state
 from fedloom.experiment.inputs import Inputs, Workshop
 from fedloom.experiment.recording import UpdateKeeper, holdings_of, metrics_of, peft_writer, update_keeper
 from fedloom.experiment.state_files import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
+from fedloom.experiment.suites import suite_choice_of
 from fedloom.federation.rounds import Arrival, Engine, RoundPlan, RoundRecord, run_rounds
 from fedloom.lora.algebra import compress
 from fedloom.lora.layer import LoRAModel
@@ -55,10 +56,13 @@ class RunSummary:
     def lines(self) -> list[str]:
         """Return the summary for people."""
         lines = [f"{self.method}, seed {self.seed}: {self.num_rounds} rounds in {self.seconds:.1f} s"]
-        if self.eval:
-            before = f" (base {self.base_eval['loss_nats']:.4f})" if self.base_eval else ""
+        if "loss_nats" in self.eval:
+            before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
             tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"
             lines.append(f"held-out loss {self.eval['loss_nats']:.4f} nats per token{before} on {tokens}")
+        for suite, scores in self.eval.get("suites", {}).items():
+            figures = ", ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items())
+            lines.append(f"{suite}: {figures}")
         up, down = written_bytes(self.upload_bytes), written_bytes(self.download_bytes)
         lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}")
         if self.aggregation_noise is not None:
@@ -187,7 +191,14 @@ class Session:
         self.progress.round_done(metrics)
 
     def _evaluate(self, state: ServerState) -> dict[str, Any]:
-        return evaluate_state(self.lora, state, self.inputs.held_out, self.settings.evaluation.batch_tokens)
+        chosen, inputs = self.settings.evaluation, self.inputs
+        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens)
+        if chosen.suites:
+            choice, folder = suite_choice_of(self.settings), self.folder.path / "evaluation"
+            scores["suites"] = score_state(
+                self.lora, self.base.tokenizer, state, chosen.suites, choice, inputs.held_out_rows, folder
+            )
+        return scores
 
     def _write_adapter(self, state: ServerState) -> None:
         """Write the result as PEFT: one adapter on the untouched base, or one per client where each has its own."""

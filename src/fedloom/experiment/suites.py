@@ -1,0 +1,195 @@
+"""The papers' scores of a model as it stands: E2E metrics, multiple choice, exact matches, named as in a recipe.
+
+A suite takes the base with an adapter beside it and gives named estimates, each with its interval and its n, so that
+a run, a comparison and the command line show the same figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, assert_never
+
+from fedloom.config import Settings
+from fedloom.config.conduct import SuiteName
+from fedloom.data.encoding import render, resolve_template
+from fedloom.data.records import Prompt, Shape
+from fedloom.data.sources import Rows
+from fedloom.data.templates import AUTO
+from fedloom.errors import EvaluationError
+from fedloom.evaluation.decoding import DecodingSettings, decode
+from fedloom.evaluation.e2e import score_e2e
+from fedloom.evaluation.e2e_files import References, read_references
+from fedloom.evaluation.intervals import Estimate
+from fedloom.evaluation.multiple_choice import answer_questions
+from fedloom.evaluation.questions import Question, read_mmlu, read_questions
+from fedloom.lora.layer import LoRAModel
+from fedloom.reporting.durable import plain
+
+OnProgress = Callable[[int, int, float], None]
+
+
+@dataclass(frozen=True)
+class SuiteChoice:
+    """What a suite reads and how: ``paths`` by suite, few-shot examples, items at most, decoding, wording."""
+
+    paths: Mapping[str, str] = field(default_factory=dict)
+    shots: int = 5
+    limit: int | None = None
+    decoding: DecodingSettings = field(default_factory=DecodingSettings)
+    template: str = AUTO
+    token_budget: int = 8192
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SuiteScores:
+    """A suite's estimates by metric, and what a reader must know of how they came about."""
+
+    suite: str
+    estimates: Mapping[str, Estimate]
+    notes: Mapping[str, Any]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        return {"suite": self.suite, "metrics": plain(dict(self.estimates)), **plain(dict(self.notes))}
+
+    def lines(self) -> list[str]:
+        """Return the figures for people."""
+        width = max(map(len, self.estimates), default=0)
+        lines = [f"{name:<{width}}  {estimate}" for name, estimate in self.estimates.items()]
+        return lines + [
+            f"{name.replace('_', ' ')}: {value}" for name, value in self.notes.items() if value not in (0, {})
+        ]
+
+
+def suite_choice_of(settings: Settings) -> SuiteChoice:
+    """Return what a recipe says of its suites."""
+    chosen = settings.evaluation
+    decoding = DecodingSettings(chosen.beams, chosen.length_penalty, chosen.no_repeat_ngram, chosen.max_new_tokens)
+    return SuiteChoice(
+        chosen.paths,
+        chosen.shots,
+        chosen.limit,
+        decoding,
+        settings.data.template or AUTO,
+        chosen.batch_tokens,
+        settings.run.seed,
+    )
+
+
+def run_suite(
+    suite: SuiteName,
+    model: LoRAModel,
+    tokenizer: Any,
+    choice: SuiteChoice,
+    *,
+    rows: Rows | None = None,
+    outputs: Path | None = None,
+    model_id: str = "",
+    on_progress: OnProgress | None = None,
+) -> SuiteScores:
+    """Score what ``model`` is routed to. ``rows`` are held-out ones; ``outputs`` keeps what is decoded and resumes.
+
+    Raises:
+        EvaluationError: if the suite's files are absent or hold something else.
+    """
+    match suite:
+        case "e2e":
+            return _e2e(model, tokenizer, choice, outputs, model_id, on_progress)
+        case "mmlu":
+            folder = _path(choice, suite, "the folder with test/*.csv and dev/*.csv")
+            return _multiple_choice(
+                suite, model, tokenizer, choice, read_mmlu(folder), read_mmlu(folder, "dev"), on_progress
+            )
+        case "multiple-choice":
+            file = _path(choice, suite, "a JSONL file of question, choices, answer")
+            none_shot = SuiteChoice(choice.paths, 0, choice.limit, token_budget=choice.token_budget, seed=choice.seed)
+            return _multiple_choice(suite, model, tokenizer, none_shot, read_questions(file), (), on_progress)
+        case "exact-match":
+            return _exact_match(model, tokenizer, choice, rows)
+    assert_never(suite)
+
+
+def _e2e(
+    model: LoRAModel,
+    tokenizer: Any,
+    choice: SuiteChoice,
+    outputs: Path | None,
+    model_id: str,
+    on_progress: OnProgress | None,
+) -> SuiteScores:
+    references = read_references(_path(choice, "e2e", "the references, e.g. testset_w_refs.csv"))
+    if not references.mrs:
+        raise EvaluationError("e2e: expected references that name their meaning representation (a CSV, or mr||ref)")
+    chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
+    template = resolve_template(choice.template, Shape.E2E, tokenizer)
+    prompts = [render(Prompt(mr, "", "."), template, tokenizer).prompt for mr in chosen.mrs]
+    decoded = decode(
+        model, tokenizer, prompts, choice.decoding, file=outputs, model_id=model_id, on_progress=on_progress
+    )
+    texts = [" ".join(text.split()) for text in decoded.outputs]
+    scores = score_e2e(chosen.texts, texts, seed=choice.seed)
+    notes = {
+        "num_references": scores.num_references,
+        "num_empty_outputs": scores.num_empty_outputs,
+        "num_cut_off": decoded.num_cut_off,
+        "absent": scores.absent,
+        "decoding": decoded.settings.__dict__,
+    }
+    return SuiteScores("e2e", scores.estimates, notes)
+
+
+def _multiple_choice(
+    suite: str,
+    model: LoRAModel,
+    tokenizer: Any,
+    choice: SuiteChoice,
+    questions: Sequence[Question],
+    examples: Sequence[Question],
+    on_progress: OnProgress | None,
+) -> SuiteScores:
+    found = answer_questions(
+        model,
+        tokenizer,
+        spread(questions, choice.limit),
+        examples,
+        shots=choice.shots,
+        token_budget=choice.token_budget,
+        on_progress=on_progress,
+    )
+    notes = {
+        "chance": found.chance,
+        "answering": found.answering.value,
+        "shots": found.shots,
+        "mean_shots": found.mean_shots,
+        "num_with_fewer_shots": found.num_with_fewer_shots,
+        "num_truncated": found.num_truncated,
+        "per_subject": {name: plain(estimate) for name, estimate in found.per_subject.items()},
+    }
+    return SuiteScores(suite, {"accuracy": found.micro, "macro_accuracy": found.macro}, notes)
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return at most ``limit`` questions, evenly spaced, so that every subject keeps its share."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    return [questions[k * len(questions) // limit] for k in range(limit)]
+
+
+def _exact_match(model: LoRAModel, tokenizer: Any, choice: SuiteChoice, rows: Rows | None) -> SuiteScores:
+    from fedloom.experiment.exact_match import exact_match
+
+    if rows is None:
+        raise EvaluationError("exact-match: expected held-out rows, there are none; set data.eval_rows or data.eval_path")
+    return exact_match(model, tokenizer, rows, choice)
+
+
+def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:
+    if suite not in choice.paths:
+        raise EvaluationError(f"{suite}: expected {wanted}, named by --data or evaluation.paths.{suite}; got none")
+    path = Path(choice.paths[suite]).expanduser()
+    if not path.exists():
+        raise EvaluationError(f"{suite}: expected {wanted} at {path}, nothing is there; check evaluation.paths.{suite}")
+    return path
