@@ -1,0 +1,202 @@
+"""Held-out loss and perplexity of a result beside its base's, on the run's own rows or on others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.data.encoding import encode
+from fedloom.data.records import read_records
+from fedloom.data.sources import Split, load_rows
+from fedloom.data.templates import AUTO
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import DataError
+from fedloom.evaluation.intervals import Difference
+from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
+from fedloom.experiment.inputs import EMBEDDED, Workshop, context_of
+from fedloom.experiment.results import OpenedResult
+from fedloom.reporting.durable import plain
+
+BASE = "base"
+TEXT = "text"
+"""The shape of a file that is one text, every token of which is predicted."""
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows to predict and how they are read; what is None is as in the run, or the reader's own default."""
+
+    path: str | None = None
+    shape: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    overlong: str | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Rows to predict, the text that each row's supervised tokens spell, and where they are from."""
+
+    tokens: TokenSet
+    texts: list[str]
+    source: str
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Perplexities by name, ``base`` first, and each adapter's difference from the base in nats per byte."""
+
+    path: Path
+    held_out: HeldOut
+    scores: Mapping[str, Perplexity]
+    differences: Mapping[str, Difference]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        scores = {}
+        for name, score in self.scores.items():
+            per = {f"nats_per_{unit}": getattr(score, f"nats_per_{unit}") for unit in ("token", "byte", "word")}
+            scores[name] = {"perplexity": score.per_token, **per}
+        first = self.scores[BASE]
+        return {
+            "result": str(self.path),
+            "data": self.held_out.source,
+            "data_sha256": self.held_out.tokens.sha256(),
+            "num_rows": first.num_rows,
+            "num_loss_tokens": first.num_loss_tokens,
+            "num_bytes": first.num_bytes,
+            "num_words": first.num_words,
+            "scores": plain(scores),
+            "differences_from_base_in_nats_per_byte": plain(dict(self.differences)),
+            "mean_loss_nats": self.mean_nats,
+        }
+
+    @property
+    def mean_nats(self) -> float:
+        """Mean over the adapters of the nats per token; the base's where there is none."""
+        names = [name for name in self.scores if name != BASE] or [BASE]
+        return math.fsum(self.scores[name].nats_per_token.value for name in names) / len(names)
+
+    def lines(self) -> list[str]:
+        """Return the figures for people."""
+        first = self.scores[BASE]
+        lines = [
+            f"{self.held_out.source}: {first.num_rows:,} rows, {first.num_loss_tokens:,} tokens to predict, "
+            f"{first.num_bytes:,} bytes, {first.num_words:,} words",
+            f"{'':<12} {'nats per token':>26} {'per byte':>26} {'per word':>26} {'perplexity':>11}",
+        ]
+        for name, score in self.scores.items():
+            per = (score.nats_per_token, score.nats_per_byte, score.nats_per_word)
+            figures = " ".join(f"{f'{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]':>26}" for e in per)
+            lines.append(f"{name:<12} {figures} {score.per_token:>11.3f}")
+        if len(self.scores) > 2:
+            lines.append(f"mean over {len(self.scores) - 1} clients: {self.mean_nats:.4f} nats per token")
+        lines += [f"{name} − base: {found} nats per byte" for name, found in self.differences.items()]
+        return lines
+
+
+def evaluate(opened: OpenedResult, choice: RowChoice | None = None, *, token_budget: int = 8192) -> Measured:
+    """Measure every adapter of a result, and its base, on the same rows.
+
+    Intervals are bootstraps over rows (95 %), and the differences are paired.
+
+    Raises:
+        DataError: there are no rows, or they cannot be read as asked.
+    """
+    held_out = held_out_rows(opened, choice or RowChoice())
+    seed = 0 if opened.settings is None else opened.settings.run.seed
+    scores: dict[str, Perplexity] = {}
+    for name in (BASE, *opened.adapters):
+        model = opened.use(None if name == BASE else name)
+        scores[name] = measure_perplexity(model, held_out.tokens, held_out.texts, seed=seed, token_budget=token_budget)
+    differences = {name: compare_perplexity(scores[name], scores[BASE], seed=seed) for name in opened.adapters}
+    return Measured(opened.found.path, held_out, scores, differences)
+
+
+def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
+    """Return the rows that ``choice`` names, or a run's own held-out rows where it names none.
+
+    Raises:
+        DataError: there are none, or they cannot be read as asked.
+    """
+    tokenizer = opened.base.tokenizer
+    if choice.path is None:
+        tokens = _own_rows(opened)
+        return HeldOut(tokens, spelled_texts(tokens, tokenizer), "the run's held-out rows")
+    if choice.shape == TEXT:
+        text = _read_text(Path(choice.path))
+        return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
+    tokens = _read_rows(opened, choice, choice.path)
+    return HeldOut(tokens, spelled_texts(tokens, tokenizer), choice.path)
+
+
+def spelled_texts(rows: TokenSet, tokenizer: Any) -> list[str]:
+    """Return per row the text that its supervised tokens spell, special tokens left out.
+
+    A stretch of tokens is decoded behind those before it, so that a space at its beginning is not lost.
+    """
+    return [_spelled(*rows.row(index), tokenizer) for index in range(len(rows))]
+
+
+def _spelled(ids: np.ndarray[Any, Any], supervised: np.ndarray[Any, Any], tokenizer: Any) -> str:
+    def decoded(stop: int) -> str:
+        text = tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], supervised, [False]]).astype(np.int8)))
+    return "".join(
+        decoded(stop)[len(decoded(start)) :]
+        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    )
+
+
+def _own_rows(opened: OpenedResult) -> TokenSet:
+    settings, path = opened.settings, opened.found.path
+    if settings is None:
+        raise DataError(f"{path}: a PEFT folder has no rows of its own; name some with --data FILE")
+    saved = path / "partition.json"
+    tokens = Workshop().inputs(settings, opened.base, saved if saved.exists() else None).held_out
+    if tokens is None:
+        raise DataError(f"{path}: the run held no rows out; name some with --data FILE")
+    return tokens
+
+
+def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> TokenSet:
+    settings = None if opened.settings is None else opened.settings.data
+    shape = choice.shape or (settings.shape if settings else AUTO)
+    template = choice.template or (settings.template if settings else None) or AUTO
+    context = context_of(opened.base.model.config)
+    max_length = choice.max_length or (settings.max_length if settings else None) or context
+    overlong = choice.overlong or (settings.overlong if settings else "error")
+    columns = settings.columns if settings and shape == settings.shape else {}
+    rows = load_rows(_place_of(path), Split.TEST)
+    loss_on = settings.loss_on if settings else "answer"
+    encoded = encode(
+        read_records(rows, shape, columns),
+        opened.base.tokenizer,
+        template=template,
+        max_length=max_length,
+        loss_on=loss_on,
+        overlong=overlong,
+    )
+    return encoded.tokens
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a file of UTF-8 text, got {error}; check --data") from error
+
+
+def _place_of(path: str) -> str | Path:
+    if path != EMBEDDED:
+        return path
+    from fedloom import embedded
+
+    return embedded.eval_path()
