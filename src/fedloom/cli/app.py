@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from fedloom import __version__
-from fedloom.cli import experiments, shipped
+from fedloom.cli import experiments, results, scoring, shipped
 from fedloom.errors import FedloomError
 
 DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
@@ -46,6 +46,12 @@ app.command("validate")(experiments.validate)
 app.command("describe")(experiments.describe)
 app.command("run")(experiments.run)
 app.command("compare")(experiments.compare)
+app.command("evaluate")(results.evaluate)
+app.command("generate")(results.generate)
+app.command("export")(results.export)
+app.command("doctor")(results.doctor)
+app.command("judge")(scoring.judge)
+app.add_typer(scoring.app, name="score")
 app.add_typer(shipped.app, name="recipes")
 
 

@@ -1,0 +1,231 @@
+"""evaluate, generate, export, doctor: what a run, or any adapter, came to, and what would run here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom import config, recipes
+from fedloom.cli.experiments import is_file
+from fedloom.cli.options import JsonOption, SetOption
+from fedloom.cli.output import print_json, print_result, say
+from fedloom.config import Settings, checks
+from fedloom.errors import SettingsError
+
+NOT_HERE = 2
+
+ResultArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_ADAPTER", help="A run folder, or the folder of any PEFT adapter.", show_default=False
+    ),
+]
+BaseOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        metavar="FOLDER",
+        help="The base model, folder or hub name; left out: the one that the run or the adapter names.",
+        show_default=False,
+    ),
+]
+TokenizerOption = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="Tokenizer folder, hub name or `bytes`; left out: the run's, or the base's own.",
+        show_default=False,
+    ),
+]
+ClientOption = Annotated[
+    int | None,
+    typer.Option("--client", metavar="K", help="One client's own adapter, of a standalone run.", show_default=False),
+]
+RankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="N",
+        help="Compress to this rank, the same for every module; left out: the ranks that are there.",
+        show_default=False,
+    ),
+]
+
+
+def evaluate(
+    result: ResultArgument,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="FILE",
+            help="Rows to predict: a file, folder or hub name; left out: the run's own held-out rows.",
+            show_default=False,
+        ),
+    ] = None,
+    base: BaseOption = None,
+    tokenizer: TokenizerOption = None,
+    client: ClientOption = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            "--shape",
+            metavar="SHAPE",
+            help="How a row becomes prompt and answer, or `text` for a file that is one text; left out: as in the run.",
+            show_default=False,
+        ),
+    ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template", metavar="NAME", help="Prompt template; left out: as in the run.", show_default=False
+        ),
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", metavar="N", min=2, help="Tokens per row at most.", show_default=False),
+    ] = None,
+    overlong: Annotated[
+        str | None,
+        typer.Option(
+            "--overlong",
+            metavar="POLICY",
+            help="What becomes of a longer row: error, drop or truncate.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure held-out loss and perplexity of a run or of any adapter, beside its base."""
+    from fedloom.experiment import measuring, results
+
+    opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
+    _say_all(opened.found.notes)
+    choice = measuring.RowChoice(data, shape, template, max_length, overlong)
+    print_result(measuring.evaluate(opened, choice), as_json=as_json)
+
+
+def generate(
+    result: ResultArgument,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="What to ask.", show_default=False)
+    ] = None,
+    interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line until the input ends.")] = False,
+    base_too: Annotated[
+        bool, typer.Option("--base-too/--only", help="Show the base's answer too, or leave it out.")
+    ] = True,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="Tokens per answer at most.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", metavar="T", help="Draw at this temperature; 0: the likeliest token.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the draws.")] = 0,
+    template: Annotated[
+        str | None,
+        typer.Option(
+            "--template",
+            metavar="NAME",
+            help="Prompt template, or `none` for the prompt as typed; left out: as in the run.",
+            show_default=False,
+        ),
+    ] = None,
+    base: BaseOption = None,
+    tokenizer: TokenizerOption = None,
+    client: ClientOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Ask a run or any adapter something, and its base beside it."""
+    if interactive == (prompt is not None):
+        raise SettingsError(
+            "expected either --prompt TEXT or --interactive, got " + ("both" if interactive else "neither")
+        )
+    from fedloom.experiment import generating, results
+
+    sampling = generating.Sampling(max_new_tokens, temperature, seed)
+    opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
+    _say_all(opened.found.notes)
+    conversation = generating.converse(opened, template=template, sampling=sampling, beside_base=base_too)
+    if prompt is not None:
+        print_result(conversation.ask(prompt), as_json=as_json)
+        return
+    kept = "it remembers what was said" if conversation.wording.is_dialogue else "every line is a question of its own"
+    say(f"{conversation.wording.description}; {kept}; end with Ctrl-D")
+    for line in sys.stdin:
+        if line.strip():
+            print_result(conversation.ask(line.strip()), as_json=as_json)
+
+
+def export(
+    result: ResultArgument,
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="New or empty folder to write.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the base with the adapter merged in, instead of the adapter.")
+    ] = False,
+    rank: RankOption = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            "--dtype",
+            metavar="TYPE",
+            help="float32, bfloat16 or float16; left out: float32 for an adapter, the base's own for a merged model.",
+            show_default=False,
+        ),
+    ] = None,
+    client: ClientOption = None,
+    base: BaseOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
+    from fedloom.experiment import exporting
+
+    if merge:
+        written = exporting.export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
+    else:
+        written = exporting.export_adapter(result, to, rank=rank, client=client, dtype=dtype or "float32")
+    print_result(written, as_json=as_json)
+
+
+def doctor(
+    recipe: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a TOML file to look at.", show_default=False),
+    ] = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+) -> int:
+    """Show what this machine has, and what of a recipe would and would not run here, and why.
+
+    The exit code is 2 where the recipe would not run.
+    """
+    settings = None if recipe is None else _settings_without_files(recipe, overrides or ())
+    from fedloom.experiment import doctoring
+
+    diagnosis = doctoring.diagnose(recipe, settings)
+    if as_json:
+        print_json(diagnosis.as_dict())
+    else:
+        print_result(diagnosis, as_json=False)
+    return 0 if diagnosis.would_run else NOT_HERE
+
+
+def _settings_without_files(recipe: str, overrides: Sequence[str]) -> Settings:
+    """Load a recipe without asking whether the files it names are here: that is the doctor's own question.
+
+    Raises:
+        SettingsError: a line per problem.
+    """
+    if is_file(recipe):
+        return config.load(recipe, overrides, also=(checks.problems,))
+    document = config.parse(recipes.read(recipe), f"{recipe}.toml")
+    return config.resolve(document, f"recipe {recipe}", overrides, also=(checks.problems,))
+
+
+def _say_all(notes: Sequence[str]) -> None:
+    for note in notes:
+        say(f"note: {note}")
