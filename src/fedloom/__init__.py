@@ -1,3 +1,100 @@
-"""fedloom: federated and split fine-tuning of large language models with low-rank adapters."""
+"""fedloom: federated and split fine-tuning of large language models with low-rank adapters.
+
+The names below are the library's own front door; whatever they return comes from the packages behind it, which may be
+used as well. A name is loaded when it is first asked for, so ``import fedloom`` is quick and imports no torch.
+
+An adapter maps module names to low-rank pairs, whose product is what is added to the module's weight:
+
+>>> import torch
+>>> import fedloom
+>>> pair = fedloom.Pair(b_OR=torch.ones(3, 1), a_RI=torch.ones(1, 2))
+>>> adapter = fedloom.Adapter({"model.layers.0.self_attn.q_proj": pair})
+>>> adapter
+Adapter(1 modules, ranks [1], 5 parameters)
+>>> stacked = fedloom.aggregate([adapter, adapter.scaled(3.0)], method="flora")
+>>> stacked.ranks
+{'model.layers.0.self_attn.q_proj': 2}
+>>> stacked["model.layers.0.self_attn.q_proj"].delta()[0].tolist()
+[2.0, 2.0]
+>>> fedloom.compress(stacked, rank=1).error < 1e-6
+True
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedloom.aggregation.combining import aggregate
+    from fedloom.cli.experiments import load_settings
+    from fedloom.errors import FedloomError
+    from fedloom.experiment.comparing import compare
+    from fedloom.experiment.describing import describe
+    from fedloom.experiment.exporting import export_adapter, export_merged
+    from fedloom.experiment.generating import generate
+    from fedloom.experiment.measuring import evaluate
+    from fedloom.experiment.results import open_result
+    from fedloom.experiment.running import run
+    from fedloom.lora.algebra import compress
+    from fedloom.lora.layer import LoRAModel
+    from fedloom.lora.pair import Adapter, Pair
+    from fedloom.lora.peft_files import load_peft, save_peft
+    from fedloom.models.load import load_base
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "lora.pair",
+    "FedloomError": "errors",
+    "LoRAModel": "lora.layer",
+    "Pair": "lora.pair",
+    "aggregate": "aggregation.combining",
+    "compare": "experiment.comparing",
+    "compress": "lora.algebra",
+    "describe": "experiment.describing",
+    "evaluate": "experiment.measuring",
+    "export_adapter": "experiment.exporting",
+    "export_merged": "experiment.exporting",
+    "generate": "experiment.generating",
+    "load_base": "models.load",
+    "load_peft": "lora.peft_files",
+    "load_settings": "cli.experiments",
+    "open_result": "experiment.results",
+    "run": "experiment.running",
+    "save_peft": "lora.peft_files",
+}
+
+__all__ = [
+    "Adapter",
+    "FedloomError",
+    "LoRAModel",
+    "Pair",
+    "__version__",
+    "aggregate",
+    "compare",
+    "compress",
+    "describe",
+    "evaluate",
+    "export_adapter",
+    "export_merged",
+    "generate",
+    "load_base",
+    "load_peft",
+    "load_settings",
+    "open_result",
+    "run",
+    "save_peft",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fedloom' has no attribute {name!r}")
+    found = getattr(import_module(f"fedloom.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
