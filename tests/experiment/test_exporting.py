@@ -17,6 +17,7 @@ from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.experiment import run
 from fedloom.experiment.exporting import export_adapter, export_merged
+from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.results import RESULT, open_result
 from fedloom.lora.algebra import distance, norm
 from fedloom.lora.pair import Adapter, Pair
@@ -182,6 +183,38 @@ def test_a_target_that_shares_its_weights_is_not_merged_into(tmp_path: Path) -> 
     )
     with pytest.raises(ModelError, match=r"lm_head shares its weights with transformer\.wte"):
         export_merged(tmp_path / "adapter", tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.data
+def test_an_exported_flora_run_on_dolly_gives_stock_peft_the_runs_own_loss(
+    data_dir: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    base = data_dir / "models/stories3M"
+    settings = settings_for(
+        model__base=str(base),
+        model__tokenizer=None,
+        data__path=str(data_dir / "instruct/dolly15k_10clients"),
+        data__max_rows=90,
+        data__overlong="drop",
+        partition__categories_per_client=4,
+    )
+    summary = run(settings, tmp_path / "run")
+    export_adapter(tmp_path / "run", tmp_path / "out")
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out")
+    held_out = Workshop().inputs(settings, open_result(tmp_path / "run").base).held_out
+    assert held_out is not None
+    nats, count = 0.0, 0
+    for index in range(len(held_out)):
+        ids, supervised = held_out.row(index)
+        with torch.no_grad():
+            logits = model(torch.tensor(ids[None].astype("int64"))).logits[0, :-1]
+        chosen = torch.tensor(supervised[1:])
+        targets = torch.tensor(ids[1:].astype("int64"))[chosen]
+        nats += float(torch.nn.functional.cross_entropy(logits[chosen].double(), targets, reduction="sum"))
+        count += len(targets)
+    assert summary.eval["loss_nats"] < summary.base_eval["loss_nats"]
+    assert nats / count == pytest.approx(summary.eval["loss_nats"], rel=1e-5)
 
 
 def test_the_command_exports_and_refuses_in_one_line(
