@@ -22,6 +22,8 @@ from fedloom.models.load import Base
 from fedloom.reporting import durable
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WORTH_A_WORD = 0.01
+"""The share lost to rounding above which the remedy is named."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +60,19 @@ class Exported:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         lines = [f"{self.folder}: {self.form}, {len(self.ranks)} modules of {ranks}, {self.dtype}", self.rank_line()]
-        return [*lines, self.cast_line()]
+        return [*lines, self.cast_line()] if self.cast_error > 0.0 else lines
 
     def rank_line(self) -> str:
         """Say what the rank costs."""
         if self.rank_error == 0.0:
-            return "lossless: the whole update is there"
+            return "lossless in rank: nothing is left out"
         return f"the rank leaves out {self.share(self.rank_error):.3%} of the update (‖error‖ {self.rank_error:.4g})"
 
     def cast_line(self) -> str:
         """Say what rounding costs."""
-        return f"rounding to {self.dtype} loses {self.share(self.cast_error):.3%} of it (‖error‖ {self.cast_error:.4g})"
+        share = self.share(self.cast_error)
+        advice = "; --dtype float32 keeps it" if share > WORTH_A_WORD else ""
+        return f"rounding to {self.dtype} loses {share:.3%} of it (‖error‖ {self.cast_error:.4g}){advice}"
 
 
 def export_adapter(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedloom.experiment.inputs import EMBEDDED
 from fedloom.experiment.results import Found
 from fedloom.reporting.tables import written_bytes
 
@@ -20,6 +21,13 @@ from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained("{base}")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+_LOAD_ON_EMBEDDED = """\
+from fedloom.embedded import model_path
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained(model_path())
+model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 _LOAD_MERGED = """\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -29,7 +37,8 @@ tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")"""
 
 def adapter_card(found: Found, losses: Sequence[str]) -> str:
     """Return the README.md of an exported adapter; ``losses`` say what the export cost."""
-    return _card(found, losses, "peft", "A low-rank adapter", _LOAD_ADAPTER.format(base=found.base_name))
+    loading = _LOAD_ON_EMBEDDED if found.base_name == EMBEDDED else _LOAD_ADAPTER.format(base=found.base_name)
+    return _card(found, losses, "peft", "A low-rank adapter", loading)
 
 
 def merged_card(found: Found, losses: Sequence[str]) -> str:
