@@ -1,7 +1,7 @@
 """Time a round of ten clients on stories3M over Dolly against the same work with peft and a plain loop.
 
     FEDLOOM_DATA=../shared/data python benchmarks/round.py
-    FEDLOOM_DATA=../shared/data python benchmarks/round.py --batch-size 16 --steps 4 --repeats 7 --threads 1
+    FEDLOOM_DATA=../shared/data python benchmarks/round.py --batch-size 8 --steps 1 --repeats 7 --threads 1
 
 Both sides train the same adapters (q and v, ranks 64 to 4, alpha = 2r) from the same start on the same batches of real
 rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. The baseline is a lean
@@ -43,6 +43,7 @@ from fedloom.training.local import ClientTask, LocalTraining, train_cohort
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 SCALE = 2.0
 SEED = 1
+CLOCKS = ("seconds", "cpu_seconds")
 
 
 @dataclass(frozen=True)
@@ -198,15 +199,15 @@ def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     difference = max(abs(a - b) for a, b in zip(runs["fedloom"][0].losses, runs["peft"][0].losses, strict=True))
     print(f"{dtype}: {real} real tokens, {padded} padded ({padded / real:.2f}x), losses within {difference:.1e} nats")
     for name, sides in runs.items():
-        wall, cpu = (float(np.median(x)) for x in ([s.seconds for s in sides[1:]], [s.cpu_seconds for s in sides[1:]]))
-        memory = peak_memory_mib(name, dtype, arguments)
-        speed = f"{real / wall:8.0f} real tokens/s  peak {memory:6.0f} MiB"
-        print(f"  {name:8s} {wall:7.2f} s  {cpu:7.2f} CPU s  {speed}", flush=True)
-    for clock in ("seconds", "cpu_seconds"):
-        pairs = list(zip(runs["peft"][1:], runs["fedloom"][1:], strict=True))
+        wall, cpu = (float(np.median([getattr(side, clock) for side in sides[1:]])) for clock in CLOCKS)
+        print(f"  {name:12s} {wall:.2f} s, {cpu:.2f} CPU s, {real / wall:.0f} real tokens/s")
+    for clock in CLOCKS:
+        pairs = zip(runs["peft"][1:], runs["fedloom"][1:], strict=True)
         ratios = np.array([getattr(theirs, clock) / getattr(ours, clock) for theirs, ours in pairs])
         spread = f"{ratios.min():.2f} to {ratios.max():.2f}, n = {len(ratios)}"
         print(f"  {clock:12s} ratio {np.median(ratios):.2f} ({spread})", flush=True)
+    for name in SIDES:
+        print(f"  {name:12s} peak {peak_memory_mib(name, dtype, arguments):.0f} MiB above base and rows", flush=True)
 
 
 def run_one(data: Path, side: str, arguments: argparse.Namespace) -> None:
@@ -228,7 +229,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=4, help="steps per client")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
+    parser.add_argument("--batch-size", type=int, default=16, help="rows per step")
     parser.add_argument("--budget", type=int, default=8192, help="tokens per pass (fedloom)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
