@@ -1,0 +1,122 @@
+"""score and judge: anybody's outputs against references, two results before a judge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from fedloom.cli.options import JsonOption
+from fedloom.cli.output import print_result, say
+from fedloom.errors import SettingsError
+
+if TYPE_CHECKING:
+    from fedloom.evaluation.asking import CallEstimate
+
+app = typer.Typer(help="Score anybody's outputs; no model needed.", no_args_is_help=True)
+
+
+@app.command("e2e")
+def score_e2e(
+    references: Annotated[
+        Path,
+        typer.Option("--references", metavar="FILE", help="Human texts: CSV (mr,ref), mr||ref lines, or blocks."),
+    ],
+    outputs: Annotated[
+        Path, typer.Option("--outputs", metavar="FILE", help="One text per meaning representation: TSV or lines.")
+    ],
+    as_json: JsonOption = False,
+) -> None:
+    """Score outputs by BLEU, NIST, METEOR, ROUGE_L and CIDEr, as the official E2E scorer does."""
+    from fedloom.experiment.scoring import score_files
+
+    print_result(score_files(references, outputs), as_json=as_json)
+
+
+def judge(
+    result: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a PEFT adapter.", show_default=False)],
+    against: Annotated[
+        str, typer.Option("--against", metavar="RUN_OR_BASE", help="Another result, or `base`.")
+    ] = "base",
+    protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="`fedit` or `mt-bench`.")] = "fedit",
+    endpoint: Annotated[
+        str,
+        typer.Option("--endpoint", metavar="URL", help="A server with OpenAI's chat protocol, e.g. https://host/v1."),
+    ] = "",
+    judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The model asked there.")] = "",
+    questions: Annotated[
+        Path | None,
+        typer.Option("--questions", metavar="FILE", help="JSON lines with question_id, turns (or text), category."),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option("--references", metavar="FILE", help="Reference answers, for MT-bench's math, reasoning, coding."),
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Judge prompts in FastChat's form; left out: ours.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Questions at most.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max-new-tokens", metavar="N", help="Tokens per answer at most.")
+    ] = 256,
+    client: Annotated[int | None, typer.Option("--client", metavar="K", help="A client's own adapter.")] = None,
+    base: Annotated[str | None, typer.Option("--base", metavar="FOLDER", help="The base model.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="DIR", help="Where answers and verdicts are kept.", show_default=False),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Let a judge compare a result's answers with another's, or with the base's; the key comes from the environment."""
+    for option, value in (("--endpoint", endpoint), ("--judge", judge_model), ("--questions", questions)):
+        if not value:
+            raise SettingsError(f"{option}: expected a value, got none; see fedloom judge --help")
+    from fedloom.evaluation.endpoint import Endpoint
+    from fedloom.experiment import judging, results
+    from fedloom.experiment.measuring import BASE
+
+    if protocol not in list(judging.Protocol):
+        raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}")
+    assert questions is not None
+    bench = judging.Bench(questions, references, prompts, max_new_tokens, limit)
+    folder = out or default_folder(result)
+    opened = results.open_result(result, base=base, client=client)
+    ours = judging.only_adapter(opened)
+    second = (result.name, judging.answers_of(opened, ours, bench, folder, say_decoding))
+    if against == BASE:
+        first = (BASE, judging.answers_of(opened, BASE, bench, folder, say_decoding))
+    else:
+        rival = results.open_result(Path(against), base=base)
+        name = judging.only_adapter(rival)
+        first = (Path(against).name, judging.answers_of(rival, name, bench, folder, say_decoding))
+    judged = judging.judge(
+        judging.Protocol(protocol),
+        Endpoint(endpoint, judge_model),
+        bench,
+        first,
+        second,
+        cache=folder / "verdicts.jsonl",
+        on_estimate=say_estimate,
+        on_verdict=lambda done, total: say(f"verdict {done} of {total}"),
+    )
+    print_result(judged, as_json=as_json)
+
+
+def default_folder(result: Path) -> Path:
+    """Return where a judge's answers and verdicts are kept: in a run, or beside a PEFT folder."""
+    is_run = (result / "manifest.json").exists()
+    return result / "evaluation" / "judge" if is_run else result.with_name(f"{result.name}-judge")
+
+
+def say_decoding(name: str, done: int, total: int, seconds_left: float) -> None:
+    """Tell how far decoding is."""
+    say(f"{name}: {done} of {total} answers, {seconds_left:.0f} s left")
+
+
+def say_estimate(estimate: CallEstimate) -> None:
+    """Tell what the judge will cost before the first call."""
+    say(
+        f"{estimate.num_calls} calls to make, {estimate.num_cached} verdicts cached; about {estimate.prompt_tokens:,} "
+        f"prompt tokens, at most {estimate.completion_tokens_at_most:,} completion tokens"
+    )
