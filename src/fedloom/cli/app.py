@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from fedloom import __version__
-from fedloom.cli import experiments, results, scoring, shipped
+from fedloom.cli import experiments, results, scoring, shipped, showing
 from fedloom.errors import FedloomError
 
 DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
@@ -52,6 +52,8 @@ app.command("export")(results.export)
 app.command("doctor")(results.doctor)
 app.command("judge")(scoring.judge)
 app.add_typer(scoring.app, name="score")
+app.command("demo")(showing.demo)
+app.command("report")(showing.report)
 app.add_typer(shipped.app, name="recipes")
 
 
