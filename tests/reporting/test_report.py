@@ -72,9 +72,13 @@ def test_a_run_without_partition_adapter_or_finish_is_reported_with_a_warning(
     assert "Who holds what" not in text
 
 
-def test_a_run_that_has_no_round_yet_is_reported(make_run: MakeRun, tmp_path: Path) -> None:
-    write_report([make_run("fedit", num_rounds=0, finish="no")], tmp_path / "report.html")
-    assert "provenance" in read(tmp_path / "report.html").sections
+def test_a_run_that_has_no_round_yet_is_refused_unless_others_have(make_run: MakeRun, tmp_path: Path) -> None:
+    empty, out = make_run("fedit", num_rounds=0, finish="no"), tmp_path / "report.html"
+    with pytest.raises(RunError, match="expected a completed round"):
+        write_report([empty], out)
+    assert not out.exists()
+    write_report([empty, make_run("flora")], out)
+    assert "Not finished: fedit-seed1" in out.read_text()
 
 
 def test_names_from_outside_are_text_and_not_markup(make_run: MakeRun, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,3 +96,18 @@ def test_a_client_is_shown_as_it_last_took_part(make_run: MakeRun) -> None:
     entries = client_entries(group.first)
     assert [entry["client"] for entry in entries] == list(range(10))
     assert entries[4]["reason"] == "not finite"
+
+
+def test_suites_give_their_scores_and_clients_and_intervals_no_columns(make_run: MakeRun) -> None:
+    path = make_run("standalone")
+    finished = json.loads((path / "finished.json").read_text())
+    scores = {"suite": "exact-match", "metrics": {"exact_match": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 9}}}
+    own = {"loss_nats_of_client": {"0": 2.0, "1": 4.0}, "loss_nats_sd": 1.0}
+    finished["eval"] = {"loss_nats": 3.0, "num_rows": 9, "suites": {"exact-match": scores}, **own}
+    (path / "finished.json").write_text(json.dumps(finished))
+    (group,) = group_runs([path])
+    figures = results(group.first)
+    costs = {"upload_bytes", "download_bytes", "seconds", "aggregation_noise"}
+    assert set(figures) <= {"loss_nats", "exact-match.exact_match", *costs}
+    assert figures["exact-match.exact_match"] == 0.25
+    assert metric_of("exact-match.exact_match").title == "exact match"

@@ -23,16 +23,25 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
     """Write the page ``out`` about run folders, or folders of run folders; ``reference`` is the method to compare with.
 
     Raises:
-        RunError: there is no run, or ``out`` cannot be written.
+        RunError: there is no run, none has a completed round yet, or ``out`` cannot be written.
         EvaluationError: ``reference`` is not among the methods.
     """
     paths = [found for path in runs for found in find_runs(path)]
     if not paths:
         raise RunError("expected at least one run folder to report on, got none")
-    page = report_html(group_runs(dict.fromkeys(paths)), reference)
+    groups = group_runs(dict.fromkeys(paths))
+    _check_begun(groups)
+    page = report_html(groups, reference)
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write_bytes(out, page.encode())
+
+
+def _check_begun(groups: Sequence[RunGroup]) -> None:
+    runs = [run for group in groups for run in group.runs]
+    if not any(run.records or run.finished for run in runs):
+        named = ", ".join(str(run.path) for run in runs)
+        raise RunError(f"{named}: expected a completed round, no round is complete yet; go on with the run first")
 
 
 def report_html(groups: Sequence[RunGroup], reference: str | None = None) -> str:

@@ -16,14 +16,16 @@ from fedloom.reporting.stored_run import StoredRun, read_run
 from fedloom.reporting.tables import Better, Comparison, Metric, Unit, compare
 
 _ORDER = ("fedit", "zero-padding", "flora", "splitlora", "standalone", "centralised", "base")
-_INDIVIDUAL = {"run.seed", "run.out"}
+_INDIVIDUAL = {"run.seed"}
 _HIGHER = ("exact", "accuracy", "bleu", "nist", "meteor", "rouge", "cider", "win")
 _SHARES = ("exact", "accuracy")
 _COUNTS = ("num_", "seconds")
+_SPREADS = ("loss_nats_sd",)
 TITLES = {
     "loss_nats": "held-out loss [nats]",
     "perplexity": "perplexity",
     "train_loss_nats": "training loss [nats]",
+    "exact-match.exact_match": "exact match",
     "upload_bytes": "up",
     "download_bytes": "down",
     "seconds": "time",
@@ -144,15 +146,29 @@ def results(run: StoredRun) -> dict[str, float]:
     """Return a run's final figures by key: the last evaluation's numbers, and what the run cost."""
     evaluations = run.evaluations()
     final = dict((run.finished or {}).get("eval") or (evaluations[-1]["eval"] if evaluations else {}))
-    figures = {
-        key: float(value)
-        for key, value in flatten(final).items()
-        if isinstance(value, int | float) and not isinstance(value, bool) and not key.split(".")[-1].startswith(_COUNTS)
-    }
+    figures = _figures(final)
     cost = total_cost(run.records)
     figures |= {"upload_bytes": cost.upload_bytes, "download_bytes": cost.download_bytes, "seconds": cost.seconds}
     noises = [record["aggregation_noise"] for record in run.records if record.get("aggregation_noise") is not None]
     return figures | ({"aggregation_noise": statistics.fmean(noises)} if noises else {})
+
+
+def _figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the losses, and each suite's scores by ``suite.metric``; neither counts nor what is told client by client.
+
+    Nothing of an interval, either: the table has its own, over seeds.
+    """
+    suites = {
+        f"{suite}.{name}": found["value"]
+        for suite, scores in evaluation.get("suites", {}).items()
+        for name, found in scores["metrics"].items()
+    }
+    numbers = {key: value for key, value in evaluation.items() if not key.startswith(_COUNTS) and key not in _SPREADS}
+    return {
+        key: float(value)
+        for key, value in {**numbers, **suites}.items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
+    }
 
 
 def result_table(groups: Sequence[RunGroup], reference: str | None = None) -> Comparison:
