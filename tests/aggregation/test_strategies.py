@@ -136,8 +136,8 @@ def test_floras_delta_is_the_weighted_mean_of_the_clients_deltas(clients: list[t
     strategy = FLoRA(cohort(ranks))
     aggregate = strategy.aggregate(strategy.initial(), updates)
     expected = mean_delta(updates)
-    assert all(torch.allclose(aggregate.addition[n].delta(), expected[n], atol=1e-12) for n in SHAPES)
-    assert aggregation_noise(aggregate) == pytest.approx(0.0, abs=1e-12)
+    assert all(torch.allclose(aggregate.applied[n].delta(), expected[n], atol=1e-12) for n in SHAPES)
+    assert aggregation_noise(aggregate.applied, aggregate.ideal) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_fedits_noise_is_the_weighted_covariance_of_the_factors() -> None:
@@ -153,7 +153,7 @@ def test_fedits_noise_is_the_weighted_covariance_of_the_factors() -> None:
         )
         missing += float(covariance.square().sum())  # type: ignore[union-attr]
         whole += float(delta.square().sum())
-    assert aggregation_noise(aggregate) == pytest.approx((missing / whole) ** 0.5, rel=1e-10)
+    assert aggregation_noise(aggregate.applied, aggregate.ideal) == pytest.approx((missing / whole) ** 0.5, rel=1e-10)
 
 
 def test_zero_padding_with_equal_ranks_is_fedit() -> None:

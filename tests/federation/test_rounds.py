@@ -207,6 +207,11 @@ def test_a_server_learning_rate_scales_the_change_for_every_strategy() -> None:
         assert distance(doubled, expected) < 1e-5 * norm(expected)
 
 
+def test_a_server_learning_rate_does_not_grow_the_stack() -> None:
+    plain, scaled = (run(plan(FLoRA(COHORT), num_rounds=1, rules=ServerRules(PlainStep(r))))[0] for r in (1.0, 1.7))
+    assert scaled.state.chain[0].ranks == plain.state.chain[0].ranks
+
+
 def test_momentum_is_the_dense_heavy_ball_on_the_product() -> None:
     plain = run(plan(FLoRA(COHORT)))
     moved = run(plan(FLoRA(COHORT), rules=ServerRules(MomentumStep(1.5, 0.5))))

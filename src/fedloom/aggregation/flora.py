@@ -63,7 +63,6 @@ class FLoRA:
         stacked = stack([adapters[client] for client in shares], list(shares.values()))
         return Aggregate(
             start=None,
-            addition=stacked,
             applied=stacked,
             ideal=stack([adapters[c].to(torch.float64) for c in shares], list(shares.values())),
             change=stacked,

@@ -90,8 +90,7 @@ class Aggregate:
     """What a strategy makes of a round's updates.
 
     Attributes:
-        start: the next ``ServerState.start``.
-        addition: what the strategy adds to the side.
+        start: the next ``ServerState.start``; None where the whole change joins the side instead.
         applied: the product that the strategy put in place of the clients' products (for the noise).
         ideal: ``Σ p_k s_k B_k A_k``, what it would be without noise.
         change: the round's change of the global product (what a server step acts on).
@@ -101,7 +100,6 @@ class Aggregate:
     """
 
     start: Adapter | None
-    addition: Adapter
     applied: Adapter
     ideal: Adapter
     change: Adapter

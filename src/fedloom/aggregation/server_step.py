@@ -1,8 +1,8 @@
 """What the server does with a round's change D of the global product, in factored form.
 
-A step turns D into S, which the global model moves by. The strategies already move it by D, so a step only hands back
-``S − D`` to join the side adapter; for the plain step that is nothing and the papers' methods stay as they are.
-None depends on how a product is factored, unlike server optimisers that act on A and B apart.
+A step turns D into S, which the global model moves by; with the plain step at learning rate 1, S is D and the papers'
+methods stay as they are. No step depends on how a product is factored, unlike server optimisers that act on A and B
+apart.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from fedloom.lora.pair import Adapter
 class ServerStep(Protocol):
     """A rule that moves the global product."""
 
-    def correction(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
-        """Return ``S − D`` and the next velocity."""
+    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+        """Return S and the next velocity."""
         ...
 
 
@@ -29,10 +29,9 @@ class PlainStep:
 
     learning_rate: float = 1.0
 
-    def correction(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
-        """Return ``(η − 1) D``."""
-        surplus = self.learning_rate - 1.0
-        return (aggregate.change.scaled(surplus) if surplus else Adapter()), velocity
+    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+        """Return ``η D``, D itself for η = 1."""
+        return _times(self.learning_rate, aggregate.change), velocity
 
 
 @dataclass(frozen=True)
@@ -42,11 +41,11 @@ class MomentumStep:
     learning_rate: float = 1.0
     momentum: float = 0.5
 
-    def correction(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
-        """Return ``η M − D`` and M, both compressed losslessly."""
+    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+        """Return ``η M`` and M, compressed losslessly."""
         change = aggregate.change
         moved = compress(stack([velocity, change], [self.momentum, 1.0])).adapter if velocity else change
-        return compress(stack([moved, change], [self.learning_rate, -1.0])).adapter, moved
+        return _times(self.learning_rate, moved), moved
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,13 @@ class FedExPStep:
     learning_rate: float = 1.0
     cap: float = 1.5
 
-    def correction(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
-        """Return ``(η_t − 1) D``."""
+    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+        """Return ``η_t D``."""
         squared = norm(aggregate.change) ** 2
         disagreement = aggregate.mean_squared_norm / (2.0 * squared) if squared > 0.0 else 1.0
         rate = self.learning_rate * min(self.cap, max(1.0, disagreement))
-        return (aggregate.change.scaled(rate - 1.0) if rate != 1.0 else Adapter()), velocity
+        return _times(rate, aggregate.change), velocity
+
+
+def _times(rate: float, adapter: Adapter) -> Adapter:
+    return adapter if rate == 1.0 else adapter.scaled(rate)

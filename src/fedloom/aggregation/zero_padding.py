@@ -54,7 +54,6 @@ class ZeroPadding:
         assert previous is not None
         return Aggregate(
             start=start,
-            addition=Adapter(),
             applied=start,
             ideal=ideal.mean(),
             change=stack([start, previous], [1.0, -1.0]),

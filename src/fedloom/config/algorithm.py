@@ -66,7 +66,7 @@ class Federation(Table):
     )
     min_clients: Count = setting(1, "Usable updates a round needs; with fewer the run ends, with nothing lost.")
     max_norm_ratio: Positive = setting(
-        100.0, "An update whose norm is above this multiple of the round's median is left out."
+        100.0, "An update whose norm is above this multiple of the last round's median is left out."
     )
 
 

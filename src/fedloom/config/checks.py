@@ -83,7 +83,7 @@ def lists(settings: Settings) -> Iterator[Problem]:
 
 def ranks(settings: Settings) -> Iterator[Problem]:
     """FedIT averages factors, which needs equal ranks; so does a cut that aggregates by it."""
-    if settings.method.name == "fedit":
+    if settings.method.name in ("fedit", "centralised"):
         yield from _equal_ranks(settings, "method.ranks", "method.name", "zero-padding or flora")
     if settings.method.name == "splitlora" and settings.split.aggregation == "fedit":
         name = "method.ranks" if settings.split.client_rank is None else "split.client_rank"
@@ -95,7 +95,7 @@ def _equal_ranks(settings: Settings, name: str, chooser: str, instead: str) -> I
     if isinstance(value, tuple) and len(set(value)) > 1:
         yield Problem(
             name,
-            f"one rank for all clients with {chooser} = fedit",
+            f"one rank for all clients with {chooser} = {settings.value(chooser)}",
             shown(value),
             f"set {chooser} to {instead}, which take different ranks",
             (chooser,),

@@ -33,9 +33,7 @@ class Evaluation(Table):
 
     every: Natural = setting(1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.")
     batch_tokens: Count = setting(8192, "Tokens per evaluation pass.")
-    suites: tuple[SuiteName, ...] = setting(
-        (), "Scores besides the held-out loss."
-    )
+    suites: tuple[SuiteName, ...] = setting((), "Scores besides the held-out loss.")
     paths: dict[str, str] = setting({}, "Where a suite's data is: suite = path.")
     shots: Natural = setting(5, "Examples before a multiple-choice question.")
     limit: Count | None = setting(None, "Items per suite at most; left out: all.")

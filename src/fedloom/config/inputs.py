@@ -6,7 +6,9 @@ One line declares a setting: type with its bound, default, sentence, when it act
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import model_validator
 
 from fedloom.config.setting import Count, Name, NonNegative, OpenFraction, PathOrName, Positive, Table, setting
 
@@ -36,6 +38,14 @@ class Model(Table):
 class Data(Table):
     """The rows, their shape, and what of each row is learned."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _word_embedded_rows(cls, given: Any) -> Any:
+        """The embedded base was pretrained on the plain wording, so its rows use that."""
+        if isinstance(given, dict) and given.get("path", "embedded") == "embedded" and given.get("template") is None:
+            return {**given, "template": "plain"}
+        return given
+
     path: PathOrName = setting(
         "embedded", "Rows: a file (JSON, JSONL, CSV, Parquet), a folder of them, a hub name, or `embedded`."
     )
@@ -48,9 +58,12 @@ class Data(Table):
     columns: dict[str, str] = setting(
         {}, "Columns under other names: the shape's name = the file's, e.g. `{instruction = \"question\"}`."
     )
-    template: PathOrName | None = setting(None, "Prompt template: a shipped name or a file; left out: the shape's own.")
+    template: PathOrName | None = setting(
+        None, "Prompt template: a shipped name or a file; left out: the shape's own (`plain` for embedded rows)."
+    )
     max_length: Count | None = setting(None, "Tokens per row at most; left out: the base's context.")
     overlong: Literal["error", "drop", "truncate"] = setting("error", "What becomes of a row longer than `max_length`.")
+    unanswered: Literal["error", "drop"] = setting("error", "What becomes of a row without an answer.")
     loss_on: Literal["answer", "all"] = setting("answer", "Tokens that are learned: the answer's, or the prompt's too.")
     eval_path: PathOrName | None = setting(None, "Held-out rows from a file, folder or hub name.")
     eval_rows: Count | None = setting(

@@ -31,7 +31,7 @@ class LocalEngine:
         rows_of: a client's rows.
         training: how each client trains.
         wire: dtype of the messages; None where nothing crosses (centralised and standalone).
-        cohort_size: clients whose adapters are open at once; results do not depend on it beyond rounding.
+        clients_at_once: clients whose adapters are open at once; results do not depend on it beyond rounding.
         optimisers: optimiser state of each client, kept between rounds; None: every round starts a fresh optimiser,
             as FedIT's and FLoRA's clients do.
     """
@@ -41,16 +41,16 @@ class LocalEngine:
     training: LocalTraining
     seed: int
     wire: WireDtype | None = WireDtype.FP32
-    cohort_size: int = 1
+    clients_at_once: int = 1
     optimisers: dict[int, dict[str, Tensor]] | None = None
     on_step: Callable[[StepReport], None] | None = None
 
     def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
-        """Train the clients, ``cohort_size`` at a time, in the order given."""
+        """Train the clients, ``clients_at_once`` at a time, in the order given."""
         if broadcasts:
             self.lora.set_side(broadcasts[0].side)
-        for first in range(0, len(broadcasts), self.cohort_size):
-            yield from self._train_cohort(broadcasts[first : first + self.cohort_size])
+        for first in range(0, len(broadcasts), self.clients_at_once):
+            yield from self._train_cohort(broadcasts[first : first + self.clients_at_once])
 
     def _train_cohort(self, cohort: Sequence[Broadcast]) -> Iterator[Arrival]:
         received, sizes = zip(*(self._receive(broadcast) for broadcast in cohort), strict=True)

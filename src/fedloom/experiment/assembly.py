@@ -160,7 +160,7 @@ def engine_of(
         training=training_of(settings),
         seed=settings.run.seed,
         wire=None if settings.method.name in CONTROLS else WireDtype(settings.wire.dtype),
-        cohort_size=CLIENTS_AT_ONCE[device.type],
+        clients_at_once=CLIENTS_AT_ONCE[device.type],
         optimisers=optimisers,
         on_step=on_step,
     )

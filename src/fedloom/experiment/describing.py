@@ -112,12 +112,13 @@ def _skeleton(settings: Settings) -> Any:
 def _messages(
     settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return bytes up, bytes of the first broadcast, and bytes of a later one, per client, everybody taking part."""
+    """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank."""
     if settings.method.name in (*CONTROLS, "base"):
         nothing = (0,) * len(ranks)
         return nothing, nothing, nothing
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
-    fresh, stacked = settings.method.name == "flora", sum(ranks)
+    fresh = settings.method.name == "flora"
+    stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
     for rank in sorted(set(ranks)):
         adapter, nothing_new = _zeros(lora, rank), Adapter()
         start = None if fresh else adapter

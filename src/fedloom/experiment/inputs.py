@@ -89,13 +89,13 @@ class Workshop:
             DataError: if rows cannot be read or used.
             PartitionError: if they cannot be divided as asked, or a saved partition is of other rows.
         """
-        path = _data_path(settings, settings.data.path)
+        path = training_path(settings)
         rows, encoded = self._encoded(settings, base, path, settings.data.split, settings.data.max_rows)
         chosen, held = _divided(settings, rows)
         training, tokens = rows.select(chosen), encoded.tokens.select(chosen)
         held_rows, held_tokens = (None, None) if held is None else (rows.select(held), encoded.tokens.select(held))
         if settings.data.eval_path is not None:
-            eval_path = _data_path(settings, settings.data.eval_path)
+            eval_path = held_out_path(settings.data.eval_path)
             held_rows, evaluated = self._encoded(settings, base, eval_path, Split.TEST, None)
             held_tokens = evaluated.tokens
         data_sha256 = tokens.sha256()
@@ -129,6 +129,7 @@ class Workshop:
                 max_length=data.max_length or context_of(base.model.config),
                 loss_on=data.loss_on,
                 overlong=data.overlong,
+                unanswered=data.unanswered,
             )
             self._rows[key] = rows.select(encoded.kept), encoded
         return self._rows[key]
@@ -152,14 +153,22 @@ def context_of(config: Any) -> int | None:
     return None
 
 
-def _data_path(settings: Settings, path: str) -> str | Path:
+def training_path(settings: Settings) -> str | Path:
+    """Return where the rows to train on are, the embedded ones included."""
+    if settings.data.path != EMBEDDED:
+        return settings.data.path
+    from fedloom import embedded
+
+    return embedded.data_path()
+
+
+def held_out_path(path: str) -> str | Path:
+    """Return where the held-out rows are, the embedded ones included."""
     if path != EMBEDDED:
         return path
     from fedloom import embedded
 
-    return (
-        embedded.data_path() if path == settings.data.path and path != settings.data.eval_path else embedded.eval_path()
-    )
+    return embedded.eval_path()
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

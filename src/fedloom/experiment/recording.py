@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedloom.aggregation.records import Update
@@ -19,6 +18,7 @@ from fedloom.federation.messages import numbers_of
 from fedloom.federation.rounds import ClientRecord, RoundRecord
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
+from fedloom.reporting import durable
 from fedloom.reporting.ledger import peak_memory_bytes
 from fedloom.reporting.stored_run import Holding, holdings_document
 
@@ -91,11 +91,15 @@ class UpdateKeeper:
 
 @contextmanager
 def update_keeper(
-    beside: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
+    run: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
 ) -> Iterator[UpdateKeeper]:
-    """Yield a keeper whose waiting uploads lie on the run's own disk and go with it if the process dies."""
-    with TemporaryDirectory(prefix=f".{beside.name}.uploads-", dir=beside.parent) as folder:
-        yield UpdateKeeper(Path(folder), save, scale_of)
+    """Yield a keeper whose uploads wait in the run's folder, under a name that the next start clears away."""
+    waiting = durable.temporary_name(run)
+    waiting.mkdir()
+    try:
+        yield UpdateKeeper(waiting, save, scale_of)
+    finally:
+        durable.discard(waiting)
 
 
 def peft_writer(base_name: str, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:

@@ -15,7 +15,7 @@ from fedloom.aggregation.records import Broadcast, ServerState, Update
 from fedloom.config import Settings
 from fedloom.experiment.assembly import CONTROLS, Population, engine_of, plan_of, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
-from fedloom.experiment.inputs import Inputs, Workshop
+from fedloom.experiment.inputs import Inputs, Workshop, base_path
 from fedloom.experiment.recording import UpdateKeeper, holdings_of, metrics_of, peft_writer, update_keeper
 from fedloom.experiment.state_files import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
 from fedloom.experiment.suites import suite_choice_of
@@ -215,7 +215,7 @@ class Session:
             self.folder.write_folder("adapter", lambda path: write(result, path, 1.0))
 
     def _writer(self) -> Callable[[Adapter, Path, float], None]:
-        return peft_writer(self.settings.model.base, self.lora.uses_conv1d, self.settings.training.dropout)
+        return peft_writer(str(base_path(self.settings)), self.lora.uses_conv1d, self.settings.training.dropout)
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]

@@ -182,7 +182,9 @@ def _exact_match(model: LoRAModel, tokenizer: Any, choice: SuiteChoice, rows: Ro
     from fedloom.experiment.exact_match import exact_match
 
     if rows is None:
-        raise EvaluationError("exact-match: expected held-out rows, there are none; set data.eval_rows or data.eval_path")
+        raise EvaluationError(
+            "exact-match: expected held-out rows, there are none; set data.eval_rows or data.eval_path"
+        )
     return exact_match(model, tokenizer, rows, choice)
 
 

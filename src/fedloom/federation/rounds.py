@@ -15,6 +15,7 @@ from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
 from fedloom.aggregation.strategy import Strategy
 from fedloom.aggregation.validation import check_update
 from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.federation.messages import as_received
 from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
 from fedloom.lora.algebra import norm
 from fedloom.lora.pair import Adapter
@@ -59,7 +60,7 @@ class ClientRecord:
 
 @dataclass(frozen=True, eq=False)
 class RoundRecord:
-    """All there is to know of a round that has ended; ``applied`` is the aggregate that anybody can recompute."""
+    """All there is to know of a round that has ended; ``applied`` is the aggregate, as the wire lets clients see it."""
 
     round: int
     state: ServerState
@@ -121,7 +122,8 @@ def run_rounds(
         broadcasts = broadcasts_for(state, clients, plan.strategy, plan.ranks, plan.scales)
         intake = Intake(plan, state, broadcasts)
         aggregate = plan.strategy.aggregate(state, intake.usable(clock.timed("train", engine.train(broadcasts)), keep))
-        noise = aggregation_noise(aggregate)
+        applied = as_received(aggregate.applied, plan.rules.wire)
+        noise = aggregation_noise(applied, aggregate.ideal)
         state = next_state(state, aggregate, plan.rules, intake.norms, clients)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
@@ -131,7 +133,7 @@ def run_rounds(
             round=state.round,
             state=state,
             clients=records,
-            applied=aggregate.applied,
+            applied=applied,
             aggregation_noise=noise,
             change_norm=norm(aggregate.change),
             seconds=clock.seconds,

@@ -85,8 +85,8 @@ def next_state(
     state: ServerState, aggregate: Aggregate, rules: ServerRules, norms: Iterable[float], clients: Iterable[int]
 ) -> ServerState:
     """Return the state after a round: the server step taken, the addition in the form in which it is sent."""
-    correction, velocity = rules.step.correction(aggregate, state.velocity)
-    addition, residual = _in_sending_form(_total([aggregate.addition, correction, state.residual]), rules)
+    movement, velocity = rules.step.move(aggregate, state.velocity)
+    addition, residual = _in_sending_form(_total([_joining(aggregate, movement), state.residual]), rules)
     side = compacted(_total([state.side, addition]))
     start = None if aggregate.start is None else as_received(aggregate.start, rules.wire)
     return replace(
@@ -103,12 +103,21 @@ def next_state(
     )
 
 
-def aggregation_noise(aggregate: Aggregate) -> float | None:
+def aggregation_noise(applied: Adapter, ideal: Adapter) -> float | None:
     """Return ``‖applied − Σ p_k s_k B_k A_k‖ / ‖Σ p_k s_k B_k A_k‖``; None where nothing is aggregated."""
-    if not aggregate.ideal:
+    if not ideal:
         return None
-    whole = norm(aggregate.ideal)
-    return distance(aggregate.applied.to(torch.float64), aggregate.ideal) / whole if whole > 0.0 else 0.0
+    whole = norm(ideal)
+    return distance(applied.to(torch.float64), ideal) / whole if whole > 0.0 else 0.0
+
+
+def _joining(aggregate: Aggregate, movement: Adapter) -> Adapter:
+    """Return what of a movement the side must carry: all of it, or what a start that moved by the change lacks."""
+    if aggregate.start is None:
+        return movement
+    if movement is aggregate.change:
+        return Adapter()
+    return compress(stack([movement, aggregate.change], [1.0, -1.0])).adapter
 
 
 def compacted(side: Adapter) -> Adapter:
@@ -125,7 +134,7 @@ def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Ad
     if rules.form is BroadcastForm.STACK:
         return as_received(addition, rules.wire), Adapter()
     sent = as_received(compress(addition, tolerance=rules.tolerance).adapter, rules.wire)
-    if rules.tolerance == 0.0:
+    if rules.tolerance == 0.0 and rules.wire is WireDtype.FP32:
         return sent, Adapter()
     return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter
 

@@ -26,7 +26,7 @@ def local_parties(
     rules: ServerRules,
     make_optimiser: MakeOptimiser = adamw,
 ) -> SplitParties:
-    """Verify the cuts against the uncut model and set up all parties over ``lora``, whose slots this opens.
+    """Verify the cuts against the uncut model and set up all parties over ``lora``, whose slots every period opens anew.
 
     Raises:
         CutError: if the model cannot be cut there, or the plan counts other clients than there are rows for.
@@ -48,7 +48,7 @@ def local_parties(
     sizes = [] if plan.is_frozen else list(clients)
     ranks_and_scales = [*sizes, (plan.server_rank, plan.server_scale)]
     used = generators[len(generators) - len(ranks_and_scales) :]
-    lora.open([Slot(r, s, dropout, g) for (r, s), g in zip(ranks_and_scales, used, strict=True)])
+    slots = [Slot(r, s, dropout, g) for (r, s), g in zip(ranks_and_scales, used, strict=True)]
     parts = segments(plan, model, lora.shapes)
     return SplitParties(
         plan=plan,
@@ -58,4 +58,5 @@ def local_parties(
         clients=LocalSplitClients(lora, head, plan, parts, rows, make_optimiser),
         make_strategy=make_strategy,
         rules=rules,
+        open_slots=lambda: lora.open(slots),
     )

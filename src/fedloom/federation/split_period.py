@@ -41,7 +41,11 @@ class SplitClientRecord(ClientRecord):
 
 @dataclass(frozen=True)
 class SplitParties:
-    """What a split run is made of: the plan, the segments of the clients' modules, the server and the clients."""
+    """What a split run is made of: the plan, the segments of the clients' modules, the server and the clients.
+
+    ``open_slots`` makes room for the parties' adapters at the start of every period, since whoever evaluated in
+    between may have used the model.
+    """
 
     plan: SplitPlan
     segments: Sequence[Segment]
@@ -50,6 +54,7 @@ class SplitParties:
     clients: SplitClients
     make_strategy: MakeStrategy
     rules: ServerRules
+    open_slots: Callable[[], None]
 
     @property
     def ranks(self) -> dict[int, int]:
@@ -102,6 +107,7 @@ class Period:
 
     def _begin(self) -> None:
         """Send everybody's adapters out, the server's own share included."""
+        self._parties.open_slots()
         received: dict[int, list[Broadcast]] = {client: [] for client in self.cohort}
         server_pairs = dict(self._state.server)
         drawn: set[str] = set()
@@ -312,7 +318,7 @@ class Period:
         aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
         clients = segment.clients(self.cohort)
         following = next_state(state, aggregate, parties.rules, intake.norms, clients)
-        return following, aggregation_noise(aggregate), intake.records(aggregate.weights)
+        return following, aggregation_noise(aggregate.applied, aggregate.ideal), intake.records(aggregate.weights)
 
     def _require_enough(self) -> None:
         if len(self.present) >= self._plan.min_clients:

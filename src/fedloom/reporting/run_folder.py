@@ -29,7 +29,7 @@ from fedloom.reporting.manifest import version_changes
 from fedloom.reporting.run_opening import ENTRIES, READY, complete_lines, inside
 
 RECORD = "record.json"
-MAY_CHANGE = ("federation.num_rounds", "run.out", "run.keep_states", "run.trackers")
+MAY_CHANGE = ("federation.num_rounds", "run.keep_states", "run.trackers")
 _RETRY = "free space or mend the disk, then run the same command again"
 
 Writer = Callable[[Path], None]
