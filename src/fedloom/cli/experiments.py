@@ -91,7 +91,7 @@ def run(
     with progress_for() as progress:
         result = experiment.run(settings, folder, fresh=fresh, progress=progress)
     print_result(result, as_json=as_json)
-    say(f"run folder: {folder}")
+    say(f"run folder: {folder}; for a page about it: fedloom report {folder}")
 
 
 def compare(
@@ -116,7 +116,7 @@ def compare(
     with progress_for() as progress:
         result = experiment.compare(settings, chosen, numbers, folder, fresh=fresh, progress=progress)
     print_result(result, as_json=as_json)
-    say(f"comparison folder: {folder}")
+    say(f"comparison folder: {folder}; for a page about it: fedloom report {folder}")
 
 
 def parse_methods(text: str) -> list[str]:
