@@ -417,15 +417,17 @@ def test_a_cohort_is_drawn_for_each_period(set_up: SetUp) -> None:
     assert len(set(cohorts)) > 1
 
 
-def test_evaluating_more_often_changes_nothing(set_up: SetUp) -> None:
+def test_evaluating_more_often_on_the_same_model_changes_nothing(set_up: SetUp) -> None:
     def score(state: SplitState) -> dict[str, Any]:
         seen.append(state.round)
+        lora.set_side(state.global_adapter())
+        lora.close()
         return {"parameters": state.global_adapter().num_parameters}
 
     results = []
     for every, expected in ((1, [1, 2, 3]), (2, [2, 3]), (0, [3])):
         seen: list[int] = []
-        _, parties, _ = set_up(num_rounds=3)
+        lora, parties, _ = set_up(num_rounds=3)
         results.append(list(run_split(parties.initial(), parties, score, evaluate_every=every))[-1])
         assert seen == expected
     for other in results[1:]:

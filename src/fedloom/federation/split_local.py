@@ -26,7 +26,7 @@ def local_parties(
     rules: ServerRules,
     make_optimiser: MakeOptimiser = adamw,
 ) -> SplitParties:
-    """Verify the cuts against the uncut model and set up all parties over ``lora``, whose slots every period opens anew.
+    """Verify the cuts against the uncut model and set up all parties over ``lora``, whose slots periods open anew.
 
     Raises:
         CutError: if the model cannot be cut there, or the plan counts other clients than there are rows for.
