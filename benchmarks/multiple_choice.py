@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from fedloom.evaluation import shared_prefix
@@ -38,8 +39,8 @@ def compare(base: Base, questions: list[Question], examples: list[Question], ans
         found = shared_prefix.continuation_nats(base.model, queries, token_budget=8192)
         again = shared_prefix.nats_from_scratch(base.model, queries, token_budget=8192)
         worst = max(worst, *(float(abs(a - b).max()) for a, b in zip(found, again, strict=True)))
-        shared_s = seconds(lambda q=queries: shared_prefix.continuation_nats(base.model, q, token_budget=8192))
-        scratch_s = seconds(lambda q=queries: shared_prefix.nats_from_scratch(base.model, q, token_budget=8192))
+        shared_s = seconds(partial(shared_prefix.continuation_nats, base.model, queries, token_budget=8192))
+        scratch_s = seconds(partial(shared_prefix.nats_from_scratch, base.model, queries, token_budget=8192))
         ratios.append(scratch_s / shared_s)
         print(
             f"  {len(queries)} questions, {len(shared_prefix.shared_prefix(queries))} shared tokens: "

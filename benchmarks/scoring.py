@@ -15,6 +15,7 @@ import csv
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -70,9 +71,8 @@ def main() -> None:
     times: dict[str, list[float]] = {}
     for _ in range(options.repeats):
         for label, (metrics, resamples) in pairs.items():
-            found = cpu_seconds(
-                lambda m=metrics, r=resamples: score_e2e(references.texts, outputs, metrics=m, resamples=r)
-            )
+            ours = partial(score_e2e, references.texts, outputs, metrics=metrics, resamples=resamples)
+            found = cpu_seconds(ours)
             times.setdefault(f"ours, {label}, {resamples} resamples", []).append(found)
         if has_caption_code:
             found = cpu_seconds(lambda: caption_code(references.texts, outputs))

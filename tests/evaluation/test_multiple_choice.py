@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.multiple_choice import answer_questions, compare_answers
+from fedloom.evaluation.multiple_choice import answer_questions, compare_answers, tokenised_groups
 from fedloom.evaluation.question_prompts import Answering, prompt_text
 from fedloom.evaluation.questions import Question, read_mmlu, read_questions
 from fedloom.evaluation.shared_prefix import Query, continuation_nats, nats_from_scratch, shared_prefix
@@ -162,3 +162,11 @@ def test_all_of_mmlu_is_read(data_dir: Path) -> None:
     assert len(questions) == 14_042
     assert len({question.subject for question in questions}) == 57
     assert len(read_mmlu(data_dir / "mmlu", "dev")) == 285
+
+
+def test_groups_hold_every_question_once_and_share_their_examples(tokenizer: Any, model: Any) -> None:
+    groups = tokenised_groups(model, tokenizer, QUESTIONS, EXAMPLES, shots=1)
+    assert sorted(map(len, groups)) == [6, 6]
+    for queries in groups:
+        assert bytes(shared_prefix(queries)).startswith(b"The following are multiple choice questions")
+        assert bytes(shared_prefix(queries)).endswith(b"Answer: A\n\nWhat is ")

@@ -94,7 +94,7 @@ def compare_answers(first: MultipleChoice, second: MultipleChoice, *, seed: int,
     return bootstrap_difference(first_NS, second_NS, ratio, seed=seed, resamples=resamples)
 
 
-def tokenisedgroup_by_prefix(
+def tokenised_groups(
     model: Any,
     tokenizer: Any,
     questions: Sequence[Question],
