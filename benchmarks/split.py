@@ -69,7 +69,7 @@ def parties_of(
     count = len(rows)
     plan = SplitPlan(
         seed=SEED,
-        num_rounds=1,
+        num_steps=10**6,
         aggregate_every=10**6,
         cut_layers=(cut_layer,) * count,
         ranks=(RANK,) * count,

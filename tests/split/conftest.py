@@ -25,7 +25,8 @@ def set_up() -> SetUp:
     def build(
         make_strategy: Any = None, make_optimiser: Any = SGD, case: str = "llama", **changes: Any
     ) -> tuple[LoRAModel, SplitParties, list[TokenSet]]:
-        plan = replace(PLAN, **changes)
+        every, rounds = changes.get("aggregate_every", PLAN.aggregate_every), changes.pop("num_rounds", 2)
+        plan = replace(PLAN, **{"num_steps": every * rounds, **changes})
         lora = wrapped(case)
         rows = [random_rows(n, seed) for seed, n in enumerate(plan.num_rows)]
         strategy = make_strategy or (lambda cohort: fedit(cohort, Weighting.TOKENS))

@@ -106,7 +106,7 @@ class SGD:
 
 PLAN = SplitPlan(
     seed=5,
-    num_rounds=2,
+    num_steps=4,
     aggregate_every=2,
     cut_layers=(2, 2, 2),
     ranks=(3, 3, 3),

@@ -23,6 +23,7 @@ from fedloom.federation.split_codecs import Encoded
 from fedloom.federation.split_messages import SplitMessage
 from fedloom.federation.split_party import adamw, load_partly
 from fedloom.federation.split_period import SplitParties
+from fedloom.federation.split_plan import steps_for_epochs
 from fedloom.federation.split_server import SplitServer
 from fedloom.federation.split_state import SplitState
 from fedloom.lora.layer import LoRAModel, Slot
@@ -275,7 +276,7 @@ def test_stopping_after_any_round_and_going_on_is_never_stopping(
     set_up: SetUp, tmp_path: Path, changes: dict[str, Any], method: str
 ) -> None:
     strategy = FLoRA if method == "flora" else None
-    training = replace(PLAN.training, schedule="linear", schedule_span="run", total_rounds=4, dropout=0.1)
+    training = replace(PLAN.training, schedule="linear", schedule_span="run", dropout=0.1)
     options = {"make_optimiser": adamw, "num_rounds": 4, "training": training, "make_strategy": strategy, **changes}
     uninterrupted = run(set_up(**options)[1])
     tensors, numbers = uninterrupted[1].state.to_tensors()
@@ -432,6 +433,24 @@ def test_evaluating_more_often_on_the_same_model_changes_nothing(set_up: SetUp) 
         assert seen == expected
     for other in results[1:]:
         assert_identical(other.state.global_adapter(), results[0].state.global_adapter())
+
+
+def test_the_last_period_holds_what_is_left_and_the_schedule_ends_with_it(set_up: SetUp) -> None:
+    rates: list[float] = []
+
+    class Noting(SGD):
+        def step(self) -> float:
+            rates.append(0.0)
+            return super().step()
+
+    _, parties, _ = set_up(make_optimiser=Noting, num_steps=5, aggregate_every=2)
+    assert [record.num_steps for record in run(parties)] == [2, 2, 1]
+    assert len(rates) == 5 * 4
+
+
+@pytest.mark.parametrize(("epochs", "expected"), [(1, 3), (2, 5), (0.5, 2)])
+def test_epochs_are_steps_in_which_all_rows_together_are_read_as_often(epochs: float, expected: int) -> None:
+    assert steps_for_epochs((10, 20), 6, epochs) == expected
 
 
 def test_clients_with_other_rows_than_planned_are_refused(set_up: SetUp) -> None:

@@ -51,7 +51,8 @@ def run_split(
     while state.round < plan.num_rounds:
         clock = Clock()
         period = Period(parties, state)
-        for step in range(state.round * plan.aggregate_every, (state.round + 1) * plan.aggregate_every):
+        steps = plan.steps(state.round + 1)
+        for step in steps:
             on_step(step, period.step(step))
         clock.lap("train")
         state, noise, records = period.aggregate()
@@ -61,5 +62,4 @@ def run_split(
         evaluation = evaluate(state) if is_due else None
         clock.lap("evaluate")
         loss, last = period.mean_loss(), period.last_loss
-        steps = plan.aggregate_every
-        yield SplitRecord(state.round, state, records, steps, loss, last, noise, clock.seconds, evaluation)
+        yield SplitRecord(state.round, state, records, len(steps), loss, last, noise, clock.seconds, evaluation)

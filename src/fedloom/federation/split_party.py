@@ -16,7 +16,7 @@ from fedloom.federation.split_plan import SplitPlan
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.seeding import derive
-from fedloom.training.optimiser import ClientOptimiser, first_step, schedule
+from fedloom.training.optimiser import ClientOptimiser, schedule
 
 
 class Optimiser(Protocol):
@@ -39,8 +39,9 @@ def adamw(
     factors: Mapping[str, nn.Parameter], plan: SplitPlan, round: int, state: Mapping[str, Tensor] | None
 ) -> Optimiser:
     """Return AdamW on the plan's schedule; factors without state get zero moments and a step count of zero."""
-    settings = plan.training
-    first, total = first_step(settings.schedule_span, round, plan.num_rounds, plan.aggregate_every)
+    settings, steps = plan.training, plan.steps(round)
+    over_the_run = settings.schedule_span == "run"
+    first, total = (steps.start, plan.num_steps) if over_the_run else (0, len(steps))
     factor = schedule(settings.schedule, settings.warmup_steps, total)
     return ClientOptimiser(factors, settings.adamw, factor, first=first, state=_completed(factors, state))
 
@@ -125,11 +126,6 @@ def load_partly(lora: LoRAModel, slot: int, adapter: Adapter) -> None:
     """Load an adapter of some modules into a slot; the others get zeros, which add nothing and are never trained."""
     rank = lora.slots[slot].rank
     lora.load(slot, _spread(adapter, lora, rank))
-
-
-def set_side_partly(lora: LoRAModel, side: Adapter) -> None:
-    """Put a side adapter of some modules beside the base."""
-    lora.set_side(_spread(side, lora, 0) if side else None)
 
 
 def reseed_dropout(lora: LoRAModel, slot: int, seed: int, *name: str | int) -> None:

@@ -292,7 +292,7 @@ class Period:
         whole = self._parties.server.party.adapter()
         adapter = Adapter({module: whole[module] for module in segment.shapes})
         rows, tokens = sum(self._plan.num_rows[c] for c in shallow), sum(self.loss_tokens[c] for c in shallow)
-        steps = self._plan.aggregate_every
+        steps = len(self._plan.steps(self.round))
         return [Arrival(Update(self.round, SERVER, adapter, rows, tokens, tokens, steps, 0.0, 0.0, 0.0), 0, 0)]
 
     def _with_loss(self, update: Update) -> Update:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,13 +30,13 @@ class SplitPlan:
 
     Attributes:
         seed: the run's seed, of which every draw is a named stream.
-        num_rounds: aggregations of the client-side adapters.
-        aggregate_every: steps I between two of them.
+        num_steps: optimiser steps of every client over the run.
+        aggregate_every: steps I between two aggregations of the client-side adapters; the last period may be shorter.
         cut_layers: blocks on each client, bottom up.
         ranks, scales: of each client's adapter.
         server_rank, server_scale: of the server's.
         num_rows: each client's number of rows, which the server must know to follow its batches.
-        training: batch size, optimiser and schedule; ``steps`` and ``epochs`` are not read, the steps are I a round.
+        training: batch size, optimiser and schedule; ``steps`` and ``epochs`` are not read, nor is ``total_rounds``.
         server_update: one server step on all clients together, or one per client in turn (the release).
         tail_blocks: last blocks kept by the clients together with head, loss and labels; None: the server has them.
         client_half: whether client-side adapters train; frozen, a row's activations cross once and are cached.
@@ -47,7 +48,7 @@ class SplitPlan:
     """
 
     seed: int
-    num_rounds: int
+    num_steps: int
     aggregate_every: int
     cut_layers: tuple[int, ...]
     ranks: tuple[int, ...]
@@ -69,6 +70,15 @@ class SplitPlan:
     @property
     def num_clients(self) -> int:
         return len(self.cut_layers)
+
+    @property
+    def num_rounds(self) -> int:
+        """Aggregation periods of the run."""
+        return math.ceil(self.num_steps / self.aggregate_every)
+
+    def steps(self, round: int) -> range:
+        """Return the steps of a period, counted from 0 over the run; periods count from 1."""
+        return range((round - 1) * self.aggregate_every, min(round * self.aggregate_every, self.num_steps))
 
     @property
     def labels(self) -> Literal["server", "client"]:
@@ -108,6 +118,14 @@ class SplitPlan:
             )
         if not server_shapes(self, model, shapes):
             raise SettingsError("model.target_modules: expected modules in the server's blocks, got none; choose more")
+
+
+def steps_for_epochs(num_rows: Sequence[int], batch_size: int, epochs: float) -> int:
+    """Return the steps in which all clients together read ``epochs`` times as many rows as they have.
+
+    Clients step in lockstep, so one with fewer rows than the mean reads its own more often.
+    """
+    return math.ceil(round(epochs * sum(num_rows) / (len(num_rows) * batch_size), 9))
 
 
 def block_of(model: nn.Module, module: str) -> int:
