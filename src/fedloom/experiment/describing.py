@@ -13,6 +13,7 @@ from fedloom.aggregation.records import Broadcast, Update
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.experiment.assembly import CONTROLS
+from fedloom.experiment.cutting import CutTable, cut_table
 from fedloom.experiment.inputs import base_path
 from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
 from fedloom.lora.initial import check_rank
@@ -42,10 +43,14 @@ class Description:
     first_download_bytes: tuple[int, ...]
     download_bytes: tuple[int, ...]
     memory_bytes: int
+    cuts: CutTable | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
-        return dict(self.__dict__)
+        cuts = (
+            None if self.cuts is None else {"cuts": self.cuts.as_list(), "simulated_seconds": dict(self.cuts.seconds)}
+        )
+        return {**self.__dict__, "cuts": cuts}
 
     def lines(self) -> list[str]:
         """Return the description for people."""
@@ -65,11 +70,12 @@ class Description:
             sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
             up, first, down = map(written_bytes, sizes)
             lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
-        return [*lines, "", *(f"{name} = {value}" for name, value in _flat(self.settings))]
+        cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
+        return [*lines, *cuts, "", *(f"{name} = {value}" for name, value in _flat(self.settings))]
 
 
 def describe(settings: Settings) -> Description:
-    """Return the sizes of a recipe without loading weights or rows.
+    """Return the sizes of a recipe without loading weights; a cut recipe's rows are sampled for their length.
 
     Raises:
         ModelError: if the base's configuration cannot be read.
@@ -93,6 +99,7 @@ def describe(settings: Settings) -> Description:
         first_download_bytes=first,
         download_bytes=down,
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
+        cuts=cut_table(settings, model, lora.shapes) if settings.method.name == "splitlora" else None,
     )
 
 
@@ -113,7 +120,7 @@ def _messages(
     settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank."""
-    if settings.method.name in (*CONTROLS, "base"):
+    if settings.method.name in (*CONTROLS, "base", "splitlora"):
         nothing = (0,) * len(ranks)
         return nothing, nothing, nothing
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()

@@ -20,7 +20,6 @@ from fedloom.training.scoring import row_losses
 
 def held_out_loss(lora: LoRAModel, adapter: Adapter, rows: TokenSet, token_budget: int) -> dict[str, Any]:
     """Return the mean loss in nats per supervised token, its perplexity, and the counts."""
-    lora.close()
     lora.set_side(adapter or None)
     lora.route_all(None)
     losses = row_losses(lora, rows, token_budget=token_budget)
@@ -72,7 +71,6 @@ def score_state(
     for suite in suites:
         found = []
         for name, adapter in owners or [("", state.global_adapter())]:
-            lora.close()
             lora.set_side(adapter or None)
             lora.route_all(None)
             outputs = folder / f"{suite}-round{state.round}{name}.jsonl"

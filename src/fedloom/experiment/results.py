@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fedloom import config
 from fedloom.config import Settings
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.experiment.inputs import EMBEDDED
 from fedloom.experiment.state_files import NUMBERS, TENSORS, read_state
-from fedloom.lora.layer import LoRAModel, check_fits
-from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.layer import LoRAModel, check_covers
+from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
 from fedloom.models.load import Base, load_base
 from fedloom.reporting.stored_run import StoredRun, read_run
@@ -64,7 +62,7 @@ class OpenedResult:
 
     def use(self, name: str | None) -> LoRAModel:
         """Put one adapter on the base, or none, and return the model that the next passes go through."""
-        adapter = None if name is None else completed(self.adapters[name], self.lora.shapes)
+        adapter = None if name is None else self.adapters[name]
         self.lora.set_side(adapter)
         self.lora.route_all(None)
         return self.lora
@@ -170,18 +168,12 @@ def wrap(found: Found, base: Base) -> LoRAModel:
     try:
         lora = LoRAModel(base.model, modules)
         for adapter in found.adapters.values():
-            check_fits(completed(adapter, lora.shapes), lora.shapes)
+            check_covers(adapter, lora.shapes)
     except (ModelError, AdapterError) as error:
         raise AdapterError(
             f"{found.path}: the adapter is for another base than {base.name}: {error}; name its own with --base FOLDER"
         ) from error
     return lora
-
-
-def completed(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter with an empty pair for every module that it does not touch."""
-    empty = {name: Pair(torch.zeros(o, 0), torch.zeros(0, i)) for name, (o, i) in shapes.items()}
-    return Adapter({**empty, **adapter})
 
 
 def unfinished_note(run: StoredRun) -> str:

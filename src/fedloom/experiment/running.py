@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from fedloom.aggregation.records import Broadcast, ServerState, Update
+from fedloom.aggregation.records import ServerState
 from fedloom.config import Settings
-from fedloom.experiment.assembly import CONTROLS, Population, engine_of, plan_of, population_of, training_of
+from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
 from fedloom.experiment.inputs import Inputs, Workshop, base_path
-from fedloom.experiment.recording import UpdateKeeper, holdings_of, metrics_of, peft_writer, update_keeper
-from fedloom.experiment.state_files import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
+from fedloom.experiment.loops import Loop, LoopKind, loop_of
+from fedloom.experiment.recording import holdings_of, peft_writer
 from fedloom.experiment.suites import suite_choice_of
-from fedloom.federation.rounds import Arrival, Engine, RoundPlan, RoundRecord, run_rounds
 from fedloom.lora.algebra import compress
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder, Writer
+from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder
 from fedloom.reporting.run_opening import refuse_foreign
 from fedloom.reporting.tables import written_bytes
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
-from fedloom.training.local import StepReport
 
 
 @dataclass(frozen=True)
@@ -93,7 +88,7 @@ def run(
     progress.note(f"reading rows of {settings.data.path}")
     inputs = workshop.inputs(settings, base, saved if saved.exists() and not fresh else None)
     population = population_of(settings, inputs)
-    plan = None if settings.method.name == "base" else plan_of(settings, population, lora)
+    kind = loop_of(settings, inputs, lora, population)
     may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
@@ -109,11 +104,21 @@ def run(
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
-        return Session(settings, folder, base, lora, inputs, population, plan, progress).complete()
+        return Session(settings, folder, base, lora, inputs, population, kind, progress).complete()
 
 
 def is_extensible(settings: Settings) -> bool:
-    """Tell whether more rounds leave the rounds before as they are: not where one schedule spans the run."""
+    """Tell whether more rounds leave the rounds before as they are.
+
+    They do not where one schedule spans the run, nor where a split run's last aggregation period is cut short.
+    """
+    if settings.method.name == "splitlora":
+        steps = settings.training.local_steps
+        return (
+            settings.training.schedule == "constant"
+            and steps is not None
+            and steps % settings.split.aggregate_every == 0
+        )
     return settings.training.schedule == "constant" or training_of(settings).schedule_span == "round"
 
 
@@ -127,68 +132,41 @@ class Session:
     lora: LoRAModel
     inputs: Inputs
     population: Population
-    plan: RoundPlan | None
+    kind: LoopKind | None
     progress: Progress
 
     def complete(self) -> RunSummary:
         """Run what is left, write the adapter, and mark the run as finished."""
-        base_eval = self._evaluate(ServerState())
-        state = self._rounds(self.plan) if self.plan is not None else ServerState()
-        finished = self.folder.finished
-        if finished is None or finished["round"] != self.folder.last_round():
+        loop = None if self.kind is None else self.kind.resume(self.folder, self._writer(), self.progress)
+        state = ServerState() if loop is None else loop.standing
+        finished, left = self.folder.finished, 0 if loop is None else loop.num_rounds - state.round
+        if finished is None or left > 0:
+            base_eval = finished["base_eval"] if finished is not None else self._evaluate(ServerState())
+            state = self._rounds(loop) if loop is not None else state
             self._write_adapter(state)
             evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
             self.folder.finish({"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation})
         return self._summary(state)
 
-    def _rounds(self, plan: RoundPlan) -> ServerState:
-        state, optimisers = self._restore(plan)
-        engine = engine_of(self.settings, self.population, self.lora, optimisers, self._on_step)
+    def _rounds(self, loop: Loop) -> ServerState:
+        state = loop.standing
         title = f"{self.settings.method.name}, seed {self.settings.run.seed}"
-        self.progress.run_started(title, plan.num_rounds, state.round)
+        self.progress.run_started(title, loop.num_rounds, state.round)
         with ExitStack() as stack:
             trackers = AllTrackers(self._trackers(state.round))
             stack.callback(trackers.close)
-            keeper = None
-            if self.settings.run.keep_updates:
-                scales = self.population.scales
-                keeper = stack.enter_context(update_keeper(self.folder.path, self._writer(), scales.__getitem__))
-            shown = ShownEngine(engine, self.progress)
-            keep = keeper.keep if keeper is not None else _drop
-            for record in run_rounds(state, plan, shown, self._evaluate, keep):
-                self._write_round(record, keeper, optimisers, trackers)
-                state = record.state
+            for done in loop.rounds(self._evaluate):
+                self.folder.write_round(done.round, done.metrics, done.files, done.writers)
+                state = done.state
+                trackers.log(done.metrics)
+                self.progress.round_done(done.metrics)
+                self._prune()
+        self._prune()
         return state
 
-    def _restore(self, plan: RoundPlan) -> tuple[ServerState, dict[int, dict[str, Tensor]] | None]:
-        """Return the last completed round's state, or the initial one."""
-        optimisers: dict[int, dict[str, Tensor]] | None = {} if self.settings.method.name in CONTROLS else None
-        last = self.folder.last_round()
-        if last is None:
-            return plan.strategy.initial(), optimisers
-        read = partial(self.folder.read_round_file, last)
-        if optimisers is not None:
-            optimisers = read_optimisers(read(OPTIMISERS))
-        return read_state(read(TENSORS), read(NUMBERS)), optimisers
-
-    def _write_round(
-        self,
-        record: RoundRecord,
-        keeper: UpdateKeeper | None,
-        optimisers: dict[int, dict[str, Tensor]] | None,
-        trackers: AllTrackers,
-    ) -> None:
-        metrics = metrics_of(record, self.settings.method.name, self.population.names)
-        writers: dict[str, Writer] = {}
-        if keeper is not None:
-            writers["clients"] = partial(keeper.move_into, clients=record.clients)
-            if record.applied:
-                writers["global"] = lambda path: self._writer()(record.applied, path, 1.0)
-        self.folder.write_round(record.round, metrics, state_files(record.state, optimisers), writers)
+    def _prune(self) -> None:
         if not self.settings.run.keep_states:
             self.folder.prune(2)
-        trackers.log(metrics)
-        self.progress.round_done(metrics)
 
     def _evaluate(self, state: ServerState) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
@@ -223,9 +201,6 @@ class Session:
         named = ("fedloom", self.folder.path.name, self.settings.as_dict())
         return trackers + [kinds[name](*named) for name in self.settings.run.trackers]
 
-    def _on_step(self, report: StepReport) -> None:
-        self.progress.step_done(report.client, report.step, report.num_steps, report.loss_nats)
-
     def _summary(self, state: ServerState) -> RunSummary:
         records, finished = self.folder.records(), self.folder.finished or {}
         return RunSummary(
@@ -242,24 +217,3 @@ class Session:
             aggregation_noise=records[-1]["aggregation_noise"] if records else None,
             rank=max(state.global_adapter().ranks.values(), default=0),
         )
-
-
-@dataclass(frozen=True)
-class ShownEngine:
-    """An engine whose rounds and clients a person can watch."""
-
-    engine: Engine
-    progress: Progress
-
-    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
-        """Train as the engine does, and say so."""
-        if broadcasts:
-            self.progress.round_started(broadcasts[0].round, len(broadcasts))
-        for arrival in self.engine.train(broadcasts):
-            outcome = arrival.outcome
-            self.progress.client_done(outcome.client, outcome.loss_nats if isinstance(outcome, Update) else None)
-            yield arrival
-
-
-def _drop(update: Update) -> None:
-    """Keep nothing of an update."""

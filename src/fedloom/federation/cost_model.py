@@ -79,9 +79,7 @@ def shape_of(model: nn.Module, shapes: Mapping[str, tuple[int, int]], bytes_per_
     embeddings = [p for name in family.before for p in model.get_submodule(name).parameters()]
     head = sum(p.numel() for p in model.get_submodule(family.head).parameters())
     width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-    return ModelShape(
-        width, tuple(frozen), tuple(sides), sum(p.numel() for p in embeddings), head, bytes_per_parameter
-    )
+    return ModelShape(width, tuple(frozen), tuple(sides), sum(p.numel() for p in embeddings), head, bytes_per_parameter)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.federation.rounds import Clock
-from fedloom.federation.split_period import Period, SplitClientRecord, SplitParties
+from fedloom.federation.split_parties import SplitParties
+from fedloom.federation.split_period import Period, SplitClientRecord
 from fedloom.federation.split_state import SplitState
 
 

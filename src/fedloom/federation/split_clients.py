@@ -20,7 +20,7 @@ from fedloom.aggregation.records import Broadcast, Failure, Update
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.split_codecs import Encoded, ErrorFeedback, encode
 from fedloom.federation.split_messages import SplitMessage
-from fedloom.federation.split_party import MakeOptimiser, Party, reseed_dropout, set_side_partly, without
+from fedloom.federation.split_party import MakeOptimiser, Party, reseed_dropout, without
 from fedloom.federation.split_plan import Segment, SplitPlan
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
@@ -126,7 +126,7 @@ class LocalSplitClients:
         self._memory = {client: dict(carried) for client, carried in memory.items()}
         self._feedback.residuals_D = {c: m["residual"] for c, m in self._memory.items() if "residual" in m}
         sides = {name: pair for received in broadcasts.values() for b in received for name, pair in b.side.items()}
-        set_side_partly(self._lora, Adapter(sides))
+        self._lora.set_side(Adapter(sides))
         for client, received in self._broadcasts.items():
             if received:
                 reseed_dropout(self._lora, client, self._plan.seed, round, client)
@@ -255,9 +255,7 @@ class LocalSplitClients:
         self._graphs.setdefault((step, micro_batch), []).append(_Graph(hidden_TD, spans))
         return [self._message(c, step, micro_batch, hidden_TD.detach()[spans[c]], rows[c]) for c in counts]
 
-    def _frozen(
-        self, cut_layer: int, client: int, rows: Sequence[int], step: int, micro_batch: int
-    ) -> SplitMessage:
+    def _frozen(self, cut_layer: int, client: int, rows: Sequence[int], step: int, micro_batch: int) -> SplitMessage:
         """Run a frozen bottom row by row: a row's activations then do not depend on its company, bit for bit."""
         self._lora.route_all(None)
         batches = [pack([self._rows[client].row(row)], self._device) for row in rows]

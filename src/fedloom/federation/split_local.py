@@ -8,8 +8,8 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import CutError
 from fedloom.federation.server import ServerRules
 from fedloom.federation.split_clients import LocalSplitClients
+from fedloom.federation.split_parties import MakeStrategy, SplitParties
 from fedloom.federation.split_party import MakeOptimiser, adamw
-from fedloom.federation.split_period import MakeStrategy, SplitParties
 from fedloom.federation.split_plan import SplitPlan, segments, server_shapes
 from fedloom.federation.split_server import SplitServer
 from fedloom.lora.layer import LoRAModel, Slot

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
-from fedloom.aggregation.strategy import Cohort, Strategy
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.messages import decode_update, encode_broadcast, encode_update
 from fedloom.federation.rounds import Arrival, ClientRecord, Intake, RoundPlan
-from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
-from fedloom.federation.split_clients import SplitClients, start_of
+from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
+from fedloom.federation.split_clients import start_of
 from fedloom.federation.split_messages import SplitMessage, check_activations
-from fedloom.federation.split_plan import SERVER, Segment, SplitPlan
-from fedloom.federation.split_server import SplitServer
+from fedloom.federation.split_parties import SplitParties
+from fedloom.federation.split_plan import SERVER
 from fedloom.federation.split_state import SplitState
-from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.pair import Adapter
 
 IN_FLIGHT = 2
 """Micro-batches asked for ahead of the one the server works on, itself included."""
-
-MakeStrategy = Callable[[Cohort], Strategy]
-"""From the modules and ranks of a segment."""
 
 
 @dataclass(frozen=True)
@@ -37,52 +32,6 @@ class SplitClientRecord(ClientRecord):
 
     activation_upload_bytes: int = 0
     activation_download_bytes: int = 0
-
-
-@dataclass(frozen=True)
-class SplitParties:
-    """What a split run is made of: the plan, the segments of the clients' modules, the server and the clients.
-
-    ``open_slots`` makes room for the parties' adapters at the start of every period, since whoever evaluated in
-    between may have used the model.
-    """
-
-    plan: SplitPlan
-    segments: Sequence[Segment]
-    server_shapes: Mapping[str, tuple[int, int]]
-    server: SplitServer
-    clients: SplitClients
-    make_strategy: MakeStrategy
-    rules: ServerRules
-    open_slots: Callable[[], None]
-
-    @property
-    def ranks(self) -> dict[int, int]:
-        """Rank by owner."""
-        return {owner: self.rank_of(owner) for owner in (SERVER, *range(self.plan.num_clients))}
-
-    @property
-    def scales(self) -> dict[int, float]:
-        """Scale by owner."""
-        return {owner: self.scale_of(owner) for owner in (SERVER, *range(self.plan.num_clients))}
-
-    def rank_of(self, owner: int) -> int:
-        """Return the rank of a client's or the server's adapter."""
-        return self.plan.server_rank if owner == SERVER else self.plan.ranks[owner]
-
-    def scale_of(self, owner: int) -> float:
-        """Return the scale of a client's or the server's adapter."""
-        return self.plan.server_scale if owner == SERVER else self.plan.scales[owner]
-
-    def strategy(self, segment: Segment) -> Strategy:
-        """Return the strategy that aggregates a segment."""
-        highest = max(self.rank_of(owner) for owner in segment.owners)
-        return self.make_strategy(Cohort(segment.shapes, highest, self.rank_of, self.plan.seed))
-
-    def initial(self) -> SplitState:
-        """Return the state before the first step."""
-        server = fresh_adapter(self.server_shapes, self.plan.server_rank, self.plan.seed, "server")
-        return SplitState(0, tuple(self.strategy(segment).initial() for segment in self.segments), server)
 
 
 class Period:

@@ -69,6 +69,7 @@ class SplitPlan:
 
     @property
     def num_clients(self) -> int:
+        """Clients of the run."""
         return len(self.cut_layers)
 
     @property
@@ -87,6 +88,7 @@ class SplitPlan:
 
     @property
     def is_frozen(self) -> bool:
+        """Whether client-side adapters do not train."""
         return self.client_half == "frozen"
 
     def cohort(self, round: int) -> list[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedloom.federation.split_codecs import Encoded, ErrorFeedback, encode
 from fedloom.federation.split_messages import SplitMessage
-from fedloom.federation.split_party import MakeOptimiser, Party, reseed_dropout, set_side_partly, without
+from fedloom.federation.split_party import MakeOptimiser, Party, reseed_dropout, without
 from fedloom.federation.split_plan import SplitPlan, block_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
@@ -53,12 +53,13 @@ class SplitServer:
         self, start: Adapter, side: Adapter, round: int, state: Mapping[str, Tensor], drawn: Collection[str]
     ) -> None:
         """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments to go on with."""
-        set_side_partly(self._lora, side)
+        self._lora.set_side(side)
         reseed_dropout(self._lora, self._slot, self._plan.seed, round, "server")
         self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
 
     @property
     def party(self) -> Party:
+        """The server's slot and optimiser in the period under way."""
         assert self._party is not None
         return self._party
 
@@ -135,9 +136,7 @@ class SplitServer:
         """Return what the clients' tails need (U-shape)."""
         assert self._done is not None
         return [
-            SplitMessage(
-                "hidden", a.client, step, micro_batch, encode(self._done.hidden_of(i), self._plan.wire_dtype)
-            )
+            SplitMessage("hidden", a.client, step, micro_batch, encode(self._done.hidden_of(i), self._plan.wire_dtype))
             for i, a in enumerate(self._done.arrivals)
         ]
 
@@ -165,9 +164,7 @@ class SplitServer:
         found = {} if self._plan.is_frozen else self._done.gradients()
         self._done = None
         return [
-            SplitMessage(
-                "gradients", client, step, micro_batch, self._encode(client, grad_TD), loss_nats=nats[client]
-            )
+            SplitMessage("gradients", client, step, micro_batch, self._encode(client, grad_TD), loss_nats=nats[client])
             for client, grad_TD in found.items()
             if client in nats
         ]

@@ -119,8 +119,6 @@ def _segment_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> 
     )
 
 
-
-
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}/{name}": tensor for name, tensor in tensors.items()}
 

@@ -17,7 +17,7 @@ from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.route import Route, Slot
 
-__all__ = ["LoRAModel", "Slot", "check_fits"]
+__all__ = ["LoRAModel", "Slot", "check_covers", "check_fits"]
 
 
 class LoRAModel:
@@ -116,11 +116,17 @@ class LoRAModel:
                 whole.grad.zero_()  # type: ignore[union-attr]
 
     def set_side(self, side: Adapter | None) -> None:
-        """Put a frozen adapter of any ranks beside the base, replacing the previous one."""
-        if side:
-            check_fits(side, self.shapes)
+        """Put a frozen adapter of any ranks beside the base, replacing the previous one.
+
+        A module that the adapter does not cover gets nothing.
+
+        Raises:
+            AdapterError: if it covers a module that is no target, or of another shape.
+        """
+        side = side or Adapter()
+        check_covers(side, self.shapes)
         for name, layer in self.layers.items():
-            layer.set_side(side[name] if side else None)
+            layer.set_side(side.get(name))
 
     def route(self, segments: Sequence[tuple[int, int]]) -> None:
         """Say which slot the token rows of the next passes belong to: ``[(slot, num_tokens), ...]`` in order."""
@@ -152,16 +158,28 @@ class LoRAModel:
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter whose modules or shapes are not those given.
+    """Refuse an adapter whose modules or shapes are not exactly those given.
 
     Raises:
         AdapterError: naming the first module that differs.
     """
-    if adapter.keys() != shapes.keys():
-        name = sorted(adapter.keys() ^ shapes.keys())[0]
-        where = "lacks" if name in shapes else "has the foreign"
-        raise AdapterError(f"expected an adapter of {len(shapes)} modules of this base, it {where} module {name}")
+    check_covers(adapter, shapes)
+    lacking = sorted(shapes.keys() - adapter.keys())
+    if lacking:
+        raise AdapterError(f"expected an adapter of {len(shapes)} modules of this base, it lacks module {lacking[0]}")
+
+
+def check_covers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Refuse an adapter that has a foreign module, or one of another shape.
+
+    Raises:
+        AdapterError: naming the first such module.
+    """
     for name, pair in adapter.items():
+        if name not in shapes:
+            raise AdapterError(
+                f"expected an adapter of {len(shapes)} modules of this base, it has the foreign module {name}"
+            )
         if pair.shape != shapes[name]:
             raise AdapterError(
                 f"{name}: expected an adapter of shape {shapes[name]}, got {pair.shape}; it is for another base"

@@ -1,0 +1,155 @@
+"""What every cut of a base would cost on the recipe's devices and links, and how long the methods would take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from fedloom.config import Settings
+from fedloom.data.encoding import encode
+from fedloom.data.records import read_records
+from fedloom.data.sources import load_rows
+from fedloom.data.templates import AUTO
+from fedloom.data.tokenizer import load_tokenizer
+from fedloom.errors import CutError
+from fedloom.experiment.inputs import base_path, training_path
+from fedloom.experiment.splitting import split_plan
+from fedloom.federation.cost_model import (
+    CutEstimate,
+    Device,
+    ModelShape,
+    Work,
+    centralised_seconds,
+    estimate_cut,
+    federated_seconds,
+    shape_of,
+    split_seconds,
+    suggest_cut,
+)
+from fedloom.federation.split_plan import SplitPlan
+from fedloom.seeding import stream
+
+SAMPLED_ROWS = 300
+GIB, MEGABIT = 2**30, 125_000
+
+
+@dataclass(frozen=True)
+class CutTable:
+    """Estimates of every cut for the slowest client, the suggested one, and simulated seconds by method."""
+
+    work: Work
+    estimates: tuple[CutEstimate, ...]
+    suggested: int | None
+    seconds: Mapping[str, float]
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """Return the estimates as plain values."""
+        return [
+            {**asdict(e), "stages": dict(e.stages), "suggested": e.cut_layer == self.suggested} for e in self.estimates
+        ]
+
+    def lines(self) -> list[str]:
+        """Return the table for people."""
+        w = self.work
+        lines = [
+            f"a client's step: {w.tokens_per_step:.0f} tokens, {w.loss_tokens_per_step:.0f} of them learned "
+            f"(mean of {SAMPLED_ROWS} rows at most)",
+            f"{'cut':>4} {'parameters':>12} {'memory':>10} {'GFLOP/step':>11} {'up/step':>10} {'down/step':>10} "
+            f"{'aggregation':>12} {'s/step':>8}",
+        ]
+        for e in self.estimates:
+            mark = " suggested" if e.cut_layer == self.suggested else "" if e.fits else " does not fit"
+            lines.append(
+                f"{e.cut_layer:>4} {e.client_parameters:>12,} {e.client_memory_bytes / 1e6:>7.0f} MB "
+                f"{e.client_flops_per_step / 1e9:>11.2f} {e.upload_bytes_per_step / 1e3:>7.0f} kB "
+                f"{e.download_bytes_per_step / 1e3:>7.0f} kB {e.aggregation_bytes / 1e3:>9.0f} kB "
+                f"{e.step_seconds:>8.4f}{mark}"
+            )
+        return [*lines, *(f"whole run, {name}: about {s:,.1f} s" for name, s in self.seconds.items())]
+
+
+def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> CutTable:
+    """Estimate every cut of a base, which may be on the meta device, on the recipe's devices.
+
+    Tokens per step are the mean of a sample of the recipe's rows.
+
+    Raises:
+        DataError: if the rows cannot be read.
+        CutError: if the base cannot be cut.
+    """
+    num_clients = settings.federation.num_clients
+    num_rows, work = sampled_work(settings)
+    shape, plan = shape_of(model, shapes), split_plan(settings, [max(1, num_rows // num_clients)] * num_clients)
+    devices = devices_of(settings)
+    lowest = min(range(num_clients), key=lambda k: devices[k].flops)
+    tail = plan.tail_blocks or 0
+    estimates = tuple(
+        estimate_cut(
+            shape, at_cut(plan, cut), lowest, work, devices[lowest], settings.devices.server_flops, num_clients
+        )
+        for cut in range(1, shape.num_blocks - tail)
+    )
+    try:
+        suggested: int | None = suggest_cut(estimates).cut_layer
+    except CutError:
+        suggested = None
+    return CutTable(work, estimates, suggested, simulated_seconds(settings, shape, plan, work, devices))
+
+
+def at_cut(plan: SplitPlan, cut_layer: int) -> SplitPlan:
+    """Return the plan with every client cut at one block."""
+    return replace(plan, cut_layers=(cut_layer,) * plan.num_clients)
+
+
+def simulated_seconds(
+    settings: Settings, shape: ModelShape, plan: SplitPlan, work: Work, devices: Sequence[Device]
+) -> dict[str, float]:
+    """Return the simulated seconds of the recipe's budget by method, as in the paper's latency figure."""
+    flops, clients = settings.devices.server_flops, range(plan.num_clients)
+    rounds = settings.federation.num_rounds
+    estimates = [estimate_cut(shape, plan, k, work, devices[k], flops, plan.num_clients) for k in clients]
+    steps, works = plan.num_steps, [work] * plan.num_clients
+    return {
+        "splitlora": split_seconds(estimates, steps, plan.aggregate_every),
+        "fedit": federated_seconds(shape, plan.ranks, works, devices, steps // rounds, rounds),
+        "centralised": centralised_seconds(shape, plan.server_rank, works, devices[0].flops, steps),
+    }
+
+
+def devices_of(settings: Settings) -> list[Device]:
+    """Return every client's device and link, at the share of their peak that a real step reaches."""
+    table = settings.devices
+    rows = zip(
+        settings.per_client(table.client_flops),
+        settings.per_client(table.client_memory_gib),
+        settings.per_client(table.uplink_mbit_per_second),
+        settings.per_client(table.downlink_mbit_per_second),
+        settings.per_client(table.latency_ms),
+        strict=True,
+    )
+    return [
+        Device(flops * table.utilisation, memory * GIB, up * MEGABIT, down * MEGABIT, latency / 1e3)
+        for flops, memory, up, down, latency in rows
+    ]
+
+
+def sampled_work(settings: Settings) -> tuple[int, Work]:
+    """Return the number of rows, and a client's step as a sample of them suggests."""
+    data = settings.data
+    rows = load_rows(training_path(settings), data.split, subset=data.subset, revision=data.revision)
+    chosen = np.sort(stream(settings.run.seed, "describe").permutation(len(rows))[:SAMPLED_ROWS])
+    tokens = encode(
+        read_records(rows.select(chosen), data.shape, data.columns),
+        load_tokenizer(settings.model.tokenizer or base_path(settings)),
+        template=data.template or AUTO,
+        max_length=data.max_length,
+        loss_on=data.loss_on,
+        overlong="error" if data.max_length is None else data.overlong,
+        unanswered=data.unanswered,
+    ).tokens
+    batch, mean = settings.training.batch_size, tokens.num_tokens / len(tokens)
+    return len(rows), Work(batch * mean, batch * tokens.num_loss_tokens / len(tokens), mean)
