@@ -111,3 +111,11 @@ def test_suites_give_their_scores_and_clients_and_intervals_no_columns(make_run:
     assert set(figures) <= {"loss_nats", "exact-match.exact_match", *costs}
     assert figures["exact-match.exact_match"] == 0.25
     assert metric_of("exact-match.exact_match").title == "exact match"
+
+
+def test_a_run_without_rounds_has_the_loss_it_was_finished_with(make_run: MakeRun) -> None:
+    path = make_run("base", num_rounds=0)
+    (path / "metrics.jsonl").write_text("")
+    (path / "finished.json").write_text(json.dumps({"eval": {"loss_nats": 4.5}}))
+    (group,) = group_runs([path])
+    assert (loss_by_round(group).xs, loss_by_round(group).ys) == ([0.0], [4.5])

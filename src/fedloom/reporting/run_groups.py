@@ -134,6 +134,10 @@ def rank_by_round(group: RunGroup) -> Curve:
 
 
 def _losses(run: StoredRun) -> list[tuple[int, float, float]]:
+    """Return (round, bytes so far, loss); a run without rounds has what it was finished with, at round 0."""
+    if not run.records:
+        only = ((run.finished or {}).get("eval") or {}).get("loss_nats")
+        return [] if only is None else [(0, 0.0, float(only))]
     sent = accumulate((r.get("upload_bytes") or 0) + (r.get("download_bytes") or 0) for r in run.records)
     return [
         (record["round"], float(total), float(record["eval"]["loss_nats"]))
