@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from fedloom import __version__
-from fedloom.cli import experiments, results, scoring, shipped, showing
+from fedloom.cli import experiments, results, scoring, shipped, showing, splitting
 from fedloom.errors import FedloomError
 
 DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
@@ -51,6 +51,7 @@ app.command("generate")(results.generate)
 app.command("export")(results.export)
 app.command("doctor")(results.doctor)
 app.command("judge")(scoring.judge)
+app.command("leakage")(splitting.leakage)
 app.add_typer(scoring.app, name="score")
 app.command("demo")(showing.demo)
 app.command("report")(showing.report)

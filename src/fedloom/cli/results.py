@@ -99,13 +99,32 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option("--suite", metavar="NAME", help="Score by e2e, mmlu or multiple-choice instead; files by --data."),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option("--lm-eval", metavar="A,B,...", help="Tasks of lm-evaluation-harness instead (extra lm-eval)."),
+    ] = None,
+    shots: Annotated[int, typer.Option("--shots", metavar="N", min=0, help="Examples before a question.")] = 5,
+    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Items at most.")] = None,
+    beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams when decoding.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure held-out loss and perplexity of a run or of any adapter, beside its base."""
+    """Measure held-out loss and perplexity of a run or of any adapter, or its scores, beside its base."""
     from fedloom.experiment import measuring, results
 
+    if suite is not None and lm_eval is not None:
+        raise SettingsError("expected --suite or --lm-eval, got both; leave one out")
     opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
     _say_all(opened.found.notes)
+    if suite is not None or lm_eval is not None:
+        from fedloom.experiment import benchmarking
+
+        asked = benchmarking.Asked(suite, lm_eval, data, template, shots, limit, beams)
+        print_result(benchmarking.score_result(opened, asked, say), as_json=as_json)
+        return
     choice = measuring.RowChoice(data, shape, template, max_length, overlong)
     print_result(measuring.evaluate(opened, choice), as_json=as_json)
 
@@ -126,6 +145,10 @@ def generate(
         float, typer.Option("--temperature", metavar="T", help="Draw at this temperature; 0: the likeliest token.")
     ] = 0.0,
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the draws.")] = 0,
+    cut_layer: Annotated[
+        int | None,
+        typer.Option("--cut", metavar="N", help="Decode with the model cut after N blocks, and count what crosses."),
+    ] = None,
     template: Annotated[
         str | None,
         typer.Option(
@@ -150,6 +173,13 @@ def generate(
     sampling = generating.Sampling(max_new_tokens, temperature, seed)
     opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
     _say_all(opened.found.notes)
+    if cut_layer is not None:
+        from fedloom.experiment import split_generating
+
+        if prompt is None or temperature > 0.0:
+            raise SettingsError("--cut: expected --prompt TEXT at temperature 0, got another way of asking; change it")
+        print_result(split_generating.generate_cut(opened, prompt, cut_layer, sampling, template), as_json=as_json)
+        return
     conversation = generating.converse(opened, template=template, sampling=sampling, beside_base=base_too)
     if prompt is not None:
         print_result(conversation.ask(prompt), as_json=as_json)

@@ -1,0 +1,57 @@
+"""leakage: what a server could read of the clients' text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedloom.cli.options import JsonOption
+from fedloom.cli.output import print_result, say
+from fedloom.errors import SettingsError
+
+
+def leakage(
+    result: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    public: Annotated[
+        str, typer.Option("--public", metavar="FILE", help="Public text or rows that an attacker learns from.")
+    ],
+    cuts: Annotated[
+        str | None, typer.Option("--cuts", metavar="1,2,...", help="Cuts to measure; left out: the run's own.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", metavar="SHAPE", help="Shape of public rows, or `text`; left out: the run's."),
+    ] = None,
+    steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of the attacker's training.")] = 600,
+    base: Annotated[str | None, typer.Option("--base", metavar="FOLDER", help="The base model.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Train an inversion of the cut on public text, and report how many private tokens it reads."""
+    from fedloom.evaluation.leakage import AttackSettings
+    from fedloom.experiment import leaking, results
+
+    opened = results.open_result(result, base=base)
+    layers = None if cuts is None else parse_cuts(cuts)
+
+    def told(cut_layer: int, step: int, loss_nats: float) -> None:
+        if step % 100 == 0:
+            say(f"cut {cut_layer}: step {step} of {steps}, loss {loss_nats:.3f}")
+
+    found = leaking.leakage(
+        opened, public, cut_layers=layers, shape=shape, settings=AttackSettings(steps=steps), on_step=told
+    )
+    print_result(found, as_json=as_json)
+
+
+def parse_cuts(text: str) -> tuple[int, ...]:
+    """Read a list of cuts.
+
+    Raises:
+        SettingsError: one of them is no integer.
+    """
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise SettingsError(f"--cuts: expected integers separated by commas, got {text!r}; e.g. --cuts 1,2,3") from None
