@@ -38,7 +38,8 @@ from fedloom.federation.server import ServerRules
 from fedloom.federation.split_codecs import encode
 from fedloom.federation.split_local import local_parties
 from fedloom.federation.split_messages import SplitMessage
-from fedloom.federation.split_period import Period, SplitParties
+from fedloom.federation.split_parties import SplitParties
+from fedloom.federation.split_period import Period
 from fedloom.federation.split_plan import SplitPlan
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel

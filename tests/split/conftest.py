@@ -14,7 +14,7 @@ from fedloom.aggregation.zero_padding import fedit
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.server import ServerRules
 from fedloom.federation.split_local import local_parties
-from fedloom.federation.split_period import SplitParties
+from fedloom.federation.split_parties import SplitParties
 from fedloom.lora.layer import LoRAModel
 
 

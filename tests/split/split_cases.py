@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom.data.tokens import TokenSet
-from fedloom.federation.split_period import SplitParties
+from fedloom.federation.split_parties import SplitParties
 from fedloom.federation.split_plan import SplitPlan
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel

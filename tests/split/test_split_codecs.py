@@ -58,7 +58,8 @@ def test_bytes_counted_are_bytes_written(
     labels = torch.arange(num_tokens, dtype=torch.int32) if with_labels else None
     lengths = torch.tensor([num_tokens], dtype=torch.int32)
     matrix = encode(random_matrix(num_tokens, width), wire)
-    message = SplitMessage("activations", 3, step, 1, matrix, 9, loss_nats, lengths, labels, labels)
+    places = None if labels is None else labels.clone()
+    message = SplitMessage("activations", 3, step, 1, matrix, 9, loss_nats, lengths, places, labels)
     blob = message.to_bytes()
     assert message.num_bytes == len(blob)
     read = SplitMessage.from_bytes(blob)

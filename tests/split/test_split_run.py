@@ -21,8 +21,8 @@ from fedloom.errors import CutError, SettingsError, TooFewClientsError
 from fedloom.federation.split import SplitRecord, run_split
 from fedloom.federation.split_codecs import Encoded
 from fedloom.federation.split_messages import SplitMessage
+from fedloom.federation.split_parties import SplitParties
 from fedloom.federation.split_party import adamw, load_partly
-from fedloom.federation.split_period import SplitParties
 from fedloom.federation.split_plan import steps_for_epochs
 from fedloom.federation.split_server import SplitServer
 from fedloom.federation.split_state import SplitState

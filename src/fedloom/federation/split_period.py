@@ -14,7 +14,7 @@ from fedloom.federation.server import aggregation_noise, broadcasts_for, next_st
 from fedloom.federation.split_clients import start_of
 from fedloom.federation.split_messages import SplitMessage, check_activations
 from fedloom.federation.split_parties import SplitParties
-from fedloom.federation.split_plan import SERVER
+from fedloom.federation.split_plan import SERVER, Segment
 from fedloom.federation.split_state import SplitState
 from fedloom.lora.pair import Adapter
 

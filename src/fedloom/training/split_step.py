@@ -53,9 +53,7 @@ def _order_of_epoch(seed: int, client: int, num_rows: int, epoch: int) -> NDArra
 def run_part(part: Part, inputs: Tensor, position_ids_T: Tensor, samples: Layout) -> Tensor:
     """Run a part on packed ids (T,) or activations (T, D) and return the activations (T, D) behind it."""
     with packed_attention(part.decoder):
-        hidden_BTD: Tensor = part(
-            inputs[None], position_ids=position_ids_T[None], use_cache=False, **{LAYOUT: samples}
-        )
+        hidden_BTD: Tensor = part(inputs[None], position_ids=position_ids_T[None], use_cache=False, **{LAYOUT: samples})
     return hidden_BTD[0]
 
 
@@ -135,9 +133,7 @@ class ServerHalf:
         return ServerPass(ordered, leaves, _consecutive([len(leaf) for leaf in leaves]), present[0])
 
 
-def backward_from_labels(
-    done: ServerPass, head: OutputHead, *, label_smoothing: float = 0.0
-) -> dict[int, float]:
+def backward_from_labels(done: ServerPass, head: OutputHead, *, label_smoothing: float = 0.0) -> dict[int, float]:
     """Compute ``Σ_k w_k ℓ_k`` from the labels the server has, run backward, and return each client's sum of nats."""
     indices, targets, weights, counts = [], [], [], []
     for arrival, rows in zip(done.arrivals, done.rows, strict=True):
