@@ -13,7 +13,7 @@ from fedloom.config import Settings
 from fedloom.experiment.demonstrating import (
     METHODS,
     Example,
-    Share,
+    Outcome,
     choose_examples,
     demo_settings,
     demonstrate,
@@ -23,32 +23,31 @@ from fedloom.experiment.exact_match import AskedRow
 from fedloom.reporting.progress import PlainProgress
 
 Make = Callable[..., Settings]
-CLOSE, FAR = Share(0.50, 0.45, 0.55, 400), Share(0.30, 0.26, 0.35, 400)
+GOOD, POOR = Outcome(1.5, 0.50, 0.45, 0.55, 400), Outcome(3.0, 0.30, 0.26, 0.35, 400)
 
 
 def asked(category: str, answer: str) -> AskedRow:
     return AskedRow(f"Question: which {category}?\nAnswer:", answer, {"category": category})
 
 
-def test_the_sentence_names_the_best_federated_method_and_its_gain_over_the_base() -> None:
-    said = read_table({"base": FAR, "flora": CLOSE, "fedit": FAR}, 3)
-    assert said.startswith("After 3 rounds flora answers 50 % of 400 held-out questions word for word")
-    assert (
-        "the untouched base 30 %, a difference more than noise; its lead over fedit (30 %) is more than noise" in said
+def test_the_sentence_names_the_federated_method_of_the_lowest_loss_and_judges_its_answers() -> None:
+    said = read_table({"base": POOR, "fedit": POOR, "flora": GOOD}, 3)
+    assert said == (
+        "After 3 rounds flora has a held-out loss of 1.50 nats per token, the untouched base 3.00, and answers 50 % of "
+        "400 questions word for word, the base 30 % (more than noise); fedit has 3.00 and 30 % (more than noise); "
+        "all of one seed, so another may order the methods otherwise."
     )
-    assert said.endswith("one seed, so another may order the methods otherwise.")
 
 
-def test_a_gain_that_the_intervals_cover_is_called_noise() -> None:
-    slightly = Share(0.47, 0.42, 0.52, 400)
-    said = read_table({"base": slightly, "flora": CLOSE, "fedit": slightly, "zero-padding": FAR}, 3)
-    assert "the untouched base 47 %, a difference within noise" in said
-    assert "its lead over fedit (47 %) and zero-padding (30 %) is partly within noise" in said
+def test_a_gap_that_the_intervals_cover_is_called_noise_whichever_way_it_goes() -> None:
+    slightly = Outcome(2.0, 0.53, 0.48, 0.58, 400)
+    said = read_table({"base": POOR, "flora": GOOD, "fedit": slightly}, 3)
+    assert "fedit has 2.00 and 53 % (within noise)" in said
 
 
 def test_a_mean_over_models_is_told_and_not_judged() -> None:
-    said = read_table({"base": FAR, "flora": CLOSE, "standalone": Share(0.2), "centralised": CLOSE}, 3)
-    assert "a client alone gets to 20 % on average, all rows in one place to 50 %" in said
+    said = read_table({"base": POOR, "flora": GOOD, "standalone": Outcome(4.0, 0.2), "centralised": GOOD}, 3)
+    assert "a client alone 4.00 and 20 % on average, all rows in one place 1.50 and 50 %" in said
 
 
 def test_examples_are_learned_answers_of_different_categories() -> None:

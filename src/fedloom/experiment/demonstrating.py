@@ -41,9 +41,10 @@ METRICS = (
 
 
 @dataclass(frozen=True)
-class Share:
-    """A share of questions answered; without bounds where it is a mean over several models."""
+class Outcome:
+    """A method's held-out loss and its share of questions answered, no bounds where it is a mean over models."""
 
+    loss_nats: float
     value: float
     low: float | None = None
     high: float | None = None
@@ -128,7 +129,7 @@ def demonstrate(
     progress.note(f"{len(METHODS)} runs: {', '.join(METHODS)}")
     comparison = compare(settings, METHODS, (seed,), out, fresh=fresh, progress=progress)
     table = tabulate({run.method: {seed: _figures(run)} for run in comparison.runs}, METRICS)
-    reading = read_table({run.method: _share(run) for run in comparison.runs}, settings.federation.num_rounds)
+    reading = read_table({run.method: _outcome(run) for run in comparison.runs}, settings.federation.num_rounds)
     examples = find_examples(settings, out / f"{SHOWN}-seed{seed}")
     report = out / REPORT
     write_report([out], report)
@@ -137,26 +138,25 @@ def demonstrate(
     return shown
 
 
-def read_table(shares: Mapping[str, Share], num_rounds: int) -> str:
+def read_table(outcomes: Mapping[str, Outcome], num_rounds: int) -> str:
     """Say in a sentence what the table shows, and what it does not.
 
-    A difference counts as more than noise when Newcombe's 95 % interval, from the two Wilson intervals, excludes zero.
-    Both methods answer the same questions, which makes that interval too wide rather than too narrow.
+    A gap between shares counts as more than noise when Newcombe's 95 % interval, from the two Wilson intervals,
+    excludes zero. Both methods answer the same questions, which makes that interval too wide rather than too narrow.
 
     Source: Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10.
     """
-    best, *others = sorted((name for name in FEDERATED if name in shares), key=lambda name: -shares[name].value)
-    first, base = shares[best], shares["base"]
+    federated = [name for name in FEDERATED if name in outcomes]
+    best, *others = sorted(federated, key=lambda name: outcomes[name].loss_nats)
+    first, base = outcomes[best], outcomes["base"]
     parts = [
-        f"After {num_rounds} rounds {best} answers {_percent(first)} of {first.n} held-out questions word for word, "
-        f"the untouched base {_percent(base)}, a difference {_verdict(first, base)}"
+        f"After {num_rounds} rounds {best} has a held-out loss of {first.loss_nats:.2f} nats per token, the untouched "
+        f"base {base.loss_nats:.2f}, and answers {_percent(first)} of {first.n} questions word for word, the base "
+        f"{_percent(base)} ({_verdict(first, base)})"
     ]
-    if others:
-        rest = " and ".join(f"{name} ({_percent(shares[name])})" for name in others)
-        verdicts = {_verdict(first, shares[name]) for name in others}
-        parts.append(f"its lead over {rest} is {verdicts.pop() if len(verdicts) == 1 else 'partly within noise'}")
-    controls = {"standalone": "a client alone gets to {} on average", "centralised": "all rows in one place to {}"}
-    found = [text.format(_percent(shares[name])) for name, text in controls.items() if name in shares]
+    parts += [f"{name} has {_both(outcomes[name])} ({_verdict(first, outcomes[name])})" for name in others]
+    controls = {"standalone": "a client alone {} on average", "centralised": "all rows in one place {}"}
+    found = [text.format(_both(outcomes[name])) for name, text in controls.items() if name in outcomes]
     parts += [", ".join(found)] if found else []
     return "; ".join([*parts, "all of one seed, so another may order the methods otherwise."])
 
@@ -212,16 +212,20 @@ def _figures(run: RunSummary) -> dict[str, float | None]:
     }
 
 
-def _share(run: RunSummary) -> Share:
+def _outcome(run: RunSummary) -> Outcome:
     found = run.eval["suites"][SUITE]["metrics"][METRIC]
-    return Share(found["value"], found.get("low"), found.get("high"), found.get("n"))
+    return Outcome(run.eval["loss_nats"], found["value"], found.get("low"), found.get("high"), found.get("n"))
 
 
-def _percent(share: Share) -> str:
-    return f"{100 * share.value:.0f} %"
+def _percent(outcome: Outcome) -> str:
+    return f"{100 * outcome.value:.0f} %"
 
 
-def _verdict(first: Share, second: Share) -> str:
+def _both(outcome: Outcome) -> str:
+    return f"{outcome.loss_nats:.2f} and {_percent(outcome)}"
+
+
+def _verdict(first: Outcome, second: Outcome) -> str:
     higher, lower = (first, second) if first.value >= second.value else (second, first)
     if higher.low is None or lower.high is None:
         return "not judged"
