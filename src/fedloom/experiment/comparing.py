@@ -51,7 +51,7 @@ def compare(
     settings: Settings,
     methods: Sequence[str],
     seeds: Sequence[int],
-    out: Path,
+    out: Path | str,
     *,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -60,7 +60,7 @@ def compare(
 
     Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds.
     """
-    progress, workshop = progress or SilentProgress(), Workshop()
+    out, progress, workshop = Path(out), progress or SilentProgress(), Workshop()
     runs: list[RunSummary] = []
     for seed in seeds:
         for method in methods:

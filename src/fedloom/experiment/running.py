@@ -67,7 +67,7 @@ class RunSummary:
 
 def run(
     settings: Settings,
-    out: Path,
+    out: Path | str,
     *,
     fresh: bool = False,
     progress: Progress | None = None,
@@ -80,7 +80,7 @@ def run(
     Raises:
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
     """
-    progress, workshop = progress or SilentProgress(), workshop or Workshop()
+    out, progress, workshop = Path(out), progress or SilentProgress(), workshop or Workshop()
     refuse_foreign(out)
     progress.note(f"loading base {settings.model.base}")
     base, lora = workshop.base(settings)

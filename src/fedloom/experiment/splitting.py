@@ -26,7 +26,7 @@ from fedloom.experiment.assembly import rules_of, training_of
 from fedloom.experiment.inputs import Inputs
 from fedloom.federation.split import SplitRecord, run_split
 from fedloom.federation.split_local import local_parties
-from fedloom.federation.split_period import SplitParties
+from fedloom.federation.split_parties import SplitParties
 from fedloom.federation.split_plan import SplitPlan
 from fedloom.federation.split_state import SplitState
 from fedloom.lora.layer import LoRAModel

@@ -1,0 +1,148 @@
+"""Scores of a result from the command line: suites, files of outputs, a judge, leakage, decoding over a cut."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from fedloom.cli.app import exit_code
+from fedloom.config import Settings
+from fedloom.experiment import run
+from fedloom.experiment.generating import Sampling, generate
+from fedloom.experiment.results import open_result
+from fedloom.experiment.split_generating import generate_cut
+
+Make = Callable[..., Settings]
+SPLIT = {"method__name": "splitlora", "method__ranks": 2, "split__cut_layer": 1, "split__aggregate_every": 2}
+
+
+@pytest.fixture
+def finished(settings_for: Make, tmp_path: Path) -> Path:
+    """Return the folder of a finished split run, whose wire is exact."""
+    run(settings_for(**SPLIT, split__wire_dtype="fp32"), tmp_path / "run")
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def references(tmp_path: Path) -> Path:
+    path = tmp_path / "references.csv"
+    path.write_text('mr,ref\n"name[A]","red cat"\n"name[A]","a red cat"\n"name[B]","one dog"\n')
+    return path
+
+
+def printed(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+    capsys.readouterr()
+    assert exit_code([*arguments, "--json"]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_a_run_and_its_base_are_scored_on_e2e_and_outputs_are_kept(
+    finished: Path, references: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("evaluate", str(finished), "--suite", "e2e", "--data", str(references), "--beams", "2")
+    first = printed(capsys, *arguments)
+    assert set(first["scores"]) == {"base", "result"}  # type: ignore[call-overload]
+    assert {"BLEU", "NIST", "ROUGE_L", "CIDEr"} <= set(first["scores"]["result"]["metrics"])  # type: ignore[index]
+    assert len(list((finished / "evaluation").glob("e2e-*.jsonl"))) == 2
+    assert printed(capsys, *arguments) == first
+
+
+def test_multiple_choice_runs_inside_a_run_and_stands_in_its_record(settings_for: Make, tmp_path: Path) -> None:
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"question": f"{k}?", "choices": ["cat", "dog"], "answer": k % 2} for k in range(6)]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    settings = settings_for(
+        evaluation__suites=["multiple-choice"], evaluation__paths={"multiple-choice": str(questions)}
+    )
+    summary = run(settings, tmp_path / "run")
+    accuracy = summary.eval["suites"]["multiple-choice"]["metrics"]["accuracy"]
+    assert accuracy["n"] == 6
+    assert 0.0 <= accuracy["low"] <= accuracy["value"] <= accuracy["high"] <= 1.0
+
+
+def test_an_absent_suite_file_is_named_with_what_is_expected(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(["evaluate", str(finished), "--suite", "e2e"]) == 2
+    assert "references" in capsys.readouterr().err
+    assert exit_code(["evaluate", str(finished), "--suite", "bleurt"]) == 2
+
+
+def test_a_file_of_outputs_is_scored_without_a_model(
+    references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = tmp_path / "outputs.txt"
+    outputs.write_text("red cat\none dog\n")
+    found = printed(capsys, "score", "e2e", "--references", str(references), "--outputs", str(outputs))
+    assert found["num_items"] == 2
+    assert found["metrics"]["ROUGE_L"]["value"] == pytest.approx(1.0)  # type: ignore[index]
+    outputs.write_text("red cat\n")
+    assert exit_code(["score", "e2e", "--references", str(references), "--outputs", str(outputs)]) == 2
+
+
+def test_leakage_is_reported_per_cut_against_public_text(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    public = tmp_path / "public.txt"
+    public.write_text("a red cat saw one blue dog\n\ntwo dogs ran\n\n" * 20)
+    found = printed(capsys, "leakage", str(finished), "--public", str(public), "--steps", "20")
+    (report,) = found["cuts"]  # type: ignore[misc]
+    assert report["cut_layer"] == 1
+    assert 0.0 <= report["recovered"] <= 1.0
+    assert exit_code(["leakage", str(finished), "--public", str(public), "--cuts", "9"]) == 2
+
+
+def test_decoding_over_a_cut_gives_the_uncut_answer_and_counts_what_crosses(finished: Path) -> None:
+    opened, sampling = open_result(finished), Sampling(max_new_tokens=12)
+    cut = generate_cut(opened, "red cat", 1, sampling)
+    assert cut.answers["result"] == generate(opened, "red cat", sampling=sampling, beside_base=False).answers["result"]
+    assert cut.upload_bytes > 0
+
+
+@pytest.fixture
+def judge_url() -> Iterator[str]:
+    """Serve a judge that gives the first answer 7 and the second 5."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            choices = [{"message": {"role": "assistant", "content": "[[7]] [[5]]"}}]
+            body = json.dumps({"choices": choices, "usage": {"prompt_tokens": 1, "completion_tokens": 1}}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Stay silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/v1"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_compares_a_run_with_its_base_in_both_orders_and_is_asked_once(
+    finished: Path, judge_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "text": "red?"}) + "\n")
+    arguments = ("judge", str(finished), "--endpoint", judge_url, "--judge", "m", "--questions", str(questions))
+    first = printed(capsys, *arguments, "--max-new-tokens", "4")
+    verdicts = first["verdicts"]
+    assert (verdicts["first_sum"], verdicts["second_sum"]) == (6.0, 6.0)  # type: ignore[index]
+    assert 1 <= verdicts["usage"]["num_calls"] <= 2  # type: ignore[index]
+    again = printed(capsys, *arguments, "--max-new-tokens", "4")
+    assert again["verdicts"]["usage"]["num_calls"] == 0  # type: ignore[index]
+
+
+def test_a_judge_without_its_options_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(["judge", str(finished)]) == 2
+    assert "--endpoint" in capsys.readouterr().err
