@@ -57,15 +57,18 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=3)
     parser.add_argument("--questions", type=int, default=24)
     parser.add_argument("--shots", type=int, default=5)
+    parser.add_argument("--answering", choices=list(Answering), default=Answering.LETTER)
     parser.add_argument("--all", action="store_true")
     options = parser.parse_args()
     base = load_base(options.model)
     questions, examples = read_mmlu(options.mmlu), read_mmlu(options.mmlu, "dev")
     if options.all:
-        found = answer_questions(base.model, base.tokenizer, questions, examples, shots=options.shots)
+        how = {"shots": options.shots, "answering": options.answering}
+        found = answer_questions(base.model, base.tokenizer, questions, examples, **how)
         print(
-            f"micro {found.micro}\nmacro {found.macro}\nchance {found.chance}, {found.mean_shots:.2f} shots each, "
-            f"{found.num_with_fewer_shots} with fewer, {found.num_truncated} truncated, {found.seconds:.0f} s"
+            f"{options.answering}: micro {found.micro}, macro {found.macro}, chance {found.chance}, shuffled "
+            f"{found.shuffled:.4f}\n{found.mean_shots:.2f} shots each, {found.num_with_fewer_shots} questions with fewer, "
+            f"{found.num_truncated} truncated, {found.seconds:.0f} s"
         )
         return
     subjects = list(dict.fromkeys(question.subject for question in questions))

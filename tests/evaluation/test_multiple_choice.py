@@ -54,8 +54,10 @@ def test_a_constant_answer_scores_at_chance(model: Any, tokenizer: Any, answerin
     questions = [Question(f"{i}?", ("aa", "bb", "cc", "dd"), i % 4) for i in range(40)]
     answers = answer_questions(model, tokenizer, questions, shots=0, answering=answering)
     assert set(answers.predictions_N.tolist()) == {0}
-    assert answers.micro.value == answers.chance == 0.25
+    assert answers.micro.value == answers.chance == answers.shuffled == 0.25
     assert answers.micro.low < 0.25 < answers.micro.high
+    uneven = answer_questions(model, tokenizer, questions[:3], shots=0, answering=answering)
+    assert uneven.micro.value == pytest.approx(uneven.shuffled)
 
 
 @pytest.mark.parametrize("answering", list(Answering))

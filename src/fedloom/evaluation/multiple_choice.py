@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
@@ -31,13 +31,16 @@ class MultipleChoice:
     """How many questions were answered right, and what was left out to fit the model's context.
 
     ``micro`` counts every question alike, ``macro`` every subject. ``num_with_fewer_shots`` questions had examples
-    taken off, ``num_truncated`` had their beginning cut. ``correct_N`` and ``predictions_N`` keep the questions' order.
+    taken off, ``num_truncated`` had their beginning cut. ``chance`` is that of answers drawn evenly; ``shuffled`` what
+    these same predictions score on average when shuffled within their subject: a model that prefers a letter knows
+    nothing if it only reaches that. ``correct_N`` and ``predictions_N`` keep the questions' order.
     """
 
     micro: Estimate
     macro: Estimate
     per_subject: dict[str, Estimate]
     chance: float
+    shuffled: float
     answering: Answering
     shots: int
     mean_shots: float
@@ -141,6 +144,7 @@ def _result(
         macro=_macro(list(by_subject.values())),
         per_subject={subject: wilson(sum(found), len(found)) for subject, found in by_subject.items()},
         chance=float(np.mean([1 / len(question.choices) for question in questions])),
+        shuffled=_shuffled(questions, predictions_N),
         answering=answering,
         shots=shots,
         mean_shots=float(np.mean([fit.shots for fit in fitted])),
@@ -150,6 +154,17 @@ def _result(
         correct_N=correct_N,
         predictions_N=predictions_N,
     )
+
+
+def _shuffled(questions: Sequence[Question], predictions_N: NDArray[np.int64]) -> float:
+    """Return Σ over subjects and choices of (times predicted) · (times right) / questions of the subject, over N."""
+    predicted: Counter[tuple[str, int]] = Counter()
+    right: Counter[tuple[str, int]] = Counter()
+    for question, prediction in zip(questions, predictions_N.tolist(), strict=True):
+        predicted[question.subject, prediction] += 1
+        right[question.subject, question.answer] += 1
+    sizes = Counter(question.subject for question in questions)
+    return sum(predicted[key] * right[key] / sizes[key[0]] for key in predicted) / len(questions)
 
 
 def _macro(by_subject: Sequence[Sequence[bool]], level: float = 0.95) -> Estimate:
