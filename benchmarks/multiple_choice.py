@@ -67,7 +67,7 @@ def main() -> None:
         found = answer_questions(base.model, base.tokenizer, questions, examples, **how)
         print(
             f"{options.answering}: micro {found.micro}, macro {found.macro}, chance {found.chance}, shuffled "
-            f"{found.shuffled:.4f}\n{found.mean_shots:.2f} shots each, {found.num_with_fewer_shots} questions with fewer, "
+            f"{found.shuffled:.4f}\n{found.mean_shots:.2f} shots each, {found.num_with_fewer_shots} with fewer, "
             f"{found.num_truncated} truncated, {found.seconds:.0f} s"
         )
         return
