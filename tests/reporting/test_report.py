@@ -81,6 +81,13 @@ def test_a_run_that_has_no_round_yet_is_refused_unless_others_have(make_run: Mak
     assert "Not finished: fedit-seed1" in out.read_text()
 
 
+def test_loss_against_bytes_is_left_out_where_nothing_crosses(make_run: MakeRun, tmp_path: Path) -> None:
+    write_report([make_run("standalone"), make_run("base")], tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "Loss against rounds" in text
+    assert "Loss against bytes" not in text
+
+
 def test_names_from_outside_are_text_and_not_markup(make_run: MakeRun, tmp_path: Path) -> None:
     write_report([make_run("fedit", path="<script>alert(1)</script>")], tmp_path / "report.html")
     assert "<script>alert" not in (tmp_path / "report.html").read_text()

@@ -54,11 +54,14 @@ def _table_lines(markdown: str) -> list[str]:
 
 
 def losses(groups: Sequence[RunGroup]) -> str:
-    """Return held-out loss against rounds and against bytes."""
+    """Return held-out loss against rounds, and against bytes where any cross."""
     by_round = [loss_by_round(group) for group in groups]
     by_bytes = [loss_by_bytes(group) for group in groups]
     sent = Axis("bytes sent so far, both ways, all clients", unit="B", kind=_kind_of(by_bytes))
-    return _curves("Loss against rounds", by_round, ROUNDS, LOSS) + _curves("Loss against bytes", by_bytes, sent, LOSS)
+    against_rounds = _curves("Loss against rounds", by_round, ROUNDS, LOSS)
+    if not any(x > 0 for one in by_bytes for x in one.xs):
+        return against_rounds
+    return against_rounds + _curves("Loss against bytes", by_bytes, sent, LOSS)
 
 
 def noise_and_rank(groups: Sequence[RunGroup]) -> str:
