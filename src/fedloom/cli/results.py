@@ -109,6 +109,9 @@ def evaluate(
     ] = None,
     shots: Annotated[int, typer.Option("--shots", metavar="N", min=0, help="Examples before a question.")] = 5,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Items at most.")] = None,
+    answering: Annotated[
+        str, typer.Option("--answering", metavar="KIND", help="A choice's likelihood: `letter`, or `text` per byte.")
+    ] = "letter",
     beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams when decoding.")] = 10,
     as_json: JsonOption = False,
 ) -> None:
@@ -122,7 +125,7 @@ def evaluate(
     if suite is not None or lm_eval is not None:
         from fedloom.experiment import benchmarking
 
-        asked = benchmarking.Asked(suite, lm_eval, data, template, shots, limit, beams)
+        asked = benchmarking.Asked(suite, lm_eval, data, template, shots, limit, beams, answering)
         print_result(benchmarking.score_result(opened, asked, say), as_json=as_json)
         return
     choice = measuring.RowChoice(data, shape, template, max_length, overlong)

@@ -35,6 +35,9 @@ class Evaluation(Table):
     suites: tuple[SuiteName, ...] = setting((), "Scores besides the held-out loss.")
     paths: dict[str, str] = setting({}, "Where a suite's data is: suite = path.")
     shots: Natural = setting(5, "Examples before a multiple-choice question.")
+    answering: Literal["letter", "text"] = setting(
+        "letter", "A choice's likelihood is its letter's, or its text's per byte."
+    )
     limit: Count | None = setting(None, "Items per suite at most; left out: all.")
     beams: Count = setting(10, "Beams when decoding.")
     length_penalty: NonNegative = setting(0.8, "Beam search's length penalty.")

@@ -33,6 +33,7 @@ class Asked:
     shots: int
     limit: int | None
     beams: int
+    answering: str
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,15 @@ def _choice(opened: OpenedResult, suite: str | None, asked: Asked) -> SuiteChoic
     paths = {**base.paths, **({str(suite): asked.data} if asked.data is not None else {})}
     decoding: DecodingSettings = replace(base.decoding, num_beams=asked.beams)
     template = asked.template or base.template or AUTO
-    return replace(base, paths=paths, shots=asked.shots, limit=asked.limit, decoding=decoding, template=template)
+    return replace(
+        base,
+        paths=paths,
+        shots=asked.shots,
+        limit=asked.limit,
+        decoding=decoding,
+        template=template,
+        answering=asked.answering,
+    )
 
 
 def _held_out(opened: OpenedResult) -> Any:

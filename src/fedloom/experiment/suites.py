@@ -7,7 +7,7 @@ a run, a comparison and the command line show the same figures.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -41,6 +41,7 @@ class SuiteChoice:
     template: str = AUTO
     token_budget: int = 8192
     seed: int = 0
+    answering: str = "letter"
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def suite_choice_of(settings: Settings) -> SuiteChoice:
         settings.data.template or AUTO,
         chosen.batch_tokens,
         settings.run.seed,
+        chosen.answering,
     )
 
 
@@ -105,7 +107,7 @@ def run_suite(
             )
         case "multiple-choice":
             file = _path(choice, suite, "a JSONL file of question, choices, answer")
-            none_shot = SuiteChoice(choice.paths, 0, choice.limit, token_budget=choice.token_budget, seed=choice.seed)
+            none_shot = replace(choice, shots=0)
             return _multiple_choice(suite, model, tokenizer, none_shot, read_questions(file), (), on_progress)
         case "exact-match":
             return _exact_match(model, tokenizer, choice, rows)
@@ -156,11 +158,13 @@ def _multiple_choice(
         spread(questions, choice.limit),
         examples,
         shots=choice.shots,
+        answering=choice.answering,
         token_budget=choice.token_budget,
         on_progress=on_progress,
     )
     notes = {
         "chance": found.chance,
+        "shuffled": found.shuffled,
         "answering": found.answering.value,
         "shots": found.shots,
         "mean_shots": found.mean_shots,
