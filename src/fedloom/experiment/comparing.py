@@ -66,6 +66,7 @@ def compare(
         for method in methods:
             variant = with_seed(with_method(settings, method), seed)  # type: ignore[arg-type]
             folder = out / f"{method}-seed{seed}"
+            progress.note(f"run {len(runs) + 1} of {len(seeds) * len(methods)}")
             runs.append(run(variant, folder, fresh=fresh, progress=progress, workshop=workshop))
     reference = "fedit" if "fedit" in methods and len(methods) > 1 else None
     table = tabulate(_by_method(runs), (*METRICS[:2], *suite_metrics(runs), *METRICS[2:]), reference)

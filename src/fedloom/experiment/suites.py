@@ -42,6 +42,8 @@ class SuiteChoice:
     token_budget: int = 8192
     seed: int = 0
     answering: str = "letter"
+    shape: str = Shape.AUTO
+    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,8 @@ def suite_choice_of(settings: Settings) -> SuiteChoice:
         chosen.batch_tokens,
         settings.run.seed,
         chosen.answering,
+        settings.data.shape,
+        settings.data.columns,
     )
 
 
@@ -189,7 +193,7 @@ def _exact_match(model: LoRAModel, tokenizer: Any, choice: SuiteChoice, rows: Ro
         raise EvaluationError(
             "exact-match: expected held-out rows, there are none; set data.eval_rows or data.eval_path"
         )
-    return exact_match(model, tokenizer, rows, choice)
+    return exact_match(model, tokenizer, rows, choice, shape=choice.shape, columns=choice.columns)
 
 
 def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -179,9 +182,10 @@ def _load_model(
     extra = _quantized(quantization, dtype, config)
     placed = {"device_map": {"": device}} if extra else {}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed, **extra
-        )
+        with _bars_on_terminals_only():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed, **extra
+            )
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"model.base: the weights in {folder} do not load: {reason}") from error
@@ -189,6 +193,21 @@ def _load_model(
         name = sorted(report["missing_keys"])[0]
         raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")
     return model if extra else model.to(device)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """Keep the loader's progress bar out of logs and pipes."""
+    if sys.stderr.isatty():
+        yield
+        return
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _quantized(quantization: Quantization, dtype: torch.dtype | str, config: Any) -> dict[str, Any]:
