@@ -21,13 +21,12 @@ from fedloom.aggregation.records import ServerState
 from fedloom.aggregation.strategy import Cohort, Strategy, Weighting
 from fedloom.aggregation.zero_padding import ZeroPadding, fedit
 from fedloom.config import Settings
-from fedloom.data.batches import num_batches
 from fedloom.experiment.assembly import rules_of, training_of
 from fedloom.experiment.inputs import Inputs
 from fedloom.federation.split import SplitRecord, run_split
 from fedloom.federation.split_local import local_parties
 from fedloom.federation.split_parties import SplitParties
-from fedloom.federation.split_plan import SplitPlan
+from fedloom.federation.split_plan import SplitPlan, steps_for_epochs
 from fedloom.federation.split_state import SplitState
 from fedloom.lora.layer import LoRAModel
 from fedloom.reporting.ledger import peak_memory_bytes
@@ -100,12 +99,12 @@ def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
 
 
 def steps_of(settings: Settings, num_rows: Sequence[int]) -> int:
-    """Return the steps each client takes in all: the recipe's, or its epochs over the largest client's rows."""
+    """Return the steps each client takes in all: the recipe's, or those in which all read its epochs' rows."""
     training, rounds = settings.training, settings.federation.num_rounds
     if training.local_steps is not None:
         return rounds * training.local_steps
     assert training.local_epochs is not None
-    return rounds * num_batches(max(num_rows), training.batch_size, epochs=training.local_epochs)
+    return steps_for_epochs(num_rows, training.batch_size, rounds * training.local_epochs)
 
 
 def scale_at(settings: Settings, client: int, rank: int) -> float:
