@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -32,7 +34,11 @@ ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 
 @dataclass(frozen=True)
 class Description:
-    """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages."""
+    """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
+
+    A later download is exact where every client takes part in every round and no server step adds to it; for a
+    compressed broadcast it is the most that can come.
+    """
 
     settings: Mapping[str, Any]
     family: str
@@ -43,6 +49,7 @@ class Description:
     first_download_bytes: tuple[int, ...]
     download_bytes: tuple[int, ...]
     memory_bytes: int
+    cohort_size: int
     cuts: CutTable | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -57,7 +64,7 @@ class Description:
         share = 100 * max(self.num_trained_parameters) / self.num_base_parameters
         kinds = sorted({name.rpartition(".")[2] for name in self.target_modules})
         lines = [
-            f"base: {self.family}, {self.num_base_parameters:,} parameters; "
+            f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
             f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
             f"trained: at most {max(self.num_trained_parameters):,} parameters a client ({share:.2f} % of the base)",
@@ -70,8 +77,25 @@ class Description:
             sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
             up, first, down = map(written_bytes, sizes)
             lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+        if any(self.upload_bytes):
+            up, down = (written_bytes(total) for total in self.run_bytes)
+            lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
         cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
-        return [*lines, *cuts, "", *(f"{name} = {value}" for name, value in _flat(self.settings))]
+        chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
+        return [*lines, *cuts, "", *chosen, "every other setting has its default; --json prints all of them"]
+
+    @property
+    def run_bytes(self) -> tuple[float, float]:
+        """Bytes up and down of a run in which the cohort of every round is an average one that missed no round."""
+        up, first, later = map(fmean, (self.upload_bytes, self.first_download_bytes, self.download_bytes))
+        num_rounds = self.settings["federation"]["num_rounds"]
+        return self.cohort_size * num_rounds * up, self.cohort_size * (first + (num_rounds - 1) * later)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, by full name."""
+        defaults = _flat(Settings().as_dict())
+        return {name: value for name, value in _flat(self.settings).items() if value != defaults[name]}
 
 
 def describe(settings: Settings) -> Description:
@@ -99,6 +123,7 @@ def describe(settings: Settings) -> Description:
         first_download_bytes=first,
         download_bytes=down,
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
+        cohort_size=settings.cohort_size,
         cuts=cut_table(settings, model, lora.shapes) if settings.method.name == "splitlora" else None,
     )
 
@@ -129,15 +154,19 @@ def _messages(
     for rank in sorted(set(ranks)):
         adapter, nothing_new = _zeros(lora, rank), Adapter()
         start = None if fresh else adapter
-        news = _zeros(lora, stacked) if fresh else nothing_new
+        news = _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed") if fresh else nothing_new
         up = len(encode_update(Update(1, 0, adapter, 1, 1, 1, 1, 0.0, 0.0, 0.0), wire))
         broadcasts = [Broadcast(1, 0, rank, 1.0, Adapter(), part, 0, start, (1, 0)) for part in (nothing_new, news)]
         sizes[rank] = (up, *(len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts))  # type: ignore[assignment]
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
 
 
-def _zeros(lora: LoRAModel, rank: int) -> Adapter:
-    return Adapter({n: Pair(torch.zeros(o, rank), torch.zeros(rank, i)) for n, (o, i) in lora.shapes.items()})
+def _zeros(lora: LoRAModel, rank: int, *, fitted: bool = False) -> Adapter:
+    """Return pairs of a rank, where it is to be fitted of no higher one than a module can have."""
+    ranks = {name: min(rank, *shape) if fitted else rank for name, shape in lora.shapes.items()}
+    return Adapter(
+        {name: Pair(torch.zeros(o, ranks[name]), torch.zeros(ranks[name], i)) for name, (o, i) in lora.shapes.items()}
+    )
 
 
 def _memory(settings: Settings, model: Any, num_parameters: int, num_trained: int) -> int:
@@ -151,5 +180,5 @@ def _memory(settings: Settings, model: Any, num_parameters: int, num_trained: in
     return int(num_parameters * per_parameter + num_trained * TRAINING_BYTES + activations)
 
 
-def _flat(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    return [(f"{table}.{key}", value) for table, keys in settings.items() for key, value in keys.items()]
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{table}.{key}": value for table, keys in settings.items() for key, value in keys.items()}

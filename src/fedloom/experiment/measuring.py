@@ -96,7 +96,7 @@ class Measured:
             lines.append(f"{name:<12} {figures} {score.per_token:>11.3f}")
         if len(self.scores) > 2:
             lines.append(f"mean over {len(self.scores) - 1} clients: {self.mean_nats:.4f} nats per token")
-        lines += [f"{name} − base: {found} nats per byte" for name, found in self.differences.items()]
+        lines += [f"{name} − base, nats per byte: {found}" for name, found in self.differences.items()]
         return lines
 
 

@@ -1,7 +1,8 @@
 """What crosses between server and clients, as bytes: one safetensors blob a message, its numbers in the header.
 
 The wire's dtype applies to every tensor that crosses, and only there: what arrives is fp32 again. A message's length
-is the length of its blob; nothing else is counted and nothing else is sent.
+is the length of its blob; nothing else is counted and nothing else is sent. Numbers are filled up with blanks, so that
+this length depends on shapes and types alone and not on how many digits a loss or a time happens to have.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from torch import Tensor
 from fedloom.aggregation.records import Broadcast, Update
 from fedloom.errors import UpdateError
 from fedloom.lora.pair import Adapter
+
+NUMBERS_CHARACTERS = 320
+"""Room for a message's numbers as JSON; where it is too little, twice or thrice as much is used."""
 
 
 class WireDtype(StrEnum):
@@ -95,7 +99,9 @@ def numbers_of(update: Update) -> dict[str, Any]:
 
 def _blob(tensors: dict[str, Tensor], numbers: dict[str, Any], dtype: WireDtype) -> bytes:
     ready = {key: tensor.to(dtype.torch).contiguous() for key, tensor in tensors.items()}
-    return save(ready, metadata={"message": json.dumps(numbers)})
+    text = json.dumps(numbers)
+    room = -(-len(text) // NUMBERS_CHARACTERS) * NUMBERS_CHARACTERS
+    return save(ready, metadata={"message": text.ljust(room)})
 
 
 def _unblob(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -10,6 +10,7 @@ Letters: N samples, T tokens, D width, S supervised targets.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Self
 
@@ -42,7 +43,7 @@ class SplitMessage:
     ``kind`` says which of the four transfers it is; only a U-shape has the last two. ``num_loss_tokens`` counts the
     supervised tokens of the client's whole step, by which losses are weighted; ``loss_nats`` is their sum in this
     micro-batch, told by whoever computed the loss. ``lengths_N`` comes with activations, ``target_index_S`` and
-    ``targets_S`` only where the labels are the server's.
+    ``targets_S`` only where the labels are the server's. The loss is written with as many digits whatever it is.
     """
 
     kind: MessageKind
@@ -106,8 +107,10 @@ class SplitMessage:
         return tensors | {name: tensor for name, tensor in labels.items() if tensor is not None}
 
     def _metadata(self) -> str:
-        names = ("kind", "client", "step", "micro_batch", "num_loss_tokens", "loss_nats")
-        return json.dumps({name: getattr(self, name) for name in names}, separators=(",", ":"))
+        names = ("kind", "client", "step", "micro_batch", "num_loss_tokens")
+        numbers = json.dumps({name: getattr(self, name) for name in names}, separators=(",", ":"))
+        loss = f"{self.loss_nats: .16e}" if math.isfinite(self.loss_nats) else json.dumps(self.loss_nats)
+        return f'{numbers[:-1]},"loss_nats":{loss}}}'
 
 
 def check_activations(message: SplitMessage, width: int) -> None:
