@@ -75,6 +75,10 @@ def test_clients_per_round_is_a_number_or_a_fraction_of_at_least_one(drawn: floa
     assert made(federation={"num_clients": 10, "clients_per_round": drawn}).cohort_size == cohort
 
 
+def test_five_percent_of_ten_clients_is_one() -> None:
+    assert made(federation={"num_clients": 10, "clients_per_round": 0.05}).cohort_size == 1
+
+
 def test_a_fraction_that_floating_point_makes_too_small_is_not_rounded_down() -> None:
     assert math.floor(0.29 * 100) == 28
     assert made(federation={"num_clients": 100, "clients_per_round": 0.29}).cohort_size == 29

@@ -24,7 +24,7 @@ from fedloom.federation.messages import (
     numbers_of,
 )
 from fedloom.federation.rounds import Arrival, RoundPlan, RoundRecord, run_rounds
-from fedloom.federation.sampling import count_of, sample_clients
+from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules, news_for
 from fedloom.lora.algebra import distance, norm, stack
 from fedloom.lora.initial import fresh_adapter
@@ -271,7 +271,3 @@ def test_sampling_is_a_function_of_seed_and_round_alone() -> None:
     assert drawn != sample_clients(4, 5, 100_000, 10)
     assert drawn != sample_clients(3, 6, 100_000, 10)
     assert sample_clients(3, 5, 4, 4) == [0, 1, 2, 3]
-
-
-def test_five_percent_of_ten_clients_is_one() -> None:
-    assert (count_of(0.05, 10), count_of(0.5, 10), count_of(3, 10)) == (1, 5, 3)

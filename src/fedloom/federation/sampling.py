@@ -16,10 +16,3 @@ def sample_clients(seed: int, round: int, num_clients: int, clients_per_round: i
         return list(range(num_clients))
     drawn = stream(seed, "clients", round).choice(num_clients, size=clients_per_round, replace=False, shuffle=False)
     return [int(client) for client in np.sort(drawn)]
-
-
-def count_of(clients_per_round: int | float, num_clients: int) -> int:
-    """Return a number for a number, and ``max(⌊fraction · N⌋, 1)`` for a fraction, as FedIT's release does."""
-    if isinstance(clients_per_round, int):
-        return clients_per_round
-    return max(int(clients_per_round * num_clients), 1)
