@@ -9,8 +9,9 @@ import pytest
 from fedloom.errors import EvaluationError, MissingExtraError
 from fedloom.evaluation import e2e, meteor
 from fedloom.evaluation.bleu import bleu, bleu_and_nist_statistics
-from fedloom.evaluation.e2e import available_metrics, compare_e2e, score_e2e
+from fedloom.evaluation.e2e import available_metrics, score_e2e
 from fedloom.evaluation.e2e_files import matched_texts, read_outputs, read_references
+from fedloom.evaluation.intervals import paired_differences
 from fedloom.evaluation.rouge import rouge_l
 from fedloom.evaluation.tokenisers import mteval_words, ptb_words
 
@@ -116,8 +117,12 @@ def test_the_better_system_wins_the_paired_comparison() -> None:
     references = [[f"there is a place called {name} near the river ."] for name in "abcdefghijkl"]
     good = [texts[0] for texts in references]
     bad = [text.replace("near the river", "somewhere") for text in good]
-    differences = compare_e2e(references, good, bad, metrics=["BLEU", "ROUGE_L"])
-    assert all(difference.exceeds_noise and difference.value > 0 for difference in differences.values())
+    first, second = (score_e2e(references, texts, metrics=PYTHON_METRICS) for texts in (good, bad))
+    differences = paired_differences(first.items, second.items, seed=0)
+    assert set(differences) == set(PYTHON_METRICS)
+    for name, difference in differences.items():
+        assert difference.exceeds_noise
+        assert difference.value == pytest.approx(first.estimates[name].value - second.estimates[name].value)
 
 
 @pytest.mark.parametrize(

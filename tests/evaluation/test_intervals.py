@@ -5,9 +5,11 @@ import pytest
 
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.intervals import (
+    ItemStatistics,
     bootstrap,
     bootstrap_difference,
     bootstrap_mean,
+    paired_differences,
     ratio,
     ratio_statistics,
     wilson,
@@ -66,6 +68,20 @@ def test_a_system_against_itself_is_within_noise() -> None:
 
 def test_ratio_weighs_items_by_their_denominator() -> None:
     assert bootstrap(ratio_statistics([1.0, 9.0], [1.0, 3.0]), ratio, seed=0).value == 2.5
+
+
+def test_each_metric_is_compared_by_its_own_score() -> None:
+    first = {"mean": ItemStatistics(ratio_statistics([3.0, 5.0]), ratio)}
+    first["sum"] = ItemStatistics(ratio_statistics([3.0, 5.0]), lambda sums: sums[..., 0])
+    second = {name: ItemStatistics(ratio_statistics([1.0, 1.0]), one.score) for name, one in first.items()}
+    differences = paired_differences(first, second, seed=0, resamples=20)
+    assert {name: found.value for name, found in differences.items()} == {"mean": 3.0, "sum": 6.0}
+
+
+def test_comparing_different_metrics_is_refused() -> None:
+    one = ItemStatistics(ratio_statistics([1.0]), ratio)
+    with pytest.raises(EvaluationError, match="same metrics on both sides, got BLEU and BLEU, METEOR"):
+        paired_differences({"BLEU": one}, {"BLEU": one, "METEOR": one}, seed=0)
 
 
 def test_comparing_different_numbers_of_items_is_refused() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.multiple_choice import answer_questions, compare_answers, tokenised_groups
+from fedloom.evaluation.intervals import paired_differences
+from fedloom.evaluation.multiple_choice import answer_questions, tokenised_groups
 from fedloom.evaluation.question_prompts import Answering, prompt_text
 from fedloom.evaluation.questions import Question, read_mmlu, read_questions
 from fedloom.evaluation.shared_prefix import Query, continuation_nats, nats_from_scratch, shared_prefix
@@ -83,6 +84,9 @@ def test_averages_by_question_and_by_subject_differ_as_defined(model: Any, token
     subjects = {question.subject for question in questions}
     assert set(answers.per_subject) == subjects
     assert answers.macro.value == pytest.approx(np.mean([one.value for one in answers.per_subject.values()]))
+    for name, average in (("micro", answers.micro), ("macro", answers.macro)):
+        found = answers.items[name]
+        assert found.score(found.statistics_NS.sum(axis=0)) == pytest.approx(average.value)
 
 
 def test_the_prompt_is_the_usual_one() -> None:
@@ -105,7 +109,9 @@ def test_examples_that_do_not_fit_are_dropped_and_counted(model: Any, tokenizer:
 
 def test_a_paired_comparison_of_a_model_with_itself_is_noise(model: Any, tokenizer: Any) -> None:
     answers = answer_questions(model, tokenizer, QUESTIONS, shots=0)
-    assert not compare_answers(answers, answers, seed=0, resamples=50).exceeds_noise
+    differences = paired_differences(answers.items, answers.items, seed=0, resamples=50)
+    assert set(differences) == {"micro", "macro"}
+    assert not any(difference.exceeds_noise for difference in differences.values())
 
 
 def test_missing_examples_and_questions_are_refused(model: Any, tokenizer: Any) -> None:

@@ -5,19 +5,18 @@ BLEU and NIST read text through mteval-13a's tokenisation; the others through th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from fedloom.errors import EvaluationError, MissingExtraError
 from fedloom.evaluation.bleu import bleu, bleu_and_nist_statistics, nist
 from fedloom.evaluation.cider import cider_d
 from fedloom.evaluation.intervals import (
-    Difference,
     Estimate,
+    ItemStatistics,
     Score,
     Statistics,
     bootstrap,
-    bootstrap_difference,
     ratio,
     ratio_statistics,
 )
@@ -31,13 +30,17 @@ _SCORES: dict[str, Score] = {"BLEU": bleu, "NIST": nist, "METEOR": meteor, "ROUG
 
 @dataclass(frozen=True)
 class Scores:
-    """One system's scores, and for each metric that could not be computed the reason why."""
+    """One system's scores, and for each metric that could not be computed the reason why.
+
+    ``items`` holds what each item adds to each metric, for a paired comparison.
+    """
 
     estimates: dict[str, Estimate]
     absent: dict[str, str]
     num_items: int
     num_references: int
     num_empty_outputs: int
+    items: Mapping[str, ItemStatistics] = field(repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [f"{name:8}{estimate}" for name, estimate in self.estimates.items()]
@@ -71,34 +74,8 @@ def score_e2e(
     if "METEOR" in estimates:
         estimates["METEOR"] = replace(estimates["METEOR"], value=meteor_value)
     num_empty = sum(not output.strip() for output in outputs)
-    return Scores(estimates, absent, len(outputs), sum(map(len, references)), num_empty)
-
-
-def compare_e2e(
-    references: Sequence[Sequence[str]],
-    first: Sequence[str],
-    second: Sequence[str],
-    *,
-    metrics: Sequence[str] | None = None,
-    seed: int = 0,
-    resamples: int = 1000,
-    level: float = 0.95,
-) -> dict[str, Difference]:
-    """Return how much higher ``first`` scores than ``second``, paired over items.
-
-    Raises:
-        EvaluationError: outputs and references do not match, or a metric is unknown.
-        MissingExtraError: METEOR was asked for by name and cannot run.
-    """
-    names = metrics if metrics is not None else available_metrics()[0]
-    first_statistics, _ = _statistics(references, first, names)
-    second_statistics, _ = _statistics(references, second, names)
-
-    def compare(name: str) -> Difference:
-        sides = first_statistics[name], second_statistics[name]
-        return bootstrap_difference(*sides, _SCORES[name], seed=seed, resamples=resamples, level=level)
-
-    return {name: compare(name) for name in names}
+    items = {name: ItemStatistics(statistics[name], _SCORES[name]) for name in names}
+    return Scores(estimates, absent, len(outputs), sum(map(len, references)), num_empty, items)
 
 
 def available_metrics() -> tuple[tuple[str, ...], dict[str, str]]:

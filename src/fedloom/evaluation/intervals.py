@@ -8,7 +8,7 @@ scoring of any text. Two systems are compared on the same resamples of the same 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -61,6 +61,14 @@ class Difference:
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p={self.p_value:.3f}, n={self.n:,}: {verdict}"
 
 
+@dataclass(frozen=True, eq=False)
+class ItemStatistics:
+    """What one metric sums over items, (N, S), and the score of such sums: all that a paired comparison needs."""
+
+    statistics_NS: Statistics
+    score: Score
+
+
 def bootstrap(
     statistics_NS: Statistics, score: Score, *, seed: int, resamples: int = 1000, level: float = 0.95
 ) -> Estimate:
@@ -107,6 +115,32 @@ def bootstrap_difference(
     p_value = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
     method = f"paired bootstrap, {resamples} resamples"
     return Difference(value, float(low), float(high), p_value, len(first_NS), level, method, seed)
+
+
+def paired_differences(
+    first: Mapping[str, ItemStatistics],
+    second: Mapping[str, ItemStatistics],
+    *,
+    seed: int,
+    resamples: int = 1000,
+    level: float = 0.95,
+) -> dict[str, Difference]:
+    """Return by metric how much higher the first system scores than the second, paired over the same items.
+
+    Raises:
+        EvaluationError: the systems have other metrics, or were not scored on the same number of items.
+    """
+    if first.keys() != second.keys():
+        raise EvaluationError(
+            f"a paired comparison needs the same metrics on both sides, got {', '.join(first)} and "
+            f"{', '.join(second)}: score both systems alike"
+        )
+    return {
+        name: bootstrap_difference(
+            one.statistics_NS, second[name].statistics_NS, one.score, seed=seed, resamples=resamples, level=level
+        )
+        for name, one in first.items()
+    }
 
 
 def bootstrap_mean(values_N: ArrayLike, *, seed: int, resamples: int = 1000, level: float = 0.95) -> Estimate:

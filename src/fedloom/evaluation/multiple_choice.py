@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Any, assert_never
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.evaluation.decoding import OnProgress
-from fedloom.evaluation.intervals import Difference, Estimate, bootstrap_difference, ratio, ratio_statistics, wilson
+from fedloom.evaluation.intervals import Estimate, ItemStatistics, ratio, ratio_statistics, wilson
 from fedloom.evaluation.question_prompts import (
     Answering,
     Fitted,
@@ -33,7 +33,8 @@ class MultipleChoice:
     ``micro`` counts every question alike, ``macro`` every subject. ``num_with_fewer_shots`` questions had examples
     taken off, ``num_truncated`` had their beginning cut. ``chance`` is that of answers drawn evenly; ``shuffled`` what
     these same predictions score on average when shuffled within their subject: a model that prefers a letter knows
-    nothing if it only reaches that. ``correct_N`` and ``predictions_N`` keep the questions' order.
+    nothing if it only reaches that. ``correct_N``, ``predictions_N`` and ``items``, what each question adds to
+    ``micro`` and ``macro``, keep the questions' order.
     """
 
     micro: Estimate
@@ -49,6 +50,7 @@ class MultipleChoice:
     seconds: float
     correct_N: NDArray[np.bool_] = field(repr=False, compare=False)
     predictions_N: NDArray[np.int64] = field(repr=False, compare=False)
+    items: Mapping[str, ItemStatistics] = field(repr=False, compare=False)
 
 
 def answer_questions(
@@ -85,16 +87,6 @@ def answer_questions(
             on_progress(done, len(questions), (time.monotonic() - begin) / done * (len(questions) - done))
     predictions_N = np.array([_choose(q, values, answering) for q, values in zip(questions, nats, strict=True)])
     return _result(questions, predictions_N, fitted, answering, shots, time.monotonic() - begin)
-
-
-def compare_answers(first: MultipleChoice, second: MultipleChoice, *, seed: int, resamples: int = 1000) -> Difference:
-    """Return how much more often the first model is right, paired over questions.
-
-    Raises:
-        EvaluationError: the two did not answer the same number of questions.
-    """
-    first_NS, second_NS = (ratio_statistics(side.correct_N) for side in (first, second))
-    return bootstrap_difference(first_NS, second_NS, ratio, seed=seed, resamples=resamples)
 
 
 def tokenised_groups(
@@ -153,7 +145,21 @@ def _result(
         seconds=seconds,
         correct_N=correct_N,
         predictions_N=predictions_N,
+        items=_items(questions, correct_N),
     )
+
+
+def _items(questions: Sequence[Question], correct_N: NDArray[np.bool_]) -> dict[str, ItemStatistics]:
+    """Return each question's part of both averages; in ``macro`` it weighs 1 / questions of its subject.
+
+    The weights stay with the questions when these are resampled, so that no subject has to be drawn.
+    """
+    sizes = Counter(question.subject for question in questions)
+    weight_N = np.array([1 / sizes[question.subject] for question in questions])
+    return {
+        "micro": ItemStatistics(ratio_statistics(correct_N), ratio),
+        "macro": ItemStatistics(ratio_statistics(correct_N * weight_N, weight_N), ratio),
+    }
 
 
 def _shuffled(questions: Sequence[Question], predictions_N: NDArray[np.int64]) -> float:
