@@ -1,17 +1,29 @@
-"""Exact matches: what is asked, what counts as the same answer, how many of how many."""
+"""Exact matches and last numbers: what is asked, how long is decoded, how many of how many."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fedloom.config import Settings
 from fedloom.data.records import Dialogue, Prompt, Turn
+from fedloom.data.sources import Rows
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import DecodingSettings
-from fedloom.experiment.exact_match import METRIC, AskedRow, answer_rows, asked_rows, exact_match, is_match, last_answer
+from fedloom.experiment.exact_match import (
+    METRIC,
+    AskedRow,
+    answer_rows,
+    asked_rows,
+    exact_match,
+    last_answer,
+    last_number,
+)
 from fedloom.experiment.inputs import Inputs, Workshop
 from fedloom.experiment.suites import SuiteChoice
 from fedloom.lora.layer import LoRAModel
@@ -28,10 +40,10 @@ def opened(settings_for: Make) -> tuple[LoRAModel, Any, Inputs]:
     return lora, base.tokenizer, workshop.inputs(settings, base)
 
 
-def test_white_space_is_not_compared_and_case_is() -> None:
-    assert is_match(" red \n blue", "red blue ")
-    assert not is_match("Red blue", "red blue")
-    assert not is_match("red", "red blue")
+def with_answers(rows: Rows, answers: list[str]) -> Rows:
+    """Return as many of the rows as there are answers, with these in the place of their own."""
+    own = [{**row, "response": answer} for row, answer in zip(rows.rows, answers, strict=False)]
+    return Rows(own, rows.files, rows.file_of_row[: len(own)], rows.numbers[: len(own)])
 
 
 def test_the_answer_of_a_dialogue_is_its_last() -> None:
@@ -77,6 +89,30 @@ def test_the_share_has_its_interval_and_its_n(opened: tuple[LoRAModel, Any, Inpu
     assert (estimate.value, estimate.n) == (expected, len(answered))
     assert estimate.low < expected < estimate.high
     assert "case counts" in scores.as_dict()["compared"]
+    assert scores.as_dict()["num_rows_without_answer"] == len(own) - len(answered)
+    assert "items" not in scores.as_dict()
+
+
+def test_numbers_are_looked_for_in_as_many_tokens_as_the_choice_allows(
+    opened: tuple[LoRAModel, Any, Inputs], tmp_path: Path
+) -> None:
+    lora, tokenizer, inputs = opened
+    rows, file = with_answers(inputs.rows, ["#### 1,000", "half of 4 is\n#### 2"]), tmp_path / "outputs.jsonl"
+    scores = last_number(lora, tokenizer, rows, PLAIN, outputs=file)
+    found = scores.as_dict()
+    assert (scores.estimates[METRIC].n, found["max_new_tokens"]) == (2, 20)
+    assert found["num_outputs_without_number"] == sum(
+        not any(character.isdigit() for character in json.loads(line)["output"])
+        for line in file.read_text().splitlines()[1:]
+    )
+
+
+def test_an_answer_without_a_number_is_refused_with_its_place(opened: tuple[LoRAModel, Any, Inputs]) -> None:
+    lora, tokenizer, inputs = opened
+    with pytest.raises(
+        EvaluationError, match=r"rows.json row \d+: expected an answer that ends on a number, got 'two'"
+    ):
+        last_number(lora, tokenizer, with_answers(inputs.rows, ["2", "two"]), replace(PLAIN, limit=2))
 
 
 def test_rows_without_an_answer_are_refused(opened: tuple[LoRAModel, Any, Inputs]) -> None:

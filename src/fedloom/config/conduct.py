@@ -6,7 +6,7 @@ from typing import Literal
 
 from fedloom.config.setting import Count, Fraction, Natural, NonNegative, Positive, Table, setting
 
-SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match"]
+SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-number"]
 
 
 class Devices(Table):

@@ -1,44 +1,44 @@
-"""The share of held-out rows that a model answers word for word."""
+"""The share of rows that a model answers rightly: word for word, or with the number that the answer ends on."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from fedloom.data.encoding import render, resolve_template
-from fedloom.data.records import Dialogue, Prompt, Record, Shape, read_records
+from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape, read_records
 from fedloom.data.sources import Rows
 from fedloom.data.templates import Template
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.decoding import GREEDY, Decoded, decode
-from fedloom.evaluation.intervals import Estimate, wilson
+from fedloom.evaluation.decoding import GREEDY, Decoded, OnProgress, decode
+from fedloom.evaluation.exact_match import METRIC as METRIC
+from fedloom.evaluation.exact_match import Part, has_part, score_matches
+from fedloom.evaluation.exact_match import is_match as is_match
 from fedloom.experiment.suites import SuiteChoice, SuiteScores
 from fedloom.lora.layer import LoRAModel
 
-SUITE, METRIC = "exact-match", "exact_match"
-COMPARED = "runs of white space are one blank, outer ones are cut; case counts"
+SUITE, NUMBER_SUITE = "exact-match", "last-number"
+COMPARED = {
+    Part.WHOLE: "runs of white space are one blank, outer ones are cut; case counts",
+    Part.LAST_NUMBER: "the first number after ####, without that mark the last one; by value",
+}
+NOTHING_FOUND = {Part.WHOLE: "num_empty_outputs", Part.LAST_NUMBER: "num_outputs_without_number"}
 PROMPTS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row as the model is asked it, and the answer that counts."""
+    """A row as the model is asked it, the answer that counts, and its place for people."""
 
     prompt: str
     answer: str
     row: Mapping[str, Any]
+    where: str = ""
 
 
-def exact_match(
-    model: LoRAModel,
-    tokenizer: Any,
-    rows: Rows,
-    choice: SuiteChoice,
-    *,
-    shape: Shape | str = Shape.AUTO,
-    columns: Mapping[str, str] | None = None,
-) -> SuiteScores:
+def exact_match(model: LoRAModel, tokenizer: Any, rows: Rows, choice: SuiteChoice) -> SuiteScores:
     """Score what ``model`` is routed to: the share of rows whose greedy answer is the row's, with Wilson's interval.
 
     ``choice.limit`` rows at most, evenly spaced. Whatever beams the choice has, decoding is greedy, and it ends one
@@ -47,16 +47,49 @@ def exact_match(
     Raises:
         EvaluationError: no row has an answer, or a prompt leaves no room for one.
     """
-    asked = asked_rows(rows, tokenizer, choice, shape, columns)
+    asked = asked_rows(rows, tokenizer, choice, choice.shape, choice.columns)
     decoded = answer_rows(model, tokenizer, asked, choice.decoding.max_new_tokens)
-    matches = [is_match(output, one.answer) for output, one in zip(decoded.outputs, asked, strict=True)]
-    notes = {
-        "compared": COMPARED,
-        "num_available": len(rows),
-        "num_cut_off": decoded.num_cut_off,
-        "max_new_tokens": decoded.settings.max_new_tokens,
-    }
-    return SuiteScores(SUITE, {METRIC: share(matches)}, notes)
+    return _scores(SUITE, Part.WHOLE, asked, decoded, rows, choice)
+
+
+def last_number(
+    model: LoRAModel,
+    tokenizer: Any,
+    rows: Rows,
+    choice: SuiteChoice,
+    *,
+    outputs: Path | None = None,
+    model_id: str = "",
+    on_progress: OnProgress | None = None,
+) -> SuiteScores:
+    """Score what ``model`` is routed to: the share of rows whose greedy answer ends on the row's number, as in GSM8K.
+
+    The reasoning before the number may be of any length, so up to ``choice.decoding.max_new_tokens`` are decoded;
+    outputs cut off there, and outputs without a number, are counted. ``outputs`` keeps what is decoded and resumes.
+
+    Raises:
+        EvaluationError: an answer has no number, no row has an answer, or a prompt leaves no room for one.
+    """
+    asked = asked_rows(rows, tokenizer, choice, choice.shape, choice.columns)
+    for one in asked:
+        if not has_part(one.answer, Part.LAST_NUMBER):
+            raise EvaluationError(
+                f"{NUMBER_SUITE}: {one.where}: expected an answer that ends on a number, got {one.answer[-60:]!r}; "
+                f"remove the row, or score by {SUITE}"
+            )
+    prompts = [one.prompt for one in asked]
+    settings = replace(GREEDY, max_new_tokens=choice.decoding.max_new_tokens)
+    decoded = decode(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        batch_size=PROMPTS_AT_ONCE,
+        file=outputs,
+        model_id=model_id,
+        on_progress=on_progress,
+    )
+    return _scores(NUMBER_SUITE, Part.LAST_NUMBER, asked, decoded, rows, choice)
 
 
 def asked_rows(
@@ -74,10 +107,12 @@ def asked_rows(
     """
     records = read_records(rows, shape, columns)
     template = resolve_template(choice.template, records.shape, tokenizer)
-    answered = [index for index, record in enumerate(records.items) if last_answer(record).strip()]
+    answered = _answered(records)
     if not answered:
-        raise EvaluationError(f"exact-match: expected rows with an answer, none of {len(rows)} has one; check the rows")
-    return [_asked(records.items[i], template, tokenizer, rows.rows[i]) for i in _spread(answered, choice.limit)]
+        raise EvaluationError(
+            f"expected rows with an answer, none of {len(rows)} has one; check the rows and their shape"
+        )
+    return [_asked(records, index, template, tokenizer) for index in _spread(answered, choice.limit)]
 
 
 def answer_rows(model: LoRAModel, tokenizer: Any, asked: Sequence[AskedRow], max_new_tokens: int) -> Decoded:
@@ -85,16 +120,6 @@ def answer_rows(model: LoRAModel, tokenizer: Any, asked: Sequence[AskedRow], max
     lengths = [len(tokenizer(one.answer, add_special_tokens=False)["input_ids"]) for one in asked]
     settings = replace(GREEDY, max_new_tokens=min(max_new_tokens, max(lengths) + 1))
     return decode(model, tokenizer, [one.prompt for one in asked], settings, batch_size=PROMPTS_AT_ONCE)
-
-
-def is_match(output: str, answer: str) -> bool:
-    """Tell whether two texts are the same but for white space."""
-    return output.split() == answer.split()
-
-
-def share(matches: Sequence[bool]) -> Estimate:
-    """Return the share of matches with Wilson's interval."""
-    return wilson(sum(matches), len(matches))
 
 
 def last_answer(record: Record) -> str:
@@ -106,8 +131,29 @@ def last_answer(record: Record) -> str:
             return next((turn.content for turn in reversed(record.turns) if turn.role == "assistant"), "")
 
 
-def _asked(record: Record, template: Template | None, tokenizer: Any, row: Mapping[str, Any]) -> AskedRow:
-    return AskedRow(render(record, template, tokenizer).prompt, last_answer(record), row)
+def _scores(
+    suite: str, part: Part, asked: Sequence[AskedRow], decoded: Decoded, rows: Rows, choice: SuiteChoice
+) -> SuiteScores:
+    found = score_matches(decoded.outputs, [one.answer for one in asked], part)
+    notes = {
+        "compared": COMPARED[part],
+        "num_available": len(rows),
+        "num_rows_without_answer": len(rows) - len(_answered(read_records(rows, choice.shape, choice.columns))),
+        NOTHING_FOUND[part]: found.num_without_answer,
+        "num_cut_off": decoded.num_cut_off,
+        "max_new_tokens": decoded.settings.max_new_tokens,
+    }
+    return SuiteScores(suite, {METRIC: found.accuracy}, notes, found.items)
+
+
+def _answered(records: Records) -> list[int]:
+    return [index for index, record in enumerate(records.items) if last_answer(record).strip()]
+
+
+def _asked(records: Records, index: int, template: Template | None, tokenizer: Any) -> AskedRow:
+    record, rows = records.items[index], records.rows
+    prompt = render(record, template, tokenizer).prompt
+    return AskedRow(prompt, last_answer(record), rows.rows[index], rows.where(index))
 
 
 def _spread(indices: Sequence[int], limit: int | None) -> list[int]:

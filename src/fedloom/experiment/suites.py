@@ -12,27 +12,32 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from fedloom.config import Settings
-from fedloom.config.conduct import SuiteName
+from fedloom.config.conduct import Evaluation, SuiteName
 from fedloom.data.encoding import render, resolve_template
 from fedloom.data.records import Prompt, Shape
-from fedloom.data.sources import Rows
+from fedloom.data.sources import Rows, Split, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import DecodingSettings, decode
 from fedloom.evaluation.e2e import score_e2e
 from fedloom.evaluation.e2e_files import References, read_references
-from fedloom.evaluation.intervals import Estimate
+from fedloom.evaluation.intervals import Estimate, ItemStatistics
 from fedloom.evaluation.multiple_choice import answer_questions
 from fedloom.evaluation.questions import Question, read_mmlu, read_questions
+from fedloom.experiment.inputs import held_out_path
 from fedloom.lora.layer import LoRAModel
 from fedloom.reporting.durable import plain
 
 OnProgress = Callable[[int, int, float], None]
+PER_SUBJECT = "per_subject"
 
 
 @dataclass(frozen=True)
 class SuiteChoice:
-    """What a suite reads and how: ``paths`` by suite, few-shot examples, items at most, decoding, wording."""
+    """What a suite reads and how: ``paths`` by suite, few-shot examples, items at most, decoding, wording.
+
+    ``shape`` and ``columns`` say how rows are read, those of a path and held-out ones.
+    """
 
     paths: Mapping[str, str] = field(default_factory=dict)
     shots: int = 5
@@ -48,40 +53,47 @@ class SuiteChoice:
 
 @dataclass(frozen=True)
 class SuiteScores:
-    """A suite's estimates by metric, and what a reader must know of how they came about."""
+    """A suite's estimates by metric, and what a reader must know of how they came about.
+
+    ``items`` holds by metric what each item adds to it, for a paired comparison; it is not written anywhere.
+    """
 
     suite: str
     estimates: Mapping[str, Estimate]
     notes: Mapping[str, Any]
+    items: Mapping[str, ItemStatistics] = field(default_factory=dict, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
         return {"suite": self.suite, "metrics": plain(dict(self.estimates)), **plain(dict(self.notes))}
 
     def lines(self) -> list[str]:
-        """Return the figures for people."""
+        """Return the figures for people; the figures of single subjects are only in :meth:`as_dict`."""
         width = max(map(len, self.estimates), default=0)
         lines = [f"{name:<{width}}  {estimate}" for name, estimate in self.estimates.items()]
+        told = {name: value for name, value in self.notes.items() if value not in (0, {}) and name != PER_SUBJECT}
         return lines + [
-            f"{name.replace('_', ' ')}: {value}" for name, value in self.notes.items() if value not in (0, {})
+            f"{name.replace('_', ' ')}: {f'{value:.4f}' if isinstance(value, float) else value}"
+            for name, value in told.items()
         ]
 
 
-def suite_choice_of(settings: Settings) -> SuiteChoice:
-    """Return what a recipe says of its suites."""
-    chosen = settings.evaluation
-    decoding = DecodingSettings(chosen.beams, chosen.length_penalty, chosen.no_repeat_ngram, chosen.max_new_tokens)
-    return SuiteChoice(
-        chosen.paths,
-        chosen.shots,
-        chosen.limit,
-        decoding,
-        settings.data.template or AUTO,
-        chosen.batch_tokens,
-        settings.run.seed,
-        chosen.answering,
-        settings.data.shape,
-        settings.data.columns,
+def suite_choice_of(settings: Settings | None) -> SuiteChoice:
+    """Return what a recipe says of its suites; without a recipe, what its settings would be when left out."""
+    chosen = Evaluation() if settings is None else settings.evaluation
+    choice = SuiteChoice(
+        paths=chosen.paths,
+        shots=chosen.shots,
+        limit=chosen.limit,
+        decoding=DecodingSettings(chosen.beams, chosen.length_penalty, chosen.no_repeat_ngram, chosen.max_new_tokens),
+        token_budget=chosen.batch_tokens,
+        answering=chosen.answering,
+    )
+    if settings is None:
+        return choice
+    data = settings.data
+    return replace(
+        choice, template=data.template or AUTO, seed=settings.run.seed, shape=data.shape, columns=data.columns
     )
 
 
@@ -96,10 +108,13 @@ def run_suite(
     model_id: str = "",
     on_progress: OnProgress | None = None,
 ) -> SuiteScores:
-    """Score what ``model`` is routed to. ``rows`` are held-out ones; ``outputs`` keeps what is decoded and resumes.
+    """Score what ``model`` is routed to; ``outputs`` keeps what is decoded and resumes.
+
+    ``rows`` are held-out ones, for the suites that ask rows and for which the choice has no path.
 
     Raises:
         EvaluationError: if the suite's files are absent or hold something else.
+        DataError: if there are no such rows.
     """
     match suite:
         case "e2e":
@@ -114,7 +129,16 @@ def run_suite(
             none_shot = replace(choice, shots=0)
             return _multiple_choice(suite, model, tokenizer, none_shot, read_questions(file), (), on_progress)
         case "exact-match":
-            return _exact_match(model, tokenizer, choice, rows)
+            from fedloom.experiment.exact_match import exact_match
+
+            return exact_match(model, tokenizer, _rows(choice, suite, rows), choice)
+        case "last-number":
+            from fedloom.experiment.exact_match import last_number
+
+            asked = _rows(choice, suite, rows)
+            return last_number(
+                model, tokenizer, asked, choice, outputs=outputs, model_id=model_id, on_progress=on_progress
+            )
     assert_never(suite)
 
 
@@ -144,7 +168,7 @@ def _e2e(
         "absent": scores.absent,
         "decoding": decoded.settings.__dict__,
     }
-    return SuiteScores("e2e", scores.estimates, notes)
+    return SuiteScores("e2e", scores.estimates, notes, scores.items)
 
 
 def _multiple_choice(
@@ -174,9 +198,11 @@ def _multiple_choice(
         "mean_shots": found.mean_shots,
         "num_with_fewer_shots": found.num_with_fewer_shots,
         "num_truncated": found.num_truncated,
-        "per_subject": {name: plain(estimate) for name, estimate in found.per_subject.items()},
+        PER_SUBJECT: {name: plain(estimate) for name, estimate in found.per_subject.items()},
     }
-    return SuiteScores(suite, {"accuracy": found.micro, "macro_accuracy": found.macro}, notes)
+    estimates = {"accuracy": found.micro, "macro_accuracy": found.macro}
+    items = {"accuracy": found.items["micro"], "macro_accuracy": found.items["macro"]}
+    return SuiteScores(suite, estimates, notes, items)
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
@@ -186,14 +212,15 @@ def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
     return [questions[k * len(questions) // limit] for k in range(limit)]
 
 
-def _exact_match(model: LoRAModel, tokenizer: Any, choice: SuiteChoice, rows: Rows | None) -> SuiteScores:
-    from fedloom.experiment.exact_match import exact_match
-
-    if rows is None:
+def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
+    if suite in choice.paths:
+        return load_rows(held_out_path(choice.paths[suite]), Split.TEST)
+    if held_out is None:
         raise EvaluationError(
-            "exact-match: expected held-out rows, there are none; set data.eval_rows or data.eval_path"
+            f"{suite}: expected rows, there are no held-out ones; name some with --data or evaluation.paths.{suite}, "
+            "or hold some out with data.eval_rows or data.eval_path"
         )
-    return exact_match(model, tokenizer, rows, choice, shape=choice.shape, columns=choice.columns)
+    return held_out
 
 
 def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:
@@ -201,5 +228,7 @@ def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:
         raise EvaluationError(f"{suite}: expected {wanted}, named by --data or evaluation.paths.{suite}; got none")
     path = Path(choice.paths[suite]).expanduser()
     if not path.exists():
-        raise EvaluationError(f"{suite}: expected {wanted} at {path}, nothing is there; check evaluation.paths.{suite}")
+        raise EvaluationError(
+            f"{suite}: expected {wanted} at {path}, nothing is there; check --data or evaluation.paths.{suite}"
+        )
     return path
