@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
-from fedloom.experiment import run
+from fedloom.config.conduct import SuiteName
+from fedloom.evaluation import meteor
+from fedloom.evaluation.intervals import ItemStatistics, ratio, ratio_statistics
+from fedloom.experiment import benchmarking, run
+from fedloom.experiment.benchmarking import APPLYING
 from fedloom.experiment.generating import Sampling, generate
 from fedloom.experiment.results import open_result
 from fedloom.experiment.split_generating import generate_cut
+from fedloom.experiment.suites import SuiteScores
 
 Make = Callable[..., Settings]
 SPLIT = {"method__name": "splitlora", "method__ranks": 2, "split__cut_layer": 1, "split__aggregate_every": 2}
+
+
+@pytest.fixture(autouse=True)
+def _without_meteor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """METEOR's Java program takes seconds a call and has tests of its own."""
+    monkeypatch.setattr(meteor, "find_spec", lambda _: None)
 
 
 @pytest.fixture
@@ -53,6 +66,107 @@ def test_a_run_and_its_base_are_scored_on_e2e_and_outputs_are_kept(
     assert printed(capsys, *arguments) == first
 
 
+def test_a_difference_is_the_adapters_score_less_the_bases(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = iter([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
+
+    def scored(suite: str, *_: object, **__: object) -> SuiteScores:
+        return SuiteScores(suite, {}, {}, {"share": ItemStatistics(ratio_statistics(next(right)), ratio)})
+
+    monkeypatch.setattr(benchmarking, "run_suite", scored)
+    found = benchmarking.score_result(open_result(finished), benchmarking.Asked(suite="e2e"), lambda _: None)
+    assert found.differences["result"]["share"].value == pytest.approx(2 / 3)
+    assert found.lines()[-1].startswith("result − base share: +0.6667 [")
+
+
+def test_every_metric_has_its_paired_difference_from_the_base(
+    finished: Path, references: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ("evaluate", str(finished), "--suite", "e2e", "--data", str(references), "--beams", "1")
+    found = printed(capsys, *arguments)
+    metrics = {name: found["scores"][name]["metrics"] for name in ("base", "result")}  # type: ignore[index]
+    differences = found["differences_from_base"]["result"]  # type: ignore[index]
+    assert set(differences) == set(metrics["result"])
+    for name, difference in differences.items():
+        gap = metrics["result"][name]["value"] - metrics["base"][name]["value"]
+        assert difference["value"] == pytest.approx(gap, abs=1e-9)
+    assert exit_code(arguments) == 0
+    assert "result − base BLEU: " in capsys.readouterr().out
+
+
+def test_exact_matches_are_counted_on_rows_of_a_file_for_a_run_and_for_an_adapter_alone(
+    finished: Path, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"question": f"{k}?", "answer": "cat"} for k in range(3)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    asked = ("--suite", "exact-match", "--data", str(file), "--shape", "question-answer", "--template", "plain")
+    own = printed(capsys, "evaluate", str(finished), "--suite", "exact-match")
+    assert own["scores"]["base"]["metrics"]["exact_match"]["n"] == 6  # type: ignore[index]
+    other = printed(capsys, "evaluate", str(finished), *asked)
+    assert other["scores"]["base"]["metrics"]["exact_match"]["n"] == 3  # type: ignore[index]
+    base = ("--base", str(base_folder), "--tokenizer", "bytes")
+    alone = printed(capsys, "evaluate", str(finished / "adapter"), *base, *asked)
+    assert alone["scores"] == other["scores"]
+    assert exit_code(["evaluate", str(finished / "adapter"), *base, "--suite", "last-number"]) == 2
+    assert "last-number: expected rows, there are no held-out ones; name some with --data" in capsys.readouterr().err
+
+
+def test_what_the_command_line_leaves_out_is_as_in_the_run(
+    settings_for: Make, tmp_path: Path, references: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = {"evaluation__beams": 3, "evaluation__limit": 1, "evaluation__max_new_tokens": 7}
+    run(settings_for(**recipe, federation__num_rounds=1), tmp_path / "run")
+    arguments = ("evaluate", str(tmp_path / "run"), "--suite", "e2e", "--data", str(references))
+    scores = printed(capsys, *arguments)["scores"]["base"]  # type: ignore[index]
+    assert scores["metrics"]["BLEU"]["n"] == 1
+    assert (scores["decoding"]["num_beams"], scores["decoding"]["max_new_tokens"]) == (3, 7)
+    given = printed(capsys, *arguments, "--beams", "2", "--limit", "2")["scores"]["base"]  # type: ignore[index]
+    assert (given["decoding"]["num_beams"], given["metrics"]["BLEU"]["n"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--suite exact-match --beams 4", r"--suite exact-match: expected no option but --data, .* got --beams"),
+        ("--suite e2e --shots 2 --answering text", r"--suite e2e: .* got --shots, --answering"),
+        ("--suite mmlu --max-length 9 --overlong drop", r"--suite mmlu: .* got --max-length, --overlong"),
+        ("--suite multiple-choice --shots 3", r"--suite multiple-choice: .* got --shots"),
+        ("--suite multiple-choice --answering number", r"--answering: expected one of letter, text, got 'number'"),
+        ("--lm-eval arc_easy --data x", r"--lm-eval: expected no option but --shots, --limit, got --data"),
+        ("--lm-eval arc_easy --suite e2e", r"expected --suite or --lm-eval, got both"),
+        ("--suite bleurt", r"--suite: expected one of e2e, .*, last-number, got 'bleurt'"),
+        ("--limit 3", r"the loss on the run's own rows, .* got --limit"),
+        ("--template plain", r"the loss on the run's own rows, .* expected no option but --data, got --template"),
+        ("--data x --beams 2", r"the loss, without --suite: .* got --beams"),
+        ("--data x --shape text --max-length 9", r"--shape text: expected no option but --data, --shape, got --max-l"),
+    ],
+)
+def test_an_option_that_would_change_nothing_is_refused_before_anything_is_opened(
+    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert exit_code(["evaluate", "no-such-run", *arguments.split()]) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error)
+    assert error.count("\n") == 1
+
+
+def test_the_options_of_every_suite_are_known() -> None:
+    assert set(APPLYING) == set(get_args(SuiteName))
+
+
+def test_a_recipes_path_takes_the_place_of_the_held_out_rows(settings_for: Make, tmp_path: Path) -> None:
+    file = tmp_path / "numbers.json"
+    file.write_text(json.dumps([{"instruction": "2 + 2", "context": "", "response": "#### 4"}]))
+    settings = settings_for(
+        evaluation__suites=["last-number"],
+        evaluation__paths={"last-number": str(file)},
+        evaluation__max_new_tokens=3,
+        federation__num_rounds=1,
+    )
+    found = run(settings, tmp_path / "run").eval["suites"]["last-number"]
+    assert (found["metrics"]["exact_match"]["n"], found["max_new_tokens"]) == (1, 3)
+
+
 def test_multiple_choice_runs_inside_a_run_and_stands_in_its_record(settings_for: Make, tmp_path: Path) -> None:
     questions = tmp_path / "questions.jsonl"
     rows = [{"question": f"{k}?", "choices": ["cat", "dog"], "answer": k % 2} for k in range(6)]
@@ -71,7 +185,6 @@ def test_an_absent_suite_file_is_named_with_what_is_expected(
 ) -> None:
     assert exit_code(["evaluate", str(finished), "--suite", "e2e"]) == 2
     assert "references" in capsys.readouterr().err
-    assert exit_code(["evaluate", str(finished), "--suite", "bleurt"]) == 2
 
 
 def test_a_file_of_outputs_is_scored_without_a_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
@@ -14,6 +14,7 @@ from fedloom.cli.experiments import is_file
 from fedloom.cli.options import JsonOption, SetOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings, checks
+from fedloom.config.conduct import SuiteName
 from fedloom.errors import SettingsError
 
 NOT_HERE = 2
@@ -64,7 +65,8 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Rows to predict: a file, folder or hub name; left out: the run's own held-out rows.",
+            help="Rows to predict or to ask: a file, folder or hub name; left out: the run's own held-out rows. "
+            "For e2e the references, for mmlu its folder, for multiple-choice a JSONL file of questions.",
             show_default=False,
         ),
     ] = None,
@@ -101,31 +103,78 @@ def evaluate(
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", metavar="NAME", help="Score by e2e, mmlu or multiple-choice instead; files by --data."),
+        typer.Option("--suite", metavar="NAME", help=f"Score instead by one of {', '.join(get_args(SuiteName))}."),
     ] = None,
     lm_eval: Annotated[
         str | None,
         typer.Option("--lm-eval", metavar="A,B,...", help="Tasks of lm-evaluation-harness instead (extra lm-eval)."),
     ] = None,
-    shots: Annotated[int, typer.Option("--shots", metavar="N", min=0, help="Examples before a question.")] = 5,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Items at most.")] = None,
+    shots: Annotated[
+        int | None,
+        typer.Option(
+            "--shots",
+            metavar="N",
+            min=0,
+            help="Examples before a question; left out: evaluation.shots of the run, with --lm-eval each task's own.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            "--limit",
+            metavar="N",
+            min=1,
+            help="Items at most; left out: evaluation.limit of the run, with --lm-eval all.",
+        ),
+    ] = None,
     answering: Annotated[
-        str, typer.Option("--answering", metavar="KIND", help="A choice's likelihood: `letter`, or `text` per byte.")
-    ] = "letter",
-    beams: Annotated[int, typer.Option("--beams", metavar="N", min=1, help="Beams when decoding.")] = 10,
+        str | None,
+        typer.Option(
+            "--answering",
+            metavar="KIND",
+            help="A choice's likelihood: `letter`, or `text` per byte; left out: evaluation.answering of the run.",
+        ),
+    ] = None,
+    beams: Annotated[
+        int | None,
+        typer.Option(
+            "--beams", metavar="N", min=1, help="Beams when decoding for e2e; left out: evaluation.beams of the run."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            metavar="N",
+            min=1,
+            help="Tokens decoded per item at most; left out: evaluation.max_new_tokens of the run.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure held-out loss and perplexity of a run or of any adapter, or its scores, beside its base."""
-    from fedloom.experiment import measuring, results
+    """Measure held-out loss and perplexity of a run or of any adapter, or its scores, beside its base.
 
-    if suite is not None and lm_eval is not None:
-        raise SettingsError("expected --suite or --lm-eval, got both; leave one out")
+    An option that would change nothing is refused.
+    """
+    from fedloom.experiment import benchmarking, measuring, results
+
+    asked = benchmarking.Asked(
+        suite,
+        lm_eval,
+        data,
+        shape,
+        template,
+        max_length,
+        overlong,
+        shots,
+        limit,
+        beams,
+        answering,
+        max_new_tokens,
+    )
     opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
     _say_all(opened.found.notes)
     if suite is not None or lm_eval is not None:
-        from fedloom.experiment import benchmarking
-
-        asked = benchmarking.Asked(suite, lm_eval, data, template, shots, limit, beams, answering)
         print_result(benchmarking.score_result(opened, asked, say), as_json=as_json)
         return
     choice = measuring.RowChoice(data, shape, template, max_length, overlong)

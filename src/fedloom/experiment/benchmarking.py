@@ -2,65 +2,144 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from fedloom.config.conduct import SuiteName
-from fedloom.data.templates import AUTO
-from fedloom.errors import EvaluationError
-from fedloom.evaluation.decoding import DecodingSettings
-from fedloom.evaluation.intervals import Estimate
+from fedloom.data.encoding import Overlong
+from fedloom.data.sources import Rows
+from fedloom.errors import SettingsError
+from fedloom.evaluation.intervals import Difference, Estimate, paired_differences
 from fedloom.evaluation.lm_harness import run_harness_tasks
+from fedloom.evaluation.question_prompts import Answering
 from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.judging import model_identity
-from fedloom.experiment.measuring import BASE
+from fedloom.experiment.measuring import BASE, TEXT
 from fedloom.experiment.results import OpenedResult
-from fedloom.experiment.suites import SuiteChoice, SuiteScores, run_suite, suite_choice_of
+from fedloom.experiment.suites import OnProgress, SuiteChoice, SuiteScores, run_suite, suite_choice_of
+from fedloom.reporting.durable import plain
 
 Say = Callable[[str], None]
+SECONDS_BETWEEN_NOTES = 5.0
+
+_OF_ROWS = ("data", "shape", "template", "limit", "max_new_tokens")
+APPLYING: Mapping[SuiteName, tuple[str, ...]] = {
+    "e2e": ("data", "template", "limit", "beams", "max_new_tokens"),
+    "mmlu": ("data", "shots", "limit", "answering"),
+    "multiple-choice": ("data", "limit", "answering"),
+    "exact-match": _OF_ROWS,
+    "last-number": _OF_ROWS,
+}
+"""The options that change what a suite does."""
+ROW_SUITES = ("exact-match", "last-number")
+OF_HARNESS = ("shots", "limit")
+OF_LOSS = ("data", "shape", "template", "max_length", "overlong")
+OF_TEXT = ("data", "shape")
+_CLOSED = {"answering": Answering, "overlong": Overlong}
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the command line asks for; one of ``suite`` and ``tasks``."""
+    """What the command line asks for; at most one of ``suite`` and ``tasks``, without both the held-out loss.
 
-    suite: str | None
-    tasks: str | None
-    data: str | None
-    template: str | None
-    shots: int
-    limit: int | None
-    beams: int
-    answering: str
+    What is None was not given: it is as in the run, else as the setting of that name when left out; for tasks of the
+    harness, as each task has it.
+
+    Raises:
+        SettingsError: the suite is unknown, or an option is given that would change nothing.
+    """
+
+    suite: str | None = None
+    tasks: str | None = None
+    data: str | None = None
+    shape: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    overlong: str | None = None
+    shots: int | None = None
+    limit: int | None = None
+    beams: int | None = None
+    answering: str | None = None
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.suite is not None and self.tasks is not None:
+            raise SettingsError("expected --suite or --lm-eval, got both; leave one out")
+        if self.suite is not None and self.suite not in get_args(SuiteName):
+            raise SettingsError(f"--suite: expected one of {', '.join(get_args(SuiteName))}, got {self.suite!r}")
+        what, applying = self._applying()
+        given = [field.name for field in fields(self) if field.name not in ("suite", "tasks")]
+        given = [name for name in given if getattr(self, name) is not None]
+        if foreign := [name for name in given if name not in applying]:
+            raise SettingsError(
+                f"{what}: expected no option but {_options(applying)}, got {_options(foreign)}, "
+                "which would change nothing; leave it out"
+            )
+        for name, kind in _CLOSED.items():
+            if name in given and getattr(self, name) not in list(kind):
+                raise SettingsError(f"--{name}: expected one of {', '.join(kind)}, got {getattr(self, name)!r}")
+
+    def of(self, *names: str) -> dict[str, Any]:
+        """Return those of the options that were given."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def _applying(self) -> tuple[str, tuple[str, ...]]:
+        """Return what is measured, as a person would call it, and the options that apply to it."""
+        if self.suite is not None:
+            return f"--suite {self.suite}", APPLYING[cast(SuiteName, self.suite)]
+        if self.tasks is not None:
+            return "--lm-eval", OF_HARNESS
+        if self.data is None:
+            return "the loss on the run's own rows, without --data or --suite", ("data",)
+        return ("--shape text", OF_TEXT) if self.shape == TEXT else ("the loss, without --suite", OF_LOSS)
 
 
 @dataclass(frozen=True)
 class ResultScores:
-    """The scores of every adapter of a result and of its base, by name."""
+    """The scores of every adapter of a result and of its base, by name, and by adapter its differences from the base.
+
+    A difference is the adapter's score less the base's, paired over the same items.
+    """
 
     path: Path
     scores: Mapping[str, SuiteScores]
+    differences: Mapping[str, Mapping[str, Difference]]
 
     def as_dict(self) -> dict[str, Any]:
         """Return the scores as plain values."""
-        return {"result": str(self.path), "scores": {name: found.as_dict() for name, found in self.scores.items()}}
+        return {
+            "result": str(self.path),
+            "scores": {name: found.as_dict() for name, found in self.scores.items()},
+            "differences_from_base": plain(dict(self.differences)),
+        }
 
     def lines(self) -> list[str]:
         """Return the scores for people."""
-        return [
+        lines = [
             line for name, found in self.scores.items() for line in (f"{name}:", *(f"  {x}" for x in found.lines()))
+        ]
+        return lines + [
+            f"{name} − {BASE} {metric}: {difference}"
+            for name, found in self.differences.items()
+            for metric, difference in found.items()
         ]
 
 
 def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
     """Score the base and every adapter; what is decoded is kept in the run folder and resumed.
 
+    The harness keeps no item's score, so its tasks have no differences.
+
     Raises:
-        EvaluationError: if the suite is unknown or its files are absent.
+        EvaluationError: if the suite's files are absent or hold something else.
+        DataError: if there are no rows to ask.
         MissingExtraError: if lm-evaluation-harness is not installed.
     """
+    choice = _choice(opened, asked)
+    rows = _held_out(opened) if asked.suite in ROW_SUITES and asked.suite not in choice.paths else None
     scores = {}
     for name in (BASE, *opened.adapters):
         model = opened.use(None if name == BASE else name)
@@ -68,54 +147,60 @@ def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
         if asked.tasks is not None:
             scores[name] = _harness(model, opened, asked)
         else:
-            scores[name] = _suite(model, opened, name, asked, say)
-    return ResultScores(opened.found.path, scores)
+            scores[name] = _suite(model, opened, name, cast(SuiteName, asked.suite), choice, rows, say)
+    differences = {
+        name: paired_differences(scores[name].items, scores[BASE].items, seed=choice.seed) for name in opened.adapters
+    }
+    return ResultScores(opened.found.path, scores, differences)
 
 
-def _suite(model: Any, opened: OpenedResult, name: str, asked: Asked, say: Say) -> SuiteScores:
-    suite = asked.suite
-    if suite not in get_args(SuiteName):
-        raise EvaluationError(f"--suite: expected one of {', '.join(get_args(SuiteName))}, got {suite!r}")
-
-    def told(done: int, total: int, seconds_left: float) -> None:
-        say(f"{name}: {done:,} of {total:,}, {seconds_left:.0f} s left")
-
-    identity = model_identity(opened, name)
-    kept = opened.found.path / "evaluation" / f"{suite}-{identity[:12]}.jsonl" if opened.found.run is not None else None
+def _suite(
+    model: Any, opened: OpenedResult, name: str, suite: SuiteName, choice: SuiteChoice, rows: Rows | None, say: Say
+) -> SuiteScores:
+    identity, decoding = model_identity(opened, name), choice.decoding
+    beams = f"-beams{decoding.num_beams}" if "beams" in APPLYING[suite] else ""
+    file = f"{suite}-{identity[:12]}{beams}-tokens{decoding.max_new_tokens}.jsonl"
     return run_suite(
-        suite,  # type: ignore[arg-type]
+        suite,
         model,
         opened.base.tokenizer,
-        _choice(opened, suite, asked),
-        rows=_held_out(opened) if suite == "exact-match" else None,
-        outputs=kept,
+        choice,
+        rows=rows,
+        outputs=None if opened.found.run is None else opened.found.path / "evaluation" / file,
         model_id=identity,
-        on_progress=told,
+        on_progress=_told(say, name),
     )
 
 
-def _choice(opened: OpenedResult, suite: str | None, asked: Asked) -> SuiteChoice:
-    base = SuiteChoice() if opened.settings is None else suite_choice_of(opened.settings)
-    paths = {**base.paths, **({str(suite): asked.data} if asked.data is not None else {})}
-    decoding: DecodingSettings = replace(base.decoding, num_beams=asked.beams)
-    template = asked.template or base.template or AUTO
-    return replace(
-        base,
-        paths=paths,
-        shots=asked.shots,
-        limit=asked.limit,
-        decoding=decoding,
-        template=template,
-        answering=asked.answering,
-    )
+def _told(say: Say, name: str) -> OnProgress:
+    """Return what says how far a model is, every few seconds."""
+    last = time.monotonic()
+
+    def told(done: int, total: int, seconds_left: float) -> None:
+        nonlocal last
+        if time.monotonic() - last >= SECONDS_BETWEEN_NOTES:
+            last = time.monotonic()
+            say(f"{name}: {done:,} of {total:,}, {seconds_left:.0f} s left")
+
+    return told
 
 
-def _held_out(opened: OpenedResult) -> Any:
+def _choice(opened: OpenedResult, asked: Asked) -> SuiteChoice:
+    recipe = suite_choice_of(opened.settings)
+    decoding = replace(recipe.decoding, **asked.of("max_new_tokens"))
+    if asked.beams is not None:
+        decoding = replace(decoding, num_beams=asked.beams)
+    paths = {**recipe.paths, **({str(asked.suite): asked.data} if asked.data is not None else {})}
+    columns = recipe.columns if asked.shape in (None, recipe.shape) else {}
+    given = asked.of("shots", "limit", "answering", "template", "shape")
+    return replace(recipe, decoding=decoding, paths=paths, columns=columns, **given)
+
+
+def _held_out(opened: OpenedResult) -> Rows | None:
     if opened.settings is None:
-        raise EvaluationError(
-            f"{opened.found.path}: expected a run, whose held-out rows are known, got an adapter alone"
-        )
-    return Workshop().inputs(opened.settings, opened.base, opened.found.path / "partition.json").held_out_rows
+        return None
+    saved = opened.found.path / "partition.json"
+    return Workshop().inputs(opened.settings, opened.base, saved if saved.exists() else None).held_out_rows
 
 
 def _harness(model: Any, opened: OpenedResult, asked: Asked) -> SuiteScores:
@@ -125,3 +210,7 @@ def _harness(model: Any, opened: OpenedResult, asked: Asked) -> SuiteScores:
         f"{task}.{metric}": estimate for task, metrics in found.metrics.items() for metric, estimate in metrics.items()
     }
     return SuiteScores("lm-eval", estimates, {"version": found.version, "shots": found.shots})
+
+
+def _options(names: tuple[str, ...] | list[str]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
