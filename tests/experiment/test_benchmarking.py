@@ -75,7 +75,7 @@ def test_a_difference_is_the_adapters_score_less_the_bases(finished: Path, monke
     monkeypatch.setattr(benchmarking, "run_suite", scored)
     found = benchmarking.score_result(open_result(finished), benchmarking.Asked(suite="e2e"), lambda _: None)
     assert found.differences["result"]["share"].value == pytest.approx(2 / 3)
-    assert found.lines()[-1].startswith("result − base share: +0.6667 [")
+    assert found.lines()[-1].startswith("result − base, share: +0.6667 [")
 
 
 def test_every_metric_has_its_paired_difference_from_the_base(
@@ -90,7 +90,7 @@ def test_every_metric_has_its_paired_difference_from_the_base(
         gap = metrics["result"][name]["value"] - metrics["base"][name]["value"]
         assert difference["value"] == pytest.approx(gap, abs=1e-9)
     assert exit_code(arguments) == 0
-    assert "result − base BLEU: " in capsys.readouterr().out
+    assert "result − base, BLEU: " in capsys.readouterr().out
 
 
 def test_exact_matches_are_counted_on_rows_of_a_file_for_a_run_and_for_an_adapter_alone(

@@ -182,6 +182,6 @@ def test_the_command_prints_figures_to_stdout_and_notes_to_stderr(
     assert printed["scores"]["result"]["nats_per_token"]["value"] < printed["scores"]["base"]["nats_per_token"]["value"]
     assert exit_code(["evaluate", str(stopped(flora, num_rounds=2))]) == 0
     out, err = capsys.readouterr()
-    assert "result − base:" in out
+    assert "result − base, nats per byte:" in out
     assert "note: " in err
     assert exit_code(["evaluate", str(flora), "--data", "absent.json"]) == 2

@@ -122,7 +122,7 @@ class ResultScores:
             line for name, found in self.scores.items() for line in (f"{name}:", *(f"  {x}" for x in found.lines()))
         ]
         return lines + [
-            f"{name} − {BASE} {metric}: {difference}"
+            f"{name} − {BASE}, {metric}: {difference}"
             for name, found in self.differences.items()
             for metric, difference in found.items()
         ]

@@ -22,7 +22,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder
-from fedloom.reporting.run_opening import refuse_foreign
+from fedloom.reporting.run_opening import refuse_another, refuse_foreign
 from fedloom.reporting.tables import written_bytes
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 
@@ -81,7 +81,11 @@ def run(
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
     """
     out, progress, workshop = Path(out), progress or SilentProgress(), workshop or Workshop()
-    refuse_foreign(out)
+    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    if fresh:
+        refuse_foreign(out)
+    else:
+        refuse_another(out, settings.as_dict(), may_change)
     progress.note(f"loading base {settings.model.base}")
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
@@ -89,7 +93,6 @@ def run(
     inputs = workshop.inputs(settings, base, saved if saved.exists() and not fresh else None)
     population = population_of(settings, inputs)
     kind = loop_of(settings, inputs, lora, population)
-    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
             base_sha256=base.revision_hash,

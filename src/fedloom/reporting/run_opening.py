@@ -61,6 +61,17 @@ def refuse_foreign(path: Path) -> None:
         )
 
 
+def refuse_another(path: Path, config: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Check that ``path`` holds no run, or one of these settings, before anything dear is loaded.
+
+    Raises:
+        RunError: it holds a run of other settings, or something else; nothing was touched.
+    """
+    refuse_foreign(path)
+    if (path / "manifest.json").exists():
+        refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
+
+
 def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the run folder ``path``.
 
