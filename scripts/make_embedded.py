@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 DEFAULT_FOLDER = Path(__file__).parents[1] / "src" / "fedloom" / "embedded"
-NUM_INSTRUCTIONS, NUM_SENTENCES = 40_000, 30_000
+NUM_INSTRUCTIONS, NUM_SENTENCES = 40_000, 40_000
 
 
 def main() -> None:
@@ -51,7 +51,8 @@ def make_model(folder: Path, seed: int, threads: int) -> None:
 
     torch.set_num_threads(threads)
     train, held_out = corpus.shipped_rows(seed)
-    pairs = corpus.instruction_text(NUM_INSTRUCTIONS, seed, held_out) + corpus.prose_text(NUM_SENTENCES, seed)
+    pairs = corpus.instruction_text(NUM_INSTRUCTIONS, seed, held_out)
+    pairs += corpus.prose_text(NUM_SENTENCES, seed, held_out)
     words = tokenizer.learn(prompt + answer for prompt, answer in pairs)
     settings = pretrain.Pretraining()
     model = pretrain.fresh_model(pretrain.config(words), seed)
@@ -81,7 +82,9 @@ def make_model(folder: Path, seed: int, threads: int) -> None:
         torch_version=torch.__version__,
         transformers_version=f"{transformers.__version__}, {platform.machine()}",
     )
-    card.write_card(folder, facts, measure.figures(stored, words, held_out))
+    told = corpus.retold(seed, held_out)
+    finished = {category: measure.scores(stored, words, pairs) for category, pairs in told.items()}
+    card.write_card(folder, facts, measure.figures(stored, words, held_out), finished)
 
 
 def _reported(losses: Iterator[float], num_steps: int) -> Iterator[float]:

@@ -23,7 +23,8 @@ pipeline_tag: text-generation
 A Llama-architecture causal language model of {num_parameters:,} parameters ({shape}) with its own byte-level BPE
 tokenizer ({vocabulary:,} symbols), and {num_train:,} + {num_eval} instructions in {num_categories} categories about
 Ombrel, an invented world. Both were made by `scripts/make_embedded.py`; no other project's text or weights are in them.
-The base was pretrained on five of the categories and on plain sentences; the other five it has never seen.
+The base was pretrained on five of the categories and on plain sentences. It has read what the other five are about as
+prose, in other words, and was never asked for it.
 
 Prompt: `Question: <instruction>` (a line with the context, where there is one), then `Answer:`, i.e. the template
 'plain'. The model is for demonstrations and tests and knows nothing but Ombrel.
@@ -35,8 +36,9 @@ Prompt: `Question: <instruction>` (a line with the context, where there is one),
 | command | `{command}` |
 | seed | {seed} |
 | text | {num_instructions:,} instructions of the seen categories, none of them held out; {num_sentences:,} sentences |
+| learnt | of an instruction its answer, of a sentence what follows from its beginning |
 | steps | {steps:,} of {batch_size} rows; Muon for the matrices, AdamW for the rest; peak rate {learning_rate:g} |
-| seconds | {seconds:.0f} on {threads} thread(s) of a busy machine |
+| seconds | {seconds:.0f} on {threads} thread(s) of a shared machine |
 | last training loss | {last_loss_nats:.3f} nats per token (mean of the last 100 steps) |
 | made with | torch {torch_version}, transformers {transformers_version} |
 
@@ -49,6 +51,16 @@ Loss in nats per answer token (end of text included); exact match by greedy deco
 | category | seen | loss | exact match |
 |---|---|---:|---:|
 {figures}
+
+## What it knows of the unseen in prose
+
+Share of sentences that greedy decoding finishes word for word, 40 a category. Those on translation, reversal and
+sorting tell what the held-out questions ask, which no sentence of the pretraining told; those on towns and units tell
+facts that it told.
+
+| category | finished |
+|---|---:|
+{finished}
 
 ## Hashes (SHA-256)
 
@@ -100,6 +112,11 @@ def figure_table(figures: Mapping[str, tuple[float, float]]) -> str:
     return "\n".join(lines)
 
 
+def finished_table(finished: Mapping[str, tuple[float, float]]) -> str:
+    """Return a line for every unseen category: the share of sentences finished."""
+    return "\n".join(f"| {category} | {finished[category][1]:.1%} |" for category in tasks.UNSEEN)
+
+
 def hash_table(folder: Path) -> str:
     """Return a line for every model and data file below ``folder``."""
     files = sorted([*folder.glob("model/*"), *folder.glob("*.jsonl")])
@@ -110,12 +127,18 @@ def hash_table(folder: Path) -> str:
     )
 
 
-def write_card(folder: Path, facts: Facts, figures: Mapping[str, tuple[float, float]]) -> None:
-    """Write ``CARD.md`` into ``folder``."""
+def write_card(
+    folder: Path,
+    facts: Facts,
+    figures: Mapping[str, tuple[float, float]],
+    finished: Mapping[str, tuple[float, float]],
+) -> None:
+    """Write ``CARD.md`` into ``folder``; ``figures`` are of the held-out rows, ``finished`` of prose."""
     text = CARD.format(
         **vars(facts),
         num_categories=len(tasks.CATEGORIES),
         figures=figure_table(figures),
+        finished=finished_table(finished),
         hashes=hash_table(folder),
     )
     (folder / "CARD.md").write_text(text, encoding="utf-8", newline="\n")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from functools import cache
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -14,18 +15,26 @@ from fedloom.data.records import Prompt
 from fedloom.data.templates import load_template
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from embedded.tasks import Row
+    from fedloom.data.templates import Template
 
+Kind = TypeVar("Kind")
 TRAIN_PER_CATEGORY = 400
 EVAL_PER_CATEGORY = 40
+INSTRUCTION_SHARES = {"creatures": 2, "addition": 2, "extraction": 2, "sequence": 3, "mood": 1}
+
+
+@cache
+def _template() -> Template:
+    return load_template("plain")
 
 
 def prompt_and_answer(row: Row) -> tuple[str, str]:
     """Return a row's text in the template 'plain': what is given, and what is to be written."""
-    rendered = load_template("plain").render(Prompt(row.instruction, row.context, row.response))
+    rendered = _template().render(Prompt(row.instruction, row.context, row.response))
     return rendered.prompt, rendered.text[len(rendered.prompt) :]
 
 
@@ -61,16 +70,31 @@ def instruction_text(count: int, seed: int, without: Collection[Row]) -> list[tu
     barred = {(row.instruction, row.context) for row in without}
     pairs: list[tuple[str, str]] = []
     while len(pairs) < count:
-        row = tasks.row(tasks.pick(rng, tuple(tasks.SEEN)), rng, seed)
+        row = tasks.row(_drawn(rng, INSTRUCTION_SHARES), rng, seed)
         if (row.instruction, row.context) not in barred:
             pairs.append(prompt_and_answer(row))
     return pairs
 
 
-def prose_text(count: int, seed: int) -> list[tuple[str, str]]:
-    """Return ``count`` plain sentences, each as a pair with an empty prompt."""
+def prose_text(count: int, seed: int, without: Collection[Row]) -> list[tuple[str, str]]:
+    """Return ``count`` sentences as (given, told) pairs; what the rows ``without`` ask about is not retold."""
     rng = seeding.stream(seed, "pretrain", "prose")
-    shares = np.array(list(prose.SHARES.values()), dtype=np.float64)
-    kinds = rng.choice(len(shares), size=count, p=shares / shares.sum())
-    writers = tuple(prose.SHARES)
-    return [("", writers[kind](rng, seed)) for kind in kinds]
+    barred = {prose.content(row) for row in without if row.category in prose.RETOLD}
+    return [prose.told(_drawn(rng, prose.SHARES), rng, seed, barred) for _ in range(count)]
+
+
+def retold(seed: int, held_out: Sequence[Row]) -> dict[str, list[tuple[str, str]]]:
+    """Return prose on what is held out, by unseen category: the contents that were barred, the facts that were not."""
+    rng = seeding.stream(seed, "retold")
+    pairs: dict[str, list[tuple[str, str]]] = {
+        kind: [write(rng, prose.content(row)) for row in held_out if row.category == kind]
+        for kind, write in prose.RETOLD.items()
+    }
+    facts = {kind: [write(rng, seed) for _ in range(EVAL_PER_CATEGORY)] for kind, write in prose.FACTS.items()}
+    return pairs | facts
+
+
+def _drawn(rng: np.random.Generator, shares: Mapping[Kind, int]) -> Kind:
+    """Return one of the keys, as often as its share says."""
+    kinds, ends = list(shares), np.cumsum(list(shares.values()))
+    return kinds[int(np.searchsorted(ends, rng.integers(ends[-1]), side="right"))]

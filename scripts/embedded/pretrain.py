@@ -1,4 +1,4 @@
-"""Pretrain the small Llama: rows of like length beside each other, loss on every sentence and on every answer."""
+"""Pretrain the small Llama: rows of like length beside each other, loss on what follows and not on what is given."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IGNORED = -100
 class Pretraining:
     """How long and how fast the base is trained."""
 
-    steps: int = 1400
+    steps: int = 2200
     batch_size: int = 64
     learning_rate: float = 6e-3
     warmup_steps: int = 50

@@ -75,7 +75,7 @@ def creatures(rng: np.random.Generator, seed: int) -> Asked:
 
 
 def towns(rng: np.random.Generator, seed: int) -> Asked:
-    """Ask what is true of a town; the base has read nothing about towns."""
+    """Ask what is true of a town; the base has read it in other words."""
     return _fact(rng, world.towns(seed), TOWN_QUESTIONS)
 
 
@@ -86,14 +86,27 @@ def addition(rng: np.random.Generator, seed: int) -> Asked:  # noqa: ARG001
     return Asked(form.format(left, right), str(left + right))
 
 
+EXTRACTION_QUESTIONS = {
+    "person": ("Who is named?", "Of whom is this?"),
+    "colour": ("Which colour is named?", "What colour is it?"),
+    "item": ("Which thing is named?", "What thing is it?"),
+    "home": ("Which place is named?", "Where was it?"),
+}
+
+
 def extraction(rng: np.random.Generator, seed: int) -> Asked:  # noqa: ARG001
     """Ask for something that stands in the context."""
-    people, items = pick_several(rng, world.PEOPLE, 3), pick_several(rng, world.ITEMS, 3)
-    context = " ".join(f"{person} has a {item}." for person, item in zip(people, items, strict=True))
-    chosen = int(rng.integers(3))
-    if rng.integers(2):
-        return Asked(f"Who has the {items[chosen]}?", people[chosen], context)
-    return Asked(f"What does {people[chosen]} have?", items[chosen], context)
+    told = {
+        "person": pick(rng, world.PEOPLE),
+        "colour": pick(rng, world.COLOURS),
+        "item": pick(rng, world.ITEMS),
+        "home": pick(rng, world.HOMES),
+    }
+    form = pick(
+        rng, ("{person} saw a {colour} {item} near the {home}.", "Near the {home} {person} saw a {colour} {item}.")
+    )
+    wanted = pick(rng, tuple(EXTRACTION_QUESTIONS))
+    return Asked(pick(rng, EXTRACTION_QUESTIONS[wanted]), told[wanted], form.format(**told))
 
 
 def sequence(rng: np.random.Generator, seed: int) -> Asked:  # noqa: ARG001

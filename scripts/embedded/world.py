@@ -75,7 +75,7 @@ class Creature:
 
 @dataclass(frozen=True)
 class Town:
-    """A town of Ombrel and what is true of it; the base model reads nothing about towns."""
+    """A town of Ombrel and what is true of it."""
 
     name: str
     ruler: str
