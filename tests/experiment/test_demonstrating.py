@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from fedloom import config, embedded
 from fedloom.config import Settings
 from fedloom.experiment.demonstrating import (
     METHODS,
@@ -50,6 +51,15 @@ def test_a_mean_over_models_is_told_and_not_judged() -> None:
     assert "a client alone 4.00 and 20 % on average, all rows in one place 1.50 and 50 %" in said
 
 
+def test_split_training_is_judged_apart_from_the_federated_methods() -> None:
+    said = read_table({"base": POOR, "flora": Outcome(2.0, 0.5, 0.45, 0.55, 400), "splitlora": GOOD}, 3)
+    assert said.startswith("After 3 rounds flora has a held-out loss of 2.00")
+    assert (
+        "; splitlora, cut between clients and server and with activations among its bytes, has 1.50 and 50 % "
+        "(within noise); " in said
+    )
+
+
 def test_examples_are_learned_answers_of_different_categories() -> None:
     rows = [asked("town", "a"), asked("town", "b"), asked("unit", "c"), asked("word", "d")]
     chosen = choose_examples(rows, ["x", "x", "x", "d"], ["a", "b", "c", "d"])
@@ -68,6 +78,20 @@ def test_the_shipped_recipe_is_offline_and_scores_exact_matches() -> None:
     assert (settings.model.base, settings.data.path, settings.data.eval_path) == ("embedded",) * 3
     assert settings.evaluation.suites == ("exact-match",)
     assert len(set(settings.client_ranks)) > 1
+
+
+def test_the_shipped_recipe_cuts_the_base_in_the_middle_and_gives_split_training_the_others_budget() -> None:
+    split = config.with_method(demo_settings(), "splitlora").split
+    mean_rank = config.with_method(demo_settings(), "fedit").method.ranks
+    blocks = json.loads((embedded.model_path() / "config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
+    assert split.cut_layer == blocks / 2
+    assert split.client_rank == split.server_rank == mean_rank
+    assert split.aggregate_every == demo_settings().training.local_steps
+
+
+def test_every_run_of_the_shipped_recipe_is_valid() -> None:
+    for method in METHODS:
+        config.check(config.with_method(demo_settings(), method))
 
 
 def test_a_demonstration_runs_every_method_and_the_same_command_only_shows_it_again(

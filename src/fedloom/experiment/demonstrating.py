@@ -25,8 +25,10 @@ from fedloom.reporting.tables import Comparison, Metric
 from fedloom.reporting.tables import compare as tabulate
 
 RECIPE = "demo"
-METHODS = ("base", "fedit", "zero-padding", "flora", "centralised", "standalone")
+METHODS = ("base", "fedit", "zero-padding", "flora", "splitlora", "centralised", "standalone")
 FEDERATED = ("fedit", "zero-padding", "flora")
+SPLIT = "splitlora"
+"""Told apart from the federated: its server trains too, so neither ranks nor bytes compare one to one."""
 SHOWN = "flora"
 """The method whose answers are shown beside the base's."""
 NUM_EXAMPLES = 2
@@ -155,10 +157,19 @@ def read_table(outcomes: Mapping[str, Outcome], num_rounds: int) -> str:
         f"{_percent(base)} ({_verdict(first, base)})"
     ]
     parts += [f"{name} has {_both(outcomes[name])} ({_verdict(first, outcomes[name])})" for name in others]
+    parts += [_split_part(first, outcomes[SPLIT])] if SPLIT in outcomes else []
     controls = {"standalone": "a client alone {} on average", "centralised": "all rows in one place {}"}
     found = [text.format(_both(outcomes[name])) for name, text in controls.items() if name in outcomes]
     parts += [", ".join(found)] if found else []
     return "; ".join([*parts, "all of one seed, so another may order the methods otherwise."])
+
+
+def _split_part(first: Outcome, split: Outcome) -> str:
+    """Say what split training reached, which aggregates the lower half only and sends something else."""
+    return (
+        f"{SPLIT}, cut between clients and server and with activations among its bytes, has {_both(split)} "
+        f"({_verdict(first, split)})"
+    )
 
 
 def find_examples(settings: Settings, folder: Path) -> list[Example]:
