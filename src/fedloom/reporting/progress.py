@@ -188,7 +188,7 @@ def figures(record: Mapping[str, Any]) -> str:
     parts = [
         _number("train loss", record.get("train_loss_nats")),
         _number("held-out loss", evaluation.get("loss_nats")),
-        f"{len(clients) - left_out} clients" + (f" ({left_out} left out)" if left_out else "") if clients else "",
+        _counted(len(clients) - left_out) + (f" ({left_out} left out)" if left_out else "") if clients else "",
         written_bytes(sent) if sent else "",
         f"{sum((record.get('seconds') or {}).values()):.1f} s",
     ]
@@ -200,6 +200,10 @@ def clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _counted(num_clients: int) -> str:
+    return "1 client" if num_clients == 1 else f"{num_clients} clients"
 
 
 def _number(name: str, value: float | None) -> str:
