@@ -73,12 +73,14 @@ def command_sections(command: Any, path: str) -> Iterator[str]:
     """Yield the section of a command and of those below it."""
     arguments = [parameter for parameter in command.params if parameter.param_type_name == "argument"]
     below = getattr(command, "commands", {})
-    usage = " ".join([path, *(argument.metavar for argument in arguments), "COMMAND" if below else "", "[OPTIONS]"])
+    wanted = "[COMMAND]" if getattr(command, "invoke_without_command", False) else "COMMAND"
+    usage = " ".join([path, *(argument.metavar for argument in arguments), wanted if below else "", "[OPTIONS]"])
     yield f"## {path}\n\n{command.help}\n\n```\n{' '.join(usage.split())}\n```\n"
-    yield "| argument or option | meaning |\n|---|---|"
-    for parameter in command.params:
-        yield f"| {cell(spelling(parameter))} | {cell(parameter.help or '')}{default_words(parameter)} |"
-    yield ""
+    if command.params:
+        yield "| argument or option | meaning |\n|---|---|"
+        for parameter in command.params:
+            yield f"| {cell(spelling(parameter))} | {cell(parameter.help or '')}{default_words(parameter)} |"
+        yield ""
     for name, child in below.items():
         yield from command_sections(child, f"{path} {name}")
 
@@ -88,12 +90,15 @@ def spelling(parameter: Any) -> str:
     if parameter.param_type_name == "argument":
         return f"`{parameter.metavar}`"
     value = "" if parameter.is_flag else f" {parameter.metavar}"
-    return f"`{', '.join(parameter.opts)}{value}`"
+    return f"`{' / '.join([*parameter.opts, *parameter.secondary_opts])}{value}`"
 
 
 def default_words(parameter: Any) -> str:
     """Return the default of an option that has one to show."""
-    return f" Default: `{parameter.default}`." if isinstance(parameter.default, str) else ""
+    if parameter.param_type_name == "option" and parameter.required:
+        return " Required."
+    shown_kind = isinstance(parameter.default, str | int | float | Path) and not isinstance(parameter.default, bool)
+    return f" Default: `{parameter.default}`." if shown_kind and parameter.default != "" else ""
 
 
 def main(arguments: list[str]) -> int:

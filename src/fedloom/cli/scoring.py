@@ -36,19 +36,19 @@ def score_e2e(
 
 def judge(
     result: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a PEFT adapter.", show_default=False)],
+    endpoint: Annotated[
+        str,
+        typer.Option("--endpoint", metavar="URL", help="A server with OpenAI's chat protocol, e.g. https://host/v1."),
+    ],
+    judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The model asked there.")],
+    questions: Annotated[
+        Path,
+        typer.Option("--questions", metavar="FILE", help="JSON lines with question_id, turns (or text), category."),
+    ],
     against: Annotated[
         str, typer.Option("--against", metavar="RUN_OR_BASE", help="Another result, or `base`.")
     ] = "base",
     protocol: Annotated[str, typer.Option("--protocol", metavar="NAME", help="`fedit` or `mt-bench`.")] = "fedit",
-    endpoint: Annotated[
-        str,
-        typer.Option("--endpoint", metavar="URL", help="A server with OpenAI's chat protocol, e.g. https://host/v1."),
-    ] = "",
-    judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The model asked there.")] = "",
-    questions: Annotated[
-        Path | None,
-        typer.Option("--questions", metavar="FILE", help="JSON lines with question_id, turns (or text), category."),
-    ] = None,
     references: Annotated[
         Path | None,
         typer.Option("--references", metavar="FILE", help="Reference answers, for MT-bench's math, reasoning, coding."),
@@ -68,17 +68,16 @@ def judge(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Let a judge compare a result's answers with another's, or with the base's; the key comes from the environment."""
-    for option, value in (("--endpoint", endpoint), ("--judge", judge_model), ("--questions", questions)):
-        if not value:
-            raise SettingsError(f"{option}: expected a value, got none; see fedloom judge --help")
+    """Let a judge compare a result's answers with another's, or with the base's.
+
+    The key is FEDLOOM_JUDGE_KEY of the environment, else OPENAI_API_KEY; a server on this machine may need none.
+    """
     from fedloom.evaluation.endpoint import Endpoint
     from fedloom.experiment import judging, results
     from fedloom.experiment.measuring import BASE
 
     if protocol not in list(judging.Protocol):
         raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}")
-    assert questions is not None
     bench = judging.Bench(questions, references, prompts, max_new_tokens, limit)
     folder = out or default_folder(result)
     opened = results.open_result(result, base=base, client=client)
@@ -96,7 +95,7 @@ def judge(
         bench,
         first,
         second,
-        cache=folder / "verdicts.jsonl",
+        cache=folder / "verdicts.sqlite",
         on_estimate=say_estimate,
         on_verdict=lambda done, total: say(f"verdict {done} of {total}"),
     )

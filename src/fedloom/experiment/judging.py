@@ -120,17 +120,18 @@ def answers_of(
     model = opened.use(None if name == BASE else name)
     settings = DecodingSettings(1, GREEDY.length_penalty, GREEDY.no_repeat_ngram_size, bench.max_new_tokens)
     identity = model_identity(opened, name)
+    kept = f"{identity[:12]}-tokens{bench.max_new_tokens}.jsonl"
     answers = answer_turns(
         model,
         tokenizer,
         bench.read_questions(),
         render,
         settings,
-        file=folder / f"decoded-{identity[:12]}.jsonl",
+        file=folder / f"decoded-{kept}",
         model_id=identity,
         on_progress=told,
     )
-    write_answers(folder / f"answers-{identity[:12]}.jsonl", answers, name)
+    write_answers(folder / f"answers-{kept}", answers, name)
     return answers
 
 
