@@ -254,6 +254,8 @@ def test_a_judge_compares_a_run_with_its_base_in_both_orders_and_is_asked_once(
     assert 1 <= verdicts["usage"]["num_calls"] <= 2  # type: ignore[index]
     again = printed(capsys, *arguments, "--max-new-tokens", "4")
     assert again["verdicts"]["usage"]["num_calls"] == 0  # type: ignore[index]
+    longer = printed(capsys, *arguments, "--max-new-tokens", "6")
+    assert longer["verdicts"]["num_missing"] == 0  # type: ignore[index]
 
 
 def test_a_judge_without_its_options_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
