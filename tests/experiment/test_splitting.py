@@ -60,3 +60,11 @@ def test_described_cuts_are_every_cut_of_the_base(settings_for: Make) -> None:
     assert [cut["cut_layer"] for cut in cuts["cuts"]] == [1]
     assert cuts["cuts"][0]["upload_bytes_per_step"] > 0
     assert set(cuts["simulated_seconds"]) == {"splitlora", "fedit", "centralised"}
+
+
+def test_the_described_bytes_of_a_whole_split_run_are_near_those_that_cross(settings_for: Make, tmp_path: Path) -> None:
+    settings = settings_for(**SPLIT)
+    cuts, summary = describe(settings).as_dict()["cuts"], run(settings, tmp_path)
+    # The estimate leaves out headers, a sixth of these small messages.
+    assert 0.75 * summary.upload_bytes < cuts["upload_bytes"] < summary.upload_bytes
+    assert 0.75 * summary.download_bytes < cuts["download_bytes"] < summary.download_bytes

@@ -31,6 +31,7 @@ from fedloom.federation.cost_model import (
     suggest_cut,
 )
 from fedloom.federation.split_plan import SplitPlan
+from fedloom.reporting.tables import written_bytes
 from fedloom.seeding import stream
 
 SAMPLED_ROWS = 300
@@ -39,18 +40,26 @@ GIB, MEGABIT = 2**30, 125_000
 
 @dataclass(frozen=True)
 class CutTable:
-    """Estimates of every cut for the slowest client, the suggested one, and simulated seconds by method."""
+    """Estimates of every cut for the slowest client, the suggested one, and of the recipe's own cuts over the whole run.
+
+    ``upload_bytes`` and ``download_bytes`` are of all clients, activations and adapters; a frozen half that keeps what
+    it sent needs less. ``seconds`` are simulated, by method.
+    """
 
     work: Work
     estimates: tuple[CutEstimate, ...]
     suggested: int | None
+    upload_bytes: int
+    download_bytes: int
     seconds: Mapping[str, float]
 
-    def as_list(self) -> list[dict[str, Any]]:
+    def as_dict(self) -> dict[str, Any]:
         """Return the estimates as plain values."""
-        return [
+        cuts = [
             {**asdict(e), "stages": dict(e.stages), "suggested": e.cut_layer == self.suggested} for e in self.estimates
         ]
+        totals = {"upload_bytes": self.upload_bytes, "download_bytes": self.download_bytes}
+        return {"cuts": cuts, **totals, "simulated_seconds": dict(self.seconds)}
 
     def lines(self) -> list[str]:
         """Return the table for people."""
@@ -69,7 +78,9 @@ class CutTable:
                 f"{e.download_bytes_per_step / 1e3:>7.0f} kB {e.aggregation_bytes / 1e3:>9.0f} kB "
                 f"{e.step_seconds:>8.4f}{mark}"
             )
-        return [*lines, *(f"whole run, {name}: about {s:,.1f} s" for name, s in self.seconds.items())]
+        up, down = map(written_bytes, (self.upload_bytes, self.download_bytes))
+        lines.append(f"the whole run: about {up} up and {down} down, over all clients")
+        return [*lines, *(f"the whole run, {name}: about {s:,.1f} s" for name, s in self.seconds.items())]
 
 
 def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> CutTable:
@@ -97,7 +108,16 @@ def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[i
         suggested: int | None = suggest_cut(estimates).cut_layer
     except CutError:
         suggested = None
-    return CutTable(work, estimates, suggested, simulated_seconds(settings, shape, plan, work, devices))
+    own = own_estimates(settings, shape, plan, work, devices)
+    adapters = sum(e.aggregation_bytes for e in own) // 2 * (plan.num_steps // plan.aggregate_every)
+    return CutTable(
+        work,
+        estimates,
+        suggested,
+        upload_bytes=sum(e.upload_bytes_per_step for e in own) * plan.num_steps + adapters,
+        download_bytes=sum(e.download_bytes_per_step for e in own) * plan.num_steps + adapters,
+        seconds=simulated_seconds(settings, shape, plan, work, devices, own),
+    )
 
 
 def at_cut(plan: SplitPlan, cut_layer: int) -> SplitPlan:
@@ -105,16 +125,26 @@ def at_cut(plan: SplitPlan, cut_layer: int) -> SplitPlan:
     return replace(plan, cut_layers=(cut_layer,) * plan.num_clients)
 
 
-def simulated_seconds(
+def own_estimates(
     settings: Settings, shape: ModelShape, plan: SplitPlan, work: Work, devices: Sequence[Device]
+) -> list[CutEstimate]:
+    """Return every client's estimate at the cut that the recipe gives it."""
+    flops, num_clients = settings.devices.server_flops, plan.num_clients
+    return [estimate_cut(shape, plan, k, work, devices[k], flops, num_clients) for k in range(num_clients)]
+
+
+def simulated_seconds(
+    settings: Settings,
+    shape: ModelShape,
+    plan: SplitPlan,
+    work: Work,
+    devices: Sequence[Device],
+    own: Sequence[CutEstimate],
 ) -> dict[str, float]:
     """Return the simulated seconds of the recipe's budget by method, as in the paper's latency figure."""
-    flops, clients = settings.devices.server_flops, range(plan.num_clients)
-    rounds = settings.federation.num_rounds
-    estimates = [estimate_cut(shape, plan, k, work, devices[k], flops, plan.num_clients) for k in clients]
-    steps, works = plan.num_steps, [work] * plan.num_clients
+    rounds, steps, works = settings.federation.num_rounds, plan.num_steps, [work] * plan.num_clients
     return {
-        "splitlora": split_seconds(estimates, steps, plan.aggregate_every),
+        "splitlora": split_seconds(own, steps, plan.aggregate_every),
         "fedit": federated_seconds(shape, plan.ranks, works, devices, steps // rounds, rounds),
         "centralised": centralised_seconds(shape, plan.server_rank, works, devices[0].flops, steps),
     }

@@ -54,20 +54,18 @@ class Description:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
-        cuts = (
-            None if self.cuts is None else {"cuts": self.cuts.as_list(), "simulated_seconds": dict(self.cuts.seconds)}
-        )
-        return {**self.__dict__, "cuts": cuts}
+        return {**self.__dict__, "cuts": None if self.cuts is None else self.cuts.as_dict()}
 
     def lines(self) -> list[str]:
         """Return the description for people."""
         share = 100 * max(self.num_trained_parameters) / self.num_base_parameters
         kinds = sorted({name.rpartition(".")[2] for name in self.target_modules})
+        where = "a client" if self.cuts is None else "on a client's and the server's side of the cut together"
         lines = [
             f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
             f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
-            f"trained: at most {max(self.num_trained_parameters):,} parameters a client ({share:.2f} % of the base)",
+            f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
             "",
             f"{'client':>6}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}  {'later down':>12}",
         ]
@@ -75,7 +73,7 @@ class Description:
         for k, trained in enumerate(self.num_trained_parameters):
             rank = ranks if isinstance(ranks, int) else ranks[k]
             sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
-            up, first, down = map(written_bytes, sizes)
+            up, first, down = (written_bytes(size) if size else "–" for size in sizes)
             lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
