@@ -40,7 +40,7 @@ GIB, MEGABIT = 2**30, 125_000
 
 @dataclass(frozen=True)
 class CutTable:
-    """Estimates of every cut for the slowest client, the suggested one, and of the recipe's own cuts over the whole run.
+    """Estimates of every cut for the slowest client, the suggested one, and the whole run at the cuts of the recipe.
 
     ``upload_bytes`` and ``download_bytes`` are of all clients, activations and adapters; a frozen half that keeps what
     it sent needs less. ``seconds`` are simulated, by method.
