@@ -88,11 +88,11 @@ class Measured:
         lines = [
             f"{self.held_out.source}: {first.num_rows:,} rows, {first.num_loss_tokens:,} tokens to predict, "
             f"{first.num_bytes:,} bytes, {first.num_words:,} words",
-            f"{'':<12} {'nats per token':>26} {'per byte':>26} {'per word':>26} {'perplexity':>11}",
+            f"{'':<12} {'nats per token':>28} {'per byte':>28} {'per word':>28} {'perplexity':>11}",
         ]
         for name, score in self.scores.items():
             per = (score.nats_per_token, score.nats_per_byte, score.nats_per_word)
-            figures = " ".join(f"{f'{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]':>26}" for e in per)
+            figures = " ".join(f"{f'{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]':>28}" for e in per)
             lines.append(f"{name:<12} {figures} {score.per_token:>11.3f}")
         if len(self.scores) > 2:
             lines.append(f"mean over {len(self.scores) - 1} clients: {self.mean_nats:.4f} nats per token")
