@@ -28,7 +28,8 @@ A recipe is a TOML file with the tables below; `--set table.setting=value` overr
 override. The value is read as TOML (`3e-4`, `true`, `[8, 4, 4]`) and as bare text when it is none
 (`--set method.name=flora`); nothing after `=` means the default. A list per client has one entry for each client, by
 number. Paths are relative to the folder the command runs in. Unknown names are refused, and so is a setting that would
-be ignored.
+be ignored. Where `--set method.name=...` names another method than the recipe, what only the recipe's method can use is
+set aside, and a list of ranks becomes its mean for a method of one rank, as in `fedloom compare`.
 """
 COMMANDS_INTRODUCTION = """\
 # Commands

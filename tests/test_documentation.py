@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,7 @@ FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 SHELLS = ("console", "bash", "sh")
 TRAINING = ("run", "compare")
+OFFLINE = (["recipes"], *([name, "demo"] for name in ("doctor", "validate", "describe", "run", "compare")))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
@@ -128,6 +130,8 @@ def test_every_recipe_and_override_of_a_command_is_valid(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "e2e-dataset").mkdir()
+    (tmp_path / "e2e-dataset/trainset.csv").write_text("mr,ref\n", encoding="utf-8")
     for position, recipe in enumerate(blocks(DOCS / "quickstart.md", "toml")):
         (tmp_path / "mine.toml").write_text(recipe, encoding="utf-8")
         assert position == 0
@@ -142,15 +146,27 @@ def test_the_pages_of_methods_name_their_recipes() -> None:
     assert named <= set(recipes.names())
 
 
-@pytest.mark.slow
-def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
+def run_page(page: Path, folder: Path, leave_out: Callable[[list[str]], bool]) -> None:
+    """Run a page's commands and then its programs, as a reader would, in one folder."""
     if not embedded.model_path().is_dir():
         pytest.skip("the embedded model is absent")
+    for words in commands(page):
+        if not leave_out(words):
+            subprocess.run([sys.executable, "-m", "fedloom.cli", *words], cwd=folder, check=True, timeout=600)
+    for program in blocks(page, "python"):
+        subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=600)
+
+
+@pytest.mark.slow
+def test_the_quickstart_runs_as_written(tmp_path: Path) -> None:
     page = DOCS / "quickstart.md"
     (tmp_path / "mine.toml").write_text(blocks(page, "toml")[0], encoding="utf-8")
-    for words in commands(page):
-        if words[0] != "compare":
-            subprocess.run([sys.executable, "-m", "fedloom.cli", *words], cwd=tmp_path, check=True, timeout=600)
-    for program in blocks(page, "python"):
-        subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True, timeout=600)
+    run_page(page, tmp_path, leave_out=lambda words: words[0] == "compare")
     assert (tmp_path / "runs/first/adapter/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_readme_runs_as_written_but_for_what_needs_the_hub(tmp_path: Path) -> None:
+    run_page(ROOT / "README.md", tmp_path, leave_out=lambda words: words[:2] not in OFFLINE and "runs/x" not in words)
+    assert (tmp_path / "report.html").is_file()
+    assert (tmp_path / "woven/adapter_model.safetensors").is_file()

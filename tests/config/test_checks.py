@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from fedloom.config import Settings, with_method, with_seed
+from fedloom.config.algorithm import MethodName
 from fedloom.config.checks import problems
 from fedloom.config.schema import every_setting
 from fedloom.config.setting import choices, conditions
@@ -104,7 +107,7 @@ HETERO = Settings.model_validate(
 )
 
 
-@pytest.mark.parametrize("method", ["fedit", "zero-padding", "flora", "centralised", "standalone", "base"])
+@pytest.mark.parametrize("method", get_args(MethodName))
 def test_an_experiment_stays_valid_under_every_method(method: str) -> None:
     assert problems(with_method(HETERO, method)) == []  # type: ignore[arg-type]
 

@@ -43,6 +43,22 @@ def test_both_alternatives_in_one_place_are_refused(recipe: Path) -> None:
     assert "got local_steps = 3 and local_epochs = 2.0" in line
 
 
+def test_an_override_to_another_method_sets_aside_what_only_the_files_method_can_use(recipe: Path) -> None:
+    table = '[method]\nname = "flora"\nranks = [6, 2]\nbroadcast = "compressed"\n[federation]\nnum_clients = 2\n'
+    recipe.write_text(MINIMAL + table, encoding="utf-8")
+    settings = load(recipe, ["method.name=fedit"])
+    assert (settings.method.ranks, settings.method.broadcast) == (4, "stack")
+    assert load(recipe, ["method.name=flora"]).method.ranks == (6, 2)
+
+
+def test_an_override_that_the_method_named_beside_it_cannot_use_is_refused(recipe: Path) -> None:
+    recipe.write_text(MINIMAL + '[method]\nname = "flora"\n[federation]\nnum_clients = 2\n', encoding="utf-8")
+    (line,) = problems(recipe, "method.name=fedit", "method.broadcast=compressed")
+    assert line.startswith("method.broadcast: expected method.broadcast only with method.name = flora")
+    (line,) = problems(recipe, "method.name=fedit", "method.ranks=[6, 2]")
+    assert line.startswith("method.ranks: expected one rank for all clients")
+
+
 def test_neither_alternative_is_refused(recipe: Path) -> None:
     (line,) = problems(recipe, "training.local_steps=")
     assert line.startswith("training.local_steps: expected exactly one of")

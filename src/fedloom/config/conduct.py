@@ -49,7 +49,11 @@ class Run(Table):
     """The run itself."""
 
     seed: Natural = setting(1, "Seed of every random stream.")
-    keep_updates: bool = setting(False, "Keep every client's upload as a PEFT folder.")
+    keep_updates: bool = setting(
+        False,
+        "Keep every client's upload as a PEFT folder.",
+        when={"method.name": ("fedit", "zero-padding", "flora", "centralised", "standalone")},
+    )
     keep_states: bool = setting(False, "Keep the server's state of every round, not only of the last.")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = setting(
         (), "Trackers besides TensorBoard, which is always written."

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from fedloom.config import checks, files
 from fedloom.config.problems import Problem, refuse, schema_problems
 from fedloom.config.schema import Settings
+from fedloom.config.variants import with_method
 from fedloom.errors import SettingsError
 
 Document = dict[str, Any]
@@ -72,18 +73,27 @@ def resolve(
     """Turn a parsed document and overrides into settings.
 
     Settings that fail the schema are reported, replaced by their defaults, and everything that does not depend on them
-    is checked all the same.
+    is checked all the same. An override that names another method than the document sets aside what of the document
+    only the document's method can use, as a comparison does (:func:`fedloom.config.variants.with_method`); what other
+    overrides name is kept and checked.
 
     Raises:
         SettingsError: a line per problem.
     """
     merged, origins = merge(document, source, overrides)
     settings, found = _validated(merged)
+    if _names_another_method(document, overrides):
+        settings = with_method(settings, settings.method.name, keep=_parse_overrides(overrides))
     suspect = {problem.setting for problem in found}
     later = [problem for check in also for problem in check(settings)]
     found += [problem for problem in later if suspect.isdisjoint((problem.setting, *problem.about))]
     refuse(found, origins)
     return settings
+
+
+def _names_another_method(document: Mapping[str, Any], overrides: Sequence[str]) -> bool:
+    there, named = document.get("method"), _parse_overrides(overrides).get("method.name")
+    return named is not None and isinstance(there, Mapping) and named != there.get("name", named)
 
 
 def check(settings: Settings, *, also: Sequence[Check] = EVERY_CHECK) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from fedloom.config.algorithm import MethodName
@@ -16,29 +17,36 @@ def with_seed(settings: Settings, seed: int) -> Settings:
     return _replaced(settings, "run.seed", seed)
 
 
-def with_method(settings: Settings, method: MethodName) -> Settings:
+def with_method(settings: Settings, method: MethodName, *, keep: Collection[str] = ()) -> Settings:
     """Return the experiment with another method; everything else stays, except what that method cannot use.
 
-    Methods that know one rank (FedIT, centralised) get the mean of the list, so that a client trains and sends as much
-    on average as with the list; alphas likewise. Settings that act only with the former method go back to their
-    defaults, and weights by norm to weights by rows.
+    Methods that know one rank (FedIT, centralised, a cut whose halves are aggregated by FedIT) get the mean of the
+    list, so that a client trains and sends as much on average as with the list; alphas likewise. Settings that act only
+    with the former method go back to their defaults, and weights by norm to weights by rows. Settings named in ``keep``
+    stay as they are, whether they fit or not.
     """
     changed = _replaced(settings, "method.name", method)
-    if method in ONE_RANK:
-        changed = _with_one_rank(changed)
-    if changed.method.weighting == "norm" and method != "zero-padding":
+    if _knows_one_rank(changed):
+        changed = _with_one_rank(changed, keep)
+    if changed.method.weighting == "norm" and method != "zero-padding" and "method.weighting" not in keep:
         changed = _replaced(changed, "method.weighting", "rows")
-    while names := [name for name, *_ in inapplicable(changed)]:
+    while names := [name for name, *_ in inapplicable(changed) if name not in keep]:
         for name in names:
             changed = _without(changed, name)
     return changed
 
 
-def _with_one_rank(settings: Settings) -> Settings:
+def _knows_one_rank(settings: Settings) -> bool:
+    split = settings.split
+    is_cut = settings.method.name == "splitlora" and split.aggregation == "fedit" and split.client_rank is None
+    return settings.method.name in ONE_RANK or is_cut
+
+
+def _with_one_rank(settings: Settings, keep: Collection[str]) -> Settings:
     ranks, alpha = settings.method.ranks, settings.method.alpha
-    if isinstance(ranks, tuple):
+    if isinstance(ranks, tuple) and "method.ranks" not in keep:
         settings = _replaced(settings, "method.ranks", max(1, round(sum(ranks) / len(ranks))))
-    if isinstance(alpha, tuple):
+    if isinstance(alpha, tuple) and "method.alpha" not in keep:
         settings = _replaced(settings, "method.alpha", sum(alpha) / len(alpha))
     return settings
 

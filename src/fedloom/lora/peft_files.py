@@ -26,7 +26,7 @@ CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
 def save_peft(
     adapter: Adapter,
-    folder: Path,
+    folder: str | Path,
     *,
     base_name: str,
     scale: float = 1.0,
@@ -61,18 +61,20 @@ def save_peft(
         base_model_name_or_path=base_name,
         inference_mode=True,
     )
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(_peft_tensors(pairs, scale), folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def load_peft(folder: Path) -> Adapter:
+def load_peft(folder: str | Path) -> Adapter:
     """Read a PEFT folder as effective pairs: each module's own scale is folded into ``b``.
 
     Raises:
         AdapterError: if a file is absent, truncated or not LoRA, or holds what a low-rank pair cannot express
             (DoRA, trained biases, whole modules, embeddings).
     """
+    folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
