@@ -24,39 +24,52 @@ from fedloom.experiment.exact_match import AskedRow
 from fedloom.reporting.progress import PlainProgress
 
 Make = Callable[..., Settings]
-GOOD, POOR = Outcome(1.5, 0.50, 0.45, 0.55, 400), Outcome(3.0, 0.30, 0.26, 0.35, 400)
+ROWS = [AskedRow(f"{number}?", "yes", {}) for number in range(400)]
+
+
+def outcome(loss_nats: float, num_right: int, start: int = 0) -> Outcome:
+    """Return the outcome of a model that answers ``num_right`` questions, beginning with question ``start``."""
+    outputs = ["yes" if start <= number < start + num_right else "no" for number in range(400)]
+    return Outcome.of(loss_nats, outputs, ROWS)
+
+
+GOOD, POOR = outcome(1.5, 200), outcome(3.0, 120)
 
 
 def asked(category: str, answer: str) -> AskedRow:
     return AskedRow(f"Question: which {category}?\nAnswer:", answer, {"category": category})
 
 
+def read(outcomes: dict[str, Outcome]) -> str:
+    return read_table(outcomes, 400, demo_settings())
+
+
 def test_the_sentence_names_the_federated_method_of_the_lowest_loss_and_judges_its_answers() -> None:
-    said = read_table({"base": POOR, "fedit": POOR, "flora": GOOD}, 3)
+    said = read({"base": POOR, "fedit": POOR, "flora": GOOD})
     assert said == (
-        "After 3 rounds flora has a held-out loss of 1.50 nats per token, the untouched base 3.00, and answers 50 % of "
-        "400 questions word for word, the base 30 % (more than noise); fedit has 3.00 and 30 % (more than noise); "
-        "all of one seed, so another may order the methods otherwise."
+        "After 6 rounds flora has a held-out loss of 1.50 nats per token, the untouched base 3.00, and answers 50 % of "
+        "400 questions word for word, the base 30 % (below flora by more than noise); fedit has 3.00 and 30 % "
+        "(below flora by more than noise); all of one seed, so another may order the methods otherwise."
     )
 
 
-def test_a_gap_that_the_intervals_cover_is_called_noise_whichever_way_it_goes() -> None:
-    slightly = Outcome(2.0, 0.53, 0.48, 0.58, 400)
-    said = read_table({"base": POOR, "flora": GOOD, "fedit": slightly}, 3)
-    assert "fedit has 2.00 and 53 % (within noise)" in said
+@pytest.mark.parametrize(("start", "verdict"), [(0, "above flora by more than noise"), (100, "within noise of flora")])
+def test_the_same_gap_is_noise_or_not_by_the_questions_it_is_made_of(start: int, verdict: str) -> None:
+    said = read({"base": POOR, "flora": GOOD, "fedit": outcome(2.0, 212, start)})
+    assert f"fedit has 2.00 and 53 % ({verdict})" in said
 
 
 def test_a_mean_over_models_is_told_and_not_judged() -> None:
-    said = read_table({"base": POOR, "flora": GOOD, "standalone": Outcome(4.0, 0.2), "centralised": GOOD}, 3)
+    said = read({"base": POOR, "flora": GOOD, "standalone": Outcome(4.0, 0.2), "centralised": GOOD})
     assert "a client alone 4.00 and 20 % on average, all rows in one place 1.50 and 50 %" in said
 
 
 def test_split_training_is_judged_apart_from_the_federated_methods() -> None:
-    said = read_table({"base": POOR, "flora": Outcome(2.0, 0.5, 0.45, 0.55, 400), "splitlora": GOOD}, 3)
-    assert said.startswith("After 3 rounds flora has a held-out loss of 2.00")
+    said = read({"base": POOR, "flora": outcome(2.0, 200), "splitlora": GOOD})
+    assert said.startswith("After 6 rounds flora has a held-out loss of 2.00")
     assert (
         "; splitlora, cut between clients and server and with activations among its bytes, has 1.50 and 50 % "
-        "(within noise); " in said
+        "(within noise of flora); " in said
     )
 
 

@@ -14,13 +14,14 @@ from fedloom.config import Settings
 from fedloom.data.records import Dialogue, Prompt, Turn
 from fedloom.data.sources import Rows
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.decoding import DecodingSettings
+from fedloom.evaluation.decoding import DecodingSettings, decode
+from fedloom.evaluation.exact_match import METRIC
 from fedloom.experiment.exact_match import (
-    METRIC,
     AskedRow,
-    answer_rows,
+    answer_settings,
     asked_rows,
     exact_match,
+    kept_outputs,
     last_answer,
     last_number,
 )
@@ -67,16 +68,16 @@ def test_a_limit_takes_rows_evenly_spaced(opened: tuple[LoRAModel, Any, Inputs])
 
 
 def test_decoding_ends_one_token_after_the_longest_answer(opened: tuple[LoRAModel, Any, Inputs]) -> None:
-    lora, tokenizer, _ = opened
+    _, tokenizer, _ = opened
     asked = [AskedRow("Question: x\nAnswer:", "four", {}), AskedRow("Question: y\nAnswer:", "a", {})]
-    assert answer_rows(lora, tokenizer, asked, 20).settings.max_new_tokens == 5
-    assert answer_rows(lora, tokenizer, asked, 2).settings.max_new_tokens == 2
+    assert answer_settings(tokenizer, asked, 20).max_new_tokens == 5
+    assert answer_settings(tokenizer, asked, 2).max_new_tokens == 2
 
 
 def test_the_share_has_its_interval_and_its_n(opened: tuple[LoRAModel, Any, Inputs]) -> None:
     lora, tokenizer, inputs = opened
     asked = asked_rows(inputs.rows, tokenizer, PLAIN)
-    outputs = answer_rows(lora, tokenizer, asked, 2).outputs
+    outputs = decode(lora, tokenizer, [one.prompt for one in asked], answer_settings(tokenizer, asked, 2)).outputs
     known = {one.row["instruction"]: output for one, output in zip(asked, outputs, strict=True)}
     own = [{**row, "response": known[row["instruction"]] if k % 2 else "no"} for k, row in enumerate(inputs.rows.rows)]
     answered = [row for row in own if row["response"].strip()]
@@ -93,12 +94,33 @@ def test_the_share_has_its_interval_and_its_n(opened: tuple[LoRAModel, Any, Inpu
     assert "items" not in scores.as_dict()
 
 
+def test_what_is_answered_is_kept_and_not_decoded_again(opened: tuple[LoRAModel, Any, Inputs], tmp_path: Path) -> None:
+    lora, tokenizer, inputs = opened
+    choice, stem = replace(PLAIN, limit=4), tmp_path / "exact-match-round1"
+    asked = asked_rows(inputs.rows, tokenizer, choice)
+    with pytest.raises(EvaluationError, match="expected the outputs of 4 rows, 4 are missing"):
+        kept_outputs(stem, tokenizer, asked, choice)
+    first = exact_match(lora, tokenizer, inputs.rows, choice, outputs=stem)
+    kept = kept_outputs(stem, tokenizer, asked, choice)
+    assert len(kept) == 4
+    (file,) = tmp_path.iterdir()
+    lines = file.read_text().splitlines()
+    rows = [json.loads(line) for line in lines[1:]]
+    changed = [
+        json.dumps({**row, "output": one.answer}) for row in rows for one in asked if one.prompt == row["prompt"]
+    ]
+    file.write_text("\n".join([lines[0], *changed]) + "\n")
+    again = exact_match(lora, tokenizer, inputs.rows, choice, outputs=stem)
+    assert first.estimates[METRIC].value < again.estimates[METRIC].value == 1.0
+
+
 def test_numbers_are_looked_for_in_as_many_tokens_as_the_choice_allows(
     opened: tuple[LoRAModel, Any, Inputs], tmp_path: Path
 ) -> None:
     lora, tokenizer, inputs = opened
-    rows, file = with_answers(inputs.rows, ["#### 1,000", "half of 4 is\n#### 2"]), tmp_path / "outputs.jsonl"
-    scores = last_number(lora, tokenizer, rows, PLAIN, outputs=file)
+    rows = with_answers(inputs.rows, ["#### 1,000", "half of 4 is\n#### 2"])
+    scores = last_number(lora, tokenizer, rows, PLAIN, outputs=tmp_path / "outputs")
+    file = tmp_path / "outputs-tokens20.jsonl"
     found = scores.as_dict()
     assert (scores.estimates[METRIC].n, found["max_new_tokens"]) == (2, 20)
     assert found["num_outputs_without_number"] == sum(

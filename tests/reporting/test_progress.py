@@ -43,13 +43,34 @@ def play(progress: Progress) -> None:
 
 def test_plain_lines_tell_figures_and_time_left() -> None:
     stream = io.StringIO()
-    clock = iter([0.0, 0.0, 65.0])
-    play(PlainProgress(stream, clock=clock.__next__))
+    now = [0.0]
+    progress = PlainProgress(stream, clock=lambda: now[0])
+    progress.run_started("flora", 4, 2)
+    now[0] = 65.0
+    progress.round_done(RECORD)
+    progress.note("done [1]")
     assert stream.getvalue().splitlines() == [
         "flora: 4 rounds, resuming after round 2",
         "round 3/4  train loss 2.5000  held-out loss 2.2500  1 client (1 left out)  1.5 kB  2.5 s  1:05 left",
         "done [1]",
     ]
+
+
+def test_plain_lines_tell_how_far_scoring_is_where_nothing_was_said_for_a_while() -> None:
+    stream, now = io.StringIO(), [0.0]
+    progress = PlainProgress(stream, clock=lambda: now[0])
+    for now[0] in (4.0, 11.0, 12.0, 30.0):
+        progress.scored("e2e", int(now[0]), 40, 61.0)
+    assert stream.getvalue().splitlines() == ["e2e: 11 of 40  1:01 left", "e2e: 30 of 40  1:01 left"]
+
+
+def test_the_live_view_shows_items_while_some_are_left() -> None:
+    progress = LiveProgress(Console(file=io.StringIO(), force_terminal=True))
+    items = progress._bars.tasks[3]
+    progress.scored("e2e of client 1", 16, 40, 9.0)
+    assert (items.completed, items.total, items.fields["detail"], items.visible) == (16, 40, "e2e of client 1", True)
+    progress.scored("e2e of client 1", 40, 40, 0.0)
+    assert not items.visible
 
 
 def test_the_live_view_leaves_a_line_per_round_and_no_bars_behind() -> None:

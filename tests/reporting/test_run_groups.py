@@ -44,6 +44,14 @@ def test_a_curve_is_the_mean_of_the_seeds_over_the_rounds_all_have(make_run: Mak
     assert (curve.low[2], curve.high[2]) == (min(first, second), max(first, second))
 
 
+def test_the_curve_of_a_finished_run_starts_at_its_base(make_run: MakeRun) -> None:
+    path = make_run("flora", num_rounds=2)
+    (path / "finished.json").write_text(json.dumps({"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 2.0}}))
+    (group,) = group_runs([path])
+    assert (loss_by_round(group).xs, loss_by_round(group).ys[0]) == ([0, 1, 2], 4.5)
+    assert (loss_by_bytes(group).xs, loss_by_bytes(group).ys[0]) == ([0, 22e6, 44e6], 4.5)
+
+
 def test_bytes_accumulate_both_ways(make_run: MakeRun) -> None:
     (group,) = group_runs([make_run("flora", num_rounds=2)])
     curve = loss_by_bytes(group)
@@ -116,6 +124,6 @@ def test_suites_give_their_scores_and_clients_and_intervals_no_columns(make_run:
 def test_a_run_without_rounds_has_the_loss_it_was_finished_with(make_run: MakeRun) -> None:
     path = make_run("base", num_rounds=0)
     (path / "metrics.jsonl").write_text("")
-    (path / "finished.json").write_text(json.dumps({"eval": {"loss_nats": 4.5}}))
+    (path / "finished.json").write_text(json.dumps({"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 4.5}}))
     (group,) = group_runs([path])
     assert (loss_by_round(group).xs, loss_by_round(group).ys) == ([0.0], [4.5])

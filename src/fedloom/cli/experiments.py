@@ -15,6 +15,7 @@ from fedloom.config import Settings
 from fedloom.config.algorithm import MethodName
 from fedloom.config.problems import nearest
 from fedloom.errors import SettingsError
+from fedloom.reporting.tables import counted
 
 METHODS: tuple[str, ...] = get_args(MethodName)
 RUNS = Path("runs")
@@ -61,7 +62,7 @@ def summary(settings: Settings) -> str:
     ranks = settings.method.ranks
     written = f"rank {ranks}" if isinstance(ranks, int) else f"ranks {', '.join(map(str, ranks))}"
     clients = f"{settings.cohort_size} of {settings.federation.num_clients} clients a round"
-    rounds = f"{settings.federation.num_rounds} rounds"
+    rounds = counted(settings.federation.num_rounds, "round")
     return (
         f"{settings.method.name}, {written}, {clients}, {rounds}, base {settings.model.base}, data {settings.data.path}"
     )

@@ -104,8 +104,10 @@ def judge(
 
 def default_folder(result: Path) -> Path:
     """Return where a judge's answers and verdicts are kept: in a run, or beside a PEFT folder."""
+    from fedloom.reporting.run_opening import EVALUATION
+
     is_run = (result / "manifest.json").exists()
-    return result / "evaluation" / "judge" if is_run else result.with_name(f"{result.name}-judge")
+    return result / EVALUATION / "judge" if is_run else result.with_name(f"{result.name}-judge")
 
 
 def say_decoding(name: str, done: int, total: int, seconds_left: float) -> None:

@@ -105,7 +105,9 @@ def load_rows(
     if place.is_file():
         return _read_files([place])
     if place.suffix.lower() in _READERS or not _HUB_NAME.fullmatch(str(path)):
-        raise DataError(f"{path}: expected a file, a folder or a hub name, found nothing there; check data.path")
+        raise DataError(
+            f"{path}: expected a file, a folder or a hub name, found nothing there; check the path and where it starts"
+        )
     return _read_hub(str(path), split, subset, revision)
 
 

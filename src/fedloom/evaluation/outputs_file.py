@@ -62,6 +62,12 @@ class OutputsFile:
             )
 
 
+def outputs_path(stem: Path, settings: Any) -> Path:
+    """Return ``stem`` with the beams and tokens of ``settings`` in its name: the file for outputs decoded so."""
+    beams = f"-beams{settings.num_beams}" if settings.num_beams > 1 else ""
+    return stem.with_name(f"{stem.name}{beams}-tokens{settings.max_new_tokens}.jsonl")
+
+
 def prompt_key(prompt: str) -> str:
     """Return the short hash a prompt goes by."""
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]

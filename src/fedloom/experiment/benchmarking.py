@@ -21,6 +21,7 @@ from fedloom.experiment.measuring import BASE, TEXT
 from fedloom.experiment.results import OpenedResult
 from fedloom.experiment.suites import OnProgress, SuiteChoice, SuiteScores, run_suite, suite_choice_of
 from fedloom.reporting.durable import plain
+from fedloom.reporting.run_opening import EVALUATION
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_NOTES = 5.0
@@ -157,16 +158,15 @@ def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
 def _suite(
     model: Any, opened: OpenedResult, name: str, suite: SuiteName, choice: SuiteChoice, rows: Rows | None, say: Say
 ) -> SuiteScores:
-    identity, decoding = model_identity(opened, name), choice.decoding
-    beams = f"-beams{decoding.num_beams}" if "beams" in APPLYING[suite] else ""
-    file = f"{suite}-{identity[:12]}{beams}-tokens{decoding.max_new_tokens}.jsonl"
+    identity = model_identity(opened, name)
+    outputs = opened.found.path / EVALUATION / f"{suite}-{identity[:12]}"
     return run_suite(
         suite,
         model,
         opened.base.tokenizer,
         choice,
         rows=rows,
-        outputs=None if opened.found.run is None else opened.found.path / "evaluation" / file,
+        outputs=None if opened.found.run is None else outputs,
         model_id=identity,
         on_progress=_told(say, name),
     )

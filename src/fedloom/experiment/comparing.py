@@ -60,13 +60,14 @@ def compare(
 
     Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds.
     """
-    out, progress, workshop = Path(out), progress or SilentProgress(), Workshop()
+    out, progress = Path(out), progress or SilentProgress()
+    workshop = Workshop(progress)
     runs: list[RunSummary] = []
     for seed in seeds:
         for method in methods:
             variant = with_seed(with_method(settings, method), seed)  # type: ignore[arg-type]
             folder = out / f"{method}-seed{seed}"
-            progress.note(f"run {len(runs) + 1} of {len(seeds) * len(methods)}")
+            progress.note(f"run {len(runs) + 1} of {len(seeds) * len(methods)}: {method}, seed {seed}")
             runs.append(run(variant, folder, fresh=fresh, progress=progress, workshop=workshop))
     reference = "fedit" if "fedit" in methods and len(methods) > 1 else None
     table = tabulate(_by_method(runs), (*METRICS[:2], *suite_metrics(runs), *METRICS[2:]), reference)

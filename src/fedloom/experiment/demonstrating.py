@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,20 @@ from rich.console import Console
 
 from fedloom import config, recipes
 from fedloom.config import Settings
+from fedloom.errors import EvaluationError
+from fedloom.evaluation.exact_match import METRIC, is_match, score_matches
+from fedloom.evaluation.intervals import ItemStatistics, paired_differences
 from fedloom.experiment.comparing import MethodsComparison, compare, suite_values
-from fedloom.experiment.exact_match import METRIC, SUITE, AskedRow, answer_rows, asked_rows, is_match
+from fedloom.experiment.evaluating import outputs_stem
+from fedloom.experiment.exact_match import SUITE, AskedRow, asked_rows, kept_outputs
 from fedloom.experiment.inputs import Workshop
-from fedloom.experiment.results import RESULT, OpenedResult, open_result
 from fedloom.experiment.running import RunSummary
-from fedloom.experiment.suites import SuiteChoice, suite_choice_of
+from fedloom.experiment.suites import suite_choice_of
 from fedloom.reporting import durable
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.report import write_report
-from fedloom.reporting.tables import Comparison, Metric
+from fedloom.reporting.run_opening import EVALUATION
+from fedloom.reporting.tables import Comparison, Metric, counted
 from fedloom.reporting.tables import compare as tabulate
 
 RECIPE = "demo"
@@ -44,13 +47,17 @@ METRICS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """A method's held-out loss and its share of questions answered, no bounds where it is a mean over models."""
+    """A method's held-out loss, and which questions it answers; where it is a mean over models, only their share."""
 
     loss_nats: float
-    value: float
-    low: float | None = None
-    high: float | None = None
-    n: int | None = None
+    share: float
+    items: ItemStatistics | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(cls, loss_nats: float, outputs: Sequence[str], asked: Sequence[AskedRow]) -> Outcome:
+        """Return the outcome of one model, from its outputs."""
+        found = score_matches(outputs, [one.answer for one in asked])
+        return cls(loss_nats, found.accuracy.value, found.items[METRIC])
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,10 @@ def demonstrate(
     progress.note(f"{len(METHODS)} runs: {', '.join(METHODS)}")
     comparison = compare(settings, METHODS, (seed,), out, fresh=fresh, progress=progress)
     table = tabulate({run.method: {seed: _figures(run)} for run in comparison.runs}, METRICS)
-    reading = read_table({run.method: _outcome(run) for run in comparison.runs}, settings.federation.num_rounds)
-    examples = find_examples(settings, out / f"{SHOWN}-seed{seed}")
+    asked, outputs = answers_of(settings, comparison.runs)
+    outcomes = {run.method: _outcome(run, asked, outputs) for run in comparison.runs}
+    reading = read_table(outcomes, len(asked), settings)
+    examples = choose_examples(asked, outputs["base"], outputs[SHOWN])
     report = out / REPORT
     write_report([out], report)
     shown = Demonstration(comparison, table, reading, tuple(examples), report)
@@ -140,55 +149,51 @@ def demonstrate(
     return shown
 
 
-def read_table(outcomes: Mapping[str, Outcome], num_rounds: int) -> str:
+def answers_of(settings: Settings, runs: Sequence[RunSummary]) -> tuple[list[AskedRow], dict[str, tuple[str, ...]]]:
+    """Return the held-out questions and, by method, what its model answers after the last round, as its run kept it."""
+    workshop, choice = Workshop(), suite_choice_of(settings)
+    base, _ = workshop.base(settings)
+    held_out = workshop.inputs(settings, base).held_out_rows
+    if held_out is None:
+        raise EvaluationError(
+            "expected held-out rows to ask, the recipe has none; set data.eval_path or data.eval_rows"
+        )
+    asked = asked_rows(held_out, base.tokenizer, choice)
+    single = [run for run in runs if "num_models" not in run.eval["suites"][SUITE]]
+    stems = {run.method: outputs_stem(run.folder / EVALUATION, SUITE, run.num_rounds) for run in single}
+    return asked, {name: kept_outputs(stem, base.tokenizer, asked, choice) for name, stem in stems.items()}
+
+
+def read_table(outcomes: Mapping[str, Outcome], num_questions: int, settings: Settings) -> str:
     """Say in a sentence what the table shows, and what it does not.
 
-    A gap between shares counts as more than noise when Newcombe's 95 % interval, from the two Wilson intervals,
-    excludes zero. Both methods answer the same questions, which makes that interval too wide rather than too narrow.
-
-    Source: Newcombe, "Interval estimation for the difference between independent proportions", 1998, method 10.
+    A gap between shares counts as more than noise when the 95 % interval of the paired bootstrap over the questions
+    excludes zero.
     """
+    num_rounds, seed = settings.federation.num_rounds, settings.run.seed
     federated = [name for name in FEDERATED if name in outcomes]
     best, *others = sorted(federated, key=lambda name: outcomes[name].loss_nats)
     first, base = outcomes[best], outcomes["base"]
     parts = [
-        f"After {num_rounds} rounds {best} has a held-out loss of {first.loss_nats:.2f} nats per token, the untouched "
-        f"base {base.loss_nats:.2f}, and answers {_percent(first)} of {first.n} questions word for word, the base "
-        f"{_percent(base)} ({_verdict(first, base)})"
+        f"After {counted(num_rounds, 'round')} {best} has a held-out loss of {first.loss_nats:.2f} nats per token, the "
+        f"untouched base {base.loss_nats:.2f}, and answers {_percent(first)} of {num_questions} questions word for "
+        f"word, the base {_percent(base)} ({_verdict(base, first, best, seed)})"
     ]
-    parts += [f"{name} has {_both(outcomes[name])} ({_verdict(first, outcomes[name])})" for name in others]
-    parts += [_split_part(first, outcomes[SPLIT])] if SPLIT in outcomes else []
+    parts += [f"{name} has {_both(outcomes[name])} ({_verdict(outcomes[name], first, best, seed)})" for name in others]
+    if split := outcomes.get(SPLIT):
+        told = f"{SPLIT}, cut between clients and server and with activations among its bytes, has {_both(split)}"
+        parts.append(f"{told} ({_verdict(split, first, best, seed)})")
     controls = {"standalone": "a client alone {} on average", "centralised": "all rows in one place {}"}
     found = [text.format(_both(outcomes[name])) for name, text in controls.items() if name in outcomes]
     parts += [", ".join(found)] if found else []
     return "; ".join([*parts, "all of one seed, so another may order the methods otherwise."])
 
 
-def _split_part(first: Outcome, split: Outcome) -> str:
-    """Say what split training reached, which aggregates the lower half only and sends something else."""
-    return (
-        f"{SPLIT}, cut between clients and server and with activations among its bytes, has {_both(split)} "
-        f"({_verdict(first, split)})"
-    )
-
-
-def find_examples(settings: Settings, folder: Path) -> list[Example]:
-    """Return held-out questions that the result in ``folder`` answers and the base does not, one a category at first.
-
-    Where there are too few such, questions that both get wrong fill up, and are shown as wrong.
-    """
-    opened = open_result(folder)
-    held_out = Workshop().inputs(settings, opened.base).held_out_rows
-    if held_out is None or not opened.adapters:
-        return []
-    choice = suite_choice_of(settings)
-    asked = asked_rows(held_out, opened.base.tokenizer, choice, settings.data.shape, settings.data.columns)
-    before, after = (_answers(opened, name, asked, choice) for name in (None, RESULT))
-    return choose_examples(asked, before, after)
-
-
 def choose_examples(asked: Sequence[AskedRow], before: Sequence[str], after: Sequence[str]) -> list[Example]:
-    """Choose the learned ones, of categories not shown yet before others, then what is still wrong."""
+    """Choose questions answered after and not before, of categories not shown yet before others.
+
+    Where there are too few, questions that are still wrong fill up, and are shown as wrong.
+    """
     rows = list(zip(asked, before, after, strict=True))
     missed = [(one, b, a) for one, b, a in rows if not is_match(b, one.answer)]
     learned = [entry for entry in missed if is_match(entry[2], entry[0].answer)]
@@ -208,11 +213,6 @@ def _question(one: AskedRow) -> str:
     return " / ".join(part for part in one.prompt.splitlines() if part)
 
 
-def _answers(opened: OpenedResult, name: str | None, asked: Sequence[AskedRow], choice: SuiteChoice) -> tuple[str, ...]:
-    model = opened.use(name)
-    return answer_rows(model, opened.base.tokenizer, asked, choice.decoding.max_new_tokens).outputs
-
-
 def _figures(run: RunSummary) -> dict[str, float | None]:
     return {
         "loss_nats": run.eval.get("loss_nats"),
@@ -223,22 +223,25 @@ def _figures(run: RunSummary) -> dict[str, float | None]:
     }
 
 
-def _outcome(run: RunSummary) -> Outcome:
-    found = run.eval["suites"][SUITE]["metrics"][METRIC]
-    return Outcome(run.eval["loss_nats"], found["value"], found.get("low"), found.get("high"), found.get("n"))
+def _outcome(run: RunSummary, asked: Sequence[AskedRow], outputs: Mapping[str, Sequence[str]]) -> Outcome:
+    if run.method in outputs:
+        return Outcome.of(run.eval["loss_nats"], outputs[run.method], asked)
+    return Outcome(run.eval["loss_nats"], suite_values(run)[f"{SUITE}.{METRIC}"])
 
 
 def _percent(outcome: Outcome) -> str:
-    return f"{100 * outcome.value:.0f} %"
+    return f"{100 * outcome.share:.0f} %"
 
 
 def _both(outcome: Outcome) -> str:
     return f"{outcome.loss_nats:.2f} and {_percent(outcome)}"
 
 
-def _verdict(first: Outcome, second: Outcome) -> str:
-    higher, lower = (first, second) if first.value >= second.value else (second, first)
-    if higher.low is None or lower.high is None:
+def _verdict(outcome: Outcome, best: Outcome, name: str, seed: int) -> str:
+    """Say where an outcome's share stands against that of the method ``name``."""
+    if outcome.items is None or best.items is None:
         return "not judged"
-    noise = math.hypot(higher.value - higher.low, lower.high - lower.value)
-    return "more than noise" if higher.value - lower.value > noise else "within noise"
+    found = paired_differences({METRIC: outcome.items}, {METRIC: best.items}, seed=seed)[METRIC]
+    if not found.exceeds_noise:
+        return f"within noise of {name}"
+    return f"{'above' if found.value > 0 else 'below'} {name} by more than noise"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from fedloom.experiment.suites import SuiteChoice, SuiteScores, run_suite
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.training.scoring import row_losses
+
+OnScored = Callable[[str, int, int, float], None]  # what, done, total, seconds left
 
 
 def held_out_loss(lora: LoRAModel, adapter: Adapter, rows: TokenSet, token_budget: int) -> dict[str, Any]:
@@ -64,19 +67,33 @@ def score_state(
     choice: SuiteChoice,
     rows: Rows | None,
     folder: Path,
+    on_scored: OnScored | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Score a state by every suite; what is decoded is kept in ``folder``, one file a suite, round and client."""
+    """Score a state by every suite; what is decoded is kept in ``folder``, one file a suite, round and client.
+
+    ``on_scored`` is told what is scored, items done, items in all and the seconds left.
+    """
     scores: dict[str, dict[str, Any]] = {}
-    owners: list[tuple[str, Adapter]] = [(f"-client{c}", own) for c, own in sorted(state.own.items())]
+    owners: list[tuple[int | None, Adapter]] = [(None, state.global_adapter())]
+    if state.own:
+        is_one = len(state.own) == 1
+        owners = [(None if is_one else client, own) for client, own in sorted(state.own.items())]
     for suite in suites:
         found = []
-        for name, adapter in owners or [("", state.global_adapter())]:
+        for client, adapter in owners:
             lora.set_side(adapter or None)
             lora.route_all(None)
-            outputs = folder / f"{suite}-round{state.round}{name}.jsonl"
-            found.append(run_suite(suite, lora, tokenizer, choice, rows=rows, outputs=outputs))
+            what = suite if client is None else f"{suite} of client {client}"
+            told = None if on_scored is None else partial(on_scored, what)
+            outputs = outputs_stem(folder, suite, state.round, client)
+            found.append(run_suite(suite, lora, tokenizer, choice, rows=rows, outputs=outputs, on_progress=told))
         scores[suite] = _mean_scores(found)
     return scores
+
+
+def outputs_stem(folder: Path, suite: SuiteName, round: int, client: int | None = None) -> Path:
+    """Return where outputs of a round, or of one client's own model after it, are kept; the end of the name is open."""
+    return folder / (f"{suite}-round{round}" + ("" if client is None else f"-client{client}"))
 
 
 def _mean_scores(found: Sequence[SuiteScores]) -> dict[str, Any]:

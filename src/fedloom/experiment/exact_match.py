@@ -7,19 +7,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from fedloom.config.conduct import SuiteName
 from fedloom.data.encoding import render, resolve_template
-from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape, read_records
+from fedloom.data.records import Dialogue, Prompt, Record, Records, read_records
 from fedloom.data.sources import Rows
 from fedloom.data.templates import Template
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.decoding import GREEDY, Decoded, OnProgress, decode
-from fedloom.evaluation.exact_match import METRIC as METRIC
-from fedloom.evaluation.exact_match import Part, has_part, score_matches
-from fedloom.evaluation.exact_match import is_match as is_match
+from fedloom.evaluation.decoding import GREEDY, Decoded, DecodingSettings, OnProgress, decode
+from fedloom.evaluation.exact_match import METRIC, Part, has_part, score_matches
+from fedloom.evaluation.outputs_file import OutputsFile, outputs_path
 from fedloom.experiment.suites import SuiteChoice, SuiteScores
 from fedloom.lora.layer import LoRAModel
 
-SUITE, NUMBER_SUITE = "exact-match", "last-number"
+SUITE: SuiteName = "exact-match"
+NUMBER_SUITE: SuiteName = "last-number"
 COMPARED = {
     Part.WHOLE: "runs of white space are one blank, outer ones are cut; case counts",
     Part.LAST_NUMBER: "the first number after ####, without that mark the last one; by value",
@@ -38,17 +39,28 @@ class AskedRow:
     where: str = ""
 
 
-def exact_match(model: LoRAModel, tokenizer: Any, rows: Rows, choice: SuiteChoice) -> SuiteScores:
+def exact_match(
+    model: LoRAModel,
+    tokenizer: Any,
+    rows: Rows,
+    choice: SuiteChoice,
+    *,
+    outputs: Path | None = None,
+    model_id: str = "",
+    on_progress: OnProgress | None = None,
+) -> SuiteScores:
     """Score what ``model`` is routed to: the share of rows whose greedy answer is the row's, with Wilson's interval.
 
     ``choice.limit`` rows at most, evenly spaced. Whatever beams the choice has, decoding is greedy, and it ends one
-    token after the longest of the expected answers, for what is longer matches none of them.
+    token after the longest of the expected answers, for what is longer matches none of them. What is decoded is kept
+    beside ``outputs`` and resumed.
 
     Raises:
         EvaluationError: no row has an answer, or a prompt leaves no room for one.
     """
-    asked = asked_rows(rows, tokenizer, choice, choice.shape, choice.columns)
-    decoded = answer_rows(model, tokenizer, asked, choice.decoding.max_new_tokens)
+    asked = asked_rows(rows, tokenizer, choice)
+    settings = answer_settings(tokenizer, asked, choice.decoding.max_new_tokens)
+    decoded = _decode(model, tokenizer, asked, settings, outputs, model_id, on_progress)
     return _scores(SUITE, Part.WHOLE, asked, decoded, rows, choice)
 
 
@@ -65,47 +77,32 @@ def last_number(
     """Score what ``model`` is routed to: the share of rows whose greedy answer ends on the row's number, as in GSM8K.
 
     The reasoning before the number may be of any length, so up to ``choice.decoding.max_new_tokens`` are decoded;
-    outputs cut off there, and outputs without a number, are counted. ``outputs`` keeps what is decoded and resumes.
+    outputs cut off there, and outputs without a number, are counted. What is decoded is kept beside ``outputs`` and
+    resumed.
 
     Raises:
         EvaluationError: an answer has no number, no row has an answer, or a prompt leaves no room for one.
     """
-    asked = asked_rows(rows, tokenizer, choice, choice.shape, choice.columns)
+    asked = asked_rows(rows, tokenizer, choice)
     for one in asked:
         if not has_part(one.answer, Part.LAST_NUMBER):
             raise EvaluationError(
                 f"{NUMBER_SUITE}: {one.where}: expected an answer that ends on a number, got {one.answer[-60:]!r}; "
                 f"remove the row, or score by {SUITE}"
             )
-    prompts = [one.prompt for one in asked]
     settings = replace(GREEDY, max_new_tokens=choice.decoding.max_new_tokens)
-    decoded = decode(
-        model,
-        tokenizer,
-        prompts,
-        settings,
-        batch_size=PROMPTS_AT_ONCE,
-        file=outputs,
-        model_id=model_id,
-        on_progress=on_progress,
-    )
+    decoded = _decode(model, tokenizer, asked, settings, outputs, model_id, on_progress)
     return _scores(NUMBER_SUITE, Part.LAST_NUMBER, asked, decoded, rows, choice)
 
 
-def asked_rows(
-    rows: Rows,
-    tokenizer: Any,
-    choice: SuiteChoice,
-    shape: Shape | str = Shape.AUTO,
-    columns: Mapping[str, str] | None = None,
-) -> list[AskedRow]:
+def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice) -> list[AskedRow]:
     """Return the rows that ``choice`` asks, worded as in training.
 
     Raises:
         EvaluationError: no row has an answer.
         DataError: the rows have no known shape, or there is no such template.
     """
-    records = read_records(rows, shape, columns)
+    records = read_records(rows, choice.shape, choice.columns)
     template = resolve_template(choice.template, records.shape, tokenizer)
     answered = _answered(records)
     if not answered:
@@ -115,11 +112,26 @@ def asked_rows(
     return [_asked(records, index, template, tokenizer) for index in _spread(answered, choice.limit)]
 
 
-def answer_rows(model: LoRAModel, tokenizer: Any, asked: Sequence[AskedRow], max_new_tokens: int) -> Decoded:
-    """Decode greedily, with room for the longest expected answer and at most ``max_new_tokens``."""
+def answer_settings(tokenizer: Any, asked: Sequence[AskedRow], max_new_tokens: int) -> DecodingSettings:
+    """Return greedy decoding with room for the longest expected answer and at most ``max_new_tokens``."""
     lengths = [len(tokenizer(one.answer, add_special_tokens=False)["input_ids"]) for one in asked]
-    settings = replace(GREEDY, max_new_tokens=min(max_new_tokens, max(lengths) + 1))
-    return decode(model, tokenizer, [one.prompt for one in asked], settings, batch_size=PROMPTS_AT_ONCE)
+    return replace(GREEDY, max_new_tokens=min(max_new_tokens, max(lengths) + 1))
+
+
+def kept_outputs(outputs: Path, tokenizer: Any, asked: Sequence[AskedRow], choice: SuiteChoice) -> tuple[str, ...]:
+    """Return what :func:`exact_match` kept beside ``outputs``, one a row that was asked.
+
+    Raises:
+        EvaluationError: an output is missing.
+    """
+    settings = answer_settings(tokenizer, asked, choice.decoding.max_new_tokens)
+    file = outputs_path(outputs, settings)
+    kept = OutputsFile.open(file, settings, "").outputs if file.exists() else {}
+    if missing := sum(one.prompt not in kept for one in asked):
+        raise EvaluationError(
+            f"{file}: expected the outputs of {len(asked)} rows, {missing} are missing; run it again with --fresh"
+        )
+    return tuple(kept[one.prompt][0] for one in asked)
 
 
 def last_answer(record: Record) -> str:
@@ -129,6 +141,27 @@ def last_answer(record: Record) -> str:
             return record.answer
         case Dialogue():
             return next((turn.content for turn in reversed(record.turns) if turn.role == "assistant"), "")
+
+
+def _decode(
+    model: LoRAModel,
+    tokenizer: Any,
+    asked: Sequence[AskedRow],
+    settings: DecodingSettings,
+    outputs: Path | None,
+    model_id: str,
+    on_progress: OnProgress | None,
+) -> Decoded:
+    return decode(
+        model,
+        tokenizer,
+        [one.prompt for one in asked],
+        settings,
+        batch_size=PROMPTS_AT_ONCE,
+        file=outputs and outputs_path(outputs, settings),
+        model_id=model_id,
+        on_progress=on_progress,
+    )
 
 
 def _scores(

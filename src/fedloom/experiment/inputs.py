@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
+from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
 
 EMBEDDED = "embedded"
@@ -54,17 +56,20 @@ class Inputs:
 
 @dataclass
 class Workshop:
-    """Holds one base and one set of encoded rows, so that a comparison loads them once."""
+    """Holds one base, what it scores untouched, and encoded rows, so that a comparison loads and scores them once."""
 
+    progress: Progress = field(default_factory=SilentProgress)
     _base_key: str | None = None
     _base: tuple[Base, LoRAModel] | None = None
     _rows: dict[str, tuple[Rows, Encoded]] = field(default_factory=dict)
+    _base_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
         """Return the base of the settings, wrapped, without slots or side."""
         key = settings.model.model_dump_json()
         if self._base is None or self._base_key != key:
             model = settings.model
+            self.progress.note(f"loading base {model.base}")
             base = load_base(
                 base_path(settings),
                 tokenizer=model.tokenizer,
@@ -89,14 +94,13 @@ class Workshop:
             DataError: if rows cannot be read or used.
             PartitionError: if they cannot be divided as asked, or a saved partition is of other rows.
         """
-        path = training_path(settings)
-        rows, encoded = self._encoded(settings, base, path, settings.data.split, settings.data.max_rows)
+        data = settings.data
+        rows, encoded = self._encoded(settings, base, data.path, data.split, data.max_rows)
         chosen, held = _divided(settings, rows)
         training, tokens = rows.select(chosen), encoded.tokens.select(chosen)
         held_rows, held_tokens = (None, None) if held is None else (rows.select(held), encoded.tokens.select(held))
-        if settings.data.eval_path is not None:
-            eval_path = held_out_path(settings.data.eval_path)
-            held_rows, evaluated = self._encoded(settings, base, eval_path, Split.TEST, None)
+        if data.eval_path is not None:
+            held_rows, evaluated = self._encoded(settings, base, data.eval_path, Split.TEST, None)
             held_tokens = evaluated.tokens
         data_sha256 = tokens.sha256()
         partition = _partition(settings, training, tokens, data_sha256, saved_partition)
@@ -111,15 +115,26 @@ class Workshop:
             None if held_tokens is None else held_tokens.sha256(),
         )
 
+    def base_scores(
+        self, settings: Settings, held_out_sha256: str | None, score: Callable[[], dict[str, Any]], anew: bool = False
+    ) -> dict[str, Any]:
+        """Return what ``score`` gives of the untouched base, once for the same rows and seed unless ``anew``."""
+        parts = (settings.model, settings.data, settings.evaluation)
+        key = " ".join([*(part.model_dump_json() for part in parts), str(settings.run.seed), str(held_out_sha256)])
+        if anew or key not in self._base_scores:
+            self._base_scores[key] = score()
+        return self._base_scores[key]
+
     def _encoded(
-        self, settings: Settings, base: Base, path: str | Path, split: str, max_rows: int | None
+        self, settings: Settings, base: Base, name: str, split: str, max_rows: int | None
     ) -> tuple[Rows, Encoded]:
-        """Return the usable rows and their tokens, in step; of ``max_rows`` drawn by the run's seed."""
+        """Return the usable rows of the data ``name`` and their tokens, in step; ``max_rows`` are drawn by the seed."""
         data, seed = settings.data, settings.run.seed
-        key = f"{path} {split} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
+        key = f"{name} {split} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
         key += f" {seed}" if max_rows is not None else ""
         if key not in self._rows:
-            rows = load_rows(path, split, subset=data.subset, revision=data.revision)
+            self.progress.note(f"reading {'held-out ' if split == Split.TEST else ''}rows of {name}")
+            rows = load_rows(rows_path(name, split), split, subset=data.subset, revision=data.revision)
             if max_rows is not None and max_rows < len(rows):
                 rows = rows.select(np.sort(stream(seed, "max_rows").permutation(len(rows))[:max_rows]))
             encoded = encode(
@@ -153,22 +168,13 @@ def context_of(config: Any) -> int | None:
     return None
 
 
-def training_path(settings: Settings) -> str | Path:
-    """Return where the rows to train on are, the embedded ones included."""
-    if settings.data.path != EMBEDDED:
-        return settings.data.path
+def rows_path(name: str, split: str) -> str | Path:
+    """Return where the rows of the data ``name`` are, of the embedded data those of ``split``."""
+    if name != EMBEDDED:
+        return name
     from fedloom import embedded
 
-    return embedded.data_path()
-
-
-def held_out_path(path: str) -> str | Path:
-    """Return where the held-out rows are, the embedded ones included."""
-    if path != EMBEDDED:
-        return path
-    from fedloom import embedded
-
-    return embedded.eval_path()
+    return embedded.eval_path() if split == Split.TEST else embedded.data_path()
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

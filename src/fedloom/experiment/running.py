@@ -22,8 +22,8 @@ from fedloom.lora.pair import Adapter
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder
-from fedloom.reporting.run_opening import refuse_another, refuse_foreign
-from fedloom.reporting.tables import written_bytes
+from fedloom.reporting.run_opening import EVALUATION, refuse_another, refuse_foreign
+from fedloom.reporting.tables import counted, written_bytes
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 
 
@@ -50,7 +50,7 @@ class RunSummary:
 
     def lines(self) -> list[str]:
         """Return the summary for people."""
-        lines = [f"{self.method}, seed {self.seed}: {self.num_rounds} rounds in {self.seconds:.1f} s"]
+        lines = [f"{self.method}, seed {self.seed}: {counted(self.num_rounds, 'round')} in {self.seconds:.1f} s"]
         if "loss_nats" in self.eval:
             before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
             tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"
@@ -80,16 +80,15 @@ def run(
     Raises:
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
     """
-    out, progress, workshop = Path(out), progress or SilentProgress(), workshop or Workshop()
+    out, progress = Path(out), progress or SilentProgress()
+    workshop = workshop or Workshop(progress)
     may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
     if fresh:
         refuse_foreign(out)
     else:
         refuse_another(out, settings.as_dict(), may_change)
-    progress.note(f"loading base {settings.model.base}")
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
-    progress.note(f"reading rows of {settings.data.path}")
     inputs = workshop.inputs(settings, base, saved if saved.exists() and not fresh else None)
     population = population_of(settings, inputs)
     kind = loop_of(settings, inputs, lora, population)
@@ -107,7 +106,7 @@ def run(
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
-        return Session(settings, folder, base, lora, inputs, population, kind, progress).complete()
+        return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
 
 
 def is_extensible(settings: Settings) -> bool:
@@ -136,6 +135,7 @@ class Session:
     inputs: Inputs
     population: Population
     kind: LoopKind | None
+    workshop: Workshop
     progress: Progress
 
     def complete(self) -> RunSummary:
@@ -144,7 +144,7 @@ class Session:
         state = ServerState() if loop is None else loop.standing
         finished, left = self.folder.finished, 0 if loop is None else loop.num_rounds - state.round
         if finished is None or left > 0:
-            base_eval = finished["base_eval"] if finished is not None else self._evaluate(ServerState())
+            base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
             state = self._rounds(loop) if loop is not None else state
             self._write_adapter(state)
             evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
@@ -171,13 +171,25 @@ class Session:
         if not self.settings.run.keep_states:
             self.folder.prune(2)
 
+    def _evaluate_base(self) -> dict[str, Any]:
+        """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
+        held_out, is_all = self.inputs.held_out_sha256, self.kind is None
+        return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(ServerState()), is_all)
+
     def _evaluate(self, state: ServerState) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
         scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens)
         if chosen.suites:
-            choice, folder = suite_choice_of(self.settings), self.folder.path / "evaluation"
+            choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
             scores["suites"] = score_state(
-                self.lora, self.base.tokenizer, state, chosen.suites, choice, inputs.held_out_rows, folder
+                self.lora,
+                self.base.tokenizer,
+                state,
+                chosen.suites,
+                choice,
+                inputs.held_out_rows,
+                folder,
+                self.progress.scored,
             )
         return scores
 

@@ -23,8 +23,9 @@ from fedloom.evaluation.e2e import score_e2e
 from fedloom.evaluation.e2e_files import References, read_references
 from fedloom.evaluation.intervals import Estimate, ItemStatistics
 from fedloom.evaluation.multiple_choice import answer_questions
+from fedloom.evaluation.outputs_file import outputs_path
 from fedloom.evaluation.questions import Question, read_mmlu, read_questions
-from fedloom.experiment.inputs import held_out_path
+from fedloom.experiment.inputs import rows_path
 from fedloom.lora.layer import LoRAModel
 from fedloom.reporting.durable import plain
 
@@ -108,7 +109,7 @@ def run_suite(
     model_id: str = "",
     on_progress: OnProgress | None = None,
 ) -> SuiteScores:
-    """Score what ``model`` is routed to; ``outputs`` keeps what is decoded and resumes.
+    """Score what ``model`` is routed to; what is decoded is kept in ``outputs`` plus how it was decoded, and resumed.
 
     ``rows`` are held-out ones, for the suites that ask rows and for which the choice has no path.
 
@@ -131,7 +132,10 @@ def run_suite(
         case "exact-match":
             from fedloom.experiment.exact_match import exact_match
 
-            return exact_match(model, tokenizer, _rows(choice, suite, rows), choice)
+            asked = _rows(choice, suite, rows)
+            return exact_match(
+                model, tokenizer, asked, choice, outputs=outputs, model_id=model_id, on_progress=on_progress
+            )
         case "last-number":
             from fedloom.experiment.exact_match import last_number
 
@@ -156,9 +160,8 @@ def _e2e(
     chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
     template = resolve_template(choice.template, Shape.E2E, tokenizer)
     prompts = [render(Prompt(mr, "", "."), template, tokenizer).prompt for mr in chosen.mrs]
-    decoded = decode(
-        model, tokenizer, prompts, choice.decoding, file=outputs, model_id=model_id, on_progress=on_progress
-    )
+    file = outputs and outputs_path(outputs, choice.decoding)
+    decoded = decode(model, tokenizer, prompts, choice.decoding, file=file, model_id=model_id, on_progress=on_progress)
     texts = [" ".join(text.split()) for text in decoded.outputs]
     scores = score_e2e(chosen.texts, texts, seed=choice.seed)
     notes = {
@@ -214,7 +217,7 @@ def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
 
 def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
     if suite in choice.paths:
-        return load_rows(held_out_path(choice.paths[suite]), Split.TEST)
+        return load_rows(rows_path(choice.paths[suite], Split.TEST), Split.TEST)
     if held_out is None:
         raise EvaluationError(
             f"{suite}: expected rows, there are no held-out ones; name some with --data or evaluation.paths.{suite}, "

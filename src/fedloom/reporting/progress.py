@@ -14,7 +14,9 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from fedloom.reporting.ledger import was_left_out
-from fedloom.reporting.tables import written_bytes
+from fedloom.reporting.tables import counted, written_bytes
+
+SECONDS_BETWEEN_NOTES = 10.0
 
 
 class Progress(Protocol):
@@ -42,6 +44,9 @@ class Progress(Protocol):
 
     def round_done(self, record: Mapping[str, Any]) -> None:
         """Say what came of the round: the record of metrics.jsonl."""
+
+    def scored(self, what: str, done: int, total: int, seconds_left: float) -> None:
+        """Say that ``done`` of ``total`` items of a suite are scored."""
 
     def note(self, message: str) -> None:
         """Say one sentence."""
@@ -77,25 +82,28 @@ class SilentProgress:
     def round_done(self, record: Mapping[str, Any]) -> None:
         """Show nothing."""
 
+    def scored(self, what: str, done: int, total: int, seconds_left: float) -> None:
+        """Show nothing."""
+
     def note(self, message: str) -> None:
         """Show nothing."""
 
 
 class PlainProgress(SilentProgress):
-    """Print one line per round, with the time that is left."""
+    """Print one line per round, with the time that is left, and now and then one while items are scored."""
 
     def __init__(self, stream: TextIO, clock: Callable[[], float] = time.monotonic) -> None:
         self._stream = stream
         self._clock = clock
         self._num_rounds = self._done_before = self._done = 0
-        self._started = clock()
+        self._started = self._last_note = clock()
 
     def run_started(self, title: str, num_rounds: int, num_rounds_done: int = 0) -> None:
         """Print the title and where the run stands."""
         self._num_rounds, self._done_before, self._done = num_rounds, num_rounds_done, num_rounds_done
         self._started = self._clock()
         resumed = f", resuming after round {num_rounds_done}" if num_rounds_done else ""
-        self.note(f"{title}: {num_rounds} rounds{resumed}")
+        self.note(f"{title}: {counted(num_rounds, 'round')}{resumed}")
 
     def round_done(self, record: Mapping[str, Any]) -> None:
         """Print the round's figures."""
@@ -104,8 +112,14 @@ class PlainProgress(SilentProgress):
         left = elapsed / (self._done - self._done_before) * (self._num_rounds - self._done)
         self.note(f"round {record['round']}/{self._num_rounds}  {figures(record)}  {clock_time(left)} left")
 
+    def scored(self, what: str, done: int, total: int, seconds_left: float) -> None:
+        """Print how far it is where nothing was printed for a while."""
+        if self._clock() - self._last_note >= SECONDS_BETWEEN_NOTES:
+            self.note(f"{what}: {done:,} of {total:,}  {clock_time(seconds_left)} left")
+
     def note(self, message: str) -> None:
         """Print one line."""
+        self._last_note = self._clock()
         print(message, file=self._stream, flush=True)
 
 
@@ -126,6 +140,7 @@ class LiveProgress(SilentProgress):
         self._rounds = self._bars.add_task("rounds", total=None, detail="", visible=False)
         self._clients = self._bars.add_task("clients", total=None, detail="", visible=False)
         self._steps = self._bars.add_task("steps", total=None, detail="", visible=False)
+        self._items = self._bars.add_task("items", total=None, detail="", visible=False)
         self._step_of: dict[int, tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
@@ -137,7 +152,7 @@ class LiveProgress(SilentProgress):
 
     def run_started(self, title: str, num_rounds: int, num_rounds_done: int = 0) -> None:
         """Show the bar of rounds."""
-        self.note(f"{title}: {num_rounds} rounds" + (f", {num_rounds_done} done" if num_rounds_done else ""))
+        self.note(f"{title}: {counted(num_rounds, 'round')}" + (f", {num_rounds_done} done" if num_rounds_done else ""))
         self._bars.reset(self._rounds, total=num_rounds, completed=num_rounds_done, visible=True)
 
     def round_started(self, round: int, num_clients: int) -> None:
@@ -165,6 +180,10 @@ class LiveProgress(SilentProgress):
         self._bars.update(self._rounds, advance=1)
         self.note(f"round {record['round']}  {figures(record)}")
 
+    def scored(self, what: str, done: int, total: int, seconds_left: float) -> None:
+        """Show the bar of items while some are left."""
+        self._bars.update(self._items, completed=done, total=total, detail=what, visible=done < total)
+
     def note(self, message: str) -> None:
         """Print one line above the bars."""
         self._bars.console.print(message, markup=False, highlight=False)
@@ -188,7 +207,7 @@ def figures(record: Mapping[str, Any]) -> str:
     parts = [
         _number("train loss", record.get("train_loss_nats")),
         _number("held-out loss", evaluation.get("loss_nats")),
-        _counted(len(clients) - left_out) + (f" ({left_out} left out)" if left_out else "") if clients else "",
+        counted(len(clients) - left_out, "client") + (f" ({left_out} left out)" if left_out else "") if clients else "",
         written_bytes(sent) if sent else "",
         f"{sum((record.get('seconds') or {}).values()):.1f} s",
     ]
@@ -200,10 +219,6 @@ def clock_time(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _counted(num_clients: int) -> str:
-    return "1 client" if num_clients == 1 else f"{num_clients} clients"
 
 
 def _number(name: str, value: float | None) -> str:

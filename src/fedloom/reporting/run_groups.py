@@ -134,12 +134,11 @@ def rank_by_round(group: RunGroup) -> Curve:
 
 
 def _losses(run: StoredRun) -> list[tuple[int, float, float]]:
-    """Return (round, bytes so far, loss); a run without rounds has what it was finished with, at round 0."""
-    if not run.records:
-        only = ((run.finished or {}).get("eval") or {}).get("loss_nats")
-        return [] if only is None else [(0, 0.0, float(only))]
+    """Return (round, bytes so far, loss); of a finished run the untouched base's loss comes first, at round 0."""
+    before = ((run.finished or {}).get("base_eval") or {}).get("loss_nats")
+    start = [] if before is None else [(0, 0.0, float(before))]
     sent = accumulate((r.get("upload_bytes") or 0) + (r.get("download_bytes") or 0) for r in run.records)
-    return [
+    return start + [
         (record["round"], float(total), float(record["eval"]["loss_nats"]))
         for record, total in zip(run.records, sent, strict=True)
         if (record.get("eval") or {}).get("loss_nats") is not None

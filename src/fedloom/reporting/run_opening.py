@@ -22,6 +22,8 @@ from fedloom.reporting.manifest import (
 
 LOCK = ".fedloom.lock"
 READY = ".ready-"
+EVALUATION = "evaluation"
+"""The folder, in a run's, of what was decoded to be scored."""
 # In the order in which a fresh start removes them, up to the last two, which it replaces.
 ENTRIES = (
     "finished.json",
@@ -29,7 +31,7 @@ ENTRIES = (
     "metrics.jsonl",
     "tensorboard",
     "adapter",
-    "evaluation",
+    EVALUATION,
     "report.html",
     "partition.json",
     "holdings.json",

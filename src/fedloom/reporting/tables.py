@@ -223,6 +223,11 @@ def written(value: float, unit: Unit, digits: int = 3) -> str:
             return f"{value:.{digits}f}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 round, 1,200 rounds."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def written_bytes(num_bytes: float) -> str:
     """Return a size in decimal multiples: 999 B, 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
