@@ -70,7 +70,8 @@ def test_a_difference_is_the_adapters_score_less_the_bases(finished: Path, monke
     right = iter([[0.0, 0.0, 1.0], [1.0, 1.0, 1.0]])
 
     def scored(suite: str, *_: object, **__: object) -> SuiteScores:
-        return SuiteScores(suite, {}, {}, {"share": ItemStatistics(ratio_statistics(next(right)), ratio)})
+        items = {"share": ItemStatistics(ratio_statistics(next(right)), ratio)}
+        return SuiteScores(suite, {}, {}, items=items)
 
     monkeypatch.setattr(benchmarking, "run_suite", scored)
     found = benchmarking.score_result(open_result(finished), benchmarking.Asked(suite="e2e"), lambda _: None)

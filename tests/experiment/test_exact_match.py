@@ -94,6 +94,18 @@ def test_the_share_has_its_interval_and_its_n(opened: tuple[LoRAModel, Any, Inpu
     assert "items" not in scores.as_dict()
 
 
+def test_every_group_of_rows_has_its_own_share(opened: tuple[LoRAModel, Any, Inputs]) -> None:
+    lora, tokenizer, inputs = opened
+    choice = replace(PLAIN, limit=12, group_by="category")
+    scores = exact_match(lora, tokenizer, inputs.rows, choice)
+    groups = scores.groups
+    assert set(groups) <= {"colours", "numbers", "animals"}
+    assert sum(one.n for one in groups.values()) == 12
+    assert sum(one.n * one.value for one in groups.values()) == pytest.approx(12 * scores.estimates[METRIC].value)
+    assert scores.as_dict()["per_group"].keys() == groups.keys()
+    assert any(line.startswith("  colours") for line in scores.lines())
+
+
 def test_what_is_answered_is_kept_and_not_decoded_again(opened: tuple[LoRAModel, Any, Inputs], tmp_path: Path) -> None:
     lora, tokenizer, inputs = opened
     choice, stem = replace(PLAIN, limit=4), tmp_path / "exact-match-round1"

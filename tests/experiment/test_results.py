@@ -79,6 +79,13 @@ def test_a_runs_own_held_out_rows_give_the_runs_own_figures(flora: Path) -> None
     assert measured.differences[RESULT].value < 0
 
 
+def test_the_loss_is_told_by_category_and_is_the_runs_own(flora: Path) -> None:
+    measured = evaluate(open_result(flora))
+    recorded = json.loads((flora / "finished.json").read_text())["eval"]["loss_nats_of_group"]
+    assert {group: values[RESULT] for group, values in measured.of_group().items()} == pytest.approx(recorded)
+    assert measured.lines()[-len(recorded) - 1].split()[:3] == ["category", "base", "result"]
+
+
 def test_bytes_and_words_are_those_of_the_answers(flora: Path, rows_file: Path) -> None:
     answers = [f" {row['response']}" for row in json.loads(rows_file.read_text())]
     measured = evaluate(open_result(flora), RowChoice(str(rows_file)))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedloom.reporting.run_groups import (
+    by_group,
     client_entries,
     group_runs,
     loss_by_bytes,
@@ -119,6 +120,19 @@ def test_suites_give_their_scores_and_clients_and_intervals_no_columns(make_run:
     assert set(figures) <= {"loss_nats", "exact-match.exact_match", *costs}
     assert figures["exact-match.exact_match"] == 0.25
     assert metric_of("exact-match.exact_match").title == "exact match"
+
+
+def test_figures_by_group_are_means_over_the_seeds_beside_every_method(make_run: MakeRun) -> None:
+    for seed, loss in ((1, 2.0), (2, 4.0)):
+        path = make_run("flora", seed=seed)
+        scores = {"metrics": {"exact_match": {"value": 0.5}}, "per_group": {"towns": {"value": 0.25 * seed}}}
+        evaluation = {"loss_nats": 3.0, "loss_nats_of_group": {"towns": loss}, "suites": {"exact-match": scores}}
+        (path / "finished.json").write_text(json.dumps({"eval": evaluation}))
+    groups = group_runs([path.parent / f"flora-seed{seed}" for seed in (1, 2)] + [make_run("fedit")])
+    assert by_group(groups) == {
+        "loss_nats": {"towns": {"flora": 3.0}},
+        "exact-match.exact_match": {"towns": {"flora": 0.375}},
+    }
 
 
 def test_a_run_without_rounds_has_the_loss_it_was_finished_with(make_run: MakeRun) -> None:

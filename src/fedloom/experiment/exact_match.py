@@ -9,12 +9,14 @@ from typing import Any
 
 from fedloom.config.conduct import SuiteName
 from fedloom.data.encoding import render, resolve_template
+from fedloom.data.grouping import grouping_of
 from fedloom.data.records import Dialogue, Prompt, Record, Records, read_records
 from fedloom.data.sources import Rows
 from fedloom.data.templates import Template
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import GREEDY, Decoded, DecodingSettings, OnProgress, decode
 from fedloom.evaluation.exact_match import METRIC, Part, has_part, score_matches
+from fedloom.evaluation.intervals import wilson
 from fedloom.evaluation.outputs_file import OutputsFile, outputs_path
 from fedloom.experiment.suites import SuiteChoice, SuiteScores
 from fedloom.lora.layer import LoRAModel
@@ -31,11 +33,12 @@ PROMPTS_AT_ONCE = 64
 
 @dataclass(frozen=True)
 class AskedRow:
-    """A row as the model is asked it, the answer that counts, and its place for people."""
+    """A row as the model is asked it, the answer that counts, and its place among the rows and for people."""
 
     prompt: str
     answer: str
     row: Mapping[str, Any]
+    index: int = 0
     where: str = ""
 
 
@@ -168,6 +171,9 @@ def _scores(
     suite: str, part: Part, asked: Sequence[AskedRow], decoded: Decoded, rows: Rows, choice: SuiteChoice
 ) -> SuiteScores:
     found = score_matches(decoded.outputs, [one.answer for one in asked], part)
+    grouping = grouping_of(rows.select([one.index for one in asked]), choice.group_by)
+    members = {} if grouping is None else dict(grouping.members())
+    groups = {name: wilson(int(found.correct_N[which].sum()), len(which)) for name, which in members.items()}
     notes = {
         "compared": COMPARED[part],
         "num_available": len(rows),
@@ -176,7 +182,7 @@ def _scores(
         "num_cut_off": decoded.num_cut_off,
         "max_new_tokens": decoded.settings.max_new_tokens,
     }
-    return SuiteScores(suite, {METRIC: found.accuracy}, notes, found.items)
+    return SuiteScores(suite, {METRIC: found.accuracy}, notes, groups, found.items)
 
 
 def _answered(records: Records) -> list[int]:
@@ -186,7 +192,7 @@ def _answered(records: Records) -> list[int]:
 def _asked(records: Records, index: int, template: Template | None, tokenizer: Any) -> AskedRow:
     record, rows = records.items[index], records.rows
     prompt = render(record, template, tokenizer).prompt
-    return AskedRow(prompt, last_answer(record), rows.rows[index], rows.where(index))
+    return AskedRow(prompt, last_answer(record), rows.rows[index], index, rows.where(index))
 
 
 def _spread(indices: Sequence[int], limit: int | None) -> list[int]:

@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 
 from fedloom.data.encoding import encode
+from fedloom.data.grouping import Grouping, grouping_of
 from fedloom.data.records import read_records
-from fedloom.data.sources import Split, load_rows
+from fedloom.data.sources import Rows, Split, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
-from fedloom.experiment.inputs import EMBEDDED, Workshop, context_of
+from fedloom.experiment.inputs import Workshop, context_of, rows_path
 from fedloom.experiment.results import OpenedResult
 from fedloom.reporting.durable import plain
 
 BASE = "base"
+MOST_MODELS_BY_GROUP = 6
 TEXT = "text"
 """The shape of a file that is one text, every token of which is predicted."""
 
@@ -40,11 +42,12 @@ class RowChoice:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Rows to predict, the text that each row's supervised tokens spell, and where they are from."""
+    """Rows to predict, the text that each row's supervised tokens spell, where they are from, and their groups."""
 
     tokens: TokenSet
     texts: list[str]
     source: str
+    grouping: Grouping | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +77,19 @@ class Measured:
             "scores": plain(scores),
             "differences_from_base_in_nats_per_byte": plain(dict(self.differences)),
             "mean_loss_nats": self.mean_nats,
+            **({"loss_nats_of_group": groups} if (groups := self.of_group()) else {}),
+        }
+
+    def of_group(self) -> dict[str, dict[str, float]]:
+        """Return by group of rows the nats per token of every model."""
+        if self.held_out.grouping is None:
+            return {}
+        return {
+            group: {
+                name: float(score.rows.nats_N[which].sum() / score.rows.token_N[which].sum())
+                for name, score in self.scores.items()
+            }
+            for group, which in self.held_out.grouping.members()
         }
 
     @property
@@ -97,7 +113,18 @@ class Measured:
         if len(self.scores) > 2:
             lines.append(f"mean over {len(self.scores) - 1} clients: {self.mean_nats:.4f} nats per token")
         lines += [f"{name} − base, nats per byte: {found}" for name, found in self.differences.items()]
-        return lines
+        return lines + self._group_lines()
+
+    def _group_lines(self) -> list[str]:
+        groups, grouping = self.of_group(), self.held_out.grouping
+        if grouping is None or len(self.scores) > MOST_MODELS_BY_GROUP:
+            return []
+        width = max(map(len, (*groups, grouping.column)))
+        head = f"{grouping.column:<{width}} " + " ".join(f"{name:>9}" for name in self.scores) + "  nats per token"
+        return [head] + [
+            f"{group:<{width}} " + " ".join(f"{value:>9.4f}" for value in values.values())
+            for group, values in groups.items()
+        ]
 
 
 def evaluate(opened: OpenedResult, choice: RowChoice | None = None, *, token_budget: int = 8192) -> Measured:
@@ -126,13 +153,18 @@ def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
     """
     tokenizer = opened.base.tokenizer
     if choice.path is None:
-        tokens = _own_rows(opened)
-        return HeldOut(tokens, spelled_texts(tokens, tokenizer), "the run's held-out rows")
+        tokens, rows = _own_rows(opened)
+        return _held_out(opened, tokens, rows, "the run's held-out rows")
     if choice.shape == TEXT:
         text = _read_text(Path(choice.path))
         return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
-    tokens = _read_rows(opened, choice, choice.path)
-    return HeldOut(tokens, spelled_texts(tokens, tokenizer), choice.path)
+    tokens, rows = _read_rows(opened, choice, choice.path)
+    return _held_out(opened, tokens, rows, choice.path)
+
+
+def _held_out(opened: OpenedResult, tokens: TokenSet, rows: Rows, source: str) -> HeldOut:
+    column = None if opened.settings is None else opened.settings.partition.column
+    return HeldOut(tokens, spelled_texts(tokens, opened.base.tokenizer), source, grouping_of(rows, column))
 
 
 def spelled_texts(rows: TokenSet, tokenizer: Any) -> list[str]:
@@ -155,18 +187,18 @@ def _spelled(ids: np.ndarray[Any, Any], supervised: np.ndarray[Any, Any], tokeni
     )
 
 
-def _own_rows(opened: OpenedResult) -> TokenSet:
+def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
     settings, path = opened.settings, opened.found.path
     if settings is None:
         raise DataError(f"{path}: a PEFT folder has no rows of its own; name some with --data FILE")
     saved = path / "partition.json"
-    tokens = Workshop().inputs(settings, opened.base, saved if saved.exists() else None).held_out
-    if tokens is None:
+    inputs = Workshop().inputs(settings, opened.base, saved if saved.exists() else None)
+    if inputs.held_out is None or inputs.held_out_rows is None:
         raise DataError(f"{path}: the run held no rows out; name some with --data FILE")
-    return tokens
+    return inputs.held_out, inputs.held_out_rows
 
 
-def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> TokenSet:
+def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[TokenSet, Rows]:
     settings = None if opened.settings is None else opened.settings.data
     shape = choice.shape or (settings.shape if settings else AUTO)
     template = choice.template or (settings.template if settings else None) or AUTO
@@ -174,7 +206,7 @@ def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> TokenSet:
     max_length = choice.max_length or (settings.max_length if settings else None) or context
     overlong = choice.overlong or (settings.overlong if settings else "error")
     columns = settings.columns if settings and shape == settings.shape else {}
-    rows = load_rows(_place_of(path), Split.TEST)
+    rows = load_rows(rows_path(path, Split.TEST), Split.TEST)
     loss_on = settings.loss_on if settings else "answer"
     encoded = encode(
         read_records(rows, shape, columns),
@@ -184,7 +216,7 @@ def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> TokenSet:
         loss_on=loss_on,
         overlong=overlong,
     )
-    return encoded.tokens
+    return encoded.tokens, rows.select(encoded.kept)
 
 
 def _read_text(path: Path) -> str:
@@ -192,11 +224,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a file of UTF-8 text, got {error}; check --data") from error
-
-
-def _place_of(path: str) -> str | Path:
-    if path != EMBEDDED:
-        return path
-    from fedloom import embedded
-
-    return embedded.eval_path()

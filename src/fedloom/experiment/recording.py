@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.aggregation.records import Update
+from fedloom.data.grouping import grouping_of
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Rows
 from fedloom.federation.messages import numbers_of
@@ -21,9 +22,6 @@ from fedloom.lora.peft_files import save_peft
 from fedloom.reporting import durable
 from fedloom.reporting.ledger import peak_memory_bytes
 from fedloom.reporting.stored_run import Holding, holdings_document
-
-GROUPING_COLUMNS = ("category", "task", "label")
-MOST_GROUPS = 50
 
 
 def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
@@ -52,16 +50,13 @@ def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[s
 
 def holdings_of(rows: Rows, partition: Partition, ranks: Mapping[int, int], column: str | None) -> dict[str, Any]:
     """Return who owns how much of which group, for the report; no groups where a column has too many values."""
-    column = column or next((name for name in GROUPING_COLUMNS if all(name in row for row in rows.rows)), None)
-    values = None if column is None else rows.column(column)
-    if values is not None and len(set(values)) > MOST_GROUPS:
-        column = values = None
+    grouping = grouping_of(rows, column)
     holdings = []
     for client, name in enumerate(partition.names):
         owned = partition.rows_of(client)
-        groups = {} if values is None else Counter(str(values[index]) for index in owned)
+        groups = {} if grouping is None else Counter(grouping.of_row[index] for index in owned)
         holdings.append(Holding(name, len(owned), ranks.get(client), dict(sorted(groups.items()))))
-    return holdings_document(holdings, column)
+    return holdings_document(holdings, None if grouping is None else grouping.column)
 
 
 class UpdateKeeper:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedloom.aggregation.records import ServerState
 from fedloom.config import Settings
+from fedloom.data.grouping import grouping_of
 from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
 from fedloom.experiment.inputs import Inputs, Workshop, base_path
@@ -178,7 +179,9 @@ class Session:
 
     def _evaluate(self, state: ServerState) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
-        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens)
+        rows, column = inputs.held_out_rows, self.settings.partition.column
+        grouping = None if rows is None else grouping_of(rows, column)
+        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, grouping)
         if chosen.suites:
             choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
             scores["suites"] = score_state(

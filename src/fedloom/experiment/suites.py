@@ -30,14 +30,16 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.reporting.durable import plain
 
 OnProgress = Callable[[int, int, float], None]
-PER_SUBJECT = "per_subject"
+PER_GROUP = "per_group"
+MOST_GROUPS_SHOWN = 20
 
 
 @dataclass(frozen=True)
 class SuiteChoice:
     """What a suite reads and how: ``paths`` by suite, few-shot examples, items at most, decoding, wording.
 
-    ``shape`` and ``columns`` say how rows are read, those of a path and held-out ones.
+    ``shape`` and ``columns`` say how rows are read, those of a path and held-out ones; ``group_by`` is the column by
+    which their scores are told, by default one that is called so.
     """
 
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -50,29 +52,36 @@ class SuiteChoice:
     answering: str = "letter"
     shape: str = Shape.AUTO
     columns: Mapping[str, str] = field(default_factory=dict)
+    group_by: str | None = None
 
 
 @dataclass(frozen=True)
 class SuiteScores:
     """A suite's estimates by metric, and what a reader must know of how they came about.
 
-    ``items`` holds by metric what each item adds to it, for a paired comparison; it is not written anywhere.
+    ``groups`` are the first metric's estimates by group of items (category, subject). ``items`` holds by metric what
+    each item adds to it, for a paired comparison; it is not written anywhere.
     """
 
     suite: str
     estimates: Mapping[str, Estimate]
     notes: Mapping[str, Any]
+    groups: Mapping[str, Estimate] = field(default_factory=dict)
     items: Mapping[str, ItemStatistics] = field(default_factory=dict, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as plain values."""
-        return {"suite": self.suite, "metrics": plain(dict(self.estimates)), **plain(dict(self.notes))}
+        groups = {PER_GROUP: plain(dict(self.groups))} if self.groups else {}
+        return {"suite": self.suite, "metrics": plain(dict(self.estimates)), **plain(dict(self.notes)), **groups}
 
     def lines(self) -> list[str]:
-        """Return the figures for people; the figures of single subjects are only in :meth:`as_dict`."""
-        width = max(map(len, self.estimates), default=0)
-        lines = [f"{name:<{width}}  {estimate}" for name, estimate in self.estimates.items()]
-        told = {name: value for name, value in self.notes.items() if value not in (0, {}) and name != PER_SUBJECT}
+        """Return the figures for people; those of groups, where they are many, are only in :meth:`as_dict`."""
+        shown = dict(self.estimates)
+        if len(self.groups) <= MOST_GROUPS_SHOWN:
+            shown |= {f"  {name}": estimate for name, estimate in self.groups.items()}
+        width = max(map(len, shown), default=0)
+        lines = [f"{name:<{width}}  {estimate}" for name, estimate in shown.items()]
+        told = {name: value for name, value in self.notes.items() if value not in (0, {})}
         return lines + [
             f"{name.replace('_', ' ')}: {f'{value:.4f}' if isinstance(value, float) else value}"
             for name, value in told.items()
@@ -94,7 +103,12 @@ def suite_choice_of(settings: Settings | None) -> SuiteChoice:
         return choice
     data = settings.data
     return replace(
-        choice, template=data.template or AUTO, seed=settings.run.seed, shape=data.shape, columns=data.columns
+        choice,
+        template=data.template or AUTO,
+        seed=settings.run.seed,
+        shape=data.shape,
+        columns=data.columns,
+        group_by=settings.partition.column,
     )
 
 
@@ -171,7 +185,7 @@ def _e2e(
         "absent": scores.absent,
         "decoding": decoded.settings.__dict__,
     }
-    return SuiteScores("e2e", scores.estimates, notes, scores.items)
+    return SuiteScores("e2e", scores.estimates, notes, items=scores.items)
 
 
 def _multiple_choice(
@@ -201,11 +215,10 @@ def _multiple_choice(
         "mean_shots": found.mean_shots,
         "num_with_fewer_shots": found.num_with_fewer_shots,
         "num_truncated": found.num_truncated,
-        PER_SUBJECT: {name: plain(estimate) for name, estimate in found.per_subject.items()},
     }
     estimates = {"accuracy": found.micro, "macro_accuracy": found.macro}
     items = {"accuracy": found.items["micro"], "macro_accuracy": found.items["macro"]}
-    return SuiteScores(suite, estimates, notes, items)
+    return SuiteScores(suite, estimates, notes, found.per_subject, items)
 
 
 def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:

@@ -174,6 +174,32 @@ def _figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
+def by_group(groups: Sequence[RunGroup]) -> dict[str, dict[str, dict[str, float]]]:
+    """Return by figure, then by group of held-out rows (category, subject), every run group's final mean over seeds.
+
+    The figures are the loss, and of each suite the first metric; empty where nothing was told group by group.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for group in groups:
+        per_run = [_of_groups((run.finished or {}).get("eval") or {}) for run in group.runs]
+        for figure in dict.fromkeys(name for one in per_run for name in one):
+            having = [one[figure] for one in per_run if figure in one]
+            for part in dict.fromkeys(name for one in having for name in one):
+                mean = statistics.fmean(one[part] for one in having if part in one)
+                found.setdefault(figure, {}).setdefault(part, {})[group.label] = mean
+    return found
+
+
+def _of_groups(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    losses = evaluation.get("loss_nats_of_group")
+    suites = {
+        f"{suite}.{next(iter(scores['metrics']))}": {name: one["value"] for name, one in scores["per_group"].items()}
+        for suite, scores in evaluation.get("suites", {}).items()
+        if "per_group" in scores
+    }
+    return ({"loss_nats": dict(losses)} if losses else {}) | suites
+
+
 def result_table(groups: Sequence[RunGroup], reference: str | None = None) -> Comparison:
     """Return the table of every group's final figures over its seeds."""
     by_group = {group.label: {run.seed: results(run) for run in group.runs} for group in groups}

@@ -28,6 +28,10 @@ class RowLosses:
         """Mean over all targets of all rows."""
         return float(self.sum_nats.sum() / self.num_loss_tokens.sum())
 
+    def select(self, indices: NDArray[np.int64]) -> RowLosses:
+        """Return the losses of the rows at ``indices``."""
+        return RowLosses(self.sum_nats[indices], self.num_loss_tokens[indices])
+
 
 def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int) -> RowLosses:
     """Score rows with a causal LM or with what a ``LoRAModel`` is routed to (``route_all``).

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.reporting.charts import Axis, Level, Line, line_chart
@@ -10,14 +10,16 @@ from fedloom.reporting.page.parts import figure, table
 from fedloom.reporting.run_groups import (
     Curve,
     RunGroup,
+    by_group,
     loss_by_bytes,
     loss_by_round,
+    metric_of,
     rank_by_round,
     result_table,
     value_by_round,
 )
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import written
+from fedloom.reporting.tables import Metric, written
 
 LOSS = Axis("held-out loss [nats per token]", digits=4)
 ROUNDS = Axis("round", whole=True)
@@ -72,6 +74,32 @@ def noise_and_rank(groups: Sequence[RunGroup]) -> str:
     return _curves("Aggregation noise", noise, ROUNDS, noise_axis) + _curves(
         "Rank of the result", rank, ROUNDS, rank_axis
     )
+
+
+def groups_of_rows(groups: Sequence[RunGroup]) -> str:
+    """Return a table for each figure that was told by groups of held-out rows: groups down, methods across."""
+    return "".join(_group_table(key, rows, groups) for key, rows in by_group(groups).items())
+
+
+def _group_table(key: str, rows: Mapping[str, Mapping[str, float]], groups: Sequence[RunGroup]) -> str:
+    metric = metric_of(key)
+    most = max(value for row in rows.values() for value in row.values())
+    top = element("tr", *(element("th", text=text, scope="col") for text in ("", *(group.label for group in groups))))
+    body = "".join(
+        element("tr", element("th", text=name, scope="row"), *(_shaded(row.get(g.label), metric, most) for g in groups))
+        for name, row in sorted(rows.items())
+    )
+    title = element("caption", text=f"{metric.title}, by group of held-out rows")
+    return element(
+        "div", element("table", title, element("thead", top), element("tbody", body)), class_="scroll shaded"
+    )
+
+
+def _shaded(value: float | None, metric: Metric, most: float) -> str:
+    if value is None:
+        return element("td", text="–")
+    share = value if metric.unit == "%" else value / most if most > 0 else 0.0
+    return element("td", text=written(value, metric.unit, metric.digits), style=f"--share: {100 * share:.0f}%")
 
 
 def _kind_of(curves: Sequence[Curve]) -> Any:
