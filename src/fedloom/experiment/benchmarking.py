@@ -12,6 +12,7 @@ from fedloom.config.conduct import SuiteName
 from fedloom.data.encoding import Overlong
 from fedloom.data.sources import Rows
 from fedloom.errors import SettingsError
+from fedloom.evaluation.decoding import OnProgress
 from fedloom.evaluation.intervals import Difference, Estimate, paired_differences
 from fedloom.evaluation.lm_harness import run_harness_tasks
 from fedloom.evaluation.question_prompts import Answering
@@ -19,7 +20,8 @@ from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.judging import model_identity
 from fedloom.experiment.measuring import BASE, TEXT
 from fedloom.experiment.results import OpenedResult
-from fedloom.experiment.suites import OnProgress, SuiteChoice, SuiteScores, run_suite, suite_choice_of
+from fedloom.experiment.suite_running import run_suite
+from fedloom.experiment.suites import SuiteChoice, SuiteScores, suite_choice_of
 from fedloom.reporting.durable import plain
 from fedloom.reporting.run_opening import EVALUATION
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from fedloom.aggregation.records import ServerState
 from fedloom.config.conduct import SuiteName
-from fedloom.data.grouping import Grouping
+from fedloom.data.groups import Grouping
 from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
 from fedloom.evaluation.intervals import Estimate
-from fedloom.experiment.suites import PER_GROUP, SuiteChoice, SuiteScores, run_suite
+from fedloom.experiment.suite_running import run_suite
+from fedloom.experiment.suites import PER_GROUP, SuiteChoice, SuiteScores
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.training.scoring import row_losses

@@ -9,7 +9,7 @@ from typing import Any
 
 from fedloom.config.conduct import SuiteName
 from fedloom.data.encoding import render, resolve_template
-from fedloom.data.grouping import grouping_of
+from fedloom.data.groups import grouping_of
 from fedloom.data.records import Dialogue, Prompt, Record, Records, read_records
 from fedloom.data.sources import Rows
 from fedloom.data.templates import Template

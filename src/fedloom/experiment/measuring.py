@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.data.encoding import encode
-from fedloom.data.grouping import Grouping, grouping_of
+from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.records import read_records
 from fedloom.data.sources import Rows, Split, load_rows
 from fedloom.data.templates import AUTO

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.aggregation.records import Update
-from fedloom.data.grouping import grouping_of
+from fedloom.data.groups import grouping_of
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Rows
 from fedloom.federation.messages import numbers_of

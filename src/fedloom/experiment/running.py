@@ -10,7 +10,7 @@ from typing import Any
 
 from fedloom.aggregation.records import ServerState
 from fedloom.config import Settings
-from fedloom.data.grouping import grouping_of
+from fedloom.data.groups import grouping_of
 from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
 from fedloom.experiment.inputs import Inputs, Workshop, base_path

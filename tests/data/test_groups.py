@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedloom.data.grouping import MOST_GROUPS, grouping_of
+from fedloom.data.groups import MOST_GROUPS, grouping_of
 from fedloom.data.sources import Rows
 
 
