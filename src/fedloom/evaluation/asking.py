@@ -27,7 +27,7 @@ class CallEstimate:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a run asked for."""
+    """What a run asked for; ``unread`` is the first reply that held no scores, as the judge wrote it."""
 
     num_verdicts: int
     num_cached: int
@@ -35,6 +35,13 @@ class Usage:
     num_unparseable: int
     prompt_tokens: int
     completion_tokens: int
+    unread: str = ""
+
+    @property
+    def advice(self) -> str:
+        """What to do where no reply held scores, with the reply."""
+        shown = " ".join(self.unread.split())[:120]
+        return f"its first such reply begins {shown!r}; choose another judge" if shown else "choose another judge"
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,8 @@ def ask_all(
     verdicts = [parse_scores(replies[key][-1].text, num_scores) for key in keys]
     new = [reply for found in fresh.values() for reply in found]
     tokens = sum(reply.prompt_tokens for reply in new), sum(reply.completion_tokens for reply in new)
-    return verdicts, Usage(len(asked), num_cached, len(new), verdicts.count(None), *tokens)
+    unread = next((replies[key][-1].text for key, verdict in zip(keys, verdicts, strict=True) if verdict is None), "")
+    return verdicts, Usage(len(asked), num_cached, len(new), verdicts.count(None), *tokens, unread)
 
 
 def _ask_judge(

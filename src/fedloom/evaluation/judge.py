@@ -178,7 +178,7 @@ def _pair_verdicts(
         scores[key] = (straight[0] + swapped[1]) / 2, (straight[1] + swapped[0]) / 2
         num_inconsistent += (straight[1] - straight[0]) * (swapped[0] - swapped[1]) < 0
     if not scores:
-        raise EvaluationError(f"no question of {len(orders)} got a verdict in both orders: choose another judge")
+        raise EvaluationError(f"no question of {len(orders)} got a verdict in both orders: {usage.advice}")
     first_N, second_N = np.array(list(scores.values())).T
     first_NS, second_NS = ratio_statistics(first_N), ratio_statistics(second_N)
     return PairVerdicts(
@@ -203,7 +203,7 @@ def _grades(
     turns = [[score for score in column if score is not None] for column in columns]
     means = {key: mean for key, found in scores.items() if (mean := _mean(found)) is not None}
     if not means:
-        raise EvaluationError(f"no grade could be read from {usage.num_verdicts} verdicts: choose another judge")
+        raise EvaluationError(f"no grade could be read from {usage.num_verdicts} verdicts: {usage.advice}")
     by_category: dict[str, list[float]] = defaultdict(list)
     for question in questions:
         if question.id in means:
