@@ -57,8 +57,8 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.__dict__.update(
         describe=lambda settings: Result(rounds=settings.federation.num_rounds),
         run=lambda settings, out, *, fresh, progress: Result(out=str(out), fresh=fresh, seed=settings.run.seed),
-        compare=lambda settings, methods, seeds, out, *, fresh, progress: Result(
-            methods=methods, seeds=seeds, out=str(out)
+        compare=lambda settings, methods, seeds, out, *, reference, fresh, progress: Result(
+            methods=methods, seeds=seeds, out=str(out), reference=reference
         ),
     )
     monkeypatch.setitem(sys.modules, "fedloom.experiment", module)
@@ -147,8 +147,9 @@ def test_the_folder_is_named_after_the_recipe_unless_told_otherwise(invoke: Any,
 
 @pytest.mark.usefixtures("experiment")
 def test_compare_hands_over_methods_and_seeds(invoke: Any, recipe: str) -> None:
-    ran = invoke("compare", recipe, "--methods", "fedit, flora", "--seeds", "1,2", "--json")
+    ran = invoke("compare", recipe, "--methods", "fedit, flora", "--seeds", "1,2", "--reference", "flora", "--json")
     assert json.loads(ran.out)["methods"] == ["fedit", "flora"]
+    assert json.loads(ran.out)["reference"] == "flora"
     assert json.loads(ran.out)["seeds"] == [1, 2]
 
 

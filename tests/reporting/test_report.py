@@ -108,6 +108,12 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_methods_are_set_against_fedit_unless_another_is_named(comparison: Path, tmp_path: Path) -> None:
+    for reference, named in ((None, "fedit"), ("flora", "flora")):
+        write_report([comparison], tmp_path / "report.html", reference)
+        assert f"worse than {named} by more than noise" in (tmp_path / "report.html").read_text(encoding="utf-8")
+
+
 def test_a_reference_that_is_not_there_is_refused(make_run: MakeRun, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="'flora' is not among fedit"):
         write_report([make_run("fedit")], tmp_path / "report.html", reference="flora")

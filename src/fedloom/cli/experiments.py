@@ -9,7 +9,7 @@ from typing import Annotated, cast, get_args
 import typer
 
 from fedloom import config, recipes
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, RecipeArgument, SetOption
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, RecipeArgument, ReferenceOption, SetOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings
 from fedloom.config.algorithm import MethodName
@@ -102,6 +102,7 @@ def compare(
         typer.Option("--methods", metavar="A,B,...", help="Methods, separated by commas: " + ", ".join(METHODS) + "."),
     ] = "fedit,zero-padding,flora,centralised,standalone",
     seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,...", help="Seeds, separated by commas.")] = "1",
+    reference: ReferenceOption = None,
     overrides: SetOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
@@ -115,7 +116,9 @@ def compare(
     from fedloom.reporting.progress import progress_for
 
     with progress_for() as progress:
-        result = experiment.compare(settings, chosen, numbers, folder, fresh=fresh, progress=progress)
+        result = experiment.compare(
+            settings, chosen, numbers, folder, reference=reference, fresh=fresh, progress=progress
+        )
     print_result(result, as_json=as_json)
     say(f"comparison folder: {folder}; for a page about it: fedloom report {folder}")
 

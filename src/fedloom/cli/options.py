@@ -22,6 +22,15 @@ SetOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what is there.")]
+ReferenceOption = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="METHOD",
+        help="The method that the others are set against, over seeds; left out: fedit where it is one of several.",
+        show_default=False,
+    ),
+]
 OutOption = Annotated[
     Path | None,
     typer.Option(

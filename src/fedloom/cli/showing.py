@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import FreshOption, JsonOption
+from fedloom.cli.options import FreshOption, JsonOption, ReferenceOption
 from fedloom.cli.output import print_json, print_result
 from fedloom.errors import RunError
 
@@ -48,13 +48,14 @@ def report(
             show_default=False,
         ),
     ] = None,
+    reference: ReferenceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page about runs: curves, tables, clients, costs, settings, hashes."""
     from fedloom.reporting.report import write_report
 
     file = report_file(runs, out)
-    write_report(runs, file)
+    write_report(runs, file, reference)
     if as_json:
         print_json({"report": str(file), "runs": [str(run) for run in runs]})
     else:

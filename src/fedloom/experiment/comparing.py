@@ -14,7 +14,7 @@ from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.running import RunSummary, run
 from fedloom.reporting import durable
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.reporting.tables import Comparison, Metric
+from fedloom.reporting.tables import Comparison, Metric, reference_among
 from fedloom.reporting.tables import compare as tabulate
 
 METRICS = (
@@ -53,13 +53,20 @@ def compare(
     seeds: Sequence[int],
     out: Path | str,
     *,
+    reference: str | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
 ) -> MethodsComparison:
     """Run every method with every seed into ``out/<method>-seed<k>/`` and tabulate them.
 
-    Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds.
+    Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds. The table sets
+    each method against ``reference``, by default FedIT where it is one of several.
+
+    Raises:
+        FedloomError: for anything wrong with the settings, the files they name, or a folder.
+        EvaluationError: ``reference`` is not among the methods; nothing was run.
     """
+    reference = reference_among(methods, reference)
     out, progress = Path(out), progress or SilentProgress()
     workshop = Workshop(progress)
     runs: list[RunSummary] = []
@@ -69,7 +76,6 @@ def compare(
             folder = out / f"{method}-seed{seed}"
             progress.note(f"run {len(runs) + 1} of {len(seeds) * len(methods)}: {method}, seed {seed}")
             runs.append(run(variant, folder, fresh=fresh, progress=progress, workshop=workshop))
-    reference = "fedit" if "fedit" in methods and len(methods) > 1 else None
     table = tabulate(_by_method(runs), (*METRICS[:2], *suite_metrics(runs), *METRICS[2:]), reference)
     result = MethodsComparison(out, tuple(runs), table)
     durable.write_json(out / "comparison.json", result.as_dict())

@@ -14,13 +14,15 @@ from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
 from fedloom.reporting.stored_run import find_runs
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import written_bytes
+from fedloom.reporting.tables import reference_among, written_bytes
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) -> None:
-    """Write the page ``out`` about run folders, or folders of run folders; ``reference`` is the method to compare with.
+    """Write the page ``out`` about run folders, or folders of run folders.
+
+    The methods are set against ``reference``, by default FedIT where it is one of several.
 
     Raises:
         RunError: there is no run, none has a completed round yet, or ``out`` cannot be written.
@@ -31,7 +33,7 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
         raise RunError("expected at least one run folder to report on, got none")
     groups = group_runs(dict.fromkeys(paths))
     _check_begun(groups)
-    page = report_html(groups, reference)
+    page = report_html(groups, reference_among([group.label for group in groups], reference))
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write_bytes(out, page.encode())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -132,12 +132,23 @@ def compare(
     """
     if not results:
         raise EvaluationError("expected at least one method to tabulate, got none")
-    if reference is not None and reference not in results:
-        raise EvaluationError(f"reference method {reference!r} is not among {', '.join(results)}: name one of them")
+    if reference is not None:
+        reference_among(results, reference)
     cells = {
         method: {metric.key: _cell(results, method, metric, reference) for metric in metrics} for method in results
     }
     return Comparison(tuple(metrics), reference, cells)
+
+
+def reference_among(methods: Collection[str], wanted: str | None = None) -> str | None:
+    """Return the method that the others are set against: ``wanted``, else FedIT where it is one of several.
+
+    Raises:
+        EvaluationError: ``wanted`` is not among the methods.
+    """
+    if wanted is not None and wanted not in methods:
+        raise EvaluationError(f"reference method {wanted!r} is not among {', '.join(methods)}: name one of them")
+    return wanted or ("fedit" if "fedit" in methods and len(methods) > 1 else None)
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float], better: Better) -> Difference:
