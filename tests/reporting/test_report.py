@@ -14,7 +14,7 @@ from fedloom.errors import EvaluationError, RunError
 from fedloom.reporting.report import write_report
 
 MakeRun = Callable[..., Path]
-SECTIONS = ["results", "loss", "clients", "aggregation", "result", "costs", "provenance"]
+SECTIONS = ["results", "loss", "groups", "clients", "aggregation", "result", "costs", "provenance"]
 
 
 class Checked(HTMLParser):

@@ -116,6 +116,7 @@ def test_every_chart_is_drawn_and_the_tables_are_there(browser: Browser, page: P
     assert len(sizes) >= 8
     assert all(width > 200 and height > 100 and marks > 2 for width, height, marks in sizes)
     assert browser.run("return document.querySelectorAll('.results tbody tr').length") == 6
+    assert browser.run("return document.querySelectorAll('#groups .shaded tbody tr').length") == 6
     assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
 
 
@@ -178,6 +179,9 @@ def test_paper_gets_a_light_page_even_from_a_dark_screen(browser: Browser, page:
     browser.devtools("Emulation.setEmulatedMedia", media="print", features=[dark])
     assert browser.run("return getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
     assert not browser.run("return document.getElementById('scheme').checkVisibility()")
+    browser.devtools("Emulation.setDeviceMetricsOverride", width=720, height=1000, deviceScaleFactor=1, mobile=False)
+    assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+    browser.devtools("Emulation.clearDeviceMetricsOverride")
     browser.devtools("Emulation.setEmulatedMedia", media="", features=[])
     document = base64.b64decode(browser.devtools("Page.printToPDF", printBackground=True)["data"])
     assert document.startswith(b"%PDF")
@@ -187,13 +191,17 @@ def test_paper_gets_a_light_page_even_from_a_dark_screen(browser: Browser, page:
 
 # WCAG contrast of every visible text with what lies behind it.
 CONTRAST = """
-const parse = c => c.match(/[\\d.]+/g).map(Number);
+const parse = c => { const n = c.match(/[\\d.]+/g).map(Number);
+                     return c.startsWith('color(') ? [n[0] * 255, n[1] * 255, n[2] * 255, n[3]] : n; };
 const linear = v => v / 255 <= .03928 ? v / 255 / 12.92 : ((v / 255 + .055) / 1.055) ** 2.4;
-const lum = c => { const [r, g, b] = parse(c).map(linear); return .2126 * r + .7152 * g + .0722 * b; };
-const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
-                      if ((parse(c)[3] ?? 1) > 0) return c; } return 'rgb(255, 255, 255)'; };
+const lum = c => { const [r, g, b] = c.map(linear); return .2126 * r + .7152 * g + .0722 * b; };
+const over = (top, below, a) => [0, 1, 2].map(i => a * top[i] + (1 - a) * below[i]);
+const behind = e => { if (!e) return [255, 255, 255];
+                      const c = parse(getComputedStyle(e).backgroundColor), a = c[3] ?? 1;
+                      return a >= 1 ? c : a > 0 ? over(c, behind(e.parentElement), a) : behind(e.parentElement); };
 return [...document.querySelectorAll('p, span, b, small, h1, h2, th, td, button, summary, caption, svg text')]
   .filter(e => e.checkVisibility() && [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
-  .map(e => { const s = getComputedStyle(e); const a = lum(e.closest('svg') ? s.fill : s.color), b = lum(behind(e));
+  .map(e => { const s = getComputedStyle(e); const text = e.closest('svg') ? s.fill : s.color;
+              const a = lum(parse(text)), b = lum(behind(e));
               return (Math.max(a, b) + .05) / (Math.min(a, b) + .05); });
 """

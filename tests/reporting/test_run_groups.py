@@ -128,11 +128,13 @@ def test_figures_by_group_are_means_over_the_seeds_beside_every_method(make_run:
         scores = {"metrics": {"exact_match": {"value": 0.5}}, "per_group": {"towns": {"value": 0.25 * seed}}}
         evaluation = {"loss_nats": 3.0, "loss_nats_of_group": {"towns": loss}, "suites": {"exact-match": scores}}
         (path / "finished.json").write_text(json.dumps({"eval": evaluation}))
-    groups = group_runs([path.parent / f"flora-seed{seed}" for seed in (1, 2)] + [make_run("fedit")])
-    assert by_group(groups) == {
-        "loss_nats": {"towns": {"flora": 3.0}},
-        "exact-match.exact_match": {"towns": {"flora": 0.375}},
-    }
+    fedit = make_run("fedit")
+    groups = group_runs([path.parent / f"flora-seed{seed}" for seed in (1, 2)] + [fedit])
+    found = by_group(groups)
+    assert found["loss_nats"]["towns"] == {"flora": 3.0}
+    assert found["exact-match.exact_match"] == {"towns": {"flora": 0.375}}
+    last = json.loads((fedit / "metrics.jsonl").read_text().splitlines()[-1])["eval"]["loss_nats_of_group"]
+    assert {name: row["fedit"] for name, row in found["loss_nats"].items() if "fedit" in row} == last
 
 
 def test_a_run_without_rounds_has_the_loss_it_was_finished_with(make_run: MakeRun) -> None:

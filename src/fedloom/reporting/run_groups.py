@@ -147,13 +147,16 @@ def _losses(run: StoredRun) -> list[tuple[int, float, float]]:
 
 def results(run: StoredRun) -> dict[str, float]:
     """Return a run's final figures by key: the last evaluation's numbers, and what the run cost."""
-    evaluations = run.evaluations()
-    final = dict((run.finished or {}).get("eval") or (evaluations[-1]["eval"] if evaluations else {}))
-    figures = _figures(final)
+    figures = _figures(_final_evaluation(run))
     cost = total_cost(run.records)
     figures |= {"upload_bytes": cost.upload_bytes, "download_bytes": cost.download_bytes, "seconds": cost.seconds}
     noises = [record["aggregation_noise"] for record in run.records if record.get("aggregation_noise") is not None]
     return figures | ({"aggregation_noise": statistics.fmean(noises)} if noises else {})
+
+
+def _final_evaluation(run: StoredRun) -> Mapping[str, Any]:
+    evaluations = run.evaluations()
+    return (run.finished or {}).get("eval") or (evaluations[-1]["eval"] if evaluations else {})
 
 
 def _figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
@@ -181,7 +184,7 @@ def by_group(groups: Sequence[RunGroup]) -> dict[str, dict[str, dict[str, float]
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for group in groups:
-        per_run = [_of_groups((run.finished or {}).get("eval") or {}) for run in group.runs]
+        per_run = [_of_groups(_final_evaluation(run)) for run in group.runs]
         for figure in dict.fromkeys(name for one in per_run for name in one):
             having = [one[figure] for one in per_run if figure in one]
             for part in dict.fromkeys(name for one in having for name in one):
