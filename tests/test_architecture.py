@@ -18,6 +18,7 @@ SOURCE = ROOT / "src" / "fedloom"
 ORDER = (
     "errors",
     "seeding",
+    "embedded",
     "config",
     "data",
     "lora",
@@ -29,7 +30,6 @@ ORDER = (
     "privacy",
     "evaluation",
     "reporting",
-    "embedded",
     "recipes",
     "experiment",
     "cli",

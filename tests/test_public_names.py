@@ -18,6 +18,8 @@ NAMES = {
     "FedloomError",
     "LoRAModel",
     "Pair",
+    "RowChoice",
+    "Sampling",
     "__version__",
     "aggregate",
     "compare",
@@ -33,6 +35,7 @@ NAMES = {
     "open_result",
     "run",
     "save_peft",
+    "score_suite",
 }
 
 

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from fedloom.aggregation.combining import aggregate
     from fedloom.cli.experiments import load_settings
     from fedloom.errors import FedloomError
+    from fedloom.experiment.benchmarking import score_suite
     from fedloom.experiment.comparing import compare
     from fedloom.experiment.describing import describe
     from fedloom.experiment.exporting import export_adapter, export_merged
-    from fedloom.experiment.generating import generate
-    from fedloom.experiment.measuring import evaluate
+    from fedloom.experiment.generating import Sampling, generate
+    from fedloom.experiment.measuring import RowChoice, evaluate
     from fedloom.experiment.results import open_result
     from fedloom.experiment.running import run
     from fedloom.lora.algebra import compress
@@ -49,6 +50,8 @@ _HOMES = {
     "FedloomError": "errors",
     "LoRAModel": "lora.layer",
     "Pair": "lora.pair",
+    "RowChoice": "experiment.measuring",
+    "Sampling": "experiment.generating",
     "aggregate": "aggregation.combining",
     "compare": "experiment.comparing",
     "compress": "lora.algebra",
@@ -63,6 +66,7 @@ _HOMES = {
     "open_result": "experiment.results",
     "run": "experiment.running",
     "save_peft": "lora.peft_files",
+    "score_suite": "experiment.benchmarking",
 }
 
 __all__ = [
@@ -70,6 +74,8 @@ __all__ = [
     "FedloomError",
     "LoRAModel",
     "Pair",
+    "RowChoice",
+    "Sampling",
     "__version__",
     "aggregate",
     "compare",
@@ -85,6 +91,7 @@ __all__ = [
     "open_result",
     "run",
     "save_peft",
+    "score_suite",
 ]
 
 

@@ -13,6 +13,7 @@ import pytest
 import fedloom
 from fedloom import recipes
 from fedloom.cli.app import exit_code
+from fedloom.cli.experiments import load_settings
 from fedloom.errors import RunError
 
 
@@ -151,6 +152,12 @@ def test_compare_hands_over_methods_and_seeds(invoke: Any, recipe: str) -> None:
     assert json.loads(ran.out)["methods"] == ["fedit", "flora"]
     assert json.loads(ran.out)["reference"] == "flora"
     assert json.loads(ran.out)["seeds"] == [1, 2]
+
+
+def test_settings_load_in_python_without_overrides_with_one_and_with_several(recipe: str) -> None:
+    assert load_settings(Path(recipe)) == load_settings(recipe, None)
+    assert load_settings(recipe, "run.seed=4") == load_settings(recipe, ["run.seed=4"])
+    assert load_settings(recipe, "run.seed=4").run.seed == 4
 
 
 @pytest.mark.usefixtures("experiment")

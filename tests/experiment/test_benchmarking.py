@@ -15,10 +15,11 @@ import pytest
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
 from fedloom.config.conduct import SuiteName
+from fedloom.errors import SettingsError
 from fedloom.evaluation import meteor
 from fedloom.evaluation.intervals import ItemStatistics, ratio, ratio_statistics
 from fedloom.experiment import benchmarking, run
-from fedloom.experiment.benchmarking import APPLYING
+from fedloom.experiment.benchmarking import APPLYING, score_suite
 from fedloom.experiment.generating import Sampling, generate
 from fedloom.experiment.results import open_result
 from fedloom.experiment.split_generating import generate_cut
@@ -217,6 +218,20 @@ def test_decoding_over_a_cut_gives_the_uncut_answer_and_counts_what_crosses(fini
     cut = generate_cut(opened, "red cat", 1, sampling)
     assert cut.answers["result"] == generate(opened, "red cat", sampling=sampling, beside_base=False).answers["result"]
     assert cut.upload_bytes > 0
+
+
+def test_an_answer_over_a_cut_ends_where_the_context_does(finished: Path) -> None:
+    opened = open_result(finished)
+    context = opened.lora.model.config.max_position_embeddings
+    cut = generate_cut(opened, "red cat", 1, Sampling(max_new_tokens=10 * context))
+    assert 0 < cut.num_new_tokens < context
+
+
+def test_a_suite_is_scored_from_python_with_the_options_of_the_command_line(finished: Path) -> None:
+    scored = score_suite(open_result(finished), "exact-match", limit=3)
+    assert {name: one.estimates["exact_match"].n for name, one in scored.scores.items()} == {"base": 3, "result": 3}
+    with pytest.raises(SettingsError, match=r"expected options among .*limit.*, got limits"):
+        score_suite(open_result(finished), "exact-match", limits=3)
 
 
 @pytest.fixture

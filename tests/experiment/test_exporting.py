@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedloom.cli.app import exit_code
@@ -40,6 +40,10 @@ def logits_of(folder: Path, adapter: Path | None = None) -> torch.Tensor:
         return (model if adapter is None else PeftModel.from_pretrained(model, adapter))(IDS).logits
 
 
+def card_of(folder: Path) -> str:
+    return (folder / "README.md").read_text(encoding="utf-8")
+
+
 def ours(run_folder: Path) -> torch.Tensor:
     opened = open_result(run_folder)
     with torch.no_grad():
@@ -65,6 +69,35 @@ def test_an_exported_adapter_gives_stock_peft_our_logits_and_brings_its_card(
         "PeftModel.from_pretrained",
     ):
         assert fact in card
+
+
+def test_a_card_gives_the_loss_of_the_file_or_says_that_it_is_the_runs(
+    flora: Path, settings_for: Make, tmp_path: Path
+) -> None:
+    export_adapter(flora, tmp_path / "low", rank=1)
+    assert "| held-out loss of the run's own adapter, before what this file leaves out |" in card_of(tmp_path / "low")
+    run(settings_for(method__name="standalone"), tmp_path / "alone")
+    export_adapter(tmp_path / "alone", tmp_path / "own", client=1)
+    own = json.loads((tmp_path / "alone/finished.json").read_text())["eval"]["loss_nats_of_client"]["1"]
+    assert f"| held-out loss | {own:.4f} nats per token |" in card_of(tmp_path / "own")
+
+
+def test_a_card_does_not_tell_where_the_base_lies_on_this_machine(
+    flora: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    export_adapter(flora, tmp_path / "out")
+    assert str(base_folder) not in card_of(tmp_path / "out")
+    assert f'from_pretrained("path/to/{base_folder.name}")' in card_of(tmp_path / "out")
+    assert "base_model:" not in card_of(tmp_path / "out")
+
+
+def test_an_export_on_the_embedded_base_loads_in_stock_peft_by_itself(settings_for: Make, tmp_path: Path) -> None:
+    embedded = {"model__base": "embedded", "model__tokenizer": None, "data__max_length": 100}
+    run(settings_for(**embedded, federation__num_rounds=1), tmp_path / "run")
+    export_adapter(tmp_path / "run", tmp_path / "out")
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.peft_config["default"].r > 0
+    assert "fedloom.embedded" in card_of(tmp_path / "out")
 
 
 def test_a_lower_rank_says_exactly_what_it_leaves_out(flora: Path, tmp_path: Path) -> None:

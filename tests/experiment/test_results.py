@@ -86,6 +86,11 @@ def test_the_loss_is_told_by_category_and_is_the_runs_own(flora: Path) -> None:
     assert measured.lines()[-len(recorded) - 1].split()[:3] == ["category", "base", "result"]
 
 
+def test_how_rows_are_read_needs_rows_to_read() -> None:
+    with pytest.raises(DataError, match="expected a path with max_length, got none"):
+        RowChoice(max_length=5)
+
+
 def test_bytes_and_words_are_those_of_the_answers(flora: Path, rows_file: Path) -> None:
     answers = [f" {row['response']}" for row in json.loads(rows_file.read_text())]
     measured = evaluate(open_result(flora), RowChoice(str(rows_file)))

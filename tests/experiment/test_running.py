@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,11 +20,12 @@ from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM
 
 from fedloom.config import Settings
-from fedloom.errors import DataError, FedloomError, PartitionError, RunError
+from fedloom.errors import DataError, FedloomError, PartitionError, RunError, SettingsError
 from fedloom.experiment import compare, describe, run
 from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.running import RunSummary
 from fedloom.experiment.state_files import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
+from fedloom.reporting.progress import PlainProgress
 from fedloom.training.scoring import row_losses
 
 Make = Callable[..., Settings]
@@ -205,6 +207,41 @@ def test_a_comparison_runs_every_method_on_the_same_rows_and_resumes(settings_fo
     assert [s.eval for s in kept] == [s.eval for s in first.runs]
     assert set(again.table.cells) == {"fedit", "flora", "standalone"}
     assert json.loads((tmp_path / "comparison.json").read_text())["runs"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "seeds", "problem"),
+    [
+        (["fedit", "flroa"], [1], "methods: expected names from .*, got 'flroa'; did you mean flora"),
+        (["fedit", "fedit"], [1], "methods: expected each value once, got fedit twice"),
+        ("fedit,flora", [1], "methods: expected a list of names, got the text 'fedit,flora'"),
+        ([], [1], "methods: expected names"),
+        (["fedit"], [-1], r"seeds: expected integers ≥ 0, got \[-1\]"),
+        (["fedit"], "1", "seeds: expected integers ≥ 0, got '1'"),
+        (["fedit"], [], "seeds: expected integers"),
+    ],
+)
+def test_a_comparison_that_cannot_be_run_whole_runs_nothing(
+    methods: Any, seeds: Any, problem: str, settings_for: Make, tmp_path: Path
+) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        compare(settings_for(), methods, seeds, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_dropped_rows_and_the_lack_of_held_out_ones_are_said(
+    settings_for: Make, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads(rows_file.read_text())
+    (tmp_path / "held.json").write_text(json.dumps([*rows[:5], {**rows[5], "response": "x" * 300}]))
+    few = {"data__overlong": "drop", "data__max_length": 60, "federation__num_rounds": 1}
+    from_file = settings_for(**few, data__eval_rows=None, data__eval_path=str(tmp_path / "held.json"))
+    run(from_file, tmp_path / "run", progress=PlainProgress(sys.stderr))
+    assert "5 of 6 rows kept; dropped: 1 too long" in capsys.readouterr().err
+    identity = json.loads((tmp_path / "run/manifest.json").read_text())["identity"]
+    assert identity["held_out_row_counts"]["num_overlong_dropped"] == 1
+    run(settings_for(**few, data__eval_rows=None), tmp_path / "none", progress=PlainProgress(sys.stderr))
+    assert "no rows are held out" in capsys.readouterr().err
 
 
 def test_centralised_takes_as_many_steps_as_all_clients_together(settings_for: Make, tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from fedloom import embedded
+from fedloom.data.sources import load_rows
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.load import load_base
 from fedloom.training.scoring import row_losses
@@ -51,6 +54,17 @@ def test_the_hash_is_of_the_content_and_not_of_the_place(folder: Path, tmp_path:
     assert one == other
     edit_config(copy, rms_norm_eps=1e-5)
     assert load_base(copy, tokenizer="bytes").revision_hash != one
+
+
+@pytest.mark.parametrize("choice", [{"dtype": "fp16"}, {"dtype": torch.float16}, {"quantization": "4bits"}], ids=str)
+def test_a_dtype_or_quantization_that_is_not_there_is_refused(folder: Path, choice: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match=r"expected dtype float32, .* and quantization none, 4bit, 8bit, got"):
+        load_base(folder, **choice)
+
+
+def test_the_embedded_base_and_rows_go_by_their_name() -> None:
+    assert load_base("embedded").revision_hash == load_base(embedded.model_path()).revision_hash
+    assert [len(load_rows("embedded", split)) for split in ("train", "test")] == [4000, 400]
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "too/many/parts"])

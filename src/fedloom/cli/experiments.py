@@ -4,38 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, cast, get_args
+from typing import Annotated
 
 import typer
 
 from fedloom import config, recipes
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, RecipeArgument, ReferenceOption, SetOption
+from fedloom.cli.options import (
+    ComparisonOption,
+    FreshOption,
+    JsonOption,
+    OutOption,
+    RecipeArgument,
+    ReferenceOption,
+    SetOption,
+)
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings
-from fedloom.config.algorithm import MethodName
-from fedloom.config.problems import nearest
+from fedloom.config.comparison import METHODS, check_methods, check_seeds
 from fedloom.errors import SettingsError
 from fedloom.reporting.tables import counted
 
-METHODS: tuple[str, ...] = get_args(MethodName)
 RUNS = Path("runs")
 
 
-def load_settings(recipe: str, overrides: Sequence[str] | None) -> Settings:
-    """Load a shipped recipe by name, or a file.
+def load_settings(recipe: str | Path, overrides: Sequence[str] | None = None) -> Settings:
+    """Load a shipped recipe by name, or a file; ``overrides`` are of the form ``TABLE.SETTING=VALUE``, one or several.
 
     Raises:
         SettingsError: a line per problem.
     """
+    given = (overrides,) if isinstance(overrides, str) else overrides or ()
     if is_file(recipe):
-        return config.load(recipe, overrides or ())
-    return config.resolve(config.parse(recipes.read(recipe), f"{recipe}.toml"), f"recipe {recipe}", overrides or ())
+        return config.load(recipe, given)
+    return config.resolve(config.parse(recipes.read(str(recipe)), f"{recipe}.toml"), f"recipe {recipe}", given)
 
 
-def is_file(recipe: str) -> bool:
+def is_file(recipe: str | Path) -> bool:
     """Tell a file from the name of a shipped recipe."""
     path = Path(recipe)
-    return recipe not in recipes.names() and (path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1)
+    return str(recipe) not in recipes.names() and (
+        path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1
+    )
 
 
 def default_folder(recipe: str) -> Path:
@@ -104,7 +113,7 @@ def compare(
     seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,...", help="Seeds, separated by commas.")] = "1",
     reference: ReferenceOption = None,
     overrides: SetOption = None,
-    out: OutOption = None,
+    out: ComparisonOption = None,
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -130,12 +139,11 @@ def parse_methods(text: str) -> list[str]:
         SettingsError: one of them does not exist, is named twice, or there is none.
     """
     names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in METHODS:
-            raise SettingsError(
-                f"--methods: expected names from {', '.join(METHODS)}, got {name!r}; {nearest(name, METHODS)}"
-            )
-    return cast("list[str]", _distinct("--methods", names))
+    try:
+        check_methods(names)
+    except SettingsError as error:
+        raise SettingsError(f"--{error}") from None
+    return names
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -146,15 +154,9 @@ def parse_seeds(text: str) -> list[int]:
     """
     try:
         seeds = [int(seed) for seed in text.split(",")]
+        check_seeds(seeds)
     except ValueError:
-        seeds = [-1]
-    if min(seeds) < 0:
-        raise SettingsError(f"--seeds: expected integers ≥ 0 separated by commas, got {text!r}; e.g. --seeds 1,2,3")
-    return cast("list[int]", _distinct("--seeds", seeds))
-
-
-def _distinct(option: str, items: Sequence[object]) -> Sequence[object]:
-    for item in items:
-        if items.count(item) > 1:
-            raise SettingsError(f"{option}: expected each value once, got {item} twice; remove one")
-    return items
+        raise SettingsError(f"--seeds: expected integers ≥ 0, got {text!r}; e.g. --seeds 1,2,3") from None
+    except SettingsError as error:
+        raise SettingsError(f"--{error}") from None
+    return seeds

@@ -31,6 +31,15 @@ ReferenceOption = Annotated[
         show_default=False,
     ),
 ]
+ComparisonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        metavar="FOLDER",
+        help="Folder to write; left out: `runs/` and the recipe's name with `-compared`.",
+        show_default=False,
+    ),
+]
 OutOption = Annotated[
     Path | None,
     typer.Option(

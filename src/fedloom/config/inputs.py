@@ -65,7 +65,11 @@ class Data(Table):
     overlong: Literal["error", "drop", "truncate"] = setting("error", "What becomes of a row longer than `max_length`.")
     unanswered: Literal["error", "drop"] = setting("error", "What becomes of a row without an answer.")
     loss_on: Literal["answer", "all"] = setting("answer", "Tokens that are learned: the answer's, or the prompt's too.")
-    eval_path: PathOrName | None = setting(None, "Held-out rows from a file, folder or hub name.")
+    eval_path: PathOrName | None = setting(
+        None,
+        "Held-out rows from a file, folder or hub name. Of the three ways to hold rows out give one at most; without "
+        "any, no loss is measured on rows that were not trained on.",
+    )
     eval_rows: Count | None = setting(
         None, "Held-out rows as a number, drawn from the rows before they are partitioned."
     )

@@ -62,6 +62,21 @@ class EncodingCounts:
     num_answer_cut_off: int
     num_turns_after_last_answer: int
 
+    @property
+    def told(self) -> str:
+        """The counts of what was dropped or changed, for people; empty where nothing was."""
+        reasons = {
+            "without an answer": self.num_unanswered,
+            "too long": self.num_overlong_dropped,
+            "whose answer was cut off": self.num_answer_cut_off,
+        }
+        dropped = ", ".join(f"{number:,} {reason}" for reason, number in reasons.items() if number)
+        parts = [f"{self.num_kept:,} of {self.num_rows:,} rows kept; dropped: {dropped}"] if dropped else []
+        parts += [f"{self.num_truncated:,} rows truncated"] if self.num_truncated else []
+        if self.num_turns_after_last_answer:
+            parts.append(f"{self.num_turns_after_last_answer:,} turns after the last answer left out")
+        return "; ".join(parts)
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedloom import embedded
 from fedloom.errors import DataError
 
 Row = dict[str, Any]
@@ -88,7 +89,7 @@ class Rows:
 def load_rows(
     path: str | Path, split: Split | str = Split.TRAIN, *, subset: str | None = None, revision: str | None = None
 ) -> Rows:
-    """Read the rows of ``split`` from a file, a folder or a hub name.
+    """Read the rows of ``split`` from a file, a folder or a hub name, or the package's own by the name ``embedded``.
 
     A file is read whole whatever the split. In a folder, the files ``local_<split>_<n>.json`` are one client each
     (Shepherd's and FederatedScope's layout), ordered by number; else ``global_<split>.json``; else the files whose
@@ -99,6 +100,8 @@ def load_rows(
         DataError: nothing is there, a file is malformed or empty, or the hub cannot be reached.
     """
     split = Split(split)
+    if str(path) == embedded.NAME:
+        path = embedded.eval_path() if split is Split.TEST else embedded.data_path()
     place = Path(path).expanduser()
     if place.is_dir():
         return _read_files(_files_of_folder(place, split))

@@ -1,13 +1,20 @@
 """The small model and data that come with the package, both of our own making (``CARD.md`` beside this file).
 
-Paths only: load the model with ``fedloom.models`` or ``transformers``, the rows with ``fedloom.data`` (shape
-'dolly', template 'plain').
+Paths only. Wherever a base or a data set is named, ``embedded`` names these; ``transformers`` loads the model from
+its path. The rows are of shape 'dolly', the template is 'plain'.
 """
 
 from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
+
+NAME = "embedded"
+
+
+def base_path(name: str | Path) -> str | Path:
+    """Return where a base lies: ``name`` itself, unless it names the one in the package."""
+    return model_path() if str(name) == NAME else name
 
 
 def model_path() -> Path:

@@ -131,6 +131,19 @@ class ResultScores:
         ]
 
 
+def score_suite(opened: OpenedResult, suite: SuiteName, **options: Any) -> ResultScores:
+    """Score every adapter of a result, and its base, by one of the papers' suites; ``options`` are those of ``Asked``.
+
+    Raises:
+        SettingsError: there is no such suite, or an option would change nothing.
+        EvaluationError: as for :func:`score_result`.
+    """
+    known = {field.name for field in fields(Asked)} - {"suite", "tasks"}
+    if unknown := sorted(options.keys() - known):
+        raise SettingsError(f"score_suite: expected options among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+    return score_result(opened, Asked(suite=suite, **options), lambda _: None)
+
+
 def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
     """Score the base and every adapter; what is decoded is kept in the run folder and resumed.
 

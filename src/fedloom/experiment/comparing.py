@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedloom.config import Settings, with_method, with_seed
+from fedloom.config import Settings, every_variant
 from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.running import RunSummary, run
 from fedloom.reporting import durable
@@ -63,19 +63,19 @@ def compare(
     each method against ``reference``, by default FedIT where it is one of several.
 
     Raises:
-        FedloomError: for anything wrong with the settings, the files they name, or a folder.
+        SettingsError: a method or seed does not exist or comes twice, or a variant is not valid; nothing was run.
         EvaluationError: ``reference`` is not among the methods; nothing was run.
+        FedloomError: as for :func:`run`.
     """
+    variants = every_variant(settings, methods, seeds)
     reference = reference_among(methods, reference)
     out, progress = Path(out), progress or SilentProgress()
     workshop = Workshop(progress)
     runs: list[RunSummary] = []
-    for seed in seeds:
-        for method in methods:
-            variant = with_seed(with_method(settings, method), seed)  # type: ignore[arg-type]
-            folder = out / f"{method}-seed{seed}"
-            progress.note(f"run {len(runs) + 1} of {len(seeds) * len(methods)}: {method}, seed {seed}")
-            runs.append(run(variant, folder, fresh=fresh, progress=progress, workshop=workshop))
+    for variant in variants:
+        method, seed = variant.method.name, variant.run.seed
+        progress.note(f"run {len(runs) + 1} of {len(variants)}: {method}, seed {seed}")
+        runs.append(run(variant, out / f"{method}-seed{seed}", fresh=fresh, progress=progress, workshop=workshop))
     table = tabulate(_by_method(runs), (*METRICS[:2], *suite_metrics(runs), *METRICS[2:]), reference)
     result = MethodsComparison(out, tuple(runs), table)
     durable.write_json(out / "comparison.json", result.as_dict())

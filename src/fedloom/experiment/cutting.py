@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from fedloom import embedded
 from fedloom.config import Settings
 from fedloom.data.encoding import encode
 from fedloom.data.records import read_records
@@ -16,7 +17,6 @@ from fedloom.data.sources import load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import CutError
-from fedloom.experiment.inputs import base_path, rows_path
 from fedloom.experiment.splitting import split_plan
 from fedloom.federation.cost_model import (
     CutEstimate,
@@ -170,11 +170,11 @@ def devices_of(settings: Settings) -> list[Device]:
 def sampled_work(settings: Settings) -> tuple[int, Work]:
     """Return the number of rows, and a client's step as a sample of them suggests."""
     data = settings.data
-    rows = load_rows(rows_path(data.path, data.split), data.split, subset=data.subset, revision=data.revision)
+    rows = load_rows(data.path, data.split, subset=data.subset, revision=data.revision)
     chosen = np.sort(stream(settings.run.seed, "describe").permutation(len(rows))[:SAMPLED_ROWS])
     tokens = encode(
         read_records(rows.select(chosen), data.shape, data.columns),
-        load_tokenizer(settings.model.tokenizer or base_path(settings)),
+        load_tokenizer(settings.model.tokenizer or embedded.base_path(settings.model.base)),
         template=data.template or AUTO,
         max_length=data.max_length,
         loss_on=data.loss_on,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fedloom import embedded
 from fedloom.aggregation.records import Broadcast, Update
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.experiment.assembly import CONTROLS
 from fedloom.experiment.cutting import CutTable, cut_table
-from fedloom.experiment.inputs import base_path
 from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
 from fedloom.lora.initial import check_rank
 from fedloom.lora.layer import LoRAModel
@@ -129,7 +129,9 @@ def describe(settings: Settings) -> Description:
 def _skeleton(settings: Settings) -> Any:
     """Return the base with its shapes and without its numbers."""
     try:
-        config = AutoConfig.from_pretrained(str(base_path(settings)), revision=settings.model.revision)
+        config = AutoConfig.from_pretrained(
+            str(embedded.base_path(settings.model.base)), revision=settings.model.revision
+        )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError) as error:

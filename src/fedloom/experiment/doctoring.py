@@ -14,10 +14,10 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from fedloom import embedded
 from fedloom.config import Settings, files
 from fedloom.errors import FedloomError
 from fedloom.experiment.describing import describe
-from fedloom.experiment.inputs import EMBEDDED
 from fedloom.models.load import Quantization
 from fedloom.reporting.manifest import versions
 from fedloom.reporting.tables import written_bytes
@@ -178,7 +178,7 @@ def _is_installed(package: str) -> bool:
 
 def _base(settings: Settings) -> Finding:
     name, need = settings.model.base, f"base {settings.model.base}"
-    if name == EMBEDDED:
+    if name == embedded.NAME:
         return Finding(need, Verdict.YES, "it comes with the package")
     if Path(name).is_dir():
         whole = any(Path(name).glob("*.safetensors"))
@@ -200,7 +200,7 @@ def _is_cached(name: str, revision: str | None) -> bool:
 
 def _data(settings: Settings) -> Iterator[Finding]:
     for path in filter(None, (settings.data.path, settings.data.eval_path)):
-        if path == EMBEDDED:
+        if path == embedded.NAME:
             yield Finding(f"data {path}", Verdict.YES, "it comes with the package")
         elif Path(path).exists():
             yield Finding(f"data {path}", Verdict.YES, "on this machine")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedloom import embedded
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.experiment.model_card import adapter_card, merged_card
 from fedloom.experiment.results import RESULT, Found, find_result, load_base_of, of_client, unfinished_note, wrap
@@ -50,6 +51,11 @@ class Exported:
         """Return everything as plain values, relative errors included."""
         relative = {f"relative_{name}": self.share(getattr(self, name)) for name in ("rank_error", "cast_error")}
         return {**self.__dict__, "folder": str(self.folder), "ranks": dict(self.ranks), **relative}
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether nothing of the update was left out or rounded off."""
+        return self.rank_error == self.cast_error == 0.0
 
     def share(self, error: float) -> float:
         """Return an error as a share of all that training added."""
@@ -95,9 +101,9 @@ def export_adapter(
     exported = Exported(to, "adapter", dtype, cast.ranks, norm(adapter), rank_error, cast_error)
 
     def write(folder: Path) -> None:
-        base_name = str(found.base_name or "")
+        base_name = str(embedded.base_path(found.base_name or ""))
         save_peft(cast, folder, base_name=base_name, conv1d=_is_conv1d(found), dropout=0.0)
-        (folder / "README.md").write_text(adapter_card(found, exported.lines()), encoding="utf-8")
+        (folder / "README.md").write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)
     return exported
@@ -144,7 +150,7 @@ def export_merged(
             loaded.model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(merged_card(found, exported.lines()), encoding="utf-8")
+        (folder / "README.md").write_text(merged_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)
     return exported

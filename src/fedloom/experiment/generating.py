@@ -15,7 +15,6 @@ from fedloom.data.sources import load_rows
 from fedloom.data.templates import AUTO, Template
 from fedloom.errors import DataError, EvaluationError
 from fedloom.evaluation.prompts import causal_lm, context_length, prompt_ids
-from fedloom.experiment.inputs import EMBEDDED
 from fedloom.experiment.measuring import BASE
 from fedloom.experiment.results import OpenedResult
 from fedloom.seeding import torch_stream
@@ -186,7 +185,7 @@ def answer(opened: OpenedResult, name: str, worded: str, sampling: Sampling) -> 
 
     model, tokenizer = causal_lm(opened.use(None if name == BASE else name)), opened.base.tokenizer
     ids = prompt_ids(tokenizer, [worded])[0]
-    num_new = _num_new_tokens(model, ids, sampling)
+    num_new = num_new_tokens(model, ids, sampling)
     end = tokenizer.eos_token_id
     config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=num_new, pad_token_id=end, eos_token_id=end)
     processors = LogitsProcessorList([GumbelNoise(sampling, worded)] if sampling.temperature > 0.0 else [])
@@ -217,7 +216,7 @@ class GumbelNoise:
         return scores_BV.float() / self.temperature + gumbel_BV.float().to(scores_BV.device)
 
 
-def _num_new_tokens(model: Any, ids: Sequence[int], sampling: Sampling) -> int:
+def num_new_tokens(model: Any, ids: Sequence[int], sampling: Sampling) -> int:
     """Return how long the answer may get: what was asked for, or what the context leaves."""
     context = context_length(model)
     if context is None:
@@ -238,15 +237,7 @@ def _shape_of_run(opened: OpenedResult) -> Shape | None:
     if (shape := Shape(data.shape)) is not Shape.AUTO:
         return shape
     try:
-        rows = load_rows(_rows_of(data.path), data.split, subset=data.subset, revision=data.revision)
+        rows = load_rows(data.path, data.split, subset=data.subset, revision=data.revision)
     except DataError:
         return None
     return detect_shape(rows, data.columns)
-
-
-def _rows_of(path: str) -> Any:
-    if path != EMBEDDED:
-        return path
-    from fedloom import embedded
-
-    return embedded.data_path()

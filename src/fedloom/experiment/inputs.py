@@ -26,12 +26,14 @@ from fedloom.models.load import Base, load_base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
 
-EMBEDDED = "embedded"
-
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """Training rows as tokens with their owners, and the held-out rows; hashes say which they are."""
+    """Training rows as tokens with their owners, and the held-out rows; hashes say which they are.
+
+    ``counts`` are of the rows read for training, those drawn from them to be held out included; ``held_out_counts`` of
+    held-out rows that were read from elsewhere.
+    """
 
     rows: Rows
     tokens: TokenSet
@@ -39,6 +41,7 @@ class Inputs:
     held_out_rows: Rows | None
     held_out: TokenSet | None
     counts: EncodingCounts
+    held_out_counts: EncodingCounts | None
     data_sha256: str
     held_out_sha256: str | None
 
@@ -71,7 +74,7 @@ class Workshop:
             model = settings.model
             self.progress.note(f"loading base {model.base}")
             base = load_base(
-                base_path(settings),
+                model.base,
                 tokenizer=model.tokenizer,
                 dtype=model.dtype,
                 device=model.device,
@@ -99,9 +102,10 @@ class Workshop:
         chosen, held = _divided(settings, rows)
         training, tokens = rows.select(chosen), encoded.tokens.select(chosen)
         held_rows, held_tokens = (None, None) if held is None else (rows.select(held), encoded.tokens.select(held))
+        held_counts = None
         if data.eval_path is not None:
             held_rows, evaluated = self._encoded(settings, base, data.eval_path, Split.TEST, None)
-            held_tokens = evaluated.tokens
+            held_tokens, held_counts = evaluated.tokens, evaluated.counts
         data_sha256 = tokens.sha256()
         partition = _partition(settings, training, tokens, data_sha256, saved_partition)
         return Inputs(
@@ -111,6 +115,7 @@ class Workshop:
             held_rows,
             held_tokens,
             encoded.counts,
+            held_counts,
             data_sha256,
             None if held_tokens is None else held_tokens.sha256(),
         )
@@ -134,7 +139,7 @@ class Workshop:
         key += f" {seed}" if max_rows is not None else ""
         if key not in self._rows:
             self.progress.note(f"reading {'held-out ' if split == Split.TEST else ''}rows of {name}")
-            rows = load_rows(rows_path(name, split), split, subset=data.subset, revision=data.revision)
+            rows = load_rows(name, split, subset=data.subset, revision=data.revision)
             if max_rows is not None and max_rows < len(rows):
                 rows = rows.select(np.sort(stream(seed, "max_rows").permutation(len(rows))[:max_rows]))
             encoded = encode(
@@ -146,17 +151,10 @@ class Workshop:
                 overlong=data.overlong,
                 unanswered=data.unanswered,
             )
+            if encoded.counts.told:
+                self.progress.note(encoded.counts.told)
             self._rows[key] = rows.select(encoded.kept), encoded
         return self._rows[key]
-
-
-def base_path(settings: Settings) -> str | Path:
-    """Return where the base is, the embedded one included."""
-    if settings.model.base != EMBEDDED:
-        return settings.model.base
-    from fedloom import embedded
-
-    return embedded.model_path()
 
 
 def context_of(config: Any) -> int | None:
@@ -166,15 +164,6 @@ def context_of(config: Any) -> int | None:
         if getattr(text, name, None):
             return int(getattr(text, name))
     return None
-
-
-def rows_path(name: str, split: str) -> str | Path:
-    """Return where the rows of the data ``name`` are, of the embedded data those of ``split``."""
-    if name != EMBEDDED:
-        return name
-    from fedloom import embedded
-
-    return embedded.eval_path() if split == Split.TEST else embedded.data_path()
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

@@ -19,7 +19,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
-from fedloom.experiment.inputs import Workshop, context_of, rows_path
+from fedloom.experiment.inputs import Workshop, context_of
 from fedloom.experiment.results import OpenedResult
 from fedloom.reporting.durable import plain
 
@@ -38,6 +38,14 @@ class RowChoice:
     template: str | None = None
     max_length: int | None = None
     overlong: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in self.__dict__.items() if value is not None]
+        if given and self.path is None:
+            raise DataError(
+                f"expected a path with {', '.join(given)}, got none: a run's own rows are read as in the run; name "
+                "rows, or leave them out"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +214,7 @@ def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Toke
     max_length = choice.max_length or (settings.max_length if settings else None) or context
     overlong = choice.overlong or (settings.overlong if settings else "error")
     columns = settings.columns if settings and shape == settings.shape else {}
-    rows = load_rows(rows_path(path, Split.TEST), Split.TEST)
+    rows = load_rows(path, Split.TEST)
     loss_on = settings.loss_on if settings else "answer"
     encoded = encode(
         read_records(rows, shape, columns),

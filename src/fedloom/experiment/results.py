@@ -14,7 +14,6 @@ from typing import Any
 from fedloom import config
 from fedloom.config import Settings
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
-from fedloom.experiment.inputs import EMBEDDED
 from fedloom.experiment.state_files import NUMBERS, TENSORS, read_state
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
@@ -144,7 +143,7 @@ def load_base_of(
         options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}
         options |= {"device": device or model.device} | ({} if base else {"revision": model.revision})
     try:
-        loaded = load_base(_place_of(name), **(options | changes))
+        loaded = load_base(name, **(options | changes))
     except MissingExtraError:
         raise
     except ModelError as error:
@@ -211,14 +210,6 @@ def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
         return {f"client-{client}": adapter for client, adapter in sorted(state.own.items())}
     adapter = next(iter(state.own.values()), state.global_adapter())
     return {RESULT: adapter} if adapter else {}
-
-
-def _place_of(name: str | Path) -> str | Path:
-    if str(name) != EMBEDDED:
-        return name
-    from fedloom import embedded
-
-    return embedded.model_path()
 
 
 def _check_identity(found: Found, base: Base) -> None:

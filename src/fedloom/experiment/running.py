@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom import embedded
 from fedloom.aggregation.records import ServerState
 from fedloom.config import Settings
 from fedloom.data.groups import grouping_of
 from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
-from fedloom.experiment.inputs import Inputs, Workshop, base_path
+from fedloom.experiment.inputs import Inputs, Workshop
 from fedloom.experiment.loops import Loop, LoopKind, loop_of
 from fedloom.experiment.recording import holdings_of, peft_writer
 from fedloom.experiment.suites import suite_choice_of
@@ -26,6 +27,11 @@ from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder
 from fedloom.reporting.run_opening import EVALUATION, refuse_another, refuse_foreign
 from fedloom.reporting.tables import counted, written_bytes
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
+
+NOTHING_HELD_OUT = (
+    "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
+    "or data.eval_fraction"
+)
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,8 @@ def run(
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
     inputs = workshop.inputs(settings, base, saved if saved.exists() and not fresh else None)
+    if inputs.held_out is None:
+        progress.note(NOTHING_HELD_OUT)
     population = population_of(settings, inputs)
     kind = loop_of(settings, inputs, lora, population)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
@@ -100,6 +108,7 @@ def run(
             held_out_sha256=inputs.held_out_sha256,
             partition_sha256=inputs.partition_sha256,
             row_counts=inputs.counts.__dict__,
+            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.__dict__,
         )
         if not (folder.path / "partition.json").exists():
             inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
@@ -211,7 +220,9 @@ class Session:
             self.folder.write_folder("adapter", lambda path: write(result, path, 1.0))
 
     def _writer(self) -> Callable[[Adapter, Path, float], None]:
-        return peft_writer(str(base_path(self.settings)), self.lora.uses_conv1d, self.settings.training.dropout)
+        return peft_writer(
+            str(embedded.base_path(self.settings.model.base)), self.lora.uses_conv1d, self.settings.training.dropout
+        )
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]

@@ -9,7 +9,7 @@ from typing import Any
 from fedloom.data.records import Turn
 from fedloom.evaluation.prompts import prompt_ids
 from fedloom.evaluation.split_generation import generate
-from fedloom.experiment.generating import Sampling, wording_of
+from fedloom.experiment.generating import Sampling, num_new_tokens, wording_of
 from fedloom.experiment.measuring import BASE
 from fedloom.experiment.results import OpenedResult
 from fedloom.federation.split_codecs import WireDtype
@@ -47,18 +47,19 @@ def generate_cut(
 
     Raises:
         CutError: if the base cannot be cut there.
-        EvaluationError: if prompt and answer exceed the context.
+        EvaluationError: if the prompt leaves no room for an answer.
     """
     check_cuts((cut_layer,), num_blocks(opened.lora.model))
     name = next(iter(opened.adapters), BASE)
     lora, tokenizer = opened.use(None if name == BASE else name), opened.base.tokenizer
     wire: WireDtype = "bf16" if opened.settings is None else opened.settings.split.wire_dtype
     worded = wording_of(opened, template).text([Turn("user", prompt)], tokenizer)
+    ids = prompt_ids(tokenizer, [worded])[0]
     found = generate(
         cut(lora.model, cut_layer),
         output_head(lora.model),
-        prompt_ids(tokenizer, [worded])[0],
-        max_new_tokens=sampling.max_new_tokens,
+        ids,
+        max_new_tokens=num_new_tokens(lora, ids, sampling),
         stop_ids=[tokenizer.eos_token_id],
         wire_dtype=wire,
     )

@@ -19,7 +19,6 @@ from fedloom.evaluation.multiple_choice import answer_questions
 from fedloom.evaluation.outputs_file import outputs_path
 from fedloom.evaluation.questions import Question, read_mmlu, read_questions
 from fedloom.experiment.exact_match import exact_match, last_number
-from fedloom.experiment.inputs import rows_path
 from fedloom.experiment.suites import SuiteChoice, SuiteScores
 from fedloom.lora.layer import LoRAModel
 
@@ -138,7 +137,7 @@ def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
 
 def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
     if suite in choice.paths:
-        return load_rows(rows_path(choice.paths[suite], Split.TEST), Split.TEST)
+        return load_rows(choice.paths[suite], Split.TEST)
     if held_out is None:
         raise EvaluationError(
             f"{suite}: expected rows, there are no held-out ones; name some with --data or evaluation.paths.{suite}, "

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from fedloom import embedded
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import MissingExtraError, ModelError
 
@@ -28,6 +29,7 @@ _DTYPES: dict[str, torch.dtype | str] = {
     "float16": torch.float16,
     "auto": "auto",
 }
+_QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _SNAPSHOT = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 
@@ -57,18 +59,23 @@ def load_base(
     quantization: Quantization = "none",
     revision: str | None = None,
 ) -> Base:
-    """Load a causal LM from a local folder or by its hub name, frozen and in evaluation mode.
+    """Load a causal LM, frozen and in evaluation mode: a folder, a hub name, or ``embedded``, the package's own.
 
     Weights are read from safetensors only. ``tokenizer`` is a folder, a hub name or ``bytes``; None takes the base's
     own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first of cuda, mps, cpu that is there. With
     ``quantization`` the linear layers are held in 4 or 8 bits and ``dtype`` is that of the activations.
 
     Raises:
-        ModelError: if there is no such model, it is incomplete or corrupt, it is not a causal LM, or it has no
-            tokenizer.
+        ModelError: if there is no such model, dtype or quantization, it is incomplete or corrupt, it is not a causal
+            LM, or it has no tokenizer.
         MissingExtraError: if ``quantization`` is asked for without bitsandbytes.
     """
-    folder = _resolve(str(name_or_path), revision)
+    if dtype not in _DTYPES or quantization not in _QUANTIZATIONS:
+        raise ModelError(
+            f"load_base: expected dtype {', '.join(_DTYPES)} and quantization {', '.join(_QUANTIZATIONS)}, got "
+            f"{dtype!r} and {quantization!r}; name one of each"
+        )
+    folder = _resolve(str(embedded.base_path(name_or_path)), revision)
     config = _read_config(folder)
     weights = _check_weights(folder)
     place = _choose_device(device)

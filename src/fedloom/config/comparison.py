@@ -1,0 +1,63 @@
+"""One recipe as several methods over several seeds, checked as a whole before anything runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast, get_args
+
+from fedloom.config.algorithm import MethodName
+from fedloom.config.loading import check
+from fedloom.config.problems import nearest
+from fedloom.config.schema import Settings
+from fedloom.config.variants import with_method, with_seed
+from fedloom.errors import SettingsError
+
+METHODS: tuple[str, ...] = get_args(MethodName)
+
+
+def every_variant(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> list[Settings]:
+    """Return the experiment with every method under every seed, seed by seed.
+
+    Raises:
+        SettingsError: a method or seed does not exist or comes twice, there is none, or a variant is not valid.
+    """
+    check_methods(methods)
+    check_seeds(seeds)
+    variants = [
+        with_seed(with_method(settings, cast("MethodName", method)), seed) for seed in seeds for method in methods
+    ]
+    for variant in variants:
+        check(variant)
+    return variants
+
+
+def check_methods(methods: Sequence[str]) -> None:
+    """Check the methods of a comparison.
+
+    Raises:
+        SettingsError: one of them does not exist or comes twice, or there is none.
+    """
+    if isinstance(methods, str):
+        raise SettingsError(f"methods: expected a list of names, got the text {methods!r}; give [{methods!r}]")
+    for name in methods or ("",):
+        if name not in METHODS:
+            advice = nearest(name, METHODS)
+            raise SettingsError(f"methods: expected names from {', '.join(METHODS)}, got {name!r}; {advice}")
+    _check_distinct("methods", methods)
+
+
+def check_seeds(seeds: Sequence[int]) -> None:
+    """Check the seeds of a comparison.
+
+    Raises:
+        SettingsError: one of them is no integer ≥ 0 or comes twice, or there is none.
+    """
+    if not seeds or isinstance(seeds, str) or any(not isinstance(seed, int) or seed < 0 for seed in seeds):
+        raise SettingsError(f"seeds: expected integers ≥ 0, got {seeds!r}; e.g. 1, 2, 3")
+    _check_distinct("seeds", seeds)
+
+
+def _check_distinct(what: str, items: Sequence[object]) -> None:
+    for item in items:
+        if items.count(item) > 1:
+            raise SettingsError(f"{what}: expected each value once, got {item} twice; remove one")
