@@ -12,6 +12,7 @@ import pytest
 
 from fedloom.errors import EvaluationError, RunError
 from fedloom.reporting.report import write_report
+from fedloom.reporting.stored_run import read_run
 
 MakeRun = Callable[..., Path]
 SECTIONS = ["results", "loss", "groups", "clients", "aggregation", "result", "costs", "provenance"]
@@ -106,6 +107,32 @@ def test_a_report_of_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="holds no fedloom run"):
         write_report([tmp_path], tmp_path / "report.html")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_run_is_left_out_and_named(make_run: MakeRun, tmp_path: Path) -> None:
+    whole, broken, torn = make_run("fedit"), make_run("flora"), make_run("zero-padding")
+    (broken / "config.json").write_text("{")
+    weights = torn / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:50])
+    write_report([whole.parent], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<title>fedloom report: fedit, zero-padding</title>" in page
+    assert "config.json is damaged" in page
+    assert str(torn / "adapter") in page
+    for path in (whole, torn):
+        (path / "config.json").write_text("{")
+    with pytest.raises(RunError, match="is damaged"):
+        write_report([whole.parent], tmp_path / "none.html")
+
+
+def test_the_figures_are_of_all_rounds_though_metrics_jsonl_lost_some(make_run: MakeRun) -> None:
+    path = make_run("fedit")
+    whole = read_run(path).records
+    metrics = path / "metrics.jsonl"
+    metrics.write_bytes(b"".join(metrics.read_bytes().splitlines(keepends=True)[:2]))
+    assert read_run(path).records == whole
+    metrics.unlink()
+    assert read_run(path).records == whole
 
 
 def test_methods_are_set_against_fedit_unless_another_is_named(comparison: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -140,6 +141,7 @@ def test_figures_by_group_are_means_over_the_seeds_beside_every_method(make_run:
 def test_a_run_without_rounds_has_the_loss_it_was_finished_with(make_run: MakeRun) -> None:
     path = make_run("base", num_rounds=0)
     (path / "metrics.jsonl").write_text("")
+    shutil.rmtree(path / "rounds")
     (path / "finished.json").write_text(json.dumps({"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 4.5}}))
     (group,) = group_runs([path])
     assert (loss_by_round(group).xs, loss_by_round(group).ys) == ([0.0], [4.5])

@@ -44,8 +44,14 @@ def test_a_difference_smaller_than_the_spread_of_seeds_is_found_by_pairing_them(
 )
 def test_the_direction_decides_what_is_better(better: str, shift: float, verdict: str) -> None:
     reference = {1: 0.0, 2: 5.0}
-    moved = {seed: value + shift for seed, value in reference.items()}
+    moved = {seed: value + shift + 0.01 * seed for seed, value in reference.items()}
     assert paired_difference(moved, reference, better).verdict == verdict  # type: ignore[arg-type]
+
+
+def test_differences_that_are_all_the_same_are_not_judged() -> None:
+    difference = paired_difference({1: 0.59, 2: 0.565}, {1: 0.5825, 2: 0.5575}, "higher")
+    assert (difference.mean, difference.half_width) == (pytest.approx(0.0075), None)
+    assert difference.verdict == "too few seeds"
 
 
 def test_equal_results_are_within_noise_and_one_seed_decides_nothing() -> None:

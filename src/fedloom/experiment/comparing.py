@@ -20,7 +20,7 @@ from fedloom.reporting.tables import compare as tabulate
 METRICS = (
     Metric("loss_nats", "held-out loss"),
     Metric("perplexity", "perplexity", digits=2),
-    Metric("aggregation_noise", "aggregation noise", better="neither"),
+    Metric("aggregation_noise", "noise, last round", better="neither"),
     Metric("upload_bytes", "bytes up", unit="B"),
     Metric("download_bytes", "bytes down", unit="B"),
     Metric("seconds", "time", unit="s"),

@@ -93,14 +93,25 @@ def plain(value: Any) -> Any:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Sync every file of the folder ``temporary``, then rename it to ``final``, which must not exist."""
+    """Sync every file of the folder ``temporary``, then rename it to ``final``, which must not exist.
+
+    Files get the mode that any new file has: safetensors writes its own for the owner alone.
+    """
+    mode = 0o666 & ~_umask()
     for parent, _, names in os.walk(temporary, topdown=False):
         for name in names:
+            (Path(parent) / name).chmod(mode)
             with (Path(parent) / name).open("rb") as file:
                 os.fsync(file.fileno())
         sync_folder(Path(parent))
     temporary.rename(final)
     sync_folder(final.parent)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def sync_folder(folder: Path) -> None:

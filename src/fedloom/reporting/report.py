@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from fedloom.reporting.ledger import total_cost
 from fedloom.reporting.page import adapter, clients, costs, provenance, results
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
-from fedloom.reporting.stored_run import find_runs
+from fedloom.reporting.stored_run import find_runs, read_run
 from fedloom.reporting.svg import element
 from fedloom.reporting.tables import reference_among, written_bytes
 
@@ -25,18 +25,37 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
     The methods are set against ``reference``, by default FedIT where it is one of several.
 
     Raises:
-        RunError: there is no run, none has a completed round yet, or ``out`` cannot be written.
+        RunError: there is no run, none can be read or has a completed round yet, or ``out`` cannot be written.
         EvaluationError: ``reference`` is not among the methods.
     """
     paths = [found for path in runs for found in find_runs(path)]
     if not paths:
         raise RunError("expected at least one run folder to report on, got none")
-    groups = group_runs(dict.fromkeys(paths))
+    found, damaged = _readable(dict.fromkeys(paths))
+    groups = group_runs(found)
     _check_begun(groups)
-    page = report_html(groups, reference_among([group.label for group in groups], reference))
+    page = report_html(groups, reference_among([group.label for group in groups], reference), damaged)
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write_bytes(out, page.encode())
+
+
+def _readable(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+    """Return the runs that can be read, and what is wrong with each of the others.
+
+    Raises:
+        RunError: none can be read.
+    """
+    found, damaged = [], []
+    for path in paths:
+        try:
+            read_run(path)
+            found.append(path)
+        except RunError as error:
+            damaged.append(str(error))
+    if not found:
+        raise RunError("; ".join(damaged))
+    return found, damaged
 
 
 def _check_begun(groups: Sequence[RunGroup]) -> None:
@@ -46,12 +65,12 @@ def _check_begun(groups: Sequence[RunGroup]) -> None:
         raise RunError(f"{named}: expected a completed round, no round is complete yet; go on with the run first")
 
 
-def report_html(groups: Sequence[RunGroup], reference: str | None = None) -> str:
-    """Return the page about run groups."""
+def report_html(groups: Sequence[RunGroup], reference: str | None = None, damaged: Sequence[str] = ()) -> str:
+    """Return the page about run groups; ``damaged`` says what is wrong with runs that are left out."""
     losses = results.losses(groups)
     body = "".join(
         (
-            _header(groups),
+            _header(groups, damaged),
             section("results", "Results", "", results.methods(groups, reference)),
             section("loss", "Loss", "", key(groups) + losses if losses else ""),
             section("groups", "By group of rows", "", results.groups_of_rows(groups)),
@@ -93,15 +112,15 @@ def _title(groups: Sequence[RunGroup]) -> str:
     return f"fedloom report: {', '.join(group.label for group in groups)}"
 
 
-def _header(groups: Sequence[RunGroup]) -> str:
+def _header(groups: Sequence[RunGroup], damaged: Sequence[str]) -> str:
     runs = [run for group in groups for run in group.runs]
     unfinished = [run.path.name for run in runs if run.finished is None]
-    warning = f"Not finished: {', '.join(unfinished)}. The figures are of the rounds so far." if unfinished else ""
+    warnings = [f"Not finished: {', '.join(unfinished)}. The figures are of the rounds so far."] if unfinished else []
+    warnings += [f"Left out: {problem}." for problem in damaged]
     head = element("div", element("h1", text=_heading(groups)), _theme_button())
     about = element("p", text=_about(groups), class_="lead")
-    return element(
-        "header", head, about, element("p", text=warning, class_="warning") if warning else "", _tiles(groups)
-    )
+    shown = [element("p", text=warning, class_="warning") for warning in warnings]
+    return element("header", head, about, *shown, _tiles(groups))
 
 
 def _heading(groups: Sequence[RunGroup]) -> str:

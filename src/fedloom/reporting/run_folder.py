@@ -26,9 +26,8 @@ from typing import Any, Self
 from fedloom.errors import RunError
 from fedloom.reporting import durable, run_opening
 from fedloom.reporting.manifest import version_changes
-from fedloom.reporting.run_opening import ENTRIES, READY, complete_lines, inside
+from fedloom.reporting.run_opening import ENTRIES, READY, RECORD, complete_lines, inside
 
-RECORD = "record.json"
 MAY_CHANGE = ("federation.num_rounds", "run.keep_states", "run.trackers")
 _RETRY = "free space or mend the disk, then run the same command again"
 

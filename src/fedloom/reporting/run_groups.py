@@ -29,7 +29,7 @@ TITLES = {
     "upload_bytes": "up",
     "download_bytes": "down",
     "seconds": "time",
-    "aggregation_noise": "noise",
+    "aggregation_noise": "noise, last round",
 }
 
 
@@ -151,7 +151,7 @@ def results(run: StoredRun) -> dict[str, float]:
     cost = total_cost(run.records)
     figures |= {"upload_bytes": cost.upload_bytes, "download_bytes": cost.download_bytes, "seconds": cost.seconds}
     noises = [record["aggregation_noise"] for record in run.records if record.get("aggregation_noise") is not None]
-    return figures | ({"aggregation_noise": statistics.fmean(noises)} if noises else {})
+    return figures | ({"aggregation_noise": noises[-1]} if noises else {})
 
 
 def _final_evaluation(run: StoredRun) -> Mapping[str, Any]:

@@ -22,6 +22,7 @@ from fedloom.reporting.manifest import (
 
 LOCK = ".fedloom.lock"
 READY = ".ready-"
+RECORD = "record.json"
 EVALUATION = "evaluation"
 """The folder, in a run's, of what was decoded to be scored."""
 # In the order in which a fresh start removes them, up to the last two, which it replaces.

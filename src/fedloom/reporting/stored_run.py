@@ -9,7 +9,7 @@ from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.reporting import durable
-from fedloom.reporting.run_opening import complete_lines, read_manifest
+from fedloom.reporting.run_opening import RECORD, complete_lines, read_manifest
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def read_run(path: Path) -> StoredRun:
         path=path,
         config=durable.read_json(path / "config.json"),
         manifest=read_manifest(path),
-        records=tuple(complete_lines(path / "metrics.jsonl")),
+        records=tuple(_records(path)),
         holdings=_holdings(path / "holdings.json"),
         finished=durable.read_json(finished) if finished.exists() else None,
     )
@@ -96,6 +96,15 @@ def holdings_document(holdings: list[Holding], group: str | None) -> dict[str, A
         for one in holdings
     ]
     return {"group": group, "clients": clients}
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """Return the completed rounds' records, from the rounds themselves where metrics.jsonl does not hold them all."""
+    lines = complete_lines(path / "metrics.jsonl")
+    rounds = sorted(int(entry.parent.name) for entry in path.glob(f"rounds/*/{RECORD}") if entry.parent.name.isdigit())
+    if [line.get("round") for line in lines] == rounds or not rounds:
+        return lines
+    return [durable.read_json(path / "rounds" / str(n) / RECORD) for n in rounds]
 
 
 def _holdings(path: Path) -> tuple[Holding, ...]:

@@ -2,7 +2,8 @@
 
 A difference is judged on pairs: both methods ran every seed on the same data and the same initial draws, so what the
 seed contributes cancels. With n seeds and differences d, the 95 % interval is mean(d) ± t · sd(d) / sqrt(n), t being
-Student's quantile at n - 1 degrees of freedom; a difference counts when the interval excludes zero.
+Student's quantile at n - 1 degrees of freedom; a difference counts when the interval excludes zero. Differences that
+are all the same (few seeds, a score that is counted) say nothing of the noise and are not judged.
 """
 
 from __future__ import annotations
@@ -157,7 +158,10 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     mean = statistics.fmean(differences)
     if len(differences) < 2:
         return Difference(mean, None, "too few seeds")
-    half_width = student_t975(len(differences) - 1) * statistics.stdev(differences) / math.sqrt(len(differences))
+    spread = statistics.stdev(differences)
+    if mean != 0.0 and spread <= 1e-9 * abs(mean):
+        return Difference(mean, None, "too few seeds")
+    half_width = student_t975(len(differences) - 1) * spread / math.sqrt(len(differences))
     return Difference(mean, half_width, _verdict(mean, half_width, better))
 
 
