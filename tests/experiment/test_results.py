@@ -125,7 +125,18 @@ def test_an_unfinished_run_opens_at_its_last_round_and_says_how_to_finish(flora:
 
 def stopped_without_rounds(folder: Path) -> Path:
     (folder / "metrics.jsonl").write_text("")
+    shutil.rmtree(folder / "rounds")
     return folder
+
+
+def test_a_finished_run_without_its_adapter_is_not_taken_for_its_base(standalone: Path, settings_for: Make) -> None:
+    gone = standalone / "adapter/client-1"
+    weights = (gone / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(gone)
+    with pytest.raises(RunError, match=r"client-1: expected the adapter that this run wrote, found none; write it"):
+        open_result(standalone)
+    run(settings_for(method__name="standalone"), standalone)
+    assert (gone / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_a_standalone_run_has_an_adapter_per_client(standalone: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -136,6 +137,33 @@ def test_the_seed_changes_rows_clients_and_result(settings_for: Make, tmp_path: 
     assert adapter_bytes(tmp_path / "1") != adapter_bytes(tmp_path / "2")
     one, two = ((tmp_path / s / "partition.json").read_bytes() for s in "12")
     assert one != two
+
+
+def test_a_run_gets_more_rounds_but_never_fewer(settings_for: Make, tmp_path: Path) -> None:
+    run(settings_for(federation__num_rounds=2), tmp_path / "run")
+    before = (tmp_path / "run/config.json").read_bytes()
+    with pytest.raises(RunError, match="has completed 2 rounds, asked for 1: a run can get more rounds, not fewer"):
+        run(settings_for(federation__num_rounds=1), tmp_path / "run")
+    assert (tmp_path / "run/config.json").read_bytes() == before
+
+
+def test_a_run_that_failed_in_its_first_round_gives_way_to_other_settings(settings_for: Make, tmp_path: Path) -> None:
+    with pytest.raises(FedloomError, match=r"mend the cause and run again$"):
+        run(settings_for(training__learning_rate=1e38), tmp_path / "run")
+    summary = run(settings_for(partition__categories_per_client=1), tmp_path / "run")
+    assert summary.num_rounds == 2
+
+
+def test_a_damaged_state_is_named_with_the_way_on(settings_for: Make, tmp_path: Path) -> None:
+    run(settings_for(federation__num_rounds=2), tmp_path / "run")
+    whole = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    state = tmp_path / "run/rounds/2/state/server.safetensors"
+    state.write_bytes(state.read_bytes()[:30])
+    with pytest.raises(RunError, match=r"rounds/2: its state is damaged .*; remove .*rounds/2 to go on from the round"):
+        run(settings_for(federation__num_rounds=2), tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/rounds/2")
+    run(settings_for(federation__num_rounds=2), tmp_path / "run")
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes() == whole
 
 
 def test_a_run_whose_schedule_spans_it_is_not_extended(settings_for: Make, tmp_path: Path) -> None:

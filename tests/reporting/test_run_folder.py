@@ -116,6 +116,7 @@ def test_another_base_is_refused_at_opening_and_when_it_becomes_known(tmp_path: 
 def test_a_hash_that_becomes_known_later_is_recorded_once(tmp_path: Path) -> None:
     with opened(tmp_path) as folder:
         folder.confirm_identity(partition_sha256="dd")
+        folder.write_round(1, {})
     with opened(tmp_path) as folder, pytest.raises(RunError, match="partition_sha256 is 'dd' there, 'ee' asked"):
         folder.confirm_identity(partition_sha256="ee")
 

@@ -26,7 +26,15 @@ from fedloom.experiment.splitting import (
     split_state_files,
     uncut_state,
 )
-from fedloom.experiment.state_files import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
+from fedloom.experiment.state_files import (
+    NUMBERS,
+    OPTIMISERS,
+    TENSORS,
+    damage_named,
+    read_optimisers,
+    read_state,
+    state_files,
+)
 from fedloom.federation.rounds import Arrival, Engine, RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.split_state import SplitState
 from fedloom.lora.layer import LoRAModel
@@ -93,6 +101,14 @@ class LoopKind:
     plan: RoundPlan | None
     split: SplitRun | None
 
+    @property
+    def num_rounds(self) -> int:
+        """Rounds in all."""
+        if self.split is not None:
+            return self.split.num_rounds
+        assert self.plan is not None
+        return self.plan.num_rounds
+
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Return the loop at the point that the folder has reached."""
         if self.split is not None:
@@ -102,8 +118,9 @@ class LoopKind:
         standing, last = self.plan.strategy.initial(), folder.last_round()
         if last is not None:
             read = partial(folder.read_round_file, last)
-            standing = read_state(read(TENSORS), read(NUMBERS))
-            optimisers = read_optimisers(read(OPTIMISERS)) if optimisers is not None else None
+            with damage_named(folder.round_path(last)):
+                standing = read_state(read(TENSORS), read(NUMBERS))
+                optimisers = read_optimisers(read(OPTIMISERS)) if optimisers is not None else None
         return AdapterRounds(self, self.plan, standing, optimisers, folder.path, write_adapter, progress)
 
 
@@ -112,7 +129,9 @@ def restored_split(run: SplitRun, folder: RunFolder) -> SplitState:
     last = folder.last_round()
     if last is None:
         return run.initial()
-    return read_split_state(folder.read_round_file(last, SPLIT_TENSORS), folder.read_round_file(last, SPLIT_NUMBERS))
+    read = partial(folder.read_round_file, last)
+    with damage_named(folder.round_path(last)):
+        return read_split_state(read(SPLIT_TENSORS), read(SPLIT_NUMBERS))
 
 
 @dataclass(frozen=True, eq=False)

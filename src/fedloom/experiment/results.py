@@ -14,12 +14,12 @@ from typing import Any
 from fedloom import config
 from fedloom.config import Settings
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
-from fedloom.experiment.state_files import NUMBERS, TENSORS, read_state
+from fedloom.experiment.state_files import NUMBERS, TENSORS, damage_named, read_state
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
 from fedloom.models.load import Base, load_base
-from fedloom.reporting.stored_run import StoredRun, read_run
+from fedloom.reporting.stored_run import ADAPTER, StoredRun, missing_adapters, read_run
 
 RESULT = "result"
 """Name of the adapter that everybody shares; where each client has its own they are ``client-0``, ``client-1``, ..."""
@@ -188,7 +188,12 @@ def _find_run(path: Path) -> Found:
     run = read_run(path)
     settings = config.load(path / "config.json", also=())
     if run.finished is not None:
-        return Found(path, _finished_adapters(path / "adapter"), settings.model.base, settings, run)
+        if missing := missing_adapters(path, run.finished):
+            raise RunError(
+                f"{missing[0]}: expected the adapter that this run wrote, found none; write it again with: "
+                f"fedloom run {path / 'config.json'} --out {path}"
+            )
+        return Found(path, _finished_adapters(path / ADAPTER), settings.model.base, settings, run)
     adapters = _state_adapters(run)
     return Found(path, adapters, settings.model.base, settings, run, (unfinished_note(run),))
 
@@ -205,7 +210,8 @@ def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
     folder = run.path / "rounds" / str(run.records[-1]["round"]) if run.records else None
     if folder is None or not (folder / TENSORS).is_file():
         raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
-    state = read_state((folder / TENSORS).read_bytes(), (folder / NUMBERS).read_bytes())
+    with damage_named(folder):
+        state = read_state((folder / TENSORS).read_bytes(), (folder / NUMBERS).read_bytes())
     if len(state.own) > 1:
         return {f"client-{client}": adapter for client, adapter in sorted(state.own.items())}
     adapter = next(iter(state.own.values()), state.global_adapter())

@@ -12,6 +12,7 @@ from fedloom import embedded
 from fedloom.aggregation.records import ServerState
 from fedloom.config import Settings
 from fedloom.data.groups import grouping_of
+from fedloom.errors import RunError
 from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
 from fedloom.experiment.inputs import Inputs, Workshop
@@ -24,7 +25,8 @@ from fedloom.lora.pair import Adapter
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.run_folder import MAY_CHANGE, RunFolder
-from fedloom.reporting.run_opening import EVALUATION, refuse_another, refuse_foreign
+from fedloom.reporting.run_opening import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
+from fedloom.reporting.stored_run import ADAPTER, missing_adapters
 from fedloom.reporting.tables import counted, written_bytes
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 
@@ -96,11 +98,13 @@ def run(
         refuse_another(out, settings.as_dict(), may_change)
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
-    inputs = workshop.inputs(settings, base, saved if saved.exists() and not fresh else None)
+    inputs = workshop.inputs(settings, base, saved if is_begun(out) and saved.exists() and not fresh else None)
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
     population = population_of(settings, inputs)
     kind = loop_of(settings, inputs, lora, population)
+    if kind is not None and not fresh:
+        _refuse_fewer_rounds(out, kind.num_rounds)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
             base_sha256=base.revision_hash,
@@ -117,6 +121,14 @@ def run(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
         return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
+
+
+def _refuse_fewer_rounds(out: Path, num_rounds: int) -> None:
+    if (done := len(rounds_done(out))) > num_rounds:
+        raise RunError(
+            f"{out} has completed {counted(done, 'round')}, asked for {num_rounds}: a run can get more rounds, not "
+            f"fewer; set federation.num_rounds to {done} or more, choose another folder, or start over with --fresh"
+        )
 
 
 def is_extensible(settings: Settings) -> bool:
@@ -156,9 +168,13 @@ class Session:
         if finished is None or left > 0:
             base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
             state = self._rounds(loop) if loop is not None else state
-            self._write_adapter(state)
+            adapters = self._write_adapter(state)
             evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
-            self.folder.finish({"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation})
+            record = {"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation}
+            self.folder.finish(record | {"adapters": adapters})
+        elif missing_adapters(self.folder.path, finished):
+            self.progress.note("the adapter is missing: writing it again from the last round's state")
+            self._write_adapter(state)
         return self._summary(state)
 
     def _rounds(self, loop: Loop) -> ServerState:
@@ -205,8 +221,11 @@ class Session:
             )
         return scores
 
-    def _write_adapter(self, state: ServerState) -> None:
-        """Write the result as PEFT: one adapter on the untouched base, or one per client where each has its own."""
+    def _write_adapter(self, state: ServerState) -> list[str]:
+        """Write the result as PEFT: one adapter on the untouched base, or one per client where each has its own.
+
+        Return the folders, relative to the run's; none where training added nothing.
+        """
         write, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
         result = compress(state.global_adapter()).adapter
 
@@ -215,9 +234,12 @@ class Session:
                 write(adapter, path if len(own) == 1 else path / f"client-{client}", scales[client])
 
         if own:
-            self.folder.write_folder("adapter", write_own)
-        elif any(rank > 0 for rank in result.ranks.values()):
-            self.folder.write_folder("adapter", lambda path: write(result, path, 1.0))
+            self.folder.write_folder(ADAPTER, write_own)
+            return [ADAPTER] if len(own) == 1 else [f"{ADAPTER}/client-{client}" for client in own]
+        if any(rank > 0 for rank in result.ranks.values()):
+            self.folder.write_folder(ADAPTER, lambda path: write(result, path, 1.0))
+            return [ADAPTER]
+        return []
 
     def _writer(self) -> Callable[[Adapter, Path, float], None]:
         return peft_writer(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.aggregation.records import ServerState
+from fedloom.errors import RunError
 from fedloom.lora.pair import Adapter
 
 TENSORS, NUMBERS, OPTIMISERS = "state/server.safetensors", "state/server.json", "state/optimisers.safetensors"
@@ -33,6 +37,22 @@ def state_files(state: ServerState, optimisers: Mapping[int, Mapping[str, Tensor
         flat = {f"{client}/{key}": t.contiguous() for client, held in optimisers.items() for key, t in held.items()}
         files[OPTIMISERS] = save(flat)
     return files
+
+
+@contextmanager
+def damage_named(round_folder: Path) -> Iterator[None]:
+    """Turn a state that cannot be rebuilt into one line that names the round and the way on.
+
+    Raises:
+        RunError: the block met a file that is not what a run writes.
+    """
+    try:
+        yield
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{round_folder}: its state is damaged ({str(error).splitlines()[0]}); remove {round_folder} to go on from "
+            "the round before, whose state is kept, or start over with --fresh"
+        ) from error
 
 
 def read_state(tensors: bytes, numbers: bytes) -> ServerState:

@@ -209,8 +209,18 @@ class Intake:
         reasons = "; ".join(f"client {r.client}: {r.reason}" for r in self.seen.values() if r.reason is not None)
         raise TooFewClientsError(
             f"round {self.state.round + 1}: expected usable updates from at least {self.plan.min_clients} clients "
-            f"(federation.min_clients), got {used} ({reasons}); earlier rounds are saved, mend the cause and run again"
+            f"(federation.min_clients), got {used} ({reasons}); {advice_after(self.state.round)}"
         )
+
+
+def advice_after(num_rounds_done: int) -> str:
+    """Say how to go on where a round fails after ``num_rounds_done`` others."""
+    if num_rounds_done == 0:
+        return "mend the cause and run again"
+    return (
+        "earlier rounds are saved: where the cause has passed, run again to go on; other settings need another folder "
+        "or a fresh start"
+    )
 
 
 class Clock:

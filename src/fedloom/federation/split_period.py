@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.messages import decode_update, encode_broadcast, encode_update
-from fedloom.federation.rounds import Arrival, ClientRecord, Intake, RoundPlan
+from fedloom.federation.rounds import Arrival, ClientRecord, Intake, RoundPlan, advice_after
 from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
 from fedloom.federation.split_clients import start_of
 from fedloom.federation.split_messages import SplitMessage, check_activations
@@ -275,7 +275,7 @@ class Period:
         reasons = "; ".join(f"client {client}: {reason}" for client, reason in self.reasons.items())
         raise TooFewClientsError(
             f"round {self.round}: expected at least {self._plan.min_clients} clients (federation.min_clients) to reach "
-            f"the aggregation, got {len(self.present)} ({reasons}); earlier rounds are saved, run again once mended"
+            f"the aggregation, got {len(self.present)} ({reasons}); {advice_after(self.round - 1)}"
         )
 
     def _record(self, client: int, parts: Sequence[ClientRecord], adapter_up: int) -> SplitClientRecord:

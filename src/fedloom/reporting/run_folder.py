@@ -117,8 +117,7 @@ class RunFolder:
 
     def rounds(self) -> list[int]:
         """Return the numbers of the completed rounds, in order."""
-        folder = self.path / "rounds"
-        return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+        return run_opening.rounds_done(self.path)
 
     def last_round(self) -> int | None:
         """Return the number of the last completed round, or None before the first."""

@@ -67,12 +67,25 @@ def refuse_foreign(path: Path) -> None:
 def refuse_another(path: Path, config: Mapping[str, Any], may_change: Collection[str]) -> None:
     """Check that ``path`` holds no run, or one of these settings, before anything dear is loaded.
 
+    A run that has not completed a round has nothing to lose, and gives way to one of other settings.
+
     Raises:
         RunError: it holds a run of other settings, or something else; nothing was touched.
     """
     refuse_foreign(path)
-    if (path / "manifest.json").exists():
+    if is_begun(path):
         refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
+
+
+def rounds_done(path: Path) -> list[int]:
+    """Return the numbers of the rounds that the run in ``path`` has completed, in order."""
+    folder = path / "rounds"
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def is_begun(path: Path) -> bool:
+    """Tell whether ``path`` holds a run that has completed a round, or all that it has to do."""
+    return (path / "manifest.json").exists() and (bool(rounds_done(path)) or (path / "finished.json").exists())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -155,12 +168,13 @@ def start(path: Path, config: Mapping[str, Any], identity: Mapping[str, Any]) ->
 def start_or_resume(
     path: Path, config: Mapping[str, Any], identity: Mapping[str, Any], may_change: Collection[str]
 ) -> dict[str, Any]:
-    """Start a run where there is none; otherwise check that the run there is this one, and note the new session.
+    """Start a run where none has begun; otherwise check that the run there is this one, and note the new session.
 
     Raises:
         RunError: the run there has other settings, or another base, data or partition.
     """
-    if not (path / "manifest.json").exists():
+    if not is_begun(path):
+        clear(path)
         return start(path, config, identity)
     manifest = read_manifest(path)
     refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)

@@ -9,7 +9,9 @@ from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.reporting import durable
-from fedloom.reporting.run_opening import RECORD, complete_lines, read_manifest
+from fedloom.reporting.run_opening import RECORD, complete_lines, read_manifest, rounds_done
+
+ADAPTER = "adapter"
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class StoredRun:
     @property
     def adapter_folder(self) -> Path | None:
         """Where the result lies, or None while there is none."""
-        folder = self.path / "adapter"
+        folder = self.path / ADAPTER
         return folder if (folder / "adapter_config.json").exists() else None
 
     def evaluations(self) -> list[Mapping[str, Any]]:
@@ -75,6 +77,11 @@ def read_run(path: Path) -> StoredRun:
     )
 
 
+def missing_adapters(path: Path, finished: Mapping[str, Any]) -> list[Path]:
+    """Return the adapters' folders that the finished run in ``path`` wrote and that are not there any more."""
+    return [path / name for name in finished.get("adapters", ()) if not (path / name / "adapter_config.json").is_file()]
+
+
 def find_runs(path: Path) -> list[Path]:
     """Return ``path`` itself where it is a run, otherwise the runs directly inside it (a comparison's folder).
 
@@ -101,7 +108,7 @@ def holdings_document(holdings: list[Holding], group: str | None) -> dict[str, A
 def _records(path: Path) -> list[dict[str, Any]]:
     """Return the completed rounds' records, from the rounds themselves where metrics.jsonl does not hold them all."""
     lines = complete_lines(path / "metrics.jsonl")
-    rounds = sorted(int(entry.parent.name) for entry in path.glob(f"rounds/*/{RECORD}") if entry.parent.name.isdigit())
+    rounds = rounds_done(path)
     if [line.get("round") for line in lines] == rounds or not rounds:
         return lines
     return [durable.read_json(path / "rounds" / str(n) / RECORD) for n in rounds]
