@@ -114,12 +114,24 @@ def test_a_lower_rank_says_exactly_what_it_leaves_out(flora: Path, tmp_path: Pat
 def test_the_largest_rank_is_lossless_and_one_above_it_is_refused(flora: Path, tmp_path: Path) -> None:
     largest = max(load_peft(flora / "adapter").ranks.values())
     exported = export_adapter(flora, tmp_path / "out", rank=largest)
-    assert exported.rank_error == 0.0
     assert "lossless" in exported.rank_line()
-    assert distance(load_peft(flora / "adapter"), load_peft(tmp_path / "out")) < 1e-5 * exported.norm
+    lost = distance(load_peft(flora / "adapter"), load_peft(tmp_path / "out"))
+    assert exported.rank_error == pytest.approx(lost, abs=1e-8 * exported.norm)
+    assert lost < 1e-7 * exported.norm
     with pytest.raises(AdapterError, match=f"expected 1 to {largest}, the largest rank that is there, got 60"):
         export_adapter(flora, tmp_path / "more", rank=60)
     assert not (tmp_path / "more").exists()
+
+
+def test_small_singular_values_of_a_wide_module_are_exported_too(tmp_path: Path) -> None:
+    sigma = torch.logspace(0, -4, 16)
+    wide = Pair(torch.eye(11008, 16) * sigma, torch.eye(16, 64))
+    save_peft(Adapter({"layer": wide}), tmp_path / "adapter", base_name="wide")
+    export_adapter(tmp_path / "adapter", tmp_path / "all", rank=16)
+    assert distance(load_peft(tmp_path / "all"), Adapter({"layer": wide})) < 1e-6
+    exported = export_adapter(tmp_path / "adapter", tmp_path / "most", rank=11)
+    assert exported.rank_error == pytest.approx(float(sigma[11:].norm()), rel=1e-5)
+    assert "the rank leaves out 0.116% of the update" in exported.rank_line()
 
 
 def test_a_narrower_adapter_says_what_rounding_loses(flora: Path, tmp_path: Path) -> None:

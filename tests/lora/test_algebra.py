@@ -67,6 +67,36 @@ def test_the_tolerance_bounds_the_energy_that_is_dropped() -> None:
     assert compressed.error**2 <= 0.1 * algebra.norm_of_pair(pair) ** 2
 
 
+def wide_pair(sigma: torch.Tensor, num_out: int = 11008, num_in: int = 256) -> Pair:
+    """Return a balanced float32 pair of these singular values, of a width at which ``width · eps`` is 1.3e-3."""
+    pair = random_pair(1, num_out, num_in, len(sigma))
+    u, v = torch.linalg.qr(pair.b_OR).Q, torch.linalg.qr(pair.a_RI.T).Q
+    return Pair(u * sigma.sqrt(), (v * sigma.sqrt()).T).to(torch.float32)
+
+
+@pytest.mark.parametrize("sigma", [torch.logspace(0, -4, 16), torch.tensor([1.0] + [1e-3] * 15)])
+def test_lossless_compression_loses_rounding_only_whatever_the_width(sigma: torch.Tensor) -> None:
+    pair = wide_pair(sigma)
+    compressed = algebra.compress_pair(pair)
+    assert compressed.pair.rank == 16
+    assert algebra.norm_of_difference(compressed.pair, pair) < 1e-7 * algebra.norm_of_pair(pair)
+
+
+def test_directions_that_rounding_made_are_dropped() -> None:
+    pair = wide_pair(torch.logspace(0, -4, 16))
+    again = algebra.compress_pair(pair).pair
+    assert algebra.compress_pair(algebra.stack_pairs([pair, again], [1.0, 0.3])).pair.rank == 16
+    assert algebra.compress_pair(algebra.stack_pairs([pair, again], [1.0, -1.0])).pair.rank == 0
+
+
+@pytest.mark.parametrize("rank", [None, 3])
+def test_the_reported_error_counts_the_rounding_of_what_is_kept(rank: int | None) -> None:
+    pair = random_pair(1, 400, 300, 8).to(torch.float32)
+    compressed = algebra.compress_pair(pair, rank=rank)
+    distance = algebra.norm_of_difference(compressed.pair, pair)
+    assert 0.0 < distance == pytest.approx(compressed.error, rel=0.05)
+
+
 def test_compression_of_nothing_is_rank_zero() -> None:
     assert algebra.compress_pair(Pair(torch.zeros(4, 2), torch.ones(2, 3))).pair.rank == 0
 

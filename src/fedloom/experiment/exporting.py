@@ -25,6 +25,8 @@ from fedloom.reporting import durable
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTH_A_WORD = 0.01
 """The share lost to rounding above which the remedy is named."""
+ROUNDING = 1e-6
+"""The share below which a difference is float32's rounding."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Exported:
         form: ``adapter`` or ``merged model``.
         ranks: rank of each module that is adapted.
         norm: Frobenius norm of all that training added.
-        rank_error: Frobenius norm of what a lower rank leaves out, exactly; 0 where nothing is.
+        rank_error: Frobenius distance of what is written, before the cast, from what training added; 0 where it is
+            written as it is, and mere rounding (below 1e-6 of the norm) where the rank holds all of it.
         cast_error: Frobenius norm of what rounding to ``dtype`` loses of it.
     """
 
@@ -72,6 +75,8 @@ class Exported:
         """Say what the rank costs."""
         if self.rank_error == 0.0:
             return "lossless in rank: nothing is left out"
+        if (share := self.share(self.rank_error)) <= ROUNDING:
+            return f"lossless in rank: nothing is left out but rounding ({share:.1e} of the update)"
         return f"the rank leaves out {self.share(self.rank_error):.3%} of the update (‖error‖ {self.rank_error:.4g})"
 
     def cast_line(self) -> str:
@@ -175,17 +180,14 @@ def _only_adapter(found: Found) -> Adapter:
 
 
 def _at_rank(adapter: Adapter, rank: int | None) -> tuple[Adapter, float]:
-    """Return the adapter with that rank everywhere, and the Frobenius norm of what is left out."""
+    """Return the adapter with that rank everywhere, and its Frobenius distance from the given one."""
     if rank is None:
         return adapter, 0.0
-    whole = compress(adapter)
-    largest = max(whole.adapter.ranks.values())
+    kept = compress(adapter, rank=rank)
+    largest = max(kept.adapter.ranks.values())
     if not 1 <= rank <= largest:
         raise AdapterError(f"--rank: expected 1 to {largest}, the largest rank that is there, got {rank}")
-    if rank == largest:
-        return pad(whole.adapter, rank), 0.0
-    low = compress(adapter, rank=rank)
-    return pad(low.adapter, rank), low.error
+    return pad(kept.adapter, rank), kept.error
 
 
 def _merged(base: nn.Module, delta_OI: Tensor, target: torch.dtype) -> tuple[Tensor, float]:

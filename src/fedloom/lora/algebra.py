@@ -15,6 +15,8 @@ from torch import Tensor
 from fedloom.errors import AdapterError
 from fedloom.lora.pair import Adapter, Pair
 
+EPS_64 = torch.finfo(torch.float64).eps
+
 
 def stack_pairs(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """Return the pair of ``Σ w_k b_k a_k``, exactly, at rank ``Σ r_k``. Source: FLoRA, eq. 5."""
@@ -75,7 +77,7 @@ def norm_of_difference(left: Pair, right: Pair) -> float:
 
 @dataclass(frozen=True, eq=False)
 class CompressedPair:
-    """A pair in balanced SVD form, all its singular values before the cut, and the exact error of the cut."""
+    """A pair in balanced SVD form, all its singular values before the cut (float64), and what the pair misses."""
 
     pair: Pair
     singular_values: Tensor
@@ -83,25 +85,30 @@ class CompressedPair:
 
 
 def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0) -> CompressedPair:
-    """Return the best pair of lower rank, by two QRs and one R × R SVD.
+    """Return the best pair of lower rank, by two QRs and one R × R SVD, all in float64 and then cast back.
 
-    ``tolerance`` is the share of the energy ``Σ σ²`` that may be dropped; 0 drops only what rounding made (lossless).
-    ``rank`` caps the result. ``error`` is ``√(Σ_{i>q} σ_i²)``, the exact Frobenius error and the least that any
-    pair of that rank can have (Eckart–Young). Costs ``4(O+I)R² + O(R³)`` instead of the SVD of an O × I matrix.
+    ``tolerance`` is the share of the energy ``Σ σ²`` that may be dropped; 0 drops only what rounding can have made
+    (lossless): the largest tail with ``‖tail‖ ≤ (eps + R · eps64) · √(Σ_j ‖b_j‖² ‖a_j‖²)``. The root bounds what
+    rounding every slot j to its dtype changes; the second term is the rounding of this computation.
+    ``rank`` caps the result. ``error`` is the Frobenius distance of the kept pair: ``√(Σ_{i>q} σ_i²)``, the least that
+    any pair of that rank can have (Eckart–Young), and the rounding of its factors, below ``eps`` of the norm.
+    Costs ``4(O+I)R² + O(R³)`` instead of the SVD of an O × I matrix.
 
     Raises:
         AdapterError: if the pair holds a number that is not finite.
     """
-    dtype = pair.b_OR.dtype if pair.b_OR.dtype == torch.float64 else torch.float32
-    b, a = pair.b_OR.to(dtype), pair.a_RI.to(dtype)
-    if not (torch.isfinite(b).all() and torch.isfinite(a).all()):
+    dtype = torch.float64 if pair.b_OR.dtype == torch.float64 else torch.float32
+    b, a = pair.b_OR.double(), pair.a_RI.double()
+    slot_norms = b.norm(dim=0) * a.norm(dim=1)
+    if not torch.isfinite(slot_norms).all():
         raise AdapterError("expected finite factors to compress, got NaN or infinity")
     u, sigma, vt = _svd_of_product(b, a)
-    kept = _rank_to_keep(sigma, pair.shape, rank, tolerance)
-    root = sigma[:kept].sqrt()
-    signs = _signs(u[:, :kept])
-    balanced = Pair(u[:, :kept] * (signs * root), (signs * root)[:, None] * vt[:kept])
-    return CompressedPair(balanced, sigma, float(sigma[kept:].double().square().sum().sqrt()))
+    rounding = (torch.finfo(dtype).eps + pair.rank * EPS_64) * float(slot_norms.norm())
+    kept = _rank_to_keep(sigma, rounding, rank, tolerance)
+    root = _signs(u[:, :kept]) * sigma[:kept].sqrt()
+    balanced = Pair(u[:, :kept] * root, root[:, None] * vt[:kept])
+    error = math.hypot(float(sigma[kept:].norm()), _rounding_of(balanced, sigma[:kept], dtype))
+    return CompressedPair(balanced.to(dtype), sigma, error)
 
 
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,14 +121,18 @@ def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q_b @ u, sigma, vt @ q_a.T
 
 
-def _rank_to_keep(sigma: Tensor, shape: tuple[int, int], rank: int | None, tolerance: float) -> int:
-    if sigma.numel() == 0 or float(sigma[0]) == 0.0:
-        return 0
-    numerical = int((sigma > max(shape) * torch.finfo(sigma.dtype).eps * sigma[0]).sum())
-    energy = sigma.double().square()
-    dropped = energy.flip(0).cumsum(0).flip(0)
-    within = int((dropped > tolerance * dropped[0]).sum())
-    return min(numerical, within, numerical if rank is None else rank)
+def _rank_to_keep(sigma: Tensor, rounding: float, rank: int | None, tolerance: float) -> int:
+    energy = sigma.square()
+    left_out = energy.flip(0).cumsum(0).flip(0)
+    needed = int((left_out > max(tolerance * float(energy.sum()), rounding**2)).sum())
+    return needed if rank is None else min(needed, rank)
+
+
+def _rounding_of(exact: Pair, sigma: Tensor, dtype: torch.dtype) -> float:
+    """Return how far rounding its factors moves a balanced product, whose slots are orthogonal and of norm √σ."""
+    moved_b = exact.b_OR - exact.b_OR.to(dtype)
+    moved_a = exact.a_RI - exact.a_RI.to(dtype)
+    return float(torch.cat([moved_b.norm(dim=0), moved_a.norm(dim=1)]).mul_(sigma.sqrt().repeat(2)).norm())
 
 
 def _signs(u: Tensor) -> Tensor:
@@ -176,7 +187,7 @@ def distance(left: Adapter, right: Adapter) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A compressed adapter, every module's spectrum before the cut, and the exact error of the cut."""
+    """A compressed adapter, every module's spectrum before the cut, and its distance from what was given."""
 
     adapter: Adapter
     spectrum: dict[str, Tensor]
