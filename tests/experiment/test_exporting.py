@@ -134,6 +134,13 @@ def test_small_singular_values_of_a_wide_module_are_exported_too(tmp_path: Path)
     assert "the rank leaves out 0.116% of the update" in exported.rank_line()
 
 
+@pytest.mark.parametrize("rank", [0, 2.5])
+def test_a_rank_that_is_not_a_whole_number_is_refused(flora: Path, tmp_path: Path, rank: int) -> None:
+    with pytest.raises(AdapterError, match=f"expected a whole number of 1 or more .*, got {rank}"):
+        export_adapter(flora, tmp_path / "out", rank=rank)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_narrower_adapter_says_what_rounding_loses(flora: Path, tmp_path: Path) -> None:
     exported = export_adapter(flora, tmp_path / "out", dtype="bfloat16")
     lost = distance(load_peft(flora / "adapter"), load_peft(tmp_path / "out"))

@@ -106,6 +106,18 @@ def test_compression_refuses_what_is_not_finite() -> None:
         algebra.compress_pair(Pair(torch.full((4, 2), math.nan), torch.ones(2, 3)))
 
 
+@pytest.mark.parametrize("rank", [0, -1, -20, 2.0, math.nan])
+def test_a_rank_that_is_not_a_whole_number_of_1_or_more_is_refused(rank: int) -> None:
+    with pytest.raises(AdapterError, match=f"rank: expected a whole number of 1 or more to compress to, got {rank}"):
+        algebra.compress(Adapter({"layer": random_pair(1, 6, 5, 4)}), rank=rank)
+
+
+@pytest.mark.parametrize("tolerance", [-0.1, 1.0, 2.0, math.nan])
+def test_a_tolerance_that_is_not_a_share_below_1_is_refused(tolerance: float) -> None:
+    with pytest.raises(AdapterError, match=f"at least 0 and below 1, got {tolerance}"):
+        algebra.compress(Adapter({"layer": random_pair(1, 6, 5, 4)}), tolerance=tolerance)
+
+
 def test_padding_keeps_the_delta_and_truncation_keeps_the_first_slots() -> None:
     pair = random_pair(3, 5, 4, 2)
     padded = algebra.pad_pair(pair, 6)

@@ -96,7 +96,7 @@ def export_adapter(
 
     Raises:
         RunError: the run has not finished, has an adapter per client and none is chosen, or ``to`` holds files.
-        AdapterError: there is nothing to export, or ``rank`` is below 1 or above what is there.
+        AdapterError: there is nothing to export, or ``rank`` is not a whole number from 1 to what is there.
     """
     found, to = _chosen(Path(source), client), Path(to)
     adapter = _only_adapter(found)
@@ -185,7 +185,7 @@ def _at_rank(adapter: Adapter, rank: int | None) -> tuple[Adapter, float]:
         return adapter, 0.0
     kept = compress(adapter, rank=rank)
     largest = max(kept.adapter.ranks.values())
-    if not 1 <= rank <= largest:
+    if rank > largest:
         raise AdapterError(f"--rank: expected 1 to {largest}, the largest rank that is there, got {rank}")
     return pad(kept.adapter, rank), kept.error
 

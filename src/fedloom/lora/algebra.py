@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -95,8 +96,10 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     Costs ``4(O+I)R² + O(R³)`` instead of the SVD of an O × I matrix.
 
     Raises:
-        AdapterError: if the pair holds a number that is not finite.
+        AdapterError: if the pair holds a number that is not finite, ``rank`` is not a whole number of 1 or more, or
+            ``tolerance`` not at least 0 and below 1.
     """
+    _check_cut(rank, tolerance)
     dtype = torch.float64 if pair.b_OR.dtype == torch.float64 else torch.float32
     b, a = pair.b_OR.double(), pair.a_RI.double()
     slot_norms = b.norm(dim=0) * a.norm(dim=1)
@@ -109,6 +112,15 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     balanced = Pair(u[:, :kept] * root, root[:, None] * vt[:kept])
     error = math.hypot(float(sigma[kept:].norm()), _rounding_of(balanced, sigma[:kept], dtype))
     return CompressedPair(balanced.to(dtype), sigma, error)
+
+
+def _check_cut(rank: int | None, tolerance: float) -> None:
+    if rank is not None and not (isinstance(rank, Integral) and rank >= 1):
+        raise AdapterError(f"rank: expected a whole number of 1 or more to compress to, got {rank!r}")
+    if not (isinstance(tolerance, Real) and 0.0 <= tolerance < 1.0):
+        raise AdapterError(
+            f"tolerance: expected a share of the energy to drop, at least 0 and below 1, got {tolerance!r}"
+        )
 
 
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
