@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -93,3 +95,8 @@ def test_comparing_different_numbers_of_items_is_refused() -> None:
 def test_an_interval_over_nothing_is_refused(compute: object) -> None:
     with pytest.raises(EvaluationError, match="at least one item"):
         compute()  # type: ignore[operator]
+
+
+def test_a_difference_that_is_not_a_number_is_not_called_noise() -> None:
+    diverged = bootstrap_difference(ratio_statistics([1.0, math.nan]), ratio_statistics([1.0, 2.0]), ratio, seed=1)
+    assert str(diverged).endswith("no verdict, since a score is not a number")

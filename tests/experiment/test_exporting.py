@@ -156,6 +156,14 @@ def test_a_merged_model_stands_alone(flora: Path, tmp_path: Path) -> None:
     assert load_tokenizer(tmp_path / "out")("Hi").input_ids == [72, 105]
 
 
+def test_weights_beyond_the_range_of_the_type_are_not_written(flora: Path, tmp_path: Path) -> None:
+    save_peft(load_peft(flora / "adapter").scaled(1e9), flora / "adapter", base_name="")
+    for export in (export_adapter, export_merged):
+        with pytest.raises(AdapterError, match=r"expected finite .*(wider dtype|--dtype)"):
+            export(flora, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+
+
 def test_merging_says_what_the_cast_loses(flora: Path, base_folder: Path, tmp_path: Path) -> None:
     exported = export_merged(flora, tmp_path / "out", dtype="bfloat16")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from tiny_models import TARGETS, tiny_model
 
 from fedloom.errors import AdapterError
@@ -82,6 +84,25 @@ def test_what_a_pair_cannot_express_is_refused(tmp_path: Path) -> None:
     (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"use_dora": True}))
     with pytest.raises(AdapterError, match="use_dora"):
         load_peft(tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:
+    diverged = Pair(torch.full((4, 3), math.nan), torch.ones(3, 4))
+    with pytest.raises(AdapterError, match="expected finite numbers, got NaN or infinity at q"):
+        save_peft(Adapter({"q": diverged}), tmp_path / "new", base_name="tiny")
+    assert not (tmp_path / "new").exists()
+    save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
+    names = {f"base_model.model.q.lora_{f}.weight": t for f, t in (("B", diverged.b_OR), ("A", diverged.a_RI))}
+    save_file(names, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterError, match=f"{WEIGHTS_NAME}: expected finite numbers, got NaN or infinity at q"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, math.nan, math.inf])
+def test_a_scale_that_no_file_can_hold_is_refused(scale: float, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=f"scale: expected a finite number above 0 .*, got {scale}"):
+        save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny", scale=scale)
+    assert not any(tmp_path.iterdir())
 
 
 def test_an_adapter_that_adds_nothing_is_not_written(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal, assert_never
 
 from fedloom.errors import AdapterError
 from fedloom.lora.algebra import mean_factors, pad, stack
-from fedloom.lora.pair import Adapter
+from fedloom.lora.pair import Adapter, check_finite
 
 Rule = Literal["fedit", "zero-padding", "flora"]
 RULES: tuple[Rule, ...] = ("fedit", "zero-padding", "flora")
@@ -33,11 +33,14 @@ def aggregate(adapters: Sequence[Adapter], weights: Sequence[float] | None = Non
     {'layer': 2}
 
     Raises:
-        AdapterError: there is no adapter, weights do not fit, or ``fedit`` is given different ranks.
+        AdapterError: there is no adapter or one that is not finite, weights do not fit, or ``fedit`` is given
+            different ranks.
 
     Source: FedIT (arXiv 2305.05644), section 3.2; FLoRA (arXiv 2409.05976), section 3.2; HetLoRA (arXiv 2401.06432).
     """
     shares = _shares(len(adapters), weights)
+    for position, adapter in enumerate(adapters):
+        check_finite(adapter, f"adapters[{position}]", "leave that adapter out")
     match method:
         case "flora":
             return stack(adapters, shares)

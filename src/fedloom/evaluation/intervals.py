@@ -8,6 +8,7 @@ scoring of any text. Two systems are compared on the same resamples of the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -58,6 +59,8 @@ class Difference:
 
     def __str__(self) -> str:
         verdict = "more than noise" if self.exceeds_noise else "within noise"
+        if math.isnan(self.value):
+            verdict = "no verdict, since a score is not a number"
         return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p={self.p_value:.3f}, n={self.n:,}: {verdict}"
 
 

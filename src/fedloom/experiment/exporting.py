@@ -195,6 +195,11 @@ def _merged(base: nn.Module, delta_OI: Tensor, target: torch.dtype) -> tuple[Ten
     weight: Tensor = base.weight  # type: ignore[assignment]
     delta = delta_OI.T if isinstance(base, Conv1D) else delta_OI
     cast = (weight.float() + delta.float()).to(target)
+    if not torch.isfinite(cast).all():
+        raise AdapterError(
+            f"the merged model: expected finite weights, got some beyond the range of {target}; "
+            "choose --dtype bfloat16 or float32"
+        )
     lost = cast.double() - weight.to(target).double() - delta.double()
     return cast.contiguous(), float(lost.norm())
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import AdapterError
-from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.pair import Adapter, Pair, check_finite
 
 EPS_64 = torch.finfo(torch.float64).eps
 
@@ -104,7 +104,7 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     b, a = pair.b_OR.double(), pair.a_RI.double()
     slot_norms = b.norm(dim=0) * a.norm(dim=1)
     if not torch.isfinite(slot_norms).all():
-        raise AdapterError("expected finite factors to compress, got NaN or infinity")
+        raise AdapterError("expected finite factors to compress, got NaN or infinity; leave them out")
     u, sigma, vt = _svd_of_product(b, a)
     rounding = (torch.finfo(dtype).eps + pair.rank * EPS_64) * float(slot_norms.norm())
     kept = _rank_to_keep(sigma, rounding, rank, tolerance)
@@ -207,7 +207,12 @@ class Compressed:
 
 
 def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.0) -> Compressed:
-    """Compress every pair; see :func:`compress_pair`. ``error`` is over all modules together."""
+    """Compress every pair; see :func:`compress_pair`. ``error`` is over all modules together.
+
+    Raises:
+        AdapterError: as for :func:`compress_pair`, naming the module that is not finite.
+    """
+    check_finite(adapter, "the adapter to compress", "leave it out")
     parts = {name: compress_pair(pair, rank=rank, tolerance=tolerance) for name, pair in adapter.items()}
     return Compressed(
         Adapter({name: part.pair for name, part in parts.items()}),

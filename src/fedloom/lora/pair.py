@@ -62,6 +62,10 @@ class Pair:
         """Return the pair in another dtype or on another device."""
         return Pair(self.b_OR.to(target), self.a_RI.to(target))
 
+    def is_finite(self) -> bool:
+        """Tell whether every number is finite."""
+        return bool(torch.isfinite(self.b_OR).all() and torch.isfinite(self.a_RI).all())
+
     def delta(self) -> Tensor:
         """Form the dense (O, I) product. For tests and export only."""
         return self.b_OR @ self.a_RI
@@ -118,7 +122,7 @@ class Adapter(Mapping[str, Pair]):
 
     def is_finite(self) -> bool:
         """Tell whether every number is finite."""
-        return all(bool(torch.isfinite(f).all()) for pair in self.values() for f in (pair.b_OR, pair.a_RI))
+        return all(pair.is_finite() for pair in self.values())
 
     def as_tensors(self) -> dict[str, Tensor]:
         """Return ``{"<module>.b": (O, R), "<module>.a": (R, I)}``, the form that is serialised."""
@@ -140,3 +144,14 @@ class Adapter(Mapping[str, Pair]):
         if missing:
             raise AdapterError(f"expected both factors of every module, missing {missing[0]}; the file is incomplete")
         return cls({name: Pair(tensors[f"{name}.b"], tensors[f"{name}.a"]) for name in modules})
+
+
+def check_finite(adapter: Mapping[str, Pair], what: str, remedy: str) -> None:
+    """Refuse an adapter that holds a number that is not finite; ``what`` it is and the ``remedy`` are for people.
+
+    Raises:
+        AdapterError: naming the first such module.
+    """
+    broken = next((name for name, pair in adapter.items() if not pair.is_finite()), None)
+    if broken is not None:
+        raise AdapterError(f"{what}: expected finite numbers, got NaN or infinity at {broken}; {remedy}")

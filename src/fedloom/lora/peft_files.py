@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fedloom.errors import AdapterError
-from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.pair import Adapter, Pair, check_finite
 
 PREFIX = "base_model.model."
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
@@ -39,13 +39,18 @@ def save_peft(
     and is left out.
 
     Raises:
-        AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing.
+        AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing; if
+            ``scale`` is not above 0, or a number in the file would not be finite.
     """
     from peft import LoraConfig
 
+    if not (math.isfinite(scale) and scale > 0.0):
+        raise AdapterError(f"scale: expected a finite number above 0 to divide b by, got {scale}")
     pairs = {name: pair for name, pair in adapter.items() if pair.rank > 0}
     if not pairs:
         raise AdapterError("expected an adapter with at least one module of rank 1 or more, got one that adds nothing")
+    stored = {name: Pair(pair.b_OR.detach().cpu() / scale, pair.a_RI.detach().cpu()) for name, pair in pairs.items()}
+    check_finite(stored, "the adapter to write", "train it at a lower learning rate, or write it in a wider dtype")
     ranks = {name: pair.rank for name, pair in pairs.items()}
     rank = max(ranks.values())
     differing = {name: r for name, r in ranks.items() if r != rank}
@@ -64,15 +69,15 @@ def save_peft(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
-    save_file(_peft_tensors(pairs, scale), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    save_file(_peft_tensors(stored), folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
 
 def load_peft(folder: str | Path) -> Adapter:
     """Read a PEFT folder as effective pairs: each module's own scale is folded into ``b``.
 
     Raises:
-        AdapterError: if a file is absent, truncated or not LoRA, or holds what a low-rank pair cannot express
-            (DoRA, trained biases, whole modules, embeddings).
+        AdapterError: if a file is absent, truncated or not LoRA, holds what a low-rank pair cannot express (DoRA,
+            trained biases, whole modules, embeddings), or numbers that are not finite.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
@@ -88,6 +93,7 @@ def load_peft(folder: str | Path) -> Adapter:
         pairs[module] = pair.to(torch.float32).scaled(_scale_of(config, module, pair.rank, folder))
     if not pairs:
         raise AdapterError(f"{folder / WEIGHTS_NAME}: expected lora_A and lora_B tensors, found none")
+    check_finite(pairs, str(folder / WEIGHTS_NAME), "its training diverged: train again at a lower learning rate")
     return Adapter(pairs)
 
 
@@ -97,11 +103,11 @@ def base_name_of(folder: Path) -> str | None:
     return str(name) if name else None
 
 
-def _peft_tensors(pairs: Mapping[str, Pair], scale: float) -> dict[str, Tensor]:
+def _peft_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     tensors = {}
     for name, pair in pairs.items():
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a_RI.detach().cpu().contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = (pair.b_OR.detach().cpu() / scale).contiguous()
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a_RI.contiguous()
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b_OR.contiguous()
     return tensors
 
 
