@@ -33,13 +33,17 @@ def aggregate(adapters: Sequence[Adapter], weights: Sequence[float] | None = Non
     {'layer': 2}
 
     Raises:
-        AdapterError: there is no adapter or one that is not finite, weights do not fit, or ``fedit`` is given
-            different ranks.
+        AdapterError: there is no adapter, one is empty or not finite, they differ in modules or shapes, weights do
+            not fit, or ``fedit`` is given different ranks.
 
     Source: FedIT (arXiv 2305.05644), section 3.2; FLoRA (arXiv 2409.05976), section 3.2; HetLoRA (arXiv 2401.06432).
     """
     shares = _shares(len(adapters), weights)
     for position, adapter in enumerate(adapters):
+        if not adapter:
+            raise AdapterError(
+                f"adapters[{position}]: expected at least one module, got an empty adapter; leave it out"
+            )
         check_finite(adapter, f"adapters[{position}]", "leave that adapter out")
     match method:
         case "flora":
@@ -58,10 +62,13 @@ def aggregate(adapters: Sequence[Adapter], weights: Sequence[float] | None = Non
 
 def _shares(num_adapters: int, weights: Sequence[float] | None) -> list[float]:
     given = [1.0] * num_adapters if weights is None else list(weights)
-    total = math.fsum(given)
-    if not given or len(given) != num_adapters or min(given) < 0.0 or not 0.0 < total < math.inf:
+    try:
+        total = math.fsum(given)
+    except (OverflowError, TypeError):  # more than a float holds, or no numbers
+        total = math.inf
+    if not given or len(given) != num_adapters or not 0.0 < total < math.inf or min(given) < 0.0:
         raise AdapterError(
-            f"expected at least one adapter, and weights ≥ 0 with a sum above 0, one for each; "
+            f"expected at least one adapter, and weights ≥ 0 with a finite sum above 0, one for each; "
             f"got {num_adapters} adapters and weights {given}"
         )
     return [weight / total for weight in given]

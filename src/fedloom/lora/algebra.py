@@ -162,7 +162,7 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     """Return the adapter whose every delta is ``Σ w_k delta_k``, exactly.
 
     Raises:
-        AdapterError: if the adapters do not cover the same modules.
+        AdapterError: if the adapters do not cover the same modules in the same shapes.
     """
     return _combine(adapters, lambda pairs: stack_pairs(pairs, weights))
 
@@ -227,4 +227,10 @@ def _combine(adapters: Sequence[Adapter], rule: Callable[[Sequence[Pair]], Pair]
         if other.keys() != first.keys():
             differing = sorted(other.keys() ^ first.keys())[0]
             raise AdapterError(f"expected adapters of the same modules, {differing} is in one and not in the other")
+        for name, shape in first.shapes.items():
+            if other[name].shape != shape:
+                raise AdapterError(
+                    f"{name}: expected one shape (out, in) in all adapters, got {shape} and {other[name].shape}; "
+                    "they are for different bases"
+                )
     return Adapter({name: rule([adapter[name] for adapter in adapters]) for name in first})
