@@ -78,12 +78,52 @@ def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
         load_peft(tmp_path)
 
 
-def test_what_a_pair_cannot_express_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "setting", [{"use_dora": True}, {"alora_invocation_tokens": [1, 2]}, {"bias": "all"}, {"modules_to_save": ["head"]}]
+)
+def test_what_a_pair_cannot_express_is_refused(setting: dict[str, object], tmp_path: Path) -> None:
     save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
     config = json.loads((tmp_path / CONFIG_NAME).read_text())
-    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"use_dora": True}))
-    with pytest.raises(AdapterError, match="use_dora"):
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | setting))
+    with pytest.raises(AdapterError, match=f"{next(iter(setting))} = .* cannot be expressed"):
         load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("initialisation", ["pissa", "pissa_niter_4", "olora"])
+def test_an_adapter_on_a_changed_base_is_refused_until_peft_converted_it(initialisation: str, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=TARGETS["llama"], init_lora_weights=initialisation)
+    model = get_peft_model(tiny_model("llama").float(), config)
+    model.peft_config["default"].init_lora_weights = True  # as peft's guide has it: the start is loaded as it was saved
+    model.save_pretrained(tmp_path / "start")
+    model.peft_config["default"].init_lora_weights = initialisation
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data += 0.01
+    model.save_pretrained(tmp_path / "trained")
+    with pytest.raises(AdapterError, match=f"{initialisation}' changes the base first; convert it to plain LoRA"):
+        load_peft(tmp_path / "trained")
+    logits = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
+    ours = side_logits("llama", load_peft(tmp_path / "plain").to(torch.float64))
+    assert torch.allclose(ours.float(), logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("initialisation", ["corda", "lora_ga", "loftq"])
+def test_other_initialisations_that_change_the_base_are_refused(initialisation: str, tmp_path: Path) -> None:
+    save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"init_lora_weights": initialisation}))
+    with pytest.raises(AdapterError, match=f"init_lora_weights = '{initialisation}' changes the base first"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("initialisation", ["gaussian", "orthogonal", False])
+def test_an_initialisation_that_leaves_the_base_alone_is_read(initialisation: str | bool, tmp_path: Path) -> None:
+    config = LoraConfig(r=4, target_modules=TARGETS["llama"], init_lora_weights=initialisation)
+    model = get_peft_model(tiny_model("llama").float(), config)
+    model.save_pretrained(tmp_path)
+    ours = side_logits("llama", load_peft(tmp_path).to(torch.float64))
+    assert torch.allclose(ours.float(), model(TOKENS).logits, atol=1e-5)
 
 
 def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:

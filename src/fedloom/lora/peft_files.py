@@ -23,6 +23,31 @@ from fedloom.lora.pair import Adapter, Pair, check_finite
 PREFIX = "base_model.model."
 CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 
+_FOREIGN = (
+    "use_dora",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "use_bdlora",
+    "kasa_config",
+    "monteclora_config",
+    "arrow_config",
+    "target_parameters",
+    "layer_replication",
+    "modules_to_save",
+    "trainable_token_indices",
+)
+"""What makes peft (0.21) compute something else than ``W + s · B A``. VeLoRA is none: it changes the backward only."""
+
+_CONVERT = (
+    "convert it to plain LoRA with peft's save_pretrained(folder, path_initial_model_for_weight_conversion=F), F being "
+    "the adapter saved before training"
+)
+_CHANGES_BASE = {
+    **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERT),
+    "loftq": "peft cannot convert it: train again with init_lora_weights = true",
+}
+"""Initialisations (by prefix) that write into the base's weights. EVA, orthogonal, gaussian and MiCA leave them be."""
+
 
 def save_peft(
     adapter: Adapter,
@@ -77,7 +102,8 @@ def load_peft(folder: str | Path) -> Adapter:
 
     Raises:
         AdapterError: if a file is absent, truncated or not LoRA, holds what a low-rank pair cannot express (DoRA,
-            trained biases, whole modules, embeddings), or numbers that are not finite.
+            activated LoRA, trained biases, whole modules, embeddings), pairs on a base that their initialisation
+            changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), or numbers that are not finite.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
@@ -123,14 +149,25 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from error
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: expected peft_type LORA, got {config.get('peft_type')!r}")
-    foreign = [key for key in ("use_dora", "modules_to_save", "trainable_token_indices") if config.get(key)]
+    foreign = [key for key in _FOREIGN if config.get(key)]
     if config.get("bias", "none") != "none":
         foreign.append("bias")
     if foreign:
         raise AdapterError(
             f"{path}: expected low-rank pairs only, {foreign[0]} = {config[foreign[0]]!r} cannot be expressed as one"
         )
+    _refuse_changed_base(path, str(config.get("init_lora_weights")))
     return config
+
+
+def _refuse_changed_base(path: Path, initialisation: str) -> None:
+    """Refuse pairs that are not relative to the base itself: peft took their start out of it, or quantised it."""
+    kind = next((kind for kind in _CHANGES_BASE if initialisation.lower().startswith(kind)), None)
+    if kind is not None:
+        raise AdapterError(
+            f"{path}: expected pairs on the base as it is, init_lora_weights = {initialisation!r} changes the base "
+            f"first; {_CHANGES_BASE[kind]}"
+        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
