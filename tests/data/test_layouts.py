@@ -31,6 +31,16 @@ def test_a_folder_with_files_is_left_alone(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_a_folder_named_by_text_is_written_and_a_file_in_its_place_is_left_alone(tmp_path: Path) -> None:
+    write_shepherd(str(tmp_path / "out"), ROWS, PARTITION)
+    taken = tmp_path / "out" / "global_training.json"
+    kept = taken.read_bytes()
+    for place in (taken, taken / "inside"):
+        with pytest.raises(DataError, match="expected a folder to write to, a file is in the way"):
+            write_shepherd(str(place), ROWS, PARTITION)
+    assert taken.read_bytes() == kept
+
+
 def test_a_partition_of_other_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="expected a partition of the 2 rows"):
         write_shepherd(tmp_path, ROWS.select([0, 1]), PARTITION)

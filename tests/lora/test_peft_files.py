@@ -126,6 +126,36 @@ def test_an_initialisation_that_leaves_the_base_alone_is_read(initialisation: st
     assert torch.allclose(ours.float(), model(TOKENS).logits, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        (b"[]", r"expected the settings of an adapter, got \[\]"),
+        (b"\xff\xfe", "expected JSON"),
+        (b'{"peft_type": "LORA", "lora_alpha": 3}', "expected r of q as a number, got none"),
+        (b'{"peft_type": "LORA", "r": 3, "lora_alpha": null}', "expected lora_alpha of q as a number, got none"),
+        (b'{"peft_type": "LORA", "r": "3", "lora_alpha": 3}', 'expected r of q as a number, got "3"'),
+        (b'{"peft_type": "LORA", "r": 3, "lora_alpha": NaN}', "expected lora_alpha of q as a number, got NaN"),
+        (
+            b'{"peft_type": "LORA", "r": 3, "lora_alpha": 3, "rank_pattern": [1]}',
+            r"expected rank_pattern .*, got \[1\]",
+        ),
+    ],
+)
+def test_malformed_settings_are_refused_by_name(written: bytes, complaint: str, tmp_path: Path) -> None:
+    save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
+    (tmp_path / CONFIG_NAME).write_bytes(written)
+    with pytest.raises(AdapterError, match=f"{CONFIG_NAME}: {complaint}.*; fetch it again"):
+        load_peft(tmp_path)
+
+
+def test_a_file_where_the_folder_goes_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("keep")
+    for place in (tmp_path / "mine", tmp_path / "mine" / "inside"):
+        with pytest.raises(AdapterError, match="expected a folder to write to, a file is in the way"):
+            save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), place, base_name="tiny")
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
 def test_numbers_that_are_not_finite_are_neither_written_nor_read(tmp_path: Path) -> None:
     diverged = Pair(torch.full((4, 3), math.nan), torch.ones(3, 4))
     with pytest.raises(AdapterError, match="expected finite numbers, got NaN or infinity at q"):

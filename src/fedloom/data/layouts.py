@@ -11,17 +11,21 @@ from fedloom.data.sources import Row, Rows
 from fedloom.errors import DataError
 
 
-def write_shepherd(folder: Path, rows: Rows, partition: Partition, test: Rows | None = None) -> None:
+def write_shepherd(folder: str | Path, rows: Rows, partition: Partition, test: Rows | None = None) -> None:
     """Write ``local_training_<k>.json`` per client, ``global_training.json`` and, for ``test``, ``global_test.json``.
 
     ``load_rows(folder)`` and ``natural(rows.client_of_file())`` read the same partition back.
 
     Raises:
-        DataError: the folder is not empty, or the partition is of another number of rows.
+        DataError: the folder is not empty or is a file, or the partition is of another number of rows.
     """
     if partition.num_rows != len(rows):
         raise DataError(f"expected a partition of the {len(rows)} rows given, got one of {partition.num_rows}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise DataError(f"{folder}: expected a folder to write to, a file is in the way; name another") from error
     if any(folder.iterdir()):
         raise DataError(f"{folder}: expected an empty folder, it holds files; name another")
     for client in range(partition.num_clients):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def save_peft(
 
     Raises:
         AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing; if
-            ``scale`` is not above 0, or a number in the file would not be finite.
+            ``scale`` is not above 0, or a number in the file would not be finite; if a file is where the folder goes.
     """
     from peft import LoraConfig
 
@@ -92,7 +93,10 @@ def save_peft(
         inference_mode=True,
     )
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise AdapterError(f"{folder}: expected a folder to write to, a file is in the way; name another") from error
     config.save_pretrained(str(folder))
     save_file(_peft_tensors(stored), folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
@@ -101,9 +105,9 @@ def load_peft(folder: str | Path) -> Adapter:
     """Read a PEFT folder as effective pairs: each module's own scale is folded into ``b``.
 
     Raises:
-        AdapterError: if a file is absent, truncated or not LoRA, holds what a low-rank pair cannot express (DoRA,
-            activated LoRA, trained biases, whole modules, embeddings), pairs on a base that their initialisation
-            changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), or numbers that are not finite.
+        AdapterError: if a file is absent, truncated, malformed or not LoRA, holds what a low-rank pair cannot express
+            (DoRA, activated LoRA, trained biases, whole modules, embeddings), pairs on a base that their
+            initialisation changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), or numbers that are not finite.
     """
     folder = Path(folder)
     config, tensors = _read_config(folder), _read_tensors(folder)
@@ -143,10 +147,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise AdapterError(f"expected a PEFT adapter folder with {CONFIG_NAME}, got {folder}")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise AdapterError(
             f"{path}: expected JSON, got text that breaks off or is malformed ({error}); fetch it again"
         ) from error
+    if not isinstance(config, dict):
+        raise AdapterError(f"{path}: expected the settings of an adapter, got {_shortened(config)}; fetch it again")
     if config.get("peft_type") != "LORA":
         raise AdapterError(f"{path}: expected peft_type LORA, got {config.get('peft_type')!r}")
     foreign = [key for key in _FOREIGN if config.get(key)]
@@ -195,17 +201,30 @@ def _split_key(key: str, folder: Path) -> tuple[str, str]:
 def _scale_of(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
     from peft.utils.other import get_pattern_key
 
-    def setting(pattern: str, default: str) -> Any:
+    path = folder / CONFIG_NAME
+
+    def setting(pattern: str, default: str) -> float:
         patterns = config.get(pattern) or {}
-        return patterns.get(get_pattern_key(list(patterns), module), config[default])
+        if not isinstance(patterns, dict):
+            raise AdapterError(f"{path}: expected {pattern} by module, got {_shortened(patterns)}; fetch it again")
+        value = patterns.get(get_pattern_key(list(patterns), module), config.get(default))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise AdapterError(
+                f"{path}: expected {default} of {module} as a number, got {_shortened(value)}; fetch it again"
+            )
+        return value
 
     stated = setting("rank_pattern", "r")
     if stated != rank:
         raise AdapterError(
             f"{folder}: expected rank {stated} of {module} as {CONFIG_NAME} states, its tensors have rank {rank}"
         )
-    alpha = float(setting("alpha_pattern", "lora_alpha"))
+    alpha = setting("alpha_pattern", "lora_alpha")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
+
+
+def _shortened(value: object) -> str:
+    return "none" if value is None else textwrap.shorten(json.dumps(value), 60)
 
 
 def _plain(value: float) -> float | int:
