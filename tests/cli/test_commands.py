@@ -154,6 +154,29 @@ def test_compare_hands_over_methods_and_seeds(invoke: Any, recipe: str) -> None:
     assert json.loads(ran.out)["seeds"] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--set", "method.name=flora", "--methods", "fedit"], "--methods names the methods"),
+        (["--set", "run.seed=9", "--seeds", "1"], "--seeds names the seeds"),
+        (["--set", "method.name=flora", "--set", "method.broadcast=compressed", "--methods", "flora,fedit"], None),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("experiment")
+def test_compare_refuses_what_it_would_ignore(
+    invoke: Any, recipe: str, options: list[str], problem: str | None
+) -> None:
+    ran = invoke("compare", recipe, *options)
+    assert (ran.code, problem is None or problem in ran.err) == (0 if problem is None else 2, True), ran.err
+
+
+@pytest.mark.usefixtures("experiment")
+def test_compare_takes_the_recipes_own_seed(invoke: Any, recipe: str) -> None:
+    ran = invoke("compare", recipe, "--methods", "fedit", "--set", "run.seed=9", "--json")
+    assert json.loads(ran.out)["seeds"] == [9]
+
+
 def test_settings_load_in_python_without_overrides_with_one_and_with_several(recipe: str) -> None:
     assert load_settings(Path(recipe)) == load_settings(recipe, None)
     assert load_settings(recipe, "run.seed=4") == load_settings(recipe, ["run.seed=4"])

@@ -257,6 +257,17 @@ def test_a_comparison_that_cannot_be_run_whole_runs_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["comparison.json", "demo.json"])
+def test_a_comparison_replaces_nobodys_file_and_goes_into_no_run(name: str, settings_for: Make, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"mine": 1}')
+    with pytest.raises(RunError, match=f"{name} is not fedloom's and would be replaced"):
+        compare(settings_for(), ["base"], [1], tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    run(settings_for(method__name="base", method__ranks=1), tmp_path / "run")
+    with pytest.raises(RunError, match="is a run: expected a folder for several runs"):
+        compare(settings_for(), ["base"], [1], tmp_path / "run")
+
+
 def test_dropped_rows_and_the_lack_of_held_out_ones_are_said(
     settings_for: Make, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

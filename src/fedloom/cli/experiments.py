@@ -20,7 +20,7 @@ from fedloom.cli.options import (
 )
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings
-from fedloom.config.comparison import METHODS, check_methods, check_seeds
+from fedloom.config.comparison import METHODS, check_methods, check_seeds, refuse_ignored
 from fedloom.errors import SettingsError
 from fedloom.reporting.tables import counted
 
@@ -110,7 +110,12 @@ def compare(
         str,
         typer.Option("--methods", metavar="A,B,...", help="Methods, separated by commas: " + ", ".join(METHODS) + "."),
     ] = "fedit,zero-padding,flora,centralised,standalone",
-    seeds: Annotated[str, typer.Option("--seeds", metavar="1,2,...", help="Seeds, separated by commas.")] = "1",
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            "--seeds", metavar="1,2,...", help="Seeds, separated by commas; left out: run.seed.", show_default=False
+        ),
+    ] = None,
     reference: ReferenceOption = None,
     overrides: SetOption = None,
     out: ComparisonOption = None,
@@ -119,7 +124,9 @@ def compare(
 ) -> None:
     """Run several methods over several seeds on the same data at the same budget, and print one table."""
     settings = load_settings(recipe, overrides)
-    chosen, numbers = parse_methods(methods), parse_seeds(seeds)
+    chosen = parse_methods(methods)
+    numbers = [settings.run.seed] if seeds is None else parse_seeds(seeds)
+    refuse_ignored(settings, config.every_variant(settings, chosen, numbers), overrides or ())
     folder = out or default_folder(recipe).with_name(default_folder(recipe).name + "-compared")
     from fedloom import experiment
     from fedloom.reporting.progress import progress_for

@@ -266,6 +266,10 @@ def export(
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
     from fedloom.experiment import exporting
 
+    if base is not None and not merge:
+        raise SettingsError(
+            "--base: it is read to merge into, an adapter keeps the base it names; add --merge or leave it"
+        )
     if merge:
         written = exporting.export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
     else:

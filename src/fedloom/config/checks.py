@@ -67,7 +67,10 @@ def applicability(settings: Settings) -> Iterator[Problem]:
 
 
 def lists(settings: Settings) -> Iterator[Problem]:
-    """A list per client has as many entries as there are clients."""
+    """A list per client has as many entries as there are clients, and one of layers has any."""
+    if settings.model.target_modules == ():
+        wanted = "at least one name or pattern"
+        yield Problem("model.target_modules", wanted, "none", "leave it out (--set model.target_modules= does)")
     clients = settings.federation.num_clients
     for name in PER_CLIENT:
         value = settings.value(name)

@@ -13,6 +13,9 @@ from fedloom.config.variants import with_method, with_seed
 from fedloom.errors import SettingsError
 
 METHODS: tuple[str, ...] = get_args(MethodName)
+CHOSEN = {"method.name": "--methods names the methods", "run.seed": "--seeds names the seeds"}
+DERIVED = ("method.ranks", "method.alpha")
+"""Settings that a method of one rank takes the mean of."""
 
 
 def every_variant(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> list[Settings]:
@@ -29,6 +32,21 @@ def every_variant(settings: Settings, methods: Sequence[str], seeds: Sequence[in
     for variant in variants:
         check(variant)
     return variants
+
+
+def refuse_ignored(settings: Settings, variants: Sequence[Settings], overrides: Sequence[str]) -> None:
+    """Check that every override of a comparison acts in some of its variants.
+
+    Raises:
+        SettingsError: one of them was given for nothing.
+    """
+    for override in overrides:
+        name, _, value = (part.strip() for part in override.partition("="))
+        if not value or name in DERIVED or any(one.value(name) == settings.value(name) for one in variants):
+            continue
+        methods = ", ".join(dict.fromkeys(one.method.name for one in variants))
+        chooser = CHOSEN.get(name, f"it acts with none of {methods}")
+        raise SettingsError(f"--set {override}: expected a setting that this comparison uses; {chooser}; leave it out")
 
 
 def check_methods(methods: Sequence[str]) -> None:

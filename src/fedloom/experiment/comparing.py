@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fedloom.config import Settings, every_variant
+from fedloom.errors import RunError
 from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.running import RunSummary, run
 from fedloom.reporting import durable
@@ -17,6 +18,7 @@ from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.tables import Comparison, Metric, reference_among
 from fedloom.reporting.tables import compare as tabulate
 
+FILES = ("comparison.json", "demo.json")
 METRICS = (
     Metric("loss_nats", "held-out loss"),
     Metric("perplexity", "perplexity", digits=2),
@@ -65,10 +67,12 @@ def compare(
     Raises:
         SettingsError: a method or seed does not exist or comes twice, or a variant is not valid; nothing was run.
         EvaluationError: ``reference`` is not among the methods; nothing was run.
+        RunError: ``out`` is a run, or holds another's comparison.json; nothing was touched.
         FedloomError: as for :func:`run`.
     """
     variants = every_variant(settings, methods, seeds)
     reference = reference_among(methods, reference)
+    refuse_other_folder(Path(out))
     out, progress = Path(out), progress or SilentProgress()
     workshop = Workshop(progress)
     runs: list[RunSummary] = []
@@ -80,6 +84,27 @@ def compare(
     result = MethodsComparison(out, tuple(runs), table)
     durable.write_json(out / "comparison.json", result.as_dict())
     return result
+
+
+def refuse_other_folder(out: Path) -> None:
+    """Check that ``out`` can hold a comparison: it is no run, and what lies in the way of its files is its own.
+
+    Raises:
+        RunError: it cannot; nothing was touched.
+    """
+    if (out / "manifest.json").exists():
+        raise RunError(f"{out} is a run: expected a folder for several runs; choose another --out")
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file: expected a folder for several runs; choose another --out")
+    for name in FILES:
+        if not (out / name).exists():
+            continue
+        try:
+            there = durable.read_json(out / name)
+        except RunError:
+            there = None
+        if not isinstance(there, dict) or not {"folder", "table", "runs"} <= there.keys():
+            raise RunError(f"{out / name} is not fedloom's and would be replaced: choose another --out")
 
 
 def suite_metrics(runs: Sequence[RunSummary]) -> list[Metric]:
