@@ -57,8 +57,8 @@ class Exported:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing of the update was left out or rounded off."""
-        return self.rank_error == self.cast_error == 0.0
+        """Whether nothing of the update was left out, and nothing rounded off that float32 holds."""
+        return self.share(self.rank_error) <= ROUNDING and self.cast_error == 0.0
 
     def share(self, error: float) -> float:
         """Return an error as a share of all that training added."""

@@ -101,7 +101,9 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     """
     _check_cut(rank, tolerance)
     dtype = torch.float64 if pair.b_OR.dtype == torch.float64 else torch.float32
-    b, a = pair.b_OR.double(), pair.a_RI.double()
+    device = pair.b_OR.device
+    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    b, a = pair.b_OR.to(place, torch.float64), pair.a_RI.to(place, torch.float64)
     slot_norms = b.norm(dim=0) * a.norm(dim=1)
     if not torch.isfinite(slot_norms).all():
         raise AdapterError("expected finite factors to compress, got NaN or infinity; leave them out")
@@ -111,7 +113,7 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     root = _signs(u[:, :kept]) * sigma[:kept].sqrt()
     balanced = Pair(u[:, :kept] * root, root[:, None] * vt[:kept])
     error = math.hypot(float(sigma[kept:].norm()), _rounding_of(balanced, sigma[:kept], dtype))
-    return CompressedPair(balanced.to(dtype), sigma, error)
+    return CompressedPair(balanced.to(dtype).to(device), sigma, error)
 
 
 def _check_cut(rank: int | None, tolerance: float) -> None:
