@@ -152,7 +152,7 @@ def run_page(page: Path, folder: Path, leave_out: Callable[[list[str]], bool]) -
         pytest.skip("the embedded model is absent")
     for words in commands(page):
         if not leave_out(words):
-            subprocess.run([sys.executable, "-m", "fedloom.cli", *words], cwd=folder, check=True, timeout=600)
+            subprocess.run([sys.executable, "-m", "fedloom", *words], cwd=folder, check=True, timeout=600)
     for program in blocks(page, "python"):
         subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=600)
 

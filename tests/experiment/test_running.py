@@ -80,7 +80,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(settings_for: Make, tmp_path: Pat
     run(settings, tmp_path / "whole")
     recipe, killed = tmp_path / "recipe.json", tmp_path / "killed"
     recipe.write_text(json.dumps(settings.as_dict()))
-    command = [sys.executable, "-m", "fedloom.cli", "run", str(recipe), "--out", str(killed)]
+    command = [sys.executable, "-m", "fedloom", "run", str(recipe), "--out", str(killed)]
     for wanted in (1, 3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not (killed / "rounds" / str(wanted)).exists():

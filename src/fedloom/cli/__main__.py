@@ -1,5 +1,0 @@
-"""``python -m fedloom.cli``."""
-
-from fedloom.cli.app import main
-
-main()
