@@ -75,6 +75,11 @@ def test_auto_refuses_what_it_cannot_tell(row: dict[str, Any], message: str) -> 
         read_records(rows_of(row))
 
 
+def test_a_number_that_is_none_counts_as_empty() -> None:
+    rows = rows_of({"prompt": 7, "completion": float("nan")})
+    assert list(read_records(rows).items) == [Prompt("7", "", "")]
+
+
 def test_an_unknown_shape_names_the_nearest() -> None:
     with pytest.raises(DataError, match="did you mean 'alpaca'"):
         read_records(rows_of({"a": "b"}), "alpacca")
@@ -91,6 +96,7 @@ def test_an_unknown_column_name_names_the_nearest() -> None:
         ({"instruction": "i"}, "alpaca", "a.json row 2: expected a column 'output', found 'instruction'"),
         ({"instruction": "i", "output": ["o"]}, "alpaca", "a.json row 2: column 'output': expected text, got list"),
         ({"instruction": "i", "output": True}, "alpaca", "expected text, got bool"),
+        ({"instruction": "i", "output": float("inf")}, "alpaca", "row 2: column 'output': .*got inf"),
     ],
 )
 def test_a_row_that_does_not_fit_is_named(row: dict[str, Any], shape: str, message: str) -> None:

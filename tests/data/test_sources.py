@@ -83,6 +83,17 @@ def test_selected_rows_keep_their_place(tmp_path: Path) -> None:
     [
         ("cut.json", '[{"a": "b"}, {"a": ', r"cut.json line 1 column \d+: expected JSON"),
         ("bad.jsonl", '{"a": 1}\n{"a": \n', "bad.jsonl line 2: expected one JSON object per line"),
+        (
+            "comma.json",
+            '[{"a": 1} {"a": 2}]',
+            r"comma.json line 1 column 11: expected JSON, got Expecting ',' delimiter",
+        ),
+        ("more.json", '[{"a": 1}] x', "more.json line 1 column 12: expected JSON, got Extra data"),
+        ("more.jsonl", '{"a": 1} {"b": 2}', "more.jsonl line 1: .* got Extra data at column 10"),
+        ("twice.json", '[{"a": 1}, {"b": {"a": 1, "a": 2}}]', "twice.json row 2: .* got 'a' twice"),
+        ("twice.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "twice.jsonl line 2: expected every key once .* got 'a' twice"),
+        ("twice.csv", "instruction,response,response\n1,2,3\n", "twice.csv line 1: .* got 'response' twice"),
+        ("inf.jsonl", '{"a": -Infinity}', "inf.jsonl line 1: expected JSON, got -Infinity"),
         ("list.json", "[1, 2]", "list.json row 1: expected an object"),
         ("wide.csv", "mr,ref\n1,2,3\n", r"wide.csv line 2: expected 2 values \(mr, ref\), got 3"),
         ("open.csv", 'mr,ref\n"a,b\n', "open.csv line 2: expected CSV"),
@@ -95,6 +106,13 @@ def test_selected_rows_keep_their_place(tmp_path: Path) -> None:
 def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_rows(_write(tmp_path / name, text))
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_value_that_pandas_writes_for_a_missing_one_is_missing(tmp_path: Path, name: str) -> None:
+    text = '{"instruction": "i", "output": NaN}'
+    rows = load_rows(_write(tmp_path / name, f"[{text}]" if name == "a.json" else text))
+    assert list(rows.rows) == [{"instruction": "i", "output": None}]
 
 
 def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:

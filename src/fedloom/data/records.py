@@ -7,6 +7,7 @@ Every shape ends as one of two records: a ``Prompt`` (an instruction, perhaps an
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -110,7 +111,8 @@ _E2E_SEPARATOR = "||"
 def read_records(rows: Rows, shape: Shape | str = Shape.AUTO, columns: Mapping[str, str] | None = None) -> Records:
     """Read each row as ``shape``; ``columns`` maps the shape's names to the file's, e.g. ``{"prompt": "frage"}``.
 
-    An answer may still be empty here: ``encode`` decides what becomes of such rows. Numbers count as text.
+    An answer may still be empty here: ``encode`` decides what becomes of such rows. Numbers count as text, and NaN, a
+    missing value, as none.
 
     Raises:
         DataError: the shape cannot be told, or a row lacks a column or holds something that is not text.
@@ -209,6 +211,10 @@ def _text(value: object, name: str) -> str:
             return value
         case bool():
             pass
+        case float() if math.isnan(value):
+            return ""
+        case float() if math.isinf(value):
+            raise DataError(f"column {name!r}: expected text or a number, got {value}; write one or leave it empty")
         case int() | float():
             return str(value)
     raise DataError(f"column {name!r}: expected text, got {type(value).__name__}")

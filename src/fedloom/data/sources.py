@@ -9,7 +9,6 @@ comes back as a timestamp, ``"007"`` as 7, and a CSV line with too many fields s
 from __future__ import annotations
 
 import csv
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom import embedded
+from fedloom.data.json_rows import rows_of_lines, rows_of_list
 from fedloom.errors import DataError
 
 Row = dict[str, Any]
@@ -150,35 +150,11 @@ def _read_files(files: Sequence[Path]) -> Rows:
 
 def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
     text = _text(file)
-    if not text.lstrip().startswith("["):
-        yield from _parse_lines(file, text)
-        return
-    try:
-        rows = json.loads(text)
-    except json.JSONDecodeError as cause:
-        raise DataError(
-            f"{file} line {cause.lineno} column {cause.colno}: expected JSON, got {cause.msg}; is the file cut short?"
-        ) from cause
-    for number, row in enumerate(rows, start=1):
-        yield number, _as_row(row, file, f"row {number}")
+    yield from (rows_of_list if text.lstrip(" \t\r\n").startswith("[") else rows_of_lines)(file, text)
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
-    yield from _parse_lines(file, _text(file))
-
-
-def _parse_lines(file: Path, text: str) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as cause:
-            raise DataError(
-                f"{file} line {number}: expected one JSON object per line, or one list of objects for the file; "
-                f"got {cause.msg} at column {cause.colno}"
-            ) from cause
-        yield number, _as_row(row, file, f"line {number}")
+    yield from rows_of_lines(file, _text(file))
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
@@ -190,7 +166,7 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
         try:
             for values in reader:
                 if header is None:
-                    header = values
+                    header = _header(values, file)
                 elif values and len(values) != len(header):
                     raise DataError(
                         f"{file} line {begins}: expected {len(header)} values ({', '.join(header)}), got "
@@ -203,6 +179,13 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
             raise DataError(f"{file} line {begins}: expected CSV, got {cause}; is a quote left open?") from cause
         except UnicodeDecodeError as cause:
             raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
+
+
+def _header(names: list[str], file: Path) -> list[str]:
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"{file} line 1: expected every column once, got {name!r} twice; rename or remove one")
+    return names
 
 
 def _read_text(file: Path) -> Iterator[tuple[int, Row]]:
@@ -271,12 +254,6 @@ def _text(file: Path) -> str:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as cause:
         raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
-
-
-def _as_row(value: object, file: Path, place: str) -> Row:
-    if not isinstance(value, dict):
-        raise DataError(f"{file} {place}: expected an object with named values, got {type(value).__name__}")
-    return value
 
 
 def _short_names(files: Sequence[Path]) -> tuple[str, ...]:

@@ -1,0 +1,107 @@
+"""Read rows of JSON as JSON defines it, where Python's reader takes more: each row with the number it has in its file.
+
+Of an object that names one key twice Python keeps the last value, and it reads the words ``NaN`` and ``Infinity``,
+which are no JSON. Here the first is refused with its place, and so is infinity; ``NaN``, which is what pandas writes
+where a value is missing, counts as ``null``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fedloom.errors import DataError
+
+_SPACE = " \t\n\r"
+
+
+def rows_of_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the object of every line that is not empty, with the line's number.
+
+    Raises:
+        DataError: a line is no JSON object, or names a key twice.
+    """
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{file} line {number}"
+        try:
+            value, end = _value(line, _begin(line, 0), place)
+            _expect_end(line, end)
+        except json.JSONDecodeError as cause:
+            raise DataError(
+                f"{place}: expected one JSON object per line, or one list of objects for the file; "
+                f"got {cause.msg} at column {cause.colno}"
+            ) from cause
+        yield number, _as_row(value, place)
+
+
+def rows_of_list(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the objects of one JSON list, counted from 1.
+
+    Raises:
+        DataError: the text is no list of objects, or an object names a key twice.
+    """
+    try:
+        for number, value in _elements(file, text):
+            yield number, _as_row(value, f"{file} row {number}")
+    except json.JSONDecodeError as cause:
+        raise DataError(
+            f"{file} line {cause.lineno} column {cause.colno}: expected JSON, got {cause.msg}; is the file cut short?"
+        ) from cause
+
+
+def _elements(file: Path, text: str) -> Iterator[tuple[int, Any]]:
+    number, at = 0, _begin(text, _begin(text, 0) + 1)
+    is_open = not text.startswith("]", at)
+    while is_open:
+        number += 1
+        value, end = _value(text, at, f"{file} row {number}")
+        yield number, value
+        at = _begin(text, end)
+        is_open = text.startswith(",", at)
+        at = _begin(text, at + 1) if is_open else at
+    if not text.startswith("]", at):
+        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
+    _expect_end(text, at + 1)
+
+
+def _expect_end(text: str, at: int) -> None:
+    if (rest := _begin(text, at)) < len(text):
+        raise json.JSONDecodeError("Extra data", text, rest)
+
+
+def _value(text: str, at: int, place: str) -> tuple[Any, int]:
+    """Return the JSON value that begins at ``at``, and where it ends."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        named = dict(pairs)
+        if len(named) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in named if keys.count(key) > 1)
+            raise DataError(f"{place}: expected every key once in an object, got {twice!r} twice; keep one of them")
+        return named
+
+    def constant(word: str) -> None:
+        if word != "NaN":
+            raise DataError(f"{place}: expected JSON, got {word}, which is no number there; write null or a number")
+
+    try:
+        return json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant).raw_decode(text, at)
+    except RecursionError as cause:
+        raise DataError(f"{place}: expected a row, got lists or objects nested too deep to be read") from cause
+
+
+def _begin(text: str, at: int) -> int:
+    """Return where the next character that is no space stands, from ``at`` on."""
+    while at < len(text) and text[at] in _SPACE:
+        at += 1
+    return at
+
+
+def _as_row(value: object, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: expected an object with named values, got {type(value).__name__}")
+    return value
