@@ -94,6 +94,12 @@ def test_selected_rows_keep_their_place(tmp_path: Path) -> None:
         ("twice.jsonl", '{"a": 1}\n{"a": 1, "a": 2}', "twice.jsonl line 2: expected every key once .* got 'a' twice"),
         ("twice.csv", "instruction,response,response\n1,2,3\n", "twice.csv line 1: .* got 'response' twice"),
         ("inf.jsonl", '{"a": -Infinity}', "inf.jsonl line 1: expected JSON, got -Infinity"),
+        (
+            "half.json",
+            '[{"a": "\\ud83d\\ude00"}, {"a": ["b\\uD800"]}]',
+            r"half.json row 2: expected text, got '.ud800'",
+        ),
+        ("half.jsonl", '{"a": "b\\ude00"}', r"half.jsonl line 1: expected text, got '.ude00'"),
         ("list.json", "[1, 2]", "list.json row 1: expected an object"),
         ("wide.csv", "mr,ref\n1,2,3\n", r"wide.csv line 2: expected 2 values \(mr, ref\), got 3"),
         ("open.csv", 'mr,ref\n"a,b\n', "open.csv line 2: expected CSV"),

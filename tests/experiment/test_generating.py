@@ -136,6 +136,19 @@ def test_the_command_answers_once_or_line_by_line(
     assert "expected either --prompt TEXT or --interactive, got neither" in capsys.readouterr().err
 
 
+def test_a_prompt_that_is_no_text_is_one_line(
+    flora: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert exit_code(["generate", str(flora), "--only", "--prompt", "bad\udcff byte"]) == 2
+    wanted = "error: prompt: expected UTF-8 text, got the byte 0xff after "
+    assert wanted in capsys.readouterr().err
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"bad\xff byte\n"), encoding="utf-8"))
+    assert exit_code(["generate", str(flora), "--only", "--interactive"]) == 2
+    assert wanted in capsys.readouterr().err
+    with pytest.raises(EvaluationError, match=r"got U\+D83D, half of a character, after"):
+        generate(open_result(flora), "smile \ud83d")
+
+
 @pytest.mark.data
 def test_the_base_tells_its_golden_story_beside_the_result(data_dir: Path, settings_for: Make, tmp_path: Path) -> None:
     base = data_dir / "models/stories260K"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,6 +239,8 @@ def generate(
         return
     kept = "it remembers what was said" if conversation.wording.is_dialogue else "every line is a question of its own"
     say(f"{conversation.wording.description}; {kept}; end with Ctrl-D")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as the arguments come: bytes that are no text are told below
     for line in sys.stdin:
         if line.strip():
             print_result(conversation.ask(line.strip()), as_json=as_json)

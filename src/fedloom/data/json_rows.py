@@ -2,7 +2,8 @@
 
 Of an object that names one key twice Python keeps the last value, and it reads the words ``NaN`` and ``Infinity``,
 which are no JSON. Here the first is refused with its place, and so is infinity; ``NaN``, which is what pandas writes
-where a value is missing, counts as ``null``.
+where a value is missing, counts as ``null``. Half a pair of surrogates, which no tokenizer reads,
+is refused too.
 """
 
 from __future__ import annotations
@@ -89,9 +90,23 @@ def _value(text: str, at: int, place: str) -> tuple[Any, int]:
             raise DataError(f"{place}: expected JSON, got {word}, which is no number there; write null or a number")
 
     try:
-        return json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant).raw_decode(text, at)
+        value, end = json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant).raw_decode(text, at)
     except RecursionError as cause:
         raise DataError(f"{place}: expected a row, got lists or objects nested too deep to be read") from cause
+    if "\\ud" in text[at:end].lower():
+        _check_surrogates(value, place)
+    return value, end
+
+
+def _check_surrogates(value: Any, place: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as cause:
+        half = ascii(cause.object[cause.start])
+        raise DataError(
+            f"{place}: expected text, got {half}, a surrogate without its other half; was a text cut inside a "
+            "character? take it out"
+        ) from cause
 
 
 def _begin(text: str, at: int) -> int:
