@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.e2e_files import Outputs, References, matched_texts, read_outputs, read_references
+from fedloom.evaluation.judge_prompts import read_prompts
+from fedloom.evaluation.judge_questions import read_judge_questions
+from fedloom.evaluation.questions import read_questions
 
 GROUPED = (("One here.", "One, there."), ("Two here.",))
 
@@ -66,6 +70,7 @@ def test_outputs_that_do_not_match_are_refused(outputs: Outputs, message: str) -
         ("refs.csv", "mr,ref\nname[A],\n", r"no human text for name\[A\]"),
         ("refs.txt", "a||b\nno bar\n", "line 2: expected 'mr||ref'"),
         ("refs.txt", " \n", "is empty"),
+        ("refs.csv", "mr,ref,ref\na,b,c\n", "names a column twice"),
     ],
 )
 def test_a_broken_reference_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -76,3 +81,11 @@ def test_a_broken_reference_file_is_refused_with_its_place(tmp_path: Path, name:
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no file of outputs at"):
         read_outputs(tmp_path / "none.tsv")
+
+
+@pytest.mark.parametrize("read", [read_references, read_outputs, read_questions, read_judge_questions, read_prompts])
+def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path, read: Callable[[Path], object]) -> None:
+    file = tmp_path / "latin.jsonl"
+    file.write_bytes("name[A]||café\n".encode("latin-1"))
+    with pytest.raises(EvaluationError, match=r"latin.jsonl: expected UTF-8 text, got .* convert the file"):
+        read(file)

@@ -14,6 +14,7 @@ from io import StringIO
 from pathlib import Path
 
 from fedloom.errors import EvaluationError
+from fedloom.evaluation.text_files import read_utf8
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ def matched_texts(references: References, outputs: Outputs) -> tuple[str, ...]:
 def _read(path: Path, what: str) -> str:
     if not path.is_file():
         raise EvaluationError(f"no file of {what} at {path}: check the path")
-    text = path.read_text(encoding="utf-8-sig")
+    text = read_utf8(path)
     if not text.strip():
         raise EvaluationError(f"the file of {what} {path} is empty")
     return text.replace("\r\n", "\n")
@@ -117,6 +118,8 @@ def _table(path: Path, text: str, columns: tuple[str, str]) -> list[tuple[str, s
     names: Mapping[str, str] = {name.lower().strip(): name for name in reader.fieldnames or ()}
     if not set(columns) <= set(names):
         raise EvaluationError(f"{path} needs the columns {columns[0]!r} and {columns[1]!r}, found {list(names)}")
+    if len(names) < len(reader.fieldnames or ()):
+        raise EvaluationError(f"{path} names a column twice, found {reader.fieldnames}: rename or remove one")
     try:
         return [(row[names[columns[0]]] or "", row[names[columns[1]]] or "") for row in reader]
     except csv.Error as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.endpoint import Message
+from fedloom.evaluation.text_files import read_utf8
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def read_prompts(file: Path) -> Mapping[str, JudgePrompt]:
     if not file.is_file():
         raise EvaluationError(f"no judge prompts at {file}: expected JSON lines with name and prompt_template")
     prompts = dict(OWN_PROMPTS)
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_utf8(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:

@@ -10,6 +10,7 @@ from typing import Any
 
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import DecodingSettings, OnProgress, decode
+from fedloom.evaluation.text_files import read_utf8
 
 Answers = Mapping[str, Sequence[str]]  # question id -> answer of each turn
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
@@ -116,7 +117,7 @@ def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]])
     if not file.is_file():
         raise EvaluationError(f"no {what} at {file}: check the path")
     rows = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(read_utf8(file).split("\n"), start=1):
         if not line.strip():
             continue
         try:

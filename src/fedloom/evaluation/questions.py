@@ -6,10 +6,12 @@ import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from fedloom.errors import EvaluationError
+from fedloom.evaluation.text_files import read_utf8
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -47,7 +49,7 @@ def read_questions(file: Path) -> list[Question]:
     """
     if not file.is_file():
         raise EvaluationError(f"no questions at {file}: expected JSON lines with question, choices and answer")
-    lines = file.read_text(encoding="utf-8").split("\n")
+    lines = read_utf8(file).split("\n")
     questions = [_from_json(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise EvaluationError(f"{file} holds no question")
@@ -55,15 +57,14 @@ def read_questions(file: Path) -> list[Question]:
 
 
 def _read_csv(file: Path, subject: str) -> Iterator[Question]:
-    with file.open(encoding="utf-8", newline="") as handle:
-        for number, row in enumerate(csv.reader(handle), start=1):
-            if number == 1 and row and row[0].strip().lower() == "question":
-                continue
-            if len(row) < 4:
-                raise EvaluationError(
-                    f"{file}, row {number}: expected a question, its choices and the answer, got {len(row)} cells"
-                )
-            yield _question(row[0], row[1:-1], row[-1], subject, f"{file}, row {number}")
+    for number, row in enumerate(csv.reader(StringIO(read_utf8(file), newline="")), start=1):
+        if number == 1 and row and row[0].strip().lower() == "question":
+            continue
+        if len(row) < 4:
+            raise EvaluationError(
+                f"{file}, row {number}: expected a question, its choices and the answer, got {len(row)} cells"
+            )
+        yield _question(row[0], row[1:-1], row[-1], subject, f"{file}, row {number}")
 
 
 def _from_json(line: str, where: str) -> Question:

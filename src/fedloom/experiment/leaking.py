@@ -15,6 +15,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.leakage import AttackSettings, LeakageReport, measure_leakage
 from fedloom.evaluation.perplexity import plain_text_rows
+from fedloom.evaluation.text_files import read_utf8
 from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.measuring import TEXT
 from fedloom.experiment.results import OpenedResult
@@ -114,7 +115,7 @@ def private_rows(opened: OpenedResult) -> TokenSet:
 def public_rows(opened: OpenedResult, path: str, shape: str | None) -> TokenSet:
     """Return public text as tokens: a file that is one text, or rows in any shape."""
     if shape == TEXT or (shape is None and path.endswith(".txt")):
-        text = Path(path).read_text(encoding="utf-8")
+        text = read_utf8(Path(path))
         paragraphs = [part for part in text.split("\n\n") if part.strip()]
         return plain_text_rows(opened.lora, opened.base.tokenizer, paragraphs)[0]
     assert opened.settings is not None
