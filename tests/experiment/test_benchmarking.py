@@ -18,6 +18,7 @@ from fedloom.config.conduct import SuiteName
 from fedloom.errors import SettingsError
 from fedloom.evaluation import meteor
 from fedloom.evaluation.intervals import ItemStatistics, ratio, ratio_statistics
+from fedloom.evaluation.prompts import context_length
 from fedloom.experiment import benchmarking, run
 from fedloom.experiment.benchmarking import APPLYING, score_suite
 from fedloom.experiment.generating import Sampling, generate
@@ -272,6 +273,38 @@ def test_a_judge_compares_a_run_with_its_base_in_both_orders_and_is_asked_once(
     assert again["verdicts"]["usage"]["num_calls"] == 0  # type: ignore[index]
     longer = printed(capsys, *arguments, "--max-new-tokens", "6")
     assert longer["verdicts"]["num_missing"] == 0  # type: ignore[index]
+
+
+def test_answers_for_a_judge_leave_their_questions_half_the_context(
+    finished: Path, judge_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "text": "red?"}) + "\n")
+    context = context_length(open_result(finished).lora)
+    assert context is not None
+    arguments = ["judge", str(finished), "--endpoint", judge_url, "--judge", "m", "--questions", str(questions)]
+    assert exit_code([*arguments, "--max-new-tokens", str(context)]) == 0
+    told = f"note: answers have {context // 2} tokens at most, half the base's context, not {context}"
+    assert capsys.readouterr().err.count(told) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--endpoint", "ftp://foo"], "expected an endpoint like https://host/v1, got 'ftp://foo'"),
+        (["--references", "none.jsonl"], "no answers at none.jsonl"),
+        (["--prompts", "none.jsonl"], "no judge prompts at none.jsonl"),
+    ],
+)
+def test_what_the_judge_cannot_be_asked_is_refused_before_decoding(
+    options: list[str], message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "text": "red?"}) + "\n")
+    arguments = ["--endpoint", "http://127.0.0.1:9", "--judge", "m", "--questions", str(questions), *options]
+    assert exit_code(["judge", str(finished), *arguments, "--out", str(tmp_path / "kept")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "kept").exists()
 
 
 def test_a_judge_without_its_options_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

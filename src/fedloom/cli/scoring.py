@@ -58,7 +58,13 @@ def judge(
     ] = None,
     limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Questions at most.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", help="Tokens per answer at most.")
+        int,
+        typer.Option(
+            "--max-new-tokens",
+            metavar="N",
+            min=1,
+            help="Tokens per answer at most; never over half the base's context.",
+        ),
     ] = 256,
     client: Annotated[int | None, typer.Option("--client", metavar="K", help="A client's own adapter.")] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="FOLDER", help="The base model.")] = None,
@@ -78,20 +84,24 @@ def judge(
 
     if protocol not in list(judging.Protocol):
         raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}")
-    bench = judging.Bench(questions, references, prompts, max_new_tokens, limit)
+    bench, asked = judging.Bench(questions, references, prompts, max_new_tokens, limit), Endpoint(endpoint, judge_model)
+    judging.check(asked, bench)
     folder = out or default_folder(result)
     opened = results.open_result(result, base=base, client=client)
     ours = judging.only_adapter(opened)
+    say_length(judging.answer_tokens(opened, bench), max_new_tokens)
     second = (result.name, judging.answers_of(opened, ours, bench, folder, say_decoding))
     if against == BASE:
         first = (BASE, judging.answers_of(opened, BASE, bench, folder, say_decoding))
     else:
         rival = results.open_result(Path(against), base=base)
         name = judging.only_adapter(rival)
+        if (length := judging.answer_tokens(rival, bench)) != judging.answer_tokens(opened, bench):
+            say_length(length, max_new_tokens)
         first = (Path(against).name, judging.answers_of(rival, name, bench, folder, say_decoding))
     judged = judging.judge(
         judging.Protocol(protocol),
-        Endpoint(endpoint, judge_model),
+        asked,
         bench,
         first,
         second,
@@ -108,6 +118,12 @@ def default_folder(result: Path) -> Path:
 
     is_run = (result / "manifest.json").exists()
     return result / EVALUATION / "judge" if is_run else result.with_name(f"{result.name}-judge")
+
+
+def say_length(num_tokens: int, asked: int) -> None:
+    """Tell that answers are shorter than asked for."""
+    if num_tokens < asked:
+        say(f"note: answers have {num_tokens} tokens at most, half the base's context, not {asked}")
 
 
 def say_decoding(name: str, done: int, total: int, seconds_left: float) -> None:

@@ -169,6 +169,11 @@ def _check_room(model: Any, prompts: Sequence[str], rows: Sequence[Sequence[int]
     if context is None:
         return
     room = context - settings.max_new_tokens
+    if room < 1 and rows:
+        raise EvaluationError(
+            f"max_new_tokens: expected fewer than the model's context of {context} tokens, since the prompt is in it "
+            f"too, got {settings.max_new_tokens}; lower it"
+        )
     overlong = [index for index, row in enumerate(rows) if len(row) > room]
     if overlong:
         raise EvaluationError(

@@ -72,17 +72,24 @@ class Endpoint:
                 self.sleep(min(self.longest_wait_seconds, trouble.wait or self.first_wait_seconds * 2**attempt))
         raise EndpointError(f"attempts must be at least 1, got {self.attempts}")
 
-    def _request(self, body: bytes) -> urllib.request.Request:
+    def check(self) -> None:
+        """Raise, without a call, where none could be made.
+
+        Raises:
+            EndpointError: the address is none of a web server, or the key would go there unencrypted.
+        """
         parts = urlsplit(self.address)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise EndpointError(f"expected an endpoint like https://host/v1, got {self.url!r}")
+            raise EndpointError(f"expected an endpoint like https://host/v1, got {self.url!r}; correct it")
+        if (variable := key_variable()) and parts.scheme == "http" and not _is_this_machine(parts.hostname):
+            raise EndpointError(
+                f"{self.address} is not encrypted and would lay open the key of {variable}: use https, or unset it"
+            )
+
+    def _request(self, body: bytes) -> urllib.request.Request:
+        self.check()
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        variable = key_variable()
-        if variable is not None:
-            if parts.scheme == "http" and not _is_this_machine(parts.hostname):
-                raise EndpointError(
-                    f"{self.address} is not encrypted and would lay open the key of {variable}: use https, or unset it"
-                )
+        if (variable := key_variable()) is not None:
             headers["Authorization"] = f"Bearer {os.environ[variable]}"
         return urllib.request.Request(self.address, data=body, headers=headers, method="POST")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from fedloom.data.records import Turn
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.asking import Judging, OnEstimate, OnVerdict
-from fedloom.evaluation.decoding import GREEDY, DecodingSettings
+from fedloom.evaluation.decoding import GREEDY
 from fedloom.evaluation.endpoint import Endpoint
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.judge import Grades, PairVerdicts, compare_grades, grade_answers, judge_pairs
@@ -25,6 +25,7 @@ from fedloom.evaluation.judge_questions import (
     read_judge_questions,
     write_answers,
 )
+from fedloom.evaluation.prompts import context_length
 from fedloom.experiment.generating import wording_of
 from fedloom.experiment.measuring import BASE
 from fedloom.experiment.results import OpenedResult
@@ -99,10 +100,32 @@ class Judged:
         return [*lines, f"{self.second} − {self.first}: {self.difference}", f"{missing} turns without a verdict"]
 
 
+def check(endpoint: Endpoint, bench: Bench) -> None:
+    """Raise, before anything is decoded, where the judge could not be asked about the answers.
+
+    Raises:
+        EndpointError: the address is none, or the key would go there unencrypted.
+        EvaluationError: a file of the bench is absent or not what it should be.
+    """
+    endpoint.check()
+    bench.read_questions()
+    bench.read_prompts()
+    if bench.references is not None:
+        read_answers(bench.references)
+
+
+def answer_tokens(opened: OpenedResult, bench: Bench) -> int:
+    """Return how long an answer may get: what the bench asks for, at most half the context, so that prompts fit."""
+    context = context_length(opened.lora)
+    return bench.max_new_tokens if context is None else min(bench.max_new_tokens, context // 2)
+
+
 def answers_of(
     opened: OpenedResult, name: str, bench: Bench, folder: Path, on_progress: OnProgress | None = None
 ) -> Answers:
     """Return one model's answers to the bench, decoded greedily once and kept in ``folder``.
+
+    They have :func:`answer_tokens` tokens at most.
 
     Raises:
         EvaluationError: a conversation leaves no room for its answer.
@@ -118,9 +141,10 @@ def answers_of(
             on_progress(name, done, total, seconds_left)
 
     model = opened.use(None if name == BASE else name)
-    settings = DecodingSettings(1, GREEDY.length_penalty, GREEDY.no_repeat_ngram_size, bench.max_new_tokens)
+    num_tokens = answer_tokens(opened, bench)
+    settings = replace(GREEDY, max_new_tokens=num_tokens)
     identity = model_identity(opened, name)
-    kept = f"{identity[:12]}-tokens{bench.max_new_tokens}.jsonl"
+    kept = f"{identity[:12]}-tokens{num_tokens}.jsonl"
     answers = answer_turns(
         model,
         tokenizer,
