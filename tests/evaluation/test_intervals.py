@@ -68,6 +68,35 @@ def test_a_system_against_itself_is_within_noise() -> None:
     assert not difference.exceeds_noise
 
 
+@pytest.mark.parametrize("values", [[3.2], [0.1] * 7])
+def test_items_that_do_not_vary_bound_nothing(values: list[float]) -> None:
+    estimate = bootstrap_mean(values, seed=0)
+    assert estimate.value == pytest.approx(values[0])
+    assert math.isnan(estimate.low)
+    assert math.isnan(estimate.high)
+    assert str(estimate) == f"{values[0]:.4f} [–, –] (n={len(values)})"
+
+
+@pytest.mark.parametrize(("n", "p_value"), [(1, 1.0), (2, 0.5), (5, 2**-4)])
+def test_a_few_items_are_not_judged_however_clear_they_are(n: int, p_value: float) -> None:
+    one, other = ratio_statistics(10.0 + np.arange(n)), ratio_statistics(np.zeros(n))
+    difference = bootstrap_difference(one, other, ratio, seed=0)
+    assert difference.p_value == p_value
+    assert not difference.is_judged
+    assert not difference.exceeds_noise
+    assert str(difference).endswith(f"p={p_value:.3f}, n={n}: not judged, too few items")
+
+
+@pytest.mark.parametrize(("num_differing", "exceeds"), [(5, False), (6, True)])
+def test_one_sided_differences_count_as_chance_would_bring_them(num_differing: int, exceeds: bool) -> None:
+    one, other = np.zeros(6), np.zeros(6)
+    one[:num_differing] = 1.0
+    difference = bootstrap_difference(ratio_statistics(one), ratio_statistics(other), ratio, seed=0)
+    assert difference.p_value == 2.0 ** (1 - num_differing)
+    assert difference.is_judged
+    assert difference.exceeds_noise is exceeds
+
+
 def test_ratio_weighs_items_by_their_denominator() -> None:
     assert bootstrap(ratio_statistics([1.0, 9.0], [1.0, 3.0]), ratio, seed=0).value == 2.5
 

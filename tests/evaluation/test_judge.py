@@ -104,7 +104,7 @@ def test_pairs_are_judged_in_both_orders_and_reported_as_sums(judge: tuple[Judge
     assert (verdicts.first_sum, verdicts.second_sum) == (16.0, 32.0)
     assert verdicts.relative.value == 2.0
     assert (verdicts.num_second_wins, verdicts.num_ties, verdicts.num_inconsistent) == (4, 0, 0)
-    assert verdicts.difference.exceeds_noise
+    assert (verdicts.difference.value, verdicts.difference.is_judged) == (4.0, False)  # of four questions
     contents = [request["messages"][1]["content"] for request in state.requests]
     assert sum(content.index("good") < content.index("bad") for content in contents) == 4
     assert len(contents) == 8

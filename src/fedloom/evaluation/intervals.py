@@ -25,7 +25,10 @@ Score = Callable[[Statistics], Statistics]  # (..., S) sums over items -> (...) 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, the interval that holds it with probability ``level``, and what both were computed from."""
+    """A figure, the interval that holds it with probability ``level``, and what both were computed from.
+
+    ``low`` and ``high`` are NaN where the items do not tell.
+    """
 
     value: float
     low: float
@@ -36,12 +39,20 @@ class Estimate:
     seed: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}] (n={self.n:,})"
+        return f"{self.bounded} (n={self.n:,})"
+
+    @property
+    def bounded(self) -> str:
+        """The figure with its interval, for people."""
+        return f"{self.value:.4f} [{_written(self.low)}, {_written(self.high)}]"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """How much higher the first system scores than the second on the same items."""
+    """How much higher the first system scores than the second on the same items.
+
+    ``low`` and ``high`` are NaN where the items do not tell.
+    """
 
     value: float
     low: float
@@ -53,15 +64,24 @@ class Difference:
     seed: int | None = None
 
     @property
+    def is_judged(self) -> bool:
+        """Whether n items can tell a difference from chance: 2^(1−n), the least p there is, is within 1 − level."""
+        return 2.0 ** (1 - self.n) <= 1 - self.level
+
+    @property
     def exceeds_noise(self) -> bool:
-        """Whether the interval excludes zero."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes zero, as far as there is one, and p is within 1 − level."""
+        is_number = not math.isnan(self.value)
+        return is_number and self.p_value <= 1 - self.level and not self.low <= 0 <= self.high
 
     def __str__(self) -> str:
         verdict = "more than noise" if self.exceeds_noise else "within noise"
+        if not self.is_judged:
+            verdict = "not judged, too few items"
         if math.isnan(self.value):
             verdict = "no verdict, since a score is not a number"
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p={self.p_value:.3f}, n={self.n:,}: {verdict}"
+        bounds = f"[{_written(self.low, '+')}, {_written(self.high, '+')}]"
+        return f"{self.value:+.4f} {bounds}, p={self.p_value:.3f}, n={self.n:,}: {verdict}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +103,11 @@ def bootstrap(
     Source: Koehn, "Statistical significance tests for machine translation evaluation", 2004.
     """
     sums_MS = _resampled_sums(statistics_NS, seed, resamples)
-    low, high = np.quantile(score(sums_MS), [(1 - level) / 2, (1 + level) / 2])
+    scores_M = score(sums_MS)
+    low, high = _bounds(scores_M, float(np.abs(scores_M).max()), level)
     value = float(score(statistics_NS.sum(axis=0)))
     method = f"bootstrap, {resamples} resamples"
-    return Estimate(value, float(low), float(high), len(statistics_NS), level, method, seed)
+    return Estimate(value, low, high, len(statistics_NS), level, method, seed)
 
 
 def bootstrap_difference(
@@ -100,7 +121,8 @@ def bootstrap_difference(
 ) -> Difference:
     """Return the paired difference of two systems' scores over the same items.
 
-    p is two-sided: twice the smaller share of resamples on one side of zero, never below 1 / (resamples + 1).
+    p is two-sided: twice the smaller share of resamples on one side of zero, never below 2 / (resamples + 1), nor below
+    2^(1−m), m the items whose statistics differ: the least p of a test that swaps the two systems item by item.
 
     Raises:
         EvaluationError: the systems were not scored on the same number of items.
@@ -112,12 +134,13 @@ def bootstrap_difference(
         )
     first_M, second_M = (score(_resampled_sums(side_NS, seed, resamples)) for side_NS in (first_NS, second_NS))
     differences_M = first_M - second_M
-    low, high = np.quantile(differences_M, [(1 - level) / 2, (1 + level) / 2])
+    low, high = _bounds(differences_M, float(np.abs(first_M).max()), level)
     value = float(score(first_NS.sum(axis=0)) - score(second_NS.sum(axis=0)))
     tail = min(np.count_nonzero(differences_M <= 0), np.count_nonzero(differences_M >= 0))
-    p_value = min(1.0, 2 * (int(tail) + 1) / (resamples + 1))
+    num_differing = int(np.count_nonzero((first_NS != second_NS).any(axis=1)))
+    p_value = min(1.0, max(2 * (int(tail) + 1) / (resamples + 1), 2.0 ** (1 - num_differing)))
     method = f"paired bootstrap, {resamples} resamples"
-    return Difference(value, float(low), float(high), p_value, len(first_NS), level, method, seed)
+    return Difference(value, low, high, p_value, len(first_NS), level, method, seed)
 
 
 def paired_differences(
@@ -180,6 +203,18 @@ def wilson(num_successes: int, num_trials: int, *, level: float = 0.95) -> Estim
     centre = (share + z * z / (2 * num_trials)) / shrink
     half = z / shrink * float(np.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2))
     return Estimate(share, max(0.0, centre - half), min(1.0, centre + half), num_trials, level, "Wilson")
+
+
+def _bounds(scores_M: Statistics, scale: float, level: float) -> tuple[float, float]:
+    """Return the percentile interval; NaN where all resamples are alike up to the rounding of figures of ``scale``."""
+    if np.ptp(scores_M) <= 1e-12 * scale:
+        return math.nan, math.nan
+    low, high = np.quantile(scores_M, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _written(bound: float, sign: str = "") -> str:
+    return "–" if math.isnan(bound) else f"{bound:{sign}.4f}"
 
 
 def _resampled_sums(statistics_NS: Statistics, seed: int, resamples: int) -> Statistics:

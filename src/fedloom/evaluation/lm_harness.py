@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def run_harness_tasks(
 
 
 def _metrics(row: Mapping[str, Any], samples: Mapping[str, int], level: float = 0.95) -> dict[str, Estimate]:
-    """Read ``acc,none`` and ``acc_stderr,none`` as value and standard error; without the latter the interval is NaN."""
+    """Read ``acc,none`` and ``acc_stderr,none`` and its error; without one, or at 0, the interval is NaN."""
     z = NormalDist().inv_cdf((1 + level) / 2)
     n = int(samples.get("effective") or row.get("sample_len") or 0)
     metrics = {}
@@ -86,7 +87,7 @@ def _metrics(row: Mapping[str, Any], samples: Mapping[str, int], level: float = 
         if not extraction or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         error = row.get(f"{name}_stderr,{extraction}")
-        half = z * error if isinstance(error, int | float) else float("nan")
+        half = z * error if isinstance(error, int | float) and error > 0 else math.nan
         label = name if extraction == "none" else key
         metrics[label] = Estimate(
             float(value), value - half, value + half, n, level, "normal, harness's standard error"

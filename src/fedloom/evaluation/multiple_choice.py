@@ -174,10 +174,14 @@ def _shuffled(questions: Sequence[Question], predictions_N: NDArray[np.int64]) -
 
 
 def _macro(by_subject: Sequence[Sequence[bool]], level: float = 0.95) -> Estimate:
-    """Return the mean of the subjects' shares; its variance is Σ p (1 − p) / n over subjects / subjects²."""
+    """Return the mean of the subjects' shares; its variance is Σ p (1 − p) / n over subjects / subjects².
+
+    Where every share is 0 or 1 that variance is 0 and says nothing: the bounds are unknown.
+    """
     shares = [sum(found) / len(found) for found in by_subject]
     variance = sum(p * (1 - p) / len(found) for p, found in zip(shares, by_subject, strict=True)) / len(shares) ** 2
     half = NormalDist().inv_cdf((1 + level) / 2) * math.sqrt(variance)
     value = float(np.mean(shares))
     n = sum(map(len, by_subject))
-    return Estimate(value, max(0.0, value - half), min(1.0, value + half), n, level, "normal, by subject")
+    low, high = (max(0.0, value - half), min(1.0, value + half)) if half > 0 else (math.nan, math.nan)
+    return Estimate(value, low, high, n, level, "normal, by subject")

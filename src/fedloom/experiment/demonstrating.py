@@ -242,6 +242,8 @@ def _verdict(outcome: Outcome, best: Outcome, name: str, seed: int) -> str:
     if outcome.items is None or best.items is None:
         return "not judged"
     found = paired_differences({METRIC: outcome.items}, {METRIC: best.items}, seed=seed)[METRIC]
+    if not found.is_judged:
+        return "not judged"
     if not found.exceeds_noise:
         return f"within noise of {name}"
     return f"{'above' if found.value > 0 else 'below'} {name} by more than noise"

@@ -116,7 +116,7 @@ class Measured:
         ]
         for name, score in self.scores.items():
             per = (score.nats_per_token, score.nats_per_byte, score.nats_per_word)
-            figures = " ".join(f"{f'{e.value:.4f} [{e.low:.4f}, {e.high:.4f}]':>28}" for e in per)
+            figures = " ".join(f"{e.bounded:>28}" for e in per)
             lines.append(f"{name:<12} {figures} {score.per_token:>11.3f}")
         if len(self.scores) > 2:
             lines.append(f"mean over {len(self.scores) - 1} clients: {self.mean_nats:.4f} nats per token")
