@@ -34,6 +34,11 @@ def test_fedit_refuses_different_ranks_and_names_the_methods_that_take_them() ->
     assert "zero-padding or flora" in problem.action
 
 
+def test_an_empty_list_is_not_answered_with_no_clients() -> None:
+    (problem,) = problems(Settings.model_validate({**ENOUGH, "method": {"ranks": ()}}))
+    assert (problem.got, problem.action) == ("0 values", "give one value, or 10")
+
+
 def test_fedit_accepts_a_list_of_equal_ranks() -> None:
     assert found(method={"ranks": (4, 4)}, federation={"num_clients": 2}) == []
 

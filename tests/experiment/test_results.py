@@ -100,6 +100,23 @@ def test_bytes_and_words_are_those_of_the_answers(flora: Path, rows_file: Path) 
     assert score.num_loss_tokens == score.num_bytes + 48  # bytes are tokens here, and each answer has an end of text
 
 
+def test_rows_without_an_answer_are_left_out_and_counted(flora: Path, rows_file: Path, tmp_path: Path) -> None:
+    rows = json.loads(rows_file.read_text())
+    rows[1]["response"] = None
+    (tmp_path / "some.json").write_text(json.dumps(rows))
+    measured = evaluate(open_result(flora), RowChoice(str(tmp_path / "some.json")))
+    assert measured.lines()[1] == "47 of 48 rows kept; dropped: 1 without an answer"
+    assert (measured.as_dict()["num_rows"], measured.as_dict()["row_counts"]["num_unanswered"]) == (47, 1)
+    (tmp_path / "none.json").write_text(json.dumps([{**row, "response": ""} for row in rows]))
+    with pytest.raises(DataError, match="dropped: 48 without an answer; check the rows and their shape"):
+        evaluate(open_result(flora), RowChoice(str(tmp_path / "none.json")))
+
+
+def test_a_row_that_is_too_long_names_the_options_of_the_command(flora: Path, rows_file: Path) -> None:
+    with pytest.raises(DataError, match=r"--max-length is 5 .*raise --max-length, or set --overlong to 'drop'"):
+        evaluate(open_result(flora), RowChoice(str(rows_file), max_length=5))
+
+
 def test_a_text_file_is_predicted_whole(flora: Path, tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text("Once upon a time\nthere was a cat.\n", encoding="utf-8")
     score = evaluate(open_result(flora), RowChoice(str(tmp_path / "story.txt"), shape="text")).scores[RESULT]

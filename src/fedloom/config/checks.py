@@ -75,11 +75,12 @@ def lists(settings: Settings) -> Iterator[Problem]:
     for name in PER_CLIENT:
         value = settings.value(name)
         if isinstance(value, tuple) and len(value) != clients:
+            others = f"give {clients}, or set federation.num_clients = {len(value)}"
             yield Problem(
                 name,
                 f"one value, or {clients} (one per client)",
                 f"{len(value)} values",
-                f"give {clients}, or set federation.num_clients = {len(value)}",
+                others if value else f"give one value, or {clients}",
                 ("federation.num_clients",),
             )
 

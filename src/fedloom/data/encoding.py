@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
@@ -102,26 +102,28 @@ def encode(
     loss_on: LossOn | str = LossOn.ANSWER,
     overlong: Overlong | str = Overlong.ERROR,
     unanswered: Unanswered | str = Unanswered.ERROR,
+    named: Callable[[str], str] = "data.{}".format,
 ) -> Encoded:
     """Tokenise ``records`` and mark what is learned.
 
     A token is part of the answer when one of the answer's characters is in it, by the tokenizer's offsets; a token
     across the border counts as answer. The tokenizer's beginning-of-text comes first where it has one; the end of text
     follows the answer and is learned, unless a chat template closed the turn with a special token of its own. A
-    truncated row has no end of text. ``max_length`` None means no limit.
+    truncated row has no end of text. ``max_length`` None means no limit. ``named`` gives the name by which the user set
+    ``max_length``, ``overlong`` and ``unanswered``: a recipe's setting, unless they are options of a command.
 
     Raises:
         DataError: a row has no answer or too many tokens (unless the policy says otherwise), or none is left.
     """
     loss_on, overlong, unanswered = LossOn(loss_on), Overlong(overlong), Unanswered(unanswered)
-    answered, num_trailing = _answered(records, unanswered)
+    answered, num_trailing = _answered(records, unanswered, named)
     rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer), tokenizer)
     rows = list(_tokenise(rendered, tokenizer))
     kept: list[tuple[int, _Row]] = []
     num_truncated = num_cut_off = 0
     limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
     if overlong is Overlong.ERROR:
-        _refuse_overlong(records, answered, rows, limit)
+        _refuse_overlong(records, answered, rows, limit, named)
     for index, row in zip(answered, rows, strict=True):
         if len(row.ids) <= limit:
             kept.append((index, row))
@@ -140,7 +142,8 @@ def encode(
         num_turns_after_last_answer=num_trailing,
     )
     if not kept:
-        raise DataError(f"expected at least one usable row, none of {len(records)} is: {counts}; raise data.max_length")
+        remedy = f"raise {named('max_length')}" if answered else "check the rows and their shape"
+        raise DataError(f"expected at least one usable row, none of {len(records)} is: {counts.told}; {remedy}")
     tokens = TokenSet.from_rows((row.ids, _supervised(row, loss_on)) for _, row in kept)
     return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
 
@@ -166,7 +169,7 @@ def render(record: Record, template: Template | None, tokenizer: PreTrainedToken
     return render_chat(record, tokenizer) if template is None else template.render(record, tokenizer.eos_token)
 
 
-def _answered(records: Records, policy: Unanswered) -> tuple[list[int], int]:
+def _answered(records: Records, policy: Unanswered, named: Callable[[str], str]) -> tuple[list[int], int]:
     usable, num_trailing = [], 0
     for index, record in enumerate(records.items):
         if _has_answer(record):
@@ -175,7 +178,7 @@ def _answered(records: Records, policy: Unanswered) -> tuple[list[int], int]:
         elif policy is Unanswered.ERROR:
             raise DataError(
                 f"{records.rows.where(index)}: expected an answer, found none ({records.shape} shape); "
-                "fill or remove the row, or set data.unanswered to 'drop'"
+                f"fill or remove the row, or set {named('unanswered')} to 'drop'"
             )
     return usable, num_trailing
 
@@ -266,15 +269,17 @@ def _close(row: _Row, end_of_text: int, special: set[int]) -> _Row:
     return _Row(np.append(ids, np.int32(end_of_text)), np.append(answer, True))
 
 
-def _refuse_overlong(records: Records, indices: Sequence[int], rows: Sequence[_Row], limit: int) -> None:
+def _refuse_overlong(
+    records: Records, indices: Sequence[int], rows: Sequence[_Row], limit: int, named: Callable[[str], str]
+) -> None:
     lengths = np.array([len(row.ids) for row in rows], np.int64)
     overlong = np.flatnonzero(lengths > limit)
     if overlong.size:
         first = int(overlong[0])
         raise DataError(
-            f"{records.rows.where(indices[first])}: {lengths[first]} tokens, data.max_length is {limit} "
+            f"{records.rows.where(indices[first])}: {lengths[first]} tokens, {named('max_length')} is {limit} "
             f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); "
-            "raise data.max_length, or set data.overlong to 'drop' or 'truncate'"
+            f"raise {named('max_length')}, or set {named('overlong')} to 'drop' or 'truncate'"
         )
 
 

@@ -150,9 +150,11 @@ def detect_shape(rows: Rows, columns: Mapping[str, str] | None = None) -> Shape:
         return fitting[0]
     found = f"{rows.where(0)}: its columns are {', '.join(map(repr, first))}"
     if fitting:
-        raise DataError(f"{found}, which fit {' and '.join(fitting)}; set data.shape to the one you mean")
+        raise DataError(
+            f"{found}, which fit {' and '.join(fitting)}; set data.shape (--shape of evaluate) to the one you mean"
+        )
     known = "; ".join(f"{shape}: {', '.join(fields.required)}" for shape, fields in _FIELDS.items())
-    raise DataError(f"{found}, which fit no shape ({known}); set data.shape, and data.columns to name your columns")
+    raise DataError(f"{found}, which fit no shape ({known}); name your columns by data.columns, or rename them")
 
 
 def _parse_shape(shape: Shape | str) -> Shape:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.data.encoding import encode
+from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.records import read_records
 from fedloom.data.sources import Rows, Split, load_rows
@@ -50,12 +50,16 @@ class RowChoice:
 
 @dataclass(frozen=True, eq=False)
 class HeldOut:
-    """Rows to predict, the text that each row's supervised tokens spell, where they are from, and their groups."""
+    """Rows to predict, the text that each row's supervised tokens spell, where they are from, and their groups.
+
+    ``counts`` say what became of the rows of a file, the ones left out among them.
+    """
 
     tokens: TokenSet
     texts: list[str]
     source: str
     grouping: Grouping | None = None
+    counts: EncodingCounts | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +86,7 @@ class Measured:
             "num_loss_tokens": first.num_loss_tokens,
             "num_bytes": first.num_bytes,
             "num_words": first.num_words,
+            **({"row_counts": plain(counts)} if (counts := self.held_out.counts) else {}),
             "scores": plain(scores),
             "differences_from_base_in_nats_per_byte": plain(dict(self.differences)),
             "mean_loss_nats": self.mean_nats,
@@ -112,6 +117,7 @@ class Measured:
         lines = [
             f"{self.held_out.source}: {first.num_rows:,} rows, {first.num_loss_tokens:,} tokens to predict, "
             f"{first.num_bytes:,} bytes, {first.num_words:,} words",
+            *([counts.told] if (counts := self.held_out.counts) and counts.told else []),
             f"{'':<12} {'nats per token':>28} {'per byte':>28} {'per word':>28} {'perplexity':>11}",
         ]
         for name, score in self.scores.items():
@@ -166,13 +172,15 @@ def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
     if choice.shape == TEXT:
         text = _read_text(Path(choice.path))
         return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
-    tokens, rows = _read_rows(opened, choice, choice.path)
-    return _held_out(opened, tokens, rows, choice.path)
+    encoded, rows = _read_rows(opened, choice, choice.path)
+    return _held_out(opened, encoded.tokens, rows, choice.path, encoded.counts)
 
 
-def _held_out(opened: OpenedResult, tokens: TokenSet, rows: Rows, source: str) -> HeldOut:
+def _held_out(
+    opened: OpenedResult, tokens: TokenSet, rows: Rows, source: str, counts: EncodingCounts | None = None
+) -> HeldOut:
     column = None if opened.settings is None else opened.settings.partition.column
-    return HeldOut(tokens, spelled_texts(tokens, opened.base.tokenizer), source, grouping_of(rows, column))
+    return HeldOut(tokens, spelled_texts(tokens, opened.base.tokenizer), source, grouping_of(rows, column), counts)
 
 
 def spelled_texts(rows: TokenSet, tokenizer: Any) -> list[str]:
@@ -206,7 +214,8 @@ def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
     return inputs.held_out, inputs.held_out_rows
 
 
-def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[TokenSet, Rows]:
+def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Encoded, Rows]:
+    """Return the rows of a file as tokens; those without an answer have nothing to predict and are left out."""
     settings = None if opened.settings is None else opened.settings.data
     shape = choice.shape or (settings.shape if settings else AUTO)
     template = choice.template or (settings.template if settings else None) or AUTO
@@ -223,8 +232,10 @@ def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Toke
         max_length=max_length,
         loss_on=loss_on,
         overlong=overlong,
+        unanswered="drop",
+        named=lambda name: f"--{name.replace('_', '-')}",
     )
-    return encoded.tokens, rows.select(encoded.kept)
+    return encoded, rows.select(encoded.kept)
 
 
 def _read_text(path: Path) -> str:
