@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -66,6 +67,24 @@ def test_a_run_and_its_base_are_scored_on_e2e_and_outputs_are_kept(
     assert {"BLEU", "NIST", "ROUGE_L", "CIDEr"} <= set(first["scores"]["result"]["metrics"])  # type: ignore[index]
     assert len(list((finished / "evaluation").glob("e2e-*.jsonl"))) == 2
     assert printed(capsys, *arguments) == first
+
+
+def test_a_run_whose_folder_refuses_is_scored_and_nothing_is_kept(
+    finished: Path, references: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["evaluate", str(finished), "--suite", "e2e", "--data", str(references), "--beams", "1"]
+    kept = printed(capsys, *arguments)
+    shutil.rmtree(finished / "evaluation")
+    (finished / "evaluation").write_text("no folder can be made here, not even by root")
+    assert exit_code([*arguments, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out) == kept
+    assert err.count(f"note: what is decoded is not kept, since nothing can be written in {finished}/evaluation") == 1
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(json.dumps({"question_id": 1, "text": "red?"}) + "\n")
+    judge = ["--endpoint", "http://127.0.0.1:9", "--judge", "m", "--questions", str(questions)]
+    assert exit_code(["judge", str(finished), *judge]) == 2
+    assert "evaluation/judge: expected a folder to keep answers and verdicts in" in capsys.readouterr().err
 
 
 def test_a_difference_is_the_adapters_score_less_the_bases(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,9 +86,10 @@ def judge(
         raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}")
     bench, asked = judging.Bench(questions, references, prompts, max_new_tokens, limit), Endpoint(endpoint, judge_model)
     judging.check(asked, bench)
-    folder = out or default_folder(result)
     opened = results.open_result(result, base=base, client=client)
     ours = judging.only_adapter(opened)
+    folder = out or default_folder(result)
+    judging.check_folder(folder)
     say_length(judging.answer_tokens(opened, bench), max_new_tokens)
     second = (result.name, judging.answers_of(opened, ours, bench, folder, say_decoding))
     if against == BASE:

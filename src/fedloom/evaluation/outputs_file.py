@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -60,6 +61,16 @@ class OutputsFile:
                     for prompt, output, cut in rows
                 ],
             )
+
+
+def why_not_kept(folder: Path) -> str | None:
+    """Make ``folder`` and return why files cannot be kept in it; None where they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
 
 
 def outputs_path(stem: Path, settings: Any) -> Path:

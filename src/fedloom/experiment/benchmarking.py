@@ -15,6 +15,7 @@ from fedloom.errors import SettingsError
 from fedloom.evaluation.decoding import OnProgress
 from fedloom.evaluation.intervals import Difference, Estimate, paired_differences
 from fedloom.evaluation.lm_harness import run_harness_tasks
+from fedloom.evaluation.outputs_file import why_not_kept
 from fedloom.evaluation.question_prompts import Answering
 from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.judging import model_identity
@@ -38,6 +39,7 @@ APPLYING: Mapping[SuiteName, tuple[str, ...]] = {
 }
 """The options that change what a suite does."""
 ROW_SUITES = ("exact-match", "last-number")
+DECODED_SUITES = ("e2e", *ROW_SUITES)
 OF_HARNESS = ("shots", "limit")
 OF_LOSS = ("data", "shape", "template", "max_length", "overlong")
 OF_TEXT = ("data", "shape")
@@ -147,7 +149,8 @@ def score_suite(opened: OpenedResult, suite: SuiteName, **options: Any) -> Resul
 def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
     """Score the base and every adapter; what is decoded is kept in the run folder and resumed.
 
-    The harness keeps no item's score, so its tasks have no differences.
+    Where the folder refuses, as somebody else's may, that is said and nothing is kept. The harness keeps no
+    item's score, so its tasks have no differences.
 
     Raises:
         EvaluationError: if the suite's files are absent or hold something else.
@@ -156,6 +159,7 @@ def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
     """
     choice = _choice(opened, asked)
     rows = _held_out(opened) if asked.suite in ROW_SUITES and asked.suite not in choice.paths else None
+    kept = _keeping(opened, say) if asked.suite in DECODED_SUITES else None
     scores = {}
     for name in (BASE, *opened.adapters):
         model = opened.use(None if name == BASE else name)
@@ -163,25 +167,42 @@ def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
         if asked.tasks is not None:
             scores[name] = _harness(model, opened, asked)
         else:
-            scores[name] = _suite(model, opened, name, cast(SuiteName, asked.suite), choice, rows, say)
+            scores[name] = _suite(model, opened, name, cast(SuiteName, asked.suite), choice, rows, kept, say)
     differences = {
         name: paired_differences(scores[name].items, scores[BASE].items, seed=choice.seed) for name in opened.adapters
     }
     return ResultScores(opened.found.path, scores, differences)
 
 
+def _keeping(opened: OpenedResult, say: Say) -> Path | None:
+    """Return where outputs are kept, if anywhere: in a run's folder, unless it refuses."""
+    if opened.found.run is None:
+        return None
+    folder = opened.found.path / EVALUATION
+    if (reason := why_not_kept(folder)) is not None:
+        say(f"note: what is decoded is not kept, since nothing can be written in {folder}: {reason}")
+        return None
+    return folder
+
+
 def _suite(
-    model: Any, opened: OpenedResult, name: str, suite: SuiteName, choice: SuiteChoice, rows: Rows | None, say: Say
+    model: Any,
+    opened: OpenedResult,
+    name: str,
+    suite: SuiteName,
+    choice: SuiteChoice,
+    rows: Rows | None,
+    kept: Path | None,
+    say: Say,
 ) -> SuiteScores:
     identity = model_identity(opened, name)
-    outputs = opened.found.path / EVALUATION / f"{suite}-{identity[:12]}"
     return run_suite(
         suite,
         model,
         opened.base.tokenizer,
         choice,
         rows=rows,
-        outputs=None if opened.found.run is None else outputs,
+        outputs=None if kept is None else kept / f"{suite}-{identity[:12]}",
         model_id=identity,
         on_progress=_told(say, name),
     )

@@ -25,6 +25,7 @@ from fedloom.evaluation.judge_questions import (
     read_judge_questions,
     write_answers,
 )
+from fedloom.evaluation.outputs_file import why_not_kept
 from fedloom.evaluation.prompts import context_length
 from fedloom.experiment.generating import wording_of
 from fedloom.experiment.measuring import BASE
@@ -112,6 +113,18 @@ def check(endpoint: Endpoint, bench: Bench) -> None:
     bench.read_prompts()
     if bench.references is not None:
         read_answers(bench.references)
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder that keeps answers and verdicts.
+
+    Raises:
+        EvaluationError: nothing can be kept there.
+    """
+    if (reason := why_not_kept(folder)) is not None:
+        raise EvaluationError(
+            f"{folder}: expected a folder to keep answers and verdicts in, got {reason}; name another with --out"
+        )
 
 
 def answer_tokens(opened: OpenedResult, bench: Bench) -> int:
