@@ -32,6 +32,11 @@ def test_an_override_wins_over_the_file_and_the_last_override_over_the_first(rec
     assert (settings.training.local_steps, settings.run.seed) == (7, 3)
 
 
+def test_a_byte_order_mark_is_no_part_of_a_recipe(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(MINIMAL, encoding="utf-8-sig")
+    assert load(tmp_path / "mine.toml").training.local_steps == 5
+
+
 def test_an_override_of_one_alternative_replaces_the_other(recipe: Path) -> None:
     training = load(recipe, ["training.local_epochs=2"]).training
     assert (training.local_steps, training.local_epochs) == (None, 2.0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fedloom.config import resolve
@@ -95,3 +97,11 @@ def test_a_check_that_rests_on_a_bad_setting_waits_for_it() -> None:
 def test_text_that_looks_like_a_format_is_shown_as_it_is() -> None:
     (line,) = problems("wire.dtype={x}\n%s")
     assert '"{x}\\n%s"' in line
+
+
+@pytest.mark.parametrize(
+    "override", ["training.learning_rate=inf", "partition.concentration=nan", "method.alpha=[inf]"]
+)
+def test_a_number_that_is_not_finite_is_refused(override: str) -> None:
+    [problem] = problems(override)
+    assert re.match(rf"{override.partition('=')[0]}: expected a finite number > 0.*, got \[?(Infinity|NaN)", problem)

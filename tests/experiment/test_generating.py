@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_a_prompt_without_room_and_sampling_that_makes_no_sense_are_refused(flor
     opened.base.model.config.max_position_embeddings = 20
     with pytest.raises(EvaluationError, match="expected a prompt of at most 19 tokens"):
         generate(opened, "a long question", sampling=SHORT)
-    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}):
+    for wrong in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": math.nan}, {"temperature": math.inf}):
         with pytest.raises(EvaluationError, match="expected at least 1 new token"):
             Sampling(**wrong)  # type: ignore[arg-type]
 

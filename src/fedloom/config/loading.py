@@ -35,13 +35,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), *, also: Sequence[Chec
 
 
 def read(path: Path) -> Document:
-    """Parse a TOML or JSON file.
+    """Parse a TOML or JSON file, with or without a byte-order mark.
 
     Raises:
         SettingsError: the file is absent, is not text, or does not parse.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise SettingsError(f"{path}: expected a recipe (a TOML file), got {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:

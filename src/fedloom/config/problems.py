@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -88,7 +89,12 @@ def _schema_problem(table: str, key: str, document: Mapping[str, Any]) -> Proble
     if field is None:
         return Problem(f"{table}.{key}", f"a setting of [{table}]", shown(key), suggestion(f"{table}.{key}"))
     value = document[table][key]
-    return Problem(f"{table}.{key}", expected(field), shown(value), _remedy(field, value))
+    wanted = expected(field)
+    if any(
+        isinstance(one, float) and not math.isfinite(one) for one in (value if isinstance(value, list) else [value])
+    ):
+        wanted = wanted.replace("a number", "a finite number")
+    return Problem(f"{table}.{key}", wanted, shown(value), _remedy(field, value))
 
 
 def _unknown_table(table: str, value: object) -> Problem:

@@ -35,9 +35,9 @@ Condition = Mapping[str, tuple[str, ...]]
 
 
 class Table(BaseModel):
-    """A table of settings: frozen, strict about types, closed to unknown names."""
+    """A table of settings: frozen, strict about types, closed to unknown names, its numbers finite."""
 
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
 def setting(default: Any, description: str, *, when: Condition | None = None) -> Any:

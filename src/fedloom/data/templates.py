@@ -127,7 +127,7 @@ def load_template(name_or_path: str | Path) -> Template:
     if name in shipped_templates():
         text = (resources.files("fedloom.data") / "wording" / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8")
+        text = Path(name).read_text(encoding="utf-8-sig")
     else:
         known = ", ".join((AUTO, CHAT, *shipped_templates()))
         raise DataError(f"data.template: expected one of {known}, or a TOML file; got {name!r}")

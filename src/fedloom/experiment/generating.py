@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +38,9 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.temperature < 0.0:
+        if self.max_new_tokens < 1 or not 0.0 <= self.temperature < math.inf:
             raise EvaluationError(
-                f"expected at least 1 new token and a temperature of 0 or more, got {self.max_new_tokens} and "
+                f"expected at least 1 new token and a finite temperature of 0 or more, got {self.max_new_tokens} and "
                 f"{self.temperature}; change --max-new-tokens or --temperature"
             )
 

@@ -240,6 +240,6 @@ def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Enco
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: expected a file of UTF-8 text, got {error}; check --data") from error
