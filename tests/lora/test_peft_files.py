@@ -64,6 +64,16 @@ def test_we_load_what_stock_peft_writes_with_patterns(family: str, rslora: bool,
     assert torch.allclose(model(TOKENS).logits, side_logits(family, load_peft(tmp_path).to(torch.float64)), atol=1e-5)
 
 
+def test_a_rank_of_nothing_is_refused(tmp_path: Path) -> None:
+    save_peft(Adapter({"q": Pair(torch.ones(3, 1), torch.ones(1, 2))}), tmp_path, base_name="tiny")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"r": 0}))
+    empty = {"base_model.model.q.lora_A.weight": torch.ones(0, 2), "base_model.model.q.lora_B.weight": torch.ones(3, 0)}
+    save_file(empty, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterError, match="expected a rank of 1 or more of q, got 0"):
+        load_peft(tmp_path)
+
+
 def test_the_file_states_alpha_as_scale_times_rank(tmp_path: Path) -> None:
     save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny", scale=2.0)
     config = json.loads((tmp_path / CONFIG_NAME).read_text())

@@ -113,7 +113,7 @@ def private_rows(opened: OpenedResult) -> TokenSet:
 
 
 def public_rows(opened: OpenedResult, path: str, shape: str | None) -> TokenSet:
-    """Return public text as tokens: a file that is one text, or rows in any shape."""
+    """Return public text as tokens: a file that is one text, or rows in any shape, the long ones cut."""
     if shape == TEXT or (shape is None and path.endswith(".txt")):
         text = read_utf8(Path(path))
         paragraphs = [part for part in text.split("\n\n") if part.strip()]
@@ -128,6 +128,7 @@ def public_rows(opened: OpenedResult, path: str, shape: str | None) -> TokenSet:
         template=data.template or AUTO,
         max_length=data.max_length,
         loss_on="all",
+        overlong="truncate",
         unanswered="drop",
     )
     return encoded.tokens

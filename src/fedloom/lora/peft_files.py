@@ -219,6 +219,8 @@ def _scale_of(config: Mapping[str, Any], module: str, rank: int, folder: Path) -
         raise AdapterError(
             f"{folder}: expected rank {stated} of {module} as {CONFIG_NAME} states, its tensors have rank {rank}"
         )
+    if rank < 1:
+        raise AdapterError(f"{folder}: expected a rank of 1 or more of {module}, got {rank}; fetch it again")
     alpha = setting("alpha_pattern", "lora_alpha")
     return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
 
