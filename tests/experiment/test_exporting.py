@@ -71,6 +71,17 @@ def test_an_exported_adapter_gives_stock_peft_our_logits_and_brings_its_card(
         assert fact in card
 
 
+def test_the_runs_own_adapters_carry_their_cards(flora: Path, settings_for: Make, tmp_path: Path) -> None:
+    loss = json.loads((flora / "finished.json").read_text())["eval"]["loss_nats"]
+    assert f"| held-out loss | {loss:.4f} nats per token |" in card_of(flora / "adapter")
+    (flora / "adapter/README.md").unlink()
+    run(settings_for(), flora)
+    assert "| method | flora |" in card_of(flora / "adapter")
+    run(settings_for(method__name="standalone"), tmp_path / "alone")
+    own = json.loads((tmp_path / "alone/finished.json").read_text())["eval"]["loss_nats_of_client"]["2"]
+    assert f"| held-out loss | {own:.4f} nats per token |" in card_of(tmp_path / "alone/adapter/client-2")
+
+
 def test_a_card_gives_the_loss_of_the_file_or_says_that_it_is_the_runs(
     flora: Path, settings_for: Make, tmp_path: Path
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,9 @@ from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.models.load import Base
 from fedloom.reporting import durable
+from fedloom.reporting.stored_run import ADAPTER
 
+CARD = "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WORTH_A_WORD = 0.01
 """The share lost to rounding above which the remedy is named."""
@@ -108,7 +110,7 @@ def export_adapter(
     def write(folder: Path) -> None:
         base_name = str(embedded.base_path(found.base_name or ""))
         save_peft(cast, folder, base_name=base_name, conv1d=_is_conv1d(found), dropout=0.0)
-        (folder / "README.md").write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
+        (folder / CARD).write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)
     return exported
@@ -155,10 +157,24 @@ def export_merged(
             loaded.model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(merged_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
+        (folder / CARD).write_text(merged_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)
     return exported
+
+
+def write_cards(run: Path) -> None:
+    """Put a model card beside every adapter of a finished run that has none yet."""
+    names = durable.read_json(run / "finished.json").get("adapters", ())
+    if all((run / name / CARD).exists() for name in names):
+        return
+    found = find_result(run)
+    for name, adapter in found.adapters.items():
+        folder = run / ADAPTER if name == RESULT else run / ADAPTER / name
+        written = Exported(folder, "adapter", "float32", adapter.ranks, norm(adapter), 0.0, 0.0)
+        card = adapter_card(replace(found, adapters={name: adapter}), written.lines(), written.is_exact)
+        with durable.explained(str(folder / CARD), "free space, then run the same command again"):
+            durable.write_bytes(folder / CARD, card.encode())
 
 
 def _chosen(source: Path, client: int | None) -> Found:

@@ -15,6 +15,7 @@ from fedloom.data.groups import grouping_of
 from fedloom.errors import RunError
 from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
+from fedloom.experiment.exporting import write_cards
 from fedloom.experiment.inputs import Inputs, Workshop
 from fedloom.experiment.loops import Loop, LoopKind, loop_of
 from fedloom.experiment.recording import holdings_of, peft_writer
@@ -175,6 +176,7 @@ class Session:
         elif missing_adapters(self.folder.path, finished):
             self.progress.note("the adapter is missing: writing it again from the last round's state")
             self._write_adapter(state)
+        write_cards(self.folder.path)
         return self._summary(state)
 
     def _rounds(self, loop: Loop) -> ServerState:
