@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
+from fedloom.reporting import run_groups
 from fedloom.reporting.run_groups import (
+    RunGroup,
     by_group,
     client_entries,
-    group_runs,
     loss_by_bytes,
     loss_by_round,
     metric_of,
@@ -21,8 +22,13 @@ from fedloom.reporting.run_groups import (
     results,
     value_by_round,
 )
+from fedloom.reporting.stored_run import read_run
 
 MakeRun = Callable[..., Path]
+
+
+def group_runs(paths: Iterable[Path]) -> list[RunGroup]:
+    return run_groups.group_runs(map(read_run, paths))
 
 
 def test_runs_that_differ_by_the_seed_alone_are_one_group(comparison: Path) -> None:

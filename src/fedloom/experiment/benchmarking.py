@@ -17,9 +17,8 @@ from fedloom.evaluation.intervals import Difference, Estimate, paired_difference
 from fedloom.evaluation.lm_harness import run_harness_tasks
 from fedloom.evaluation.outputs_file import why_not_kept
 from fedloom.evaluation.question_prompts import Answering
-from fedloom.experiment.inputs import Workshop
 from fedloom.experiment.judging import model_identity
-from fedloom.experiment.measuring import BASE, TEXT
+from fedloom.experiment.measuring import BASE, TEXT, own_inputs
 from fedloom.experiment.results import OpenedResult
 from fedloom.experiment.suite_running import run_suite
 from fedloom.experiment.suites import SuiteChoice, SuiteScores, suite_choice_of
@@ -233,10 +232,8 @@ def _choice(opened: OpenedResult, asked: Asked) -> SuiteChoice:
 
 
 def _held_out(opened: OpenedResult) -> Rows | None:
-    if opened.settings is None:
-        return None
-    saved = opened.found.path / "partition.json"
-    return Workshop().inputs(opened.settings, opened.base, saved if saved.exists() else None).held_out_rows
+    inputs = own_inputs(opened)
+    return None if inputs is None else inputs.held_out_rows
 
 
 def _harness(model: Any, opened: OpenedResult, asked: Asked) -> SuiteScores:

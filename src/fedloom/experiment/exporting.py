@@ -170,7 +170,7 @@ def write_cards(run: Path) -> None:
         return
     found = find_result(run)
     for name, adapter in found.adapters.items():
-        folder = run / ADAPTER if name == RESULT else run / ADAPTER / name
+        folder = _adapter_folder(run, name)
         written = Exported(folder, "adapter", "float32", adapter.ranks, norm(adapter), 0.0, 0.0)
         card = adapter_card(replace(found, adapters={name: adapter}), written.lines(), written.is_exact)
         with durable.explained(str(folder / CARD), "free space, then run the same command again"):
@@ -220,11 +220,13 @@ def _merged(base: nn.Module, delta_OI: Tensor, target: torch.dtype) -> tuple[Ten
     return cast.contiguous(), float(lost.norm())
 
 
+def _adapter_folder(run: Path, name: str) -> Path:
+    return run / ADAPTER if name == RESULT else run / ADAPTER / name
+
+
 def _is_conv1d(found: Found) -> bool:
     """Tell whether the adapter's own files say that its base holds transposed weights."""
-    folder = found.path if found.run is None else found.path / "adapter"
-    if RESULT not in found.adapters and found.run is not None:
-        folder = folder / next(iter(found.adapters))
+    folder = found.path if found.run is None else _adapter_folder(found.path, next(iter(found.adapters)))
     return bool(durable.read_json(folder / "adapter_config.json").get("fan_in_fan_out"))
 
 

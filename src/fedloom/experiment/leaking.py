@@ -16,8 +16,7 @@ from fedloom.errors import EvaluationError
 from fedloom.evaluation.leakage import AttackSettings, LeakageReport, measure_leakage
 from fedloom.evaluation.perplexity import plain_text_rows
 from fedloom.evaluation.text_files import read_utf8
-from fedloom.experiment.inputs import Workshop
-from fedloom.experiment.measuring import TEXT
+from fedloom.experiment.measuring import TEXT, own_inputs
 from fedloom.experiment.results import OpenedResult
 from fedloom.federation.split_codecs import WireDtype
 from fedloom.models.cut import check_cuts, cut, num_blocks
@@ -107,9 +106,9 @@ def leakage(
 
 def private_rows(opened: OpenedResult) -> TokenSet:
     """Return the first rows that the run's clients own, as they were trained on."""
-    assert opened.settings is not None
-    tokens = Workshop().inputs(opened.settings, opened.base, opened.found.path / "partition.json").tokens
-    return tokens.select(range(min(PRIVATE_ROWS, len(tokens))))
+    inputs = own_inputs(opened)
+    assert inputs is not None
+    return inputs.tokens.select(range(min(PRIVATE_ROWS, len(inputs.tokens))))
 
 
 def public_rows(opened: OpenedResult, path: str, shape: str | None) -> TokenSet:

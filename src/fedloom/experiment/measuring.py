@@ -19,7 +19,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
-from fedloom.experiment.inputs import Workshop, context_of
+from fedloom.experiment.inputs import Inputs, Workshop, context_of
 from fedloom.experiment.results import OpenedResult
 from fedloom.reporting.durable import plain
 
@@ -203,12 +203,18 @@ def _spelled(ids: np.ndarray[Any, Any], supervised: np.ndarray[Any, Any], tokeni
     )
 
 
+def own_inputs(opened: OpenedResult) -> Inputs | None:
+    """Return the rows of a run, read and partitioned as it did; None for a PEFT folder."""
+    if opened.settings is None:
+        return None
+    saved = opened.found.path / "partition.json"
+    return Workshop().inputs(opened.settings, opened.base, saved if saved.exists() else None)
+
+
 def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
-    settings, path = opened.settings, opened.found.path
-    if settings is None:
+    inputs, path = own_inputs(opened), opened.found.path
+    if inputs is None:
         raise DataError(f"{path}: a PEFT folder has no rows of its own; name some with --data FILE")
-    saved = path / "partition.json"
-    inputs = Workshop().inputs(settings, opened.base, saved if saved.exists() else None)
     if inputs.held_out is None or inputs.held_out_rows is None:
         raise DataError(f"{path}: the run held no rows out; name some with --data FILE")
     return inputs.held_out, inputs.held_out_rows

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedloom import embedded
+from fedloom.config.files import looks_like_hub_name
 from fedloom.experiment.results import Found
 from fedloom.reporting.tables import written_bytes
 
-_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _HASHES = (
     ("base_sha256", "base, sha256 of configuration and weights"),
     ("data_sha256", "training rows as tokens, sha256"),
@@ -61,7 +60,7 @@ def _base_of(found: Found) -> tuple[str, bool]:
     name = str(found.base_name)
     if embedded.base_path(name) == embedded.model_path() or Path(name) == embedded.model_path():
         return embedded.NAME, False
-    is_folder = Path(name).expanduser().exists() or not _HUB_NAME.fullmatch(name)
+    is_folder = Path(name).expanduser().exists() or not looks_like_hub_name(name)
     return (Path(name).name, False) if is_folder else (name, True)
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedloom import embedded
 from fedloom.aggregation.records import ServerState
 from fedloom.config import Settings
-from fedloom.data.groups import grouping_of
+from fedloom.data.groups import Grouping, grouping_of
 from fedloom.errors import RunError
 from fedloom.experiment.assembly import Population, population_of, training_of
 from fedloom.experiment.evaluating import evaluate_state, score_state
@@ -204,11 +205,14 @@ class Session:
         held_out, is_all = self.inputs.held_out_sha256, self.kind is None
         return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(ServerState()), is_all)
 
+    @cached_property
+    def _grouping(self) -> Grouping | None:
+        rows = self.inputs.held_out_rows
+        return None if rows is None else grouping_of(rows, self.settings.partition.column)
+
     def _evaluate(self, state: ServerState) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
-        rows, column = inputs.held_out_rows, self.settings.partition.column
-        grouping = None if rows is None else grouping_of(rows, column)
-        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, grouping)
+        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, self._grouping)
         if chosen.suites:
             choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
             scores["suites"] = score_state(

@@ -12,7 +12,7 @@ from fedloom.reporting.ledger import total_cost
 from fedloom.reporting.page import adapter, clients, costs, provenance, results
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
-from fedloom.reporting.stored_run import find_runs, read_run
+from fedloom.reporting.stored_run import StoredRun, find_runs, read_run
 from fedloom.reporting.svg import element
 from fedloom.reporting.tables import reference_among, written_bytes
 
@@ -40,7 +40,7 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
         durable.write_bytes(out, page.encode())
 
 
-def _readable(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
+def _readable(paths: Iterable[Path]) -> tuple[list[StoredRun], list[str]]:
     """Return the runs that can be read, and what is wrong with each of the others.
 
     Raises:
@@ -49,8 +49,7 @@ def _readable(paths: Iterable[Path]) -> tuple[list[Path], list[str]]:
     found, damaged = [], []
     for path in paths:
         try:
-            read_run(path)
-            found.append(path)
+            found.append(read_run(path))
         except RunError as error:
             damaged.append(str(error))
     if not found:

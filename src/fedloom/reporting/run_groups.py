@@ -7,12 +7,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 from fedloom.reporting.ledger import total_cost
 from fedloom.reporting.manifest import flatten
-from fedloom.reporting.stored_run import StoredRun, read_run
+from fedloom.reporting.stored_run import StoredRun
 from fedloom.reporting.tables import Better, Comparison, Metric, Unit, compare
 
 _ORDER = ("fedit", "zero-padding", "flora", "splitlora", "standalone", "centralised", "base")
@@ -58,17 +57,17 @@ class Curve:
     high: list[float]
 
 
-def group_runs(paths: Iterable[Path]) -> list[RunGroup]:
-    """Read run folders and group them: a label is the method's name, with the settings that tell equal names apart."""
+def group_runs(runs: Iterable[StoredRun]) -> list[RunGroup]:
+    """Group runs: a label is the method's name, with the settings that tell equal names apart."""
     members: dict[str, list[StoredRun]] = {}
-    for run in map(read_run, paths):
+    for run in runs:
         settings = {name: value for name, value in flatten(run.config).items() if name not in _INDIVIDUAL}
         members.setdefault(repr((run.method, sorted(settings.items()))), []).append(run)
-    groups = [sorted(runs, key=lambda run: run.seed) for runs in members.values()]
-    groups.sort(key=lambda runs: _ORDER.index(runs[0].method) if runs[0].method in _ORDER else len(_ORDER))
-    labels = _labels([runs[0] for runs in groups])
+    groups = [sorted(same, key=lambda run: run.seed) for same in members.values()]
+    groups.sort(key=lambda same: _ORDER.index(same[0].method) if same[0].method in _ORDER else len(_ORDER))
+    labels = _labels([same[0] for same in groups])
     return [
-        RunGroup(label, colour, tuple(runs)) for colour, (label, runs) in enumerate(zip(labels, groups, strict=True))
+        RunGroup(label, colour, tuple(same)) for colour, (label, same) in enumerate(zip(labels, groups, strict=True))
     ]
 
 
