@@ -13,7 +13,7 @@ import statistics
 from pathlib import Path
 
 from fedloom.evaluation.decoding import Decoded, DecodingSettings, decode
-from fedloom.evaluation.e2e_files import read_references
+from fedloom.evaluation.e2e.e2e_files import read_references
 from fedloom.models.load import Base, load_base
 
 

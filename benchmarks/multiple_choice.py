@@ -17,10 +17,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from fedloom.evaluation import shared_prefix
-from fedloom.evaluation.multiple_choice import answer_questions, tokenised_groups
-from fedloom.evaluation.question_prompts import Answering
-from fedloom.evaluation.questions import Question, read_mmlu
+from fedloom.evaluation.choice import shared_prefix
+from fedloom.evaluation.choice.multiple_choice import answer_questions, tokenised_groups
+from fedloom.evaluation.choice.question_prompts import Answering
+from fedloom.evaluation.choice.questions import Question, read_mmlu
 from fedloom.models.load import Base, load_base
 
 

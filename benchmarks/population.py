@@ -15,17 +15,17 @@ import time
 import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fedloom.aggregation.flora import FLoRA
-from fedloom.aggregation.server_step import PlainStep
-from fedloom.aggregation.strategy import Cohort
 from fedloom.data.schemes import iid
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.local import LocalEngine
-from fedloom.experiment.state_files import state_files
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import ServerRules
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.flora import FLoRA
+from fedloom.methods.server_steps import PlainStep
+from fedloom.methods.state_codec import state_files
+from fedloom.methods.strategy import Cohort
 from fedloom.models.families import resolve_targets
 from fedloom.reporting.ledger import peak_memory_bytes
 from fedloom.seeding import stream

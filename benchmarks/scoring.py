@@ -19,8 +19,8 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-from fedloom.evaluation.e2e import METRICS, Scores, available_metrics, score_e2e
-from fedloom.evaluation.e2e_files import matched_texts, read_outputs, read_references
+from fedloom.evaluation.e2e.e2e_files import matched_texts, read_outputs, read_references
+from fedloom.evaluation.e2e.scorer import METRICS, Scores, available_metrics, score_e2e
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -31,19 +31,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fedloom.aggregation.server_step import PlainStep
-from fedloom.aggregation.zero_padding import fedit
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.server import ServerRules
-from fedloom.federation.split_codecs import encode
-from fedloom.federation.split_local import local_parties
-from fedloom.federation.split_messages import SplitMessage
-from fedloom.federation.split_parties import SplitParties
-from fedloom.federation.split_period import Period
-from fedloom.federation.split_plan import SplitPlan
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.server_steps import PlainStep
+from fedloom.methods.zero_padding import fedit
 from fedloom.models.families import resolve_targets
+from fedloom.split.codecs import encode
+from fedloom.split.cut_messages import SplitMessage
+from fedloom.split.local_parties import local_parties
+from fedloom.split.parties import SplitParties
+from fedloom.split.period import Period
+from fedloom.split.plan import SplitPlan
 from fedloom.training.local import ClientTask, LocalTraining, train_cohort
 
 RELEASE_TOKENS = 512

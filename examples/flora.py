@@ -4,7 +4,7 @@
 
 BASE is the folder of a model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context, response and
 category; left out, both are the ones in the package. The fast version of this is `FLoRA` in
-`src/fedloom/aggregation/flora.py`, which keeps the stack beside the base instead of merging it: `fedloom run` with
+`src/fedloom/methods/flora.py`, which keeps the stack beside the base instead of merging it: `fedloom run` with
 `method.name = "flora"`.
 """
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["small_settings", "example_runs"]
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from fedloom import embedded
-from fedloom.aggregation.flora import FLoRA
-from fedloom.aggregation.records import Update
-from fedloom.aggregation.strategy import Cohort
-from fedloom.aggregation.zero_padding import ZeroPadding, fedit
 from fedloom.lora.algebra import truncate
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.flora import FLoRA
+from fedloom.methods.state import Update
+from fedloom.methods.strategy import Cohort
+from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.seeding import torch_stream
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

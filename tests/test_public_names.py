@@ -63,7 +63,7 @@ def test_every_public_name_is_on_the_page() -> None:
     assert [name for name in NAMES if name != "__version__" and f"`{name}" not in text] == []
 
 
-@pytest.mark.parametrize("module", ["fedloom", "fedloom.aggregation.combining"])
+@pytest.mark.parametrize("module", ["fedloom", "fedloom.methods.combination"])
 def test_the_examples_in_docstrings_run(module: str) -> None:
     failed, attempted = doctest.testmod(importlib.import_module(module))
     assert (failed, attempted > 0) == (0, True)

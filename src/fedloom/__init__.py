@@ -26,22 +26,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedloom.aggregation.combining import aggregate
     from fedloom.cli.experiments import load_settings
     from fedloom.errors import FedloomError
-    from fedloom.experiment.benchmarking import score_suite
-    from fedloom.experiment.comparing import compare
-    from fedloom.experiment.describing import describe
-    from fedloom.experiment.exporting import export_adapter, export_merged
-    from fedloom.experiment.generating import Sampling, generate
-    from fedloom.experiment.measuring import RowChoice, evaluate
-    from fedloom.experiment.results import open_result
-    from fedloom.experiment.running import run
+    from fedloom.experiment.comparison import compare
+    from fedloom.experiment.session import run
     from fedloom.lora.algebra import compress
     from fedloom.lora.layer import LoRAModel
     from fedloom.lora.pair import Adapter, Pair
     from fedloom.lora.peft_files import load_peft, save_peft
+    from fedloom.methods.combination import aggregate
     from fedloom.models.load import load_base
+    from fedloom.preview.description import describe
+    from fedloom.results.conversation import Sampling, generate
+    from fedloom.results.export import export_adapter, export_merged
+    from fedloom.results.held_out import RowChoice, evaluate
+    from fedloom.results.opened_result import open_result
+    from fedloom.results.suite_scores import score_suite
 
 __version__ = "0.1.0"
 
@@ -50,23 +50,23 @@ _HOMES = {
     "FedloomError": "errors",
     "LoRAModel": "lora.layer",
     "Pair": "lora.pair",
-    "RowChoice": "experiment.measuring",
-    "Sampling": "experiment.generating",
-    "aggregate": "aggregation.combining",
-    "compare": "experiment.comparing",
+    "RowChoice": "results.held_out",
+    "Sampling": "results.conversation",
+    "aggregate": "methods.combination",
+    "compare": "experiment.comparison",
     "compress": "lora.algebra",
-    "describe": "experiment.describing",
-    "evaluate": "experiment.measuring",
-    "export_adapter": "experiment.exporting",
-    "export_merged": "experiment.exporting",
-    "generate": "experiment.generating",
+    "describe": "preview.description",
+    "evaluate": "results.held_out",
+    "export_adapter": "results.export",
+    "export_merged": "results.export",
+    "generate": "results.conversation",
     "load_base": "models.load",
     "load_peft": "lora.peft_files",
     "load_settings": "cli.experiments",
-    "open_result": "experiment.results",
-    "run": "experiment.running",
+    "open_result": "results.opened_result",
+    "run": "experiment.session",
     "save_peft": "lora.peft_files",
-    "score_suite": "experiment.benchmarking",
+    "score_suite": "results.suite_scores",
 }
 
 __all__ = [

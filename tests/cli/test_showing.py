@@ -10,8 +10,8 @@ import pytest
 
 from fedloom.cli.app import exit_code
 from fedloom.errors import RunError
-from fedloom.experiment import demonstrating
-from fedloom.reporting.manifest import new_manifest
+from fedloom.experiment import demo
+from fedloom.run_folder.manifest import new_manifest
 
 
 class Ran(NamedTuple):
@@ -98,7 +98,7 @@ def test_the_demo_hands_over_its_folder_and_prints_the_result(invoke: Any, monke
         def lines(self) -> list[str]:
             return [f"in {self.values['out']}"]
 
-    monkeypatch.setattr(demonstrating, "demonstrate", lambda out, *, fresh, progress: Shown(out, fresh))
+    monkeypatch.setattr(demo, "demonstrate", lambda out, *, fresh, progress: Shown(out, fresh))
     assert invoke("demo").out == f"in {Path('runs/demo')}\n"
     assert json.loads(invoke("demo", "--out", "x", "--fresh", "--json").out) == {"out": "x", "fresh": True}
 
@@ -107,6 +107,6 @@ def test_a_demo_over_something_else_is_one_line_with_code_2(invoke: Any, monkeyp
     def refuse(*_: object, **__: object) -> None:
         raise RunError("x holds files of something else; choose another --out")
 
-    monkeypatch.setattr(demonstrating, "demonstrate", refuse)
+    monkeypatch.setattr(demo, "demonstrate", refuse)
     ran = invoke("demo")
     assert (ran.code, ran.out, ran.err) == (2, "", "error: x holds files of something else; choose another --out\n")

@@ -8,12 +8,12 @@ import pytest
 
 from fedloom.errors import EvaluationError, MissingExtraError
 from fedloom.evaluation import e2e, meteor
-from fedloom.evaluation.bleu import bleu, bleu_and_nist_statistics
-from fedloom.evaluation.e2e import available_metrics, score_e2e
-from fedloom.evaluation.e2e_files import matched_texts, read_outputs, read_references
+from fedloom.evaluation.e2e.bleu import bleu, bleu_and_nist_statistics
+from fedloom.evaluation.e2e.e2e_files import matched_texts, read_outputs, read_references
+from fedloom.evaluation.e2e.rouge import rouge_l
+from fedloom.evaluation.e2e.scorer import available_metrics, score_e2e
+from fedloom.evaluation.e2e.tokenisers import mteval_words, ptb_words
 from fedloom.evaluation.intervals import paired_differences
-from fedloom.evaluation.rouge import rouge_l
-from fedloom.evaluation.tokenisers import mteval_words, ptb_words
 
 PYTHON_METRICS = ("BLEU", "NIST", "ROUGE_L", "CIDEr")
 REFERENCES = [["the cat sat on the mat .", "a cat is on the mat ."], ["there is a dog here .", "a dog is here now ."]]

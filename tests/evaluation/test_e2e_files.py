@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.e2e_files import Outputs, References, matched_texts, read_outputs, read_references
-from fedloom.evaluation.judge_prompts import read_prompts
-from fedloom.evaluation.judge_questions import read_judge_questions
-from fedloom.evaluation.questions import read_questions
+from fedloom.evaluation.choice.questions import read_questions
+from fedloom.evaluation.e2e.e2e_files import Outputs, References, matched_texts, read_outputs, read_references
+from fedloom.evaluation.judge.judge_prompts import read_prompts
+from fedloom.evaluation.judge.judge_questions import read_judge_questions
 
 GROUPED = (("One here.", "One, there."), ("Two here.",))
 

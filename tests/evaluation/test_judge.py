@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 
 from fedloom.errors import EndpointError, EvaluationError
-from fedloom.evaluation.asking import CallEstimate, Judging
-from fedloom.evaluation.endpoint import Endpoint
-from fedloom.evaluation.judge import compare_grades, grade_answers, judge_pairs
-from fedloom.evaluation.judge_prompts import parse_scores, read_prompts
-from fedloom.evaluation.judge_questions import (
+from fedloom.evaluation.judge.asking import CallEstimate, Judging
+from fedloom.evaluation.judge.endpoint import Endpoint
+from fedloom.evaluation.judge.judge_prompts import parse_scores, read_prompts
+from fedloom.evaluation.judge.judge_questions import (
     JudgeQuestion,
     answer_turns,
     read_answers,
     read_judge_questions,
     write_answers,
 )
+from fedloom.evaluation.judge.protocols import compare_grades, grade_answers, judge_pairs
 
 KEY = "sk-very-secret"
 QUESTIONS = [JudgeQuestion(str(i), (f"Question {i}?",), "generic") for i in range(4)]

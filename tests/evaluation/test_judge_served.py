@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from fedloom.evaluation.asking import Judging
-from fedloom.evaluation.endpoint import Endpoint
-from fedloom.evaluation.judge import grade_answers
-from fedloom.evaluation.judge_questions import read_judge_questions
+from fedloom.evaluation.judge.asking import Judging
+from fedloom.evaluation.judge.endpoint import Endpoint
+from fedloom.evaluation.judge.judge_questions import read_judge_questions
+from fedloom.evaluation.judge.protocols import grade_answers
 
 TEMPLATE = "{% for message in messages if message.role == 'user' %}{{ message.content[-160:] }}\n{% endfor %}"
 VERDICT = "Rating: [[7]]"

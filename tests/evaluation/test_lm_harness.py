@@ -44,8 +44,8 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_agrees_with_our_own_likelihoods(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    from fedloom.evaluation.questions import read_questions
-    from fedloom.evaluation.shared_prefix import Query, nats_from_scratch
+    from fedloom.evaluation.choice.questions import read_questions
+    from fedloom.evaluation.choice.shared_prefix import Query, nats_from_scratch
 
     rows = [{"question": f"{i} and {i}?", "choices": ["one", "two", "six"], "answer": i % 3} for i in range(9)]
     file = tmp_path / "rows.jsonl"

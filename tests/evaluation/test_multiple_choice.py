@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from fedloom.errors import EvaluationError
+from fedloom.evaluation.choice.multiple_choice import answer_questions, tokenised_groups
+from fedloom.evaluation.choice.question_prompts import Answering, prompt_text
+from fedloom.evaluation.choice.questions import Question, read_mmlu, read_questions
+from fedloom.evaluation.choice.shared_prefix import Query, continuation_nats, nats_from_scratch, shared_prefix
 from fedloom.evaluation.intervals import paired_differences
-from fedloom.evaluation.multiple_choice import answer_questions, tokenised_groups
-from fedloom.evaluation.question_prompts import Answering, prompt_text
-from fedloom.evaluation.questions import Question, read_mmlu, read_questions
-from fedloom.evaluation.shared_prefix import Query, continuation_nats, nats_from_scratch, shared_prefix
 
 QUESTIONS = [
     Question(f"What is {i} + {i}?", (str(2 * i), "many", "no idea", "0"), i % 4, "sums" if i % 2 else "adding_up")

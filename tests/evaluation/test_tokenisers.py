@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.evaluation.e2e_files import read_references
-from fedloom.evaluation.tokenisers import PUNCTUATION, mteval_words, ptb_words
+from fedloom.evaluation.e2e.e2e_files import read_references
+from fedloom.evaluation.e2e.tokenisers import PUNCTUATION, mteval_words, ptb_words
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.aggregation.flora import FLoRA
-from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
-from fedloom.aggregation.server_step import FedExPStep, MomentumStep, PlainStep
-from fedloom.aggregation.strategy import Cohort, Strategy
-from fedloom.aggregation.zero_padding import ZeroPadding, fedit
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.messages import (
     WireDtype,
@@ -29,6 +24,11 @@ from fedloom.federation.server import BroadcastForm, ServerRules, news_for
 from fedloom.lora.algebra import distance, norm, stack
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.flora import FLoRA
+from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep
+from fedloom.methods.state import Broadcast, Failure, ServerState, Update
+from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.seeding import torch_stream
 
 SHAPES = {"layers.0.q": (12, 10), "layers.1.v": (8, 10)}

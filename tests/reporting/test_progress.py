@@ -112,7 +112,7 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 
 def test_reporting_does_not_load_torch() -> None:
     code = (
-        "import sys, fedloom.reporting.progress, fedloom.reporting.run_folder, fedloom.reporting.tables, "
+        "import sys, fedloom.reporting.progress, fedloom.run_folder.writer, fedloom.reporting.tables, "
         "fedloom.reporting.ledger, fedloom.reporting.trackers\nassert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -12,7 +12,7 @@ import pytest
 
 from fedloom.errors import EvaluationError, RunError
 from fedloom.reporting.report import write_report
-from fedloom.reporting.stored_run import read_run
+from fedloom.run_folder.reader import read_run
 
 MakeRun = Callable[..., Path]
 SECTIONS = ["results", "loss", "groups", "clients", "aggregation", "result", "costs", "provenance"]

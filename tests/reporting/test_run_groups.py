@@ -22,7 +22,7 @@ from fedloom.reporting.run_groups import (
     results,
     value_by_round,
 )
-from fedloom.reporting.stored_run import read_run
+from fedloom.run_folder.reader import read_run
 
 MakeRun = Callable[..., Path]
 

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from fedloom.errors import EvaluationError
-from fedloom.reporting.tables import Metric, compare, paired_difference, student_t975, written, written_bytes
+from fedloom.reporting.tables import Metric, compare, paired_difference, student_t975
+from fedloom.wording import written, written_bytes
 
 LOSS = Metric("loss_nats", "loss [nats]")
 EXACT = Metric("exact", "exact match", better="higher", unit="%")

@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 from split.split_cases import PLAN, SGD, SetUp, random_rows, wrapped
 
-from fedloom.aggregation.server_step import PlainStep
-from fedloom.aggregation.strategy import Weighting
-from fedloom.aggregation.zero_padding import fedit
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.server import ServerRules
-from fedloom.federation.split_local import local_parties
-from fedloom.federation.split_parties import SplitParties
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.server_steps import PlainStep
+from fedloom.methods.strategy import Weighting
+from fedloom.methods.zero_padding import fedit
+from fedloom.split.local_parties import local_parties
+from fedloom.split.parties import SplitParties
 
 
 @pytest.fixture

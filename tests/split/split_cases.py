@@ -10,12 +10,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom.data.tokens import TokenSet
-from fedloom.federation.split_parties import SplitParties
-from fedloom.federation.split_plan import SplitPlan
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.models.families import resolve_targets
+from fedloom.split.parties import SplitParties
+from fedloom.split.plan import SplitPlan
 from fedloom.training.local import LocalTraining
 
 VOCABULARY, DEPTH = 61, 4

@@ -12,7 +12,9 @@ import torch
 from split.split_cases import DEPTH, PLAN, wrapped
 
 from fedloom.errors import CutError
-from fedloom.federation.cost_model import (
+from fedloom.lora.layer import Slot
+from fedloom.models.cut import part_of
+from fedloom.split.cost_model import (
     CutEstimate,
     Device,
     ModelShape,
@@ -26,12 +28,10 @@ from fedloom.federation.cost_model import (
     suggest_cut,
     trained_parameters,
 )
-from fedloom.federation.split_plan import SERVER
-from fedloom.lora.layer import Slot
-from fedloom.models.cut import part_of
+from fedloom.split.plan import SERVER
+from fedloom.split.split_step import Arrival, ServerHalf, backward_from_labels, run_bottom
 from fedloom.training.loss import output_head
 from fedloom.training.packing import pack
-from fedloom.training.split_step import Arrival, ServerHalf, backward_from_labels, run_bottom
 
 SHAPE = ModelShape(10, (100, 100, 100, 100), (20, 20, 20, 20), 50, 70)
 WORK = Work(tokens_per_step=8, loss_tokens_per_step=4, tokens_per_sample=4)

@@ -8,8 +8,8 @@ from split.split_cases import random_rows, wrapped
 
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.leakage import AttackSettings, LeakageReport, measure_leakage, nearest_tokens
 from fedloom.models.cut import part_of
+from fedloom.split.leakage import AttackSettings, LeakageReport, measure_leakage, nearest_tokens
 
 PUBLIC, PRIVATE = random_rows(80, seed=1), random_rows(12, seed=2)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import UpdateError
-from fedloom.federation.split_codecs import Encoded, ErrorFeedback, WireDtype, bytes_per_token, encode
-from fedloom.federation.split_messages import SplitMessage, check_activations
+from fedloom.split.codecs import Encoded, ErrorFeedback, WireDtype, bytes_per_token, encode
+from fedloom.split.cut_messages import SplitMessage, check_activations
 
 WIRES: list[WireDtype] = ["fp32", "fp16", "bf16", "int8"]
 

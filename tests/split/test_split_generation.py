@@ -7,9 +7,9 @@ import torch
 from split.split_cases import FAMILIES, random_adapter, wrapped
 
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.split_generation import generate
 from fedloom.lora.layer import Slot
 from fedloom.models.cut import cut
+from fedloom.split.split_generation import generate
 from fedloom.training.loss import output_head
 
 PROMPT = [5, 9, 3, 44, 7, 21]

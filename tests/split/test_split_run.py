@@ -13,26 +13,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from split.split_cases import PLAN, SGD, VOCABULARY, SetUp, wrapped
 
-from fedloom.aggregation.flora import FLoRA
-from fedloom.aggregation.records import Failure
-from fedloom.aggregation.zero_padding import ZeroPadding
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import CutError, SettingsError, TooFewClientsError
-from fedloom.federation.split import SplitRecord, run_split
-from fedloom.federation.split_codecs import Encoded
-from fedloom.federation.split_messages import SplitMessage
-from fedloom.federation.split_parties import SplitParties
-from fedloom.federation.split_party import adamw, load_partly
-from fedloom.federation.split_plan import steps_for_epochs
-from fedloom.federation.split_server import SplitServer
-from fedloom.federation.split_state import SplitState
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
+from fedloom.methods.flora import FLoRA
+from fedloom.methods.state import Failure
+from fedloom.methods.zero_padding import ZeroPadding
+from fedloom.split.codecs import Encoded
+from fedloom.split.cut_messages import SplitMessage
+from fedloom.split.lockstep import SplitRecord, run_split
+from fedloom.split.parties import SplitParties
+from fedloom.split.party import adamw, load_partly
+from fedloom.split.plan import steps_for_epochs
+from fedloom.split.server_half import SplitServer
+from fedloom.split.split_state import SplitState
+from fedloom.split.split_step import rows_of_step
 from fedloom.training.loss import output_head, supervised_cross_entropy
 from fedloom.training.packing import hidden_states, pack
 from fedloom.training.scoring import row_losses
-from fedloom.training.split_step import rows_of_step
 
 
 def run(parties: SplitParties, state: SplitState | None = None) -> list[SplitRecord]:

@@ -12,9 +12,7 @@ from torch import Tensor
 
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.cut import part_of, top_of
-from fedloom.training.loss import output_head, supervised_cross_entropy
-from fedloom.training.packing import PackedBatch, hidden_states, pack
-from fedloom.training.split_step import (
+from fedloom.split.split_step import (
     Arrival,
     ServerHalf,
     backward_from_labels,
@@ -23,6 +21,8 @@ from fedloom.training.split_step import (
     run_bottom,
     tail_step,
 )
+from fedloom.training.loss import output_head, supervised_cross_entropy
+from fedloom.training.packing import PackedBatch, hidden_states, pack
 
 ROWS = random_rows(6)
 

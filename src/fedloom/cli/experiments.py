@@ -22,7 +22,7 @@ from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings
 from fedloom.config.comparison import METHODS, check_methods, check_seeds, refuse_ignored
 from fedloom.errors import SettingsError
-from fedloom.reporting.tables import counted
+from fedloom.wording import counted
 
 RUNS = Path("runs")
 

@@ -157,9 +157,9 @@ def evaluate(
 
     An option that would change nothing is refused.
     """
-    from fedloom.experiment import benchmarking, measuring, results
+    from fedloom.results import held_out, opened_result, suite_scores
 
-    asked = benchmarking.Asked(
+    asked = suite_scores.Asked(
         suite,
         lm_eval,
         data,
@@ -173,13 +173,13 @@ def evaluate(
         answering,
         max_new_tokens,
     )
-    opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
+    opened = opened_result.open_result(result, base=base, tokenizer=tokenizer, client=client)
     _say_all(opened.found.notes)
     if suite is not None or lm_eval is not None:
-        print_result(benchmarking.score_result(opened, asked, say), as_json=as_json)
+        print_result(suite_scores.score_result(opened, asked, say), as_json=as_json)
         return
-    choice = measuring.RowChoice(data, shape, template, max_length, overlong)
-    print_result(measuring.evaluate(opened, choice), as_json=as_json)
+    choice = held_out.RowChoice(data, shape, template, max_length, overlong)
+    print_result(held_out.evaluate(opened, choice), as_json=as_json)
 
 
 def generate(
@@ -221,19 +221,20 @@ def generate(
         raise SettingsError(
             "expected either --prompt TEXT or --interactive, got " + ("both" if interactive else "neither")
         )
-    from fedloom.experiment import generating, results
+    from fedloom.results.conversation import Sampling, converse
+    from fedloom.results.opened_result import open_result
 
-    sampling = generating.Sampling(max_new_tokens, temperature, seed)
-    opened = results.open_result(result, base=base, tokenizer=tokenizer, client=client)
+    sampling = Sampling(max_new_tokens, temperature, seed)
+    opened = open_result(result, base=base, tokenizer=tokenizer, client=client)
     _say_all(opened.found.notes)
     if cut_layer is not None:
-        from fedloom.experiment import split_generating
+        from fedloom.results import split_conversation
 
         if prompt is None or temperature > 0.0:
             raise SettingsError("--cut: expected --prompt TEXT at temperature 0, got another way of asking; change it")
-        print_result(split_generating.generate_cut(opened, prompt, cut_layer, sampling, template), as_json=as_json)
+        print_result(split_conversation.generate_cut(opened, prompt, cut_layer, sampling, template), as_json=as_json)
         return
-    conversation = generating.converse(opened, template=template, sampling=sampling, beside_base=base_too)
+    conversation = converse(opened, template=template, sampling=sampling, beside_base=base_too)
     if prompt is not None:
         print_result(conversation.ask(prompt), as_json=as_json)
         return
@@ -267,16 +268,16 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
-    from fedloom.experiment import exporting
+    from fedloom.results.export import export_adapter, export_merged
 
     if base is not None and not merge:
         raise SettingsError(
             "--base: it is read to merge into, an adapter keeps the base it names; add --merge or leave it"
         )
     if merge:
-        written = exporting.export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
+        written = export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
     else:
-        written = exporting.export_adapter(result, to, rank=rank, client=client, dtype=dtype or "float32")
+        written = export_adapter(result, to, rank=rank, client=client, dtype=dtype or "float32")
     print_result(written, as_json=as_json)
 
 
@@ -293,9 +294,9 @@ def doctor(
     The exit code is 2 where the recipe would not run.
     """
     settings = None if recipe is None else _settings_without_files(recipe, overrides or ())
-    from fedloom.experiment import doctoring
+    from fedloom.preview.diagnosis import diagnose
 
-    diagnosis = doctoring.diagnose(recipe, settings)
+    diagnosis = diagnose(recipe, settings)
     if as_json:
         print_json(diagnosis.as_dict())
     else:

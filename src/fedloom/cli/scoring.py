@@ -12,7 +12,7 @@ from fedloom.cli.output import print_result, say
 from fedloom.errors import SettingsError
 
 if TYPE_CHECKING:
-    from fedloom.evaluation.asking import CallEstimate
+    from fedloom.evaluation.judge.asking import CallEstimate
 
 app = typer.Typer(help="Score anybody's outputs; no model needed.", no_args_is_help=True)
 
@@ -29,7 +29,7 @@ def score_e2e(
     as_json: JsonOption = False,
 ) -> None:
     """Score outputs by BLEU, NIST, METEOR, ROUGE_L and CIDEr, as the official E2E scorer does."""
-    from fedloom.experiment.scoring import score_files
+    from fedloom.results.output_scores import score_files
 
     print_result(score_files(references, outputs), as_json=as_json)
 
@@ -78,30 +78,33 @@ def judge(
 
     The key is FEDLOOM_JUDGE_KEY of the environment, else OPENAI_API_KEY; a server on this machine may need none.
     """
-    from fedloom.evaluation.endpoint import Endpoint
-    from fedloom.experiment import judging, results
-    from fedloom.experiment.measuring import BASE
+    from fedloom.evaluation.judge.endpoint import Endpoint
+    from fedloom.results import judgement, opened_result
+    from fedloom.results.held_out import BASE
 
-    if protocol not in list(judging.Protocol):
+    if protocol not in list(judgement.Protocol):
         raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}")
-    bench, asked = judging.Bench(questions, references, prompts, max_new_tokens, limit), Endpoint(endpoint, judge_model)
-    judging.check(asked, bench)
-    opened = results.open_result(result, base=base, client=client)
-    ours = judging.only_adapter(opened)
+    bench, asked = (
+        judgement.Bench(questions, references, prompts, max_new_tokens, limit),
+        Endpoint(endpoint, judge_model),
+    )
+    judgement.check(asked, bench)
+    opened = opened_result.open_result(result, base=base, client=client)
+    ours = judgement.only_adapter(opened)
     folder = out or default_folder(result)
-    judging.check_folder(folder)
-    say_length(judging.answer_tokens(opened, bench), max_new_tokens)
-    second = (result.name, judging.answers_of(opened, ours, bench, folder, say_decoding))
+    judgement.check_folder(folder)
+    say_length(judgement.answer_tokens(opened, bench), max_new_tokens)
+    second = (result.name, judgement.answers_of(opened, ours, bench, folder, say_decoding))
     if against == BASE:
-        first = (BASE, judging.answers_of(opened, BASE, bench, folder, say_decoding))
+        first = (BASE, judgement.answers_of(opened, BASE, bench, folder, say_decoding))
     else:
-        rival = results.open_result(Path(against), base=base)
-        name = judging.only_adapter(rival)
-        if (length := judging.answer_tokens(rival, bench)) != judging.answer_tokens(opened, bench):
+        rival = opened_result.open_result(Path(against), base=base)
+        name = judgement.only_adapter(rival)
+        if (length := judgement.answer_tokens(rival, bench)) != judgement.answer_tokens(opened, bench):
             say_length(length, max_new_tokens)
-        first = (Path(against).name, judging.answers_of(rival, name, bench, folder, say_decoding))
-    judged = judging.judge(
-        judging.Protocol(protocol),
+        first = (Path(against).name, judgement.answers_of(rival, name, bench, folder, say_decoding))
+    judged = judgement.judge(
+        judgement.Protocol(protocol),
         asked,
         bench,
         first,
@@ -115,7 +118,7 @@ def judge(
 
 def default_folder(result: Path) -> Path:
     """Return where a judge's answers and verdicts are kept: in a run, or beside a PEFT folder."""
-    from fedloom.reporting.run_opening import EVALUATION
+    from fedloom.run_folder.claim import EVALUATION
 
     is_run = (result / "manifest.json").exists()
     return result / EVALUATION / "judge" if is_run else result.with_name(f"{result.name}-judge")

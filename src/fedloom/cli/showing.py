@@ -24,7 +24,7 @@ def demo(
 
     The same command again goes on where it stopped.
     """
-    from fedloom.experiment.demonstrating import demonstrate
+    from fedloom.experiment.demo import demonstrate
     from fedloom.reporting.progress import progress_for
 
     with progress_for() as progress:

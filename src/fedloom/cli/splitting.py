@@ -29,17 +29,17 @@ def leakage(
     as_json: JsonOption = False,
 ) -> None:
     """Train an inversion of the cut on public text, and report how many private tokens it reads."""
-    from fedloom.evaluation.leakage import AttackSettings
-    from fedloom.experiment import leaking, results
+    from fedloom.results import leaks, opened_result
+    from fedloom.split.leakage import AttackSettings
 
-    opened = results.open_result(result, base=base)
+    opened = opened_result.open_result(result, base=base)
     layers = None if cuts is None else parse_cuts(cuts)
 
     def told(cut_layer: int, step: int, loss_nats: float) -> None:
         if step % 100 == 0:
             say(f"cut {cut_layer}: step {step} of {steps}, loss {loss_nats:.3f}")
 
-    found = leaking.leakage(
+    found = leaks.leakage(
         opened, public, cut_layers=layers, shape=shape, settings=AttackSettings(steps=steps), on_step=told
     )
     print_result(found, as_json=as_json)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fedloom.aggregation.records import Broadcast, Failure, Update
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import FedloomError
 from fedloom.federation.messages import (
@@ -20,6 +19,7 @@ from fedloom.federation.messages import (
 from fedloom.federation.rounds import Arrival
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.training.local import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
 
 

@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloom.aggregation.records import Broadcast, Update
 from fedloom.errors import UpdateError
 from fedloom.lora.pair import Adapter
+from fedloom.methods.state import Broadcast, Update
 
 NUMBERS_CHARACTERS = 320
 """Room for a message's numbers as JSON; where it is too little, twice or thrice as much is used."""

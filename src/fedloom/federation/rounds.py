@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from fedloom.aggregation.records import Broadcast, Failure, ServerState, Update
-from fedloom.aggregation.strategy import Strategy
-from fedloom.aggregation.validation import check_update
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.messages import as_received
 from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
+from fedloom.federation.validation import check_update
 from fedloom.lora.algebra import norm
 from fedloom.lora.pair import Adapter
+from fedloom.methods.state import Broadcast, Failure, ServerState, Update
+from fedloom.methods.strategy import Strategy
 
 
 @dataclass(frozen=True, eq=False)

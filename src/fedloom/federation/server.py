@@ -9,12 +9,12 @@ from statistics import median
 
 import torch
 
-from fedloom.aggregation.records import Aggregate, Broadcast, ServerState
-from fedloom.aggregation.server_step import ServerStep
-from fedloom.aggregation.strategy import Strategy
 from fedloom.federation.messages import WireDtype, as_received
 from fedloom.lora.algebra import compress, distance, norm, stack
 from fedloom.lora.pair import Adapter
+from fedloom.methods.server_steps import ServerStep
+from fedloom.methods.state import Aggregate, Broadcast, ServerState
+from fedloom.methods.strategy import Strategy
 
 
 class BroadcastForm(StrEnum):

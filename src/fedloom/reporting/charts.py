@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedloom.reporting.svg import Scale, ScaleKind, element, fitted, path_data, spread, tick_text, ticks
-from fedloom.reporting.tables import Unit, written
+from fedloom.wording import Unit, written
 
 WIDTH, HEIGHT = 560.0, 330.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 112.0, 14.0, 44.0

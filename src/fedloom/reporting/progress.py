@@ -14,7 +14,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from fedloom.reporting.ledger import was_left_out
-from fedloom.reporting.tables import counted, written_bytes
+from fedloom.wording import counted, written_bytes
 
 SECONDS_BETWEEN_NOTES = 10.0
 

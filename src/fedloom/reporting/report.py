@@ -7,14 +7,15 @@ from importlib import resources
 from pathlib import Path
 
 from fedloom.errors import RunError
-from fedloom.reporting import durable
 from fedloom.reporting.ledger import total_cost
 from fedloom.reporting.page import adapter, clients, costs, provenance, results
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
-from fedloom.reporting.stored_run import StoredRun, find_runs, read_run
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import reference_among, written_bytes
+from fedloom.reporting.tables import reference_among
+from fedloom.run_folder import durable
+from fedloom.run_folder.reader import StoredRun, find_runs, read_run
+from fedloom.wording import written_bytes
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 

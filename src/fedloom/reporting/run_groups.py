@@ -10,9 +10,10 @@ from itertools import accumulate
 from typing import Any
 
 from fedloom.reporting.ledger import total_cost
-from fedloom.reporting.manifest import flatten
-from fedloom.reporting.stored_run import StoredRun
-from fedloom.reporting.tables import Better, Comparison, Metric, Unit, compare
+from fedloom.reporting.tables import Better, Comparison, Metric, compare
+from fedloom.run_folder.manifest import flatten
+from fedloom.run_folder.reader import StoredRun
+from fedloom.wording import Unit
 
 _ORDER = ("fedit", "zero-padding", "flora", "splitlora", "standalone", "centralised", "base")
 _INDIVIDUAL = {"run.seed"}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedloom.reporting.tables import Unit, written_bytes
+from fedloom.wording import Unit, written_bytes
 
 ScaleKind = Literal["linear", "log"]
 

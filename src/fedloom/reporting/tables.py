@@ -17,10 +17,10 @@ from typing import Any, Literal
 from rich.table import Table
 
 from fedloom.errors import EvaluationError
+from fedloom.wording import Unit, written
 
 Better = Literal["lower", "higher", "neither"]
 Verdict = Literal["better", "worse", "within noise", "too few seeds", "not judged"]
-Unit = Literal["", "%", "B", "s"]
 
 # Student's t at 0.975 for 1..9 degrees of freedom.
 _T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
@@ -223,30 +223,3 @@ def _cell_json(cell: Cell) -> dict[str, Any]:
         "verdict": cell.difference.verdict,
     }
     return {"mean": cell.mean, "sd": cell.sd, "num_seeds": cell.num_seeds, "difference": difference}
-
-
-def written(value: float, unit: Unit, digits: int = 3) -> str:
-    """Return a number as people read it: bytes in decimal multiples, everything else with fixed digits."""
-    match unit:
-        case "B":
-            return written_bytes(value)
-        case "s":
-            return f"{value:.1f} s"
-        case "%":
-            return f"{100 * value:.1f} %"
-        case "":
-            return f"{value:.{digits}f}"
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun: 1 round, 1,200 rounds."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
-
-
-def written_bytes(num_bytes: float) -> str:
-    """Return a size in decimal multiples: 999 B, 1.5 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if abs(num_bytes) < 999.5 or unit == "TB":
-            break
-        num_bytes /= 1000
-    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"

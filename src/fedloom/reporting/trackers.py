@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.errors import MissingExtraError
-from fedloom.reporting.manifest import flatten
+from fedloom.run_folder.manifest import flatten
 
 
 class Tracker(Protocol):

@@ -9,8 +9,8 @@ from fedloom.reporting.charts import Axis, Bar, bar_chart, matrix_chart
 from fedloom.reporting.ledger import was_left_out
 from fedloom.reporting.page.parts import choice, figure, table
 from fedloom.reporting.run_groups import RunGroup, client_entries
-from fedloom.reporting.stored_run import Holding
-from fedloom.reporting.tables import Unit, written
+from fedloom.run_folder.reader import Holding
+from fedloom.wording import Unit, written
 
 MAX_BARS = 60
 CLIENT_VALUES: tuple[tuple[str, str, Unit], ...] = (

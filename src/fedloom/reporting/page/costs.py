@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 from fedloom.reporting.charts import Axis, Bar, bar_chart
 from fedloom.reporting.page.parts import figure, table
 from fedloom.reporting.run_groups import RunGroup
-from fedloom.reporting.stored_run import StoredRun
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import written
+from fedloom.run_folder.reader import StoredRun
+from fedloom.wording import written
 
 
 def costs(groups: Sequence[RunGroup]) -> str:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.reporting.durable import encode_json
-from fedloom.reporting.manifest import flatten
 from fedloom.reporting.page.parts import table
 from fedloom.reporting.run_groups import RunGroup
-from fedloom.reporting.stored_run import StoredRun
 from fedloom.reporting.svg import element
+from fedloom.run_folder.durable import encode_json
+from fedloom.run_folder.manifest import flatten
+from fedloom.run_folder.reader import StoredRun
 
 
 def settings(groups: Sequence[RunGroup]) -> str:

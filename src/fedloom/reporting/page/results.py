@@ -19,7 +19,8 @@ from fedloom.reporting.run_groups import (
     value_by_round,
 )
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import Metric, written
+from fedloom.reporting.tables import Metric
+from fedloom.wording import written
 
 LOSS = Axis("held-out loss [nats per token]", digits=4)
 ROUNDS = Axis("round", whole=True)

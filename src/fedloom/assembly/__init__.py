@@ -1,0 +1,1 @@
+"""Settings become objects: inputs, population, the plan of rounds or of a split run."""

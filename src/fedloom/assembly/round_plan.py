@@ -1,0 +1,166 @@
+"""Settings become the objects of a round loop: strategy, server rules, plan, engine.
+
+Controls run through the same loop at the same number of rows. ``centralised`` is one client that owns every row and
+takes as many steps a round as all sampled clients together; ``standalone`` is every client for itself. Neither sends
+anything, both keep their optimiser and follow the schedule once over the whole run, as ordinary tuning does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from fedloom.assembly.inputs import Inputs
+from fedloom.config import Settings
+from fedloom.data.tokens import TokenSet
+from fedloom.engines.local import LocalEngine
+from fedloom.errors import SettingsError
+from fedloom.federation.messages import WireDtype
+from fedloom.federation.rounds import RoundPlan
+from fedloom.federation.sampling import sample_clients
+from fedloom.federation.server import BroadcastForm, ServerRules
+from fedloom.lora.layer import LoRAModel
+from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
+from fedloom.methods.standalone import Standalone
+from fedloom.methods.strategy import Cohort, Strategy, Weighting
+from fedloom.methods.zero_padding import ZeroPadding, fedit
+from fedloom.training.local import LocalTraining, StepReport
+
+CONTROLS = ("centralised", "standalone")
+CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
+"""Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""
+
+
+@dataclass(frozen=True)
+class Population:
+    """The clients as the loop sees them: their number, ranks, scales and rows."""
+
+    num_clients: int
+    clients_per_round: int
+    ranks: Mapping[int, int]
+    scales: Mapping[int, float]
+    rows_of: Callable[[int], TokenSet]
+    names: tuple[str, ...]
+
+
+def population_of(settings: Settings, inputs: Inputs) -> Population:
+    """Return the real clients, or the one that owns all rows where tuning is centralised."""
+    ranks, scales = dict(enumerate(settings.client_ranks)), dict(enumerate(settings.client_scales))
+    if settings.method.name == "centralised":
+        return Population(1, 1, {0: ranks[0]}, {0: scales[0]}, lambda client: inputs.tokens, ("everyone",))
+    return Population(
+        settings.federation.num_clients, settings.cohort_size, ranks, scales, inputs.rows_of, inputs.partition.names
+    )
+
+
+def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
+    """Return the strategy that ``method.name`` names.
+
+    Raises:
+        SettingsError: if the method does not run in rounds.
+    """
+    method = settings.method
+    weighting = Weighting(method.weighting)
+    match method.name:
+        case "fedit":
+            return fedit(cohort, weighting)
+        case "zero-padding":
+            return ZeroPadding(cohort, weighting)
+        case "flora":
+            return FLoRA(cohort, weighting, Initialisation(method.initialisation))
+        case "centralised" | "standalone":
+            return Standalone(cohort, name=method.name)
+        case "base" | "splitlora":
+            raise SettingsError(f"method.name: expected a method that runs in rounds of adapters, got {method.name!r}")
+
+
+def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> RoundPlan:
+    """Return everything that stays the same from round to round."""
+    federation, seed = settings.federation, settings.run.seed
+    cohort = Cohort(lora.shapes, max(population.ranks.values()), population.ranks.__getitem__, seed)
+    return RoundPlan(
+        num_rounds=federation.num_rounds,
+        strategy=strategy_of(settings, cohort),
+        rules=rules_of(settings),
+        sample=partial(
+            sample_clients, seed, num_clients=population.num_clients, clients_per_round=population.clients_per_round
+        ),
+        shapes=lora.shapes,
+        ranks=population.ranks,
+        scales=population.scales,
+        min_clients=min(federation.min_clients, population.clients_per_round),
+        max_norm_ratio=federation.max_norm_ratio,
+        evaluate_every=settings.evaluation.every,
+    )
+
+
+def rules_of(settings: Settings) -> ServerRules:
+    """Return the server's rules; controls send nothing and have none."""
+    if settings.method.name in CONTROLS:
+        return ServerRules(PlainStep())
+    method = settings.method
+    form = BroadcastForm(method.broadcast)
+    return ServerRules(_step_of(settings), form, method.tolerance, WireDtype(settings.wire.dtype))
+
+
+def _step_of(settings: Settings) -> ServerStep:
+    server = settings.server
+    match server.step:
+        case "plain":
+            return PlainStep(server.learning_rate)
+        case "momentum":
+            return MomentumStep(server.learning_rate, server.momentum)
+        case "fedexp":
+            return FedExPStep(server.learning_rate, server.fedexp_cap)
+
+
+def training_of(settings: Settings) -> LocalTraining:
+    """Return what a client does in a round; a control's budget is what the sampled clients have together."""
+    training, control = settings.training, settings.method.name in CONTROLS
+    steps, epochs = training.local_steps, training.local_epochs
+    if settings.method.name == "centralised":
+        steps = None if steps is None else steps * settings.cohort_size
+        epochs = None if epochs is None else epochs * settings.cohort_size / settings.federation.num_clients
+    return LocalTraining(
+        learning_rate=training.learning_rate,
+        batch_size=training.batch_size,
+        steps=steps,
+        epochs=epochs,
+        micro_batch_size=training.micro_batch_size,
+        schedule=training.schedule,
+        warmup_steps=training.warmup_steps,
+        schedule_span="run" if control else training.schedule_span,
+        total_rounds=settings.federation.num_rounds,
+        weight_decay=training.weight_decay,
+        betas=(training.beta1, training.beta2),
+        max_grad_norm=training.max_grad_norm or None,
+        dropout=training.dropout,
+        label_smoothing=training.label_smoothing,
+        token_budget=training.token_budget,
+    )
+
+
+def engine_of(
+    settings: Settings,
+    population: Population,
+    lora: LoRAModel,
+    optimisers: dict[int, dict[str, Tensor]] | None,
+    on_step: Callable[[StepReport], None],
+) -> LocalEngine:
+    """Return the engine that trains the population in this process."""
+    device: Any = next(lora.model.parameters()).device
+    return LocalEngine(
+        lora=lora,
+        rows_of=population.rows_of,
+        training=training_of(settings),
+        seed=settings.run.seed,
+        wire=None if settings.method.name in CONTROLS else WireDtype(settings.wire.dtype),
+        clients_at_once=CLIENTS_AT_ONCE[device.type],
+        optimisers=optimisers,
+        on_step=on_step,
+    )

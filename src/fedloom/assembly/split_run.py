@@ -1,0 +1,175 @@
+"""A split run from settings: the plan of who is cut where, its parties in this process, and its records.
+
+A recipe's budget means the same as for every other method: each client takes ``num_rounds`` times its local steps or
+epochs. The loop's own rounds are the periods between two aggregations, ``split.aggregate_every`` steps each, the last
+one with what is left.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, assert_never
+
+from safetensors.torch import load, save
+
+from fedloom.assembly.inputs import Inputs
+from fedloom.assembly.round_plan import rules_of, training_of
+from fedloom.config import Settings
+from fedloom.lora.layer import LoRAModel
+from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.state import ServerState
+from fedloom.methods.strategy import Cohort, Strategy, Weighting
+from fedloom.methods.zero_padding import ZeroPadding, fedit
+from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.split.local_parties import local_parties
+from fedloom.split.lockstep import SplitRecord, run_split
+from fedloom.split.parties import SplitParties
+from fedloom.split.plan import SplitPlan, steps_for_epochs
+from fedloom.split.split_state import SplitState
+
+TENSORS, NUMBERS = "state/split.safetensors", "state/split.json"
+
+
+@dataclass(frozen=True)
+class SplitRun:
+    """A split run ready to go: its parties, and the names of the clients."""
+
+    parties: SplitParties
+    names: tuple[str, ...]
+    evaluate_every: int
+
+    @property
+    def num_rounds(self) -> int:
+        """Periods in all."""
+        return self.parties.plan.num_rounds
+
+    def initial(self) -> SplitState:
+        """Return the state before the first step."""
+        return self.parties.initial()
+
+    def periods(self, state: SplitState, evaluate: Any, on_step: Any) -> Iterator[SplitRecord]:
+        """Yield one record per period from a state on."""
+        return run_split(state, self.parties, evaluate, evaluate_every=self.evaluate_every, on_step=on_step)
+
+
+def split_run(settings: Settings, inputs: Inputs, lora: LoRAModel) -> SplitRun:
+    """Set up a split run over a base in this process.
+
+    Raises:
+        CutError: if the base cannot be cut there.
+        SettingsError: if the plan cannot be followed.
+    """
+    rows = [inputs.rows_of(client) for client in range(settings.federation.num_clients)]
+    plan = split_plan(settings, [len(own) for own in rows])
+    parties = local_parties(lora, plan, rows, partial(segment_strategy, settings), rules_of(settings))
+    return SplitRun(parties, inputs.partition.names, settings.evaluation.every)
+
+
+def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
+    """Return the plan that the settings describe for clients of so many rows."""
+    split = settings.split
+    ranks = settings.client_ranks if split.client_rank is None else settings.per_client(split.client_rank)
+    steps = steps_of(settings, num_rows)
+    server_rank = split.server_rank or max(settings.client_ranks)
+    return SplitPlan(
+        seed=settings.run.seed,
+        num_steps=steps,
+        aggregate_every=split.aggregate_every,
+        cut_layers=settings.per_client(split.cut_layer),
+        ranks=ranks,
+        scales=tuple(scale_at(settings, client, rank) for client, rank in enumerate(ranks)),
+        server_rank=server_rank,
+        server_scale=scale_at(settings, max(range(len(ranks)), key=settings.client_ranks.__getitem__), server_rank),
+        num_rows=tuple(num_rows),
+        training=training_of(settings),
+        server_update=split.server_update,
+        tail_blocks=split.tail_blocks if split.labels == "client" else None,
+        client_half=split.client_half,
+        wire_dtype=split.wire_dtype,
+        gradient_wire_dtype=split.gradient_wire_dtype,
+        error_feedback=split.error_feedback,
+        micro_batches=split.micro_batches,
+        clients_per_round=settings.cohort_size,
+        min_clients=settings.federation.min_clients,
+    )
+
+
+def steps_of(settings: Settings, num_rows: Sequence[int]) -> int:
+    """Return the steps each client takes in all: the recipe's, or those in which all read its epochs' rows."""
+    training, rounds = settings.training, settings.federation.num_rounds
+    if training.local_steps is not None:
+        return rounds * training.local_steps
+    assert training.local_epochs is not None
+    return steps_for_epochs(num_rows, training.batch_size, rounds * training.local_epochs)
+
+
+def scale_at(settings: Settings, client: int, rank: int) -> float:
+    """Return a client's scale at another rank than its own: alpha stays, or stays twice the rank where left out."""
+    own_rank, own_scale = settings.client_ranks[client], settings.client_scales[client]
+    if settings.method.alpha is None:
+        power = 1.0 if settings.method.scaling == "alpha/r" else 0.5
+        return 2.0 * math.pow(rank, 1.0 - power)
+    return own_scale * (own_rank / rank if settings.method.scaling == "alpha/r" else math.sqrt(own_rank / rank))
+
+
+def segment_strategy(settings: Settings, cohort: Cohort) -> Strategy:
+    """Return the strategy that aggregates client-side adapters."""
+    weighting = Weighting(settings.method.weighting)
+    match settings.split.aggregation:
+        case "fedit":
+            return fedit(cohort, weighting)
+        case "zero-padding":
+            return ZeroPadding(cohort, weighting)
+        case "flora":
+            return FLoRA(cohort, weighting, Initialisation.INDEPENDENT)
+    assert_never(settings.split.aggregation)
+
+
+def uncut_state(state: SplitState) -> ServerState:
+    """Return both halves as one state of the uncut base: what is evaluated, kept and exported."""
+    return ServerState(round=state.round, side=state.global_adapter())
+
+
+def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
+    """Return a period as plain values, activations and adapters apart."""
+    clients = record.clients
+    up, down = (sum(getattr(c, f"{way}_bytes") for c in clients) for way in ("upload", "download"))
+    moved_up, moved_down = (
+        sum(getattr(c, f"activation_{way}_bytes") for c in clients) for way in ("upload", "download")
+    )
+    return {
+        "round": record.round,
+        "method": "splitlora",
+        "num_steps": record.num_steps,
+        "train_loss_nats": record.loss_nats,
+        "train_loss_last_nats": record.loss_last_nats,
+        "eval": record.evaluation or None,
+        "aggregation_noise": record.aggregation_noise,
+        "num_loss_tokens": sum(client.num_loss_tokens for client in clients),
+        "upload_bytes": up,
+        "download_bytes": down,
+        "bytes_by_kind": {
+            "activations": {"upload_bytes": moved_up, "download_bytes": moved_down},
+            "adapters": {"upload_bytes": up - moved_up, "download_bytes": down - moved_down},
+        },
+        "seconds": dict(record.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "rank": record.state.global_adapter().ranks,
+        "clients": [{"name": names[client.client], **asdict(client)} for client in clients],
+    }
+
+
+def split_state_files(state: SplitState) -> dict[str, bytes]:
+    """Return a split state as named files."""
+    tensors, numbers = state.to_tensors()
+    copies = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    return {TENSORS: save(copies), NUMBERS: json.dumps(numbers).encode()}
+
+
+def read_split_state(tensors: bytes, numbers: bytes) -> SplitState:
+    """Rebuild a split state from its files."""
+    return SplitState.from_tensors(load(tensors), json.loads(numbers))

@@ -1,0 +1,1 @@
+"""E2E's five scores, as the official scorer computes them."""

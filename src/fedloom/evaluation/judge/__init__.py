@@ -1,0 +1,1 @@
+"""Judges over OpenAI's chat protocol: prompts, questions, requests, verdicts."""

@@ -1,0 +1,232 @@
+"""The loops a run can be made of, behind one face: where it stands, and what each further round leaves to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fedloom.assembly.inputs import Inputs
+from fedloom.assembly.round_plan import CONTROLS, Population, engine_of, plan_of
+from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
+from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
+from fedloom.assembly.split_run import (
+    SplitRun,
+    read_split_state,
+    split_metrics,
+    split_run,
+    split_state_files,
+    uncut_state,
+)
+from fedloom.config import Settings
+from fedloom.experiment.round_records import UpdateKeeper, metrics_of, update_keeper
+from fedloom.federation.rounds import Arrival, Engine, RoundPlan, RoundRecord, run_rounds
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
+from fedloom.methods.state import Broadcast, ServerState, Update
+from fedloom.methods.state_codec import (
+    NUMBERS,
+    OPTIMISERS,
+    TENSORS,
+    damage_named,
+    read_optimisers,
+    read_state,
+    state_files,
+)
+from fedloom.reporting.progress import Progress
+from fedloom.run_folder.writer import RunFolder, Writer
+from fedloom.split.split_state import SplitState
+from fedloom.training.local import StepReport
+
+Evaluate = Callable[[ServerState], Mapping[str, Any]]
+WriteAdapter = Callable[[Adapter, Path, float], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Completed:
+    """A round that has ended: its metrics, the files and folders that make it resumable, and the model it left."""
+
+    round: int
+    metrics: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    writers: Mapping[str, Writer]
+    state: ServerState
+
+
+class Loop(Protocol):
+    """A run's rounds. ``standing`` is the model as the last completed round left it."""
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds in all."""
+        ...
+
+    @property
+    def standing(self) -> ServerState:
+        """The state to go on from."""
+        ...
+
+    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+        """Run what is left, one round at a time."""
+        ...
+
+
+def loop_of(settings: Settings, inputs: Inputs, lora: LoRAModel, population: Population) -> LoopKind | None:
+    """Return what has to be checked before a folder is made; None where nothing is trained.
+
+    Raises:
+        FedloomError: if settings and base do not fit.
+    """
+    match settings.method.name:
+        case "base":
+            return None
+        case "splitlora":
+            return LoopKind(settings, lora, population, None, split_run(settings, inputs, lora))
+        case _:
+            return LoopKind(settings, lora, population, plan_of(settings, population, lora), None)
+
+
+@dataclass(frozen=True, eq=False)
+class LoopKind:
+    """A loop that is set up but does not know its folder yet."""
+
+    settings: Settings
+    lora: LoRAModel
+    population: Population
+    plan: RoundPlan | None
+    split: SplitRun | None
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds in all."""
+        if self.split is not None:
+            return self.split.num_rounds
+        assert self.plan is not None
+        return self.plan.num_rounds
+
+    def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
+        """Return the loop at the point that the folder has reached."""
+        if self.split is not None:
+            return SplitPeriods(self.split, restored_split(self.split, folder), progress)
+        assert self.plan is not None
+        optimisers: dict[int, dict[str, Tensor]] | None = {} if self.settings.method.name in CONTROLS else None
+        standing, last = self.plan.strategy.initial(), folder.last_round()
+        if last is not None:
+            read = partial(folder.read_round_file, last)
+            with damage_named(folder.round_path(last)):
+                standing = read_state(read(TENSORS), read(NUMBERS))
+                optimisers = read_optimisers(read(OPTIMISERS)) if optimisers is not None else None
+        return AdapterRounds(self, self.plan, standing, optimisers, folder.path, write_adapter, progress)
+
+
+def restored_split(run: SplitRun, folder: RunFolder) -> SplitState:
+    """Return the last completed period's state, or the initial one."""
+    last = folder.last_round()
+    if last is None:
+        return run.initial()
+    read = partial(folder.read_round_file, last)
+    with damage_named(folder.round_path(last)):
+        return read_split_state(read(SPLIT_TENSORS), read(SPLIT_NUMBERS))
+
+
+@dataclass(frozen=True, eq=False)
+class AdapterRounds:
+    """Rounds in which adapters cross: every method but the split one."""
+
+    kind: LoopKind
+    plan: RoundPlan
+    standing: ServerState
+    optimisers: dict[int, dict[str, Tensor]] | None
+    path: Path
+    write_adapter: WriteAdapter
+    progress: Progress
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds in all."""
+        return self.plan.num_rounds
+
+    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+        """Run what is left, one round at a time."""
+        settings, population = self.kind.settings, self.kind.population
+        engine = engine_of(settings, population, self.kind.lora, self.optimisers, self._on_step)
+        shown = ShownEngine(engine, self.progress)
+        with ExitStack() as stack:
+            keeper = None
+            if settings.run.keep_updates:
+                scales = population.scales
+                keeper = stack.enter_context(update_keeper(self.path, self.write_adapter, scales.__getitem__))
+            keep = keeper.keep if keeper is not None else _drop
+            for record in run_rounds(self.standing, self.plan, shown, evaluate, keep):
+                metrics = metrics_of(record, settings.method.name, population.names)
+                files = state_files(record.state, self.optimisers)
+                yield Completed(record.round, metrics, files, self._writers(record, keeper), record.state)
+
+    def _writers(self, record: RoundRecord, keeper: UpdateKeeper | None) -> dict[str, Writer]:
+        if keeper is None:
+            return {}
+        writers: dict[str, Writer] = {"clients": partial(keeper.move_into, clients=record.clients)}
+        if record.applied:
+            writers["global"] = lambda path: self.write_adapter(record.applied, path, 1.0)
+        return writers
+
+    def _on_step(self, report: StepReport) -> None:
+        self.progress.step_done(report.client, report.step, report.num_steps, report.loss_nats)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPeriods:
+    """Periods between aggregations of a model cut in two."""
+
+    run: SplitRun
+    state: SplitState
+    progress: Progress
+
+    @property
+    def num_rounds(self) -> int:
+        """Periods in all."""
+        return self.run.num_rounds
+
+    @property
+    def standing(self) -> ServerState:
+        """Both halves of the model as one state."""
+        return uncut_state(self.state)
+
+    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+        """Run what is left, one period at a time."""
+        for record in self.run.periods(self.state, lambda state: evaluate(uncut_state(state)), self._on_step):
+            metrics, files = split_metrics(record, self.run.names), split_state_files(record.state)
+            yield Completed(record.round, metrics, files, {}, uncut_state(record.state))
+
+    def _on_step(self, step: int, loss_nats: float) -> None:
+        """Show the cohort's joint step as the server's."""
+        every = self.run.parties.plan.aggregate_every
+        if step % every == 0:
+            self.progress.round_started(step // every + 1, len(self.run.names))
+        self.progress.step_done(0, step % every + 1, every, loss_nats)
+
+
+@dataclass(frozen=True)
+class ShownEngine:
+    """An engine whose rounds and clients a person can watch."""
+
+    engine: Engine
+    progress: Progress
+
+    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
+        """Train as the engine does, and say so."""
+        if broadcasts:
+            self.progress.round_started(broadcasts[0].round, len(broadcasts))
+        for arrival in self.engine.train(broadcasts):
+            outcome = arrival.outcome
+            self.progress.client_done(outcome.client, outcome.loss_nats if isinstance(outcome, Update) else None)
+            yield arrival
+
+
+def _drop(update: Update) -> None:
+    """Keep nothing of an update."""

@@ -1,0 +1,106 @@
+"""A round's record as it goes into ``metrics.jsonl``, and the uploads that a run may keep."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from fedloom.data.groups import grouping_of
+from fedloom.data.partition import Partition
+from fedloom.data.sources import Rows
+from fedloom.federation.messages import numbers_of
+from fedloom.federation.rounds import ClientRecord, RoundRecord
+from fedloom.lora.pair import Adapter
+from fedloom.lora.peft_files import save_peft
+from fedloom.methods.state import Update
+from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.run_folder import durable
+from fedloom.run_folder.reader import Holding, holdings_document
+
+
+def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
+    """Return a round as plain values, units in the names."""
+    used = [client for client in record.clients if client.reason is None]
+    tokens = sum(client.num_loss_tokens for client in used)
+    state = record.state
+    return {
+        "round": record.round,
+        "method": method,
+        "train_loss_nats": sum((c.loss_nats or 0.0) * c.num_loss_tokens for c in used) / max(tokens, 1),
+        "eval": record.evaluation or None,
+        "aggregation_noise": record.aggregation_noise,
+        "change_norm": record.change_norm,
+        "num_tokens": sum(client.num_tokens for client in record.clients),
+        "num_loss_tokens": tokens,
+        "num_trained_parameters": sum(client.num_parameters for client in used),
+        "upload_bytes": sum(client.upload_bytes for client in record.clients),
+        "download_bytes": sum(client.download_bytes for client in record.clients),
+        "seconds": dict(record.seconds),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "rank": {name: pair.rank for name, pair in state.global_adapter().items()},
+        "clients": [{"name": names[client.client], **asdict(client)} for client in record.clients],
+    }
+
+
+def holdings_of(rows: Rows, partition: Partition, ranks: Mapping[int, int], column: str | None) -> dict[str, Any]:
+    """Return who owns how much of which group, for the report; no groups where a column has too many values."""
+    grouping = grouping_of(rows, column)
+    holdings = []
+    for client, name in enumerate(partition.names):
+        owned = partition.rows_of(client)
+        groups = {} if grouping is None else Counter(grouping.of_row[index] for index in owned)
+        holdings.append(Holding(name, len(owned), ranks.get(client), dict(sorted(groups.items()))))
+    return holdings_document(holdings, None if grouping is None else grouping.column)
+
+
+class UpdateKeeper:
+    """Writes every used upload as a PEFT folder beside the run, until its round takes them in."""
+
+    def __init__(
+        self, folder: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
+    ) -> None:
+        self._folder, self._save, self._scale_of = folder, save, scale_of
+        self._numbers: dict[int, dict[str, Any]] = {}
+
+    def keep(self, update: Update) -> None:
+        """Write one upload."""
+        self._save(update.adapter, self._folder / str(update.client), self._scale_of(update.client))
+        self._numbers[update.client] = numbers_of(update)
+
+    def move_into(self, destination: Path, clients: Sequence[ClientRecord]) -> None:
+        """Move the round's uploads to ``destination/<id>/``, each with its ``update.json``."""
+        destination.mkdir()
+        for client in clients:
+            if client.client in self._numbers:
+                folder = destination / str(client.client)
+                shutil.move(self._folder / str(client.client), folder)
+                numbers = self._numbers.pop(client.client) | {"weight": client.weight, "norm": client.norm}
+                (folder / "update.json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def update_keeper(
+    run: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
+) -> Iterator[UpdateKeeper]:
+    """Yield a keeper whose uploads wait in the run's folder, under a name that the next start clears away."""
+    waiting = durable.temporary_name(run)
+    waiting.mkdir()
+    try:
+        yield UpdateKeeper(waiting, save, scale_of)
+    finally:
+        durable.discard(waiting)
+
+
+def peft_writer(base_name: str, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:
+    """Return a function that writes an adapter of this base as a PEFT folder at a scale."""
+
+    def write(adapter: Adapter, folder: Path, scale: float) -> None:
+        save_peft(adapter, folder, base_name=base_name, scale=scale, conv1d=conv1d, dropout=dropout)
+
+    return write

@@ -1,0 +1,276 @@
+"""Run one experiment into one folder, from its start or from where it stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from fedloom import embedded
+from fedloom.assembly.inputs import Inputs, Workshop
+from fedloom.assembly.round_plan import Population, population_of, training_of
+from fedloom.config import Settings
+from fedloom.data.groups import Grouping, grouping_of
+from fedloom.errors import RunError
+from fedloom.experiment.loop import Loop, LoopKind, loop_of
+from fedloom.experiment.round_records import holdings_of, peft_writer
+from fedloom.lora.algebra import compress
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
+from fedloom.methods.state import ServerState
+from fedloom.models.load import Base
+from fedloom.reporting.progress import Progress, SilentProgress
+from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
+from fedloom.results.export import write_cards
+from fedloom.results.state_scores import evaluate_state, score_state
+from fedloom.results.suites import suite_choice_of
+from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
+from fedloom.run_folder.reader import ADAPTER, missing_adapters
+from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
+from fedloom.wording import counted, written_bytes
+
+NOTHING_HELD_OUT = (
+    "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
+    "or data.eval_fraction"
+)
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a finished run came to."""
+
+    folder: Path
+    method: str
+    seed: int
+    num_rounds: int
+    base_eval: Mapping[str, Any]
+    eval: Mapping[str, Any]
+    upload_bytes: int
+    download_bytes: int
+    seconds: float
+    peak_memory_bytes: int
+    aggregation_noise: float | None
+    rank: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the summary as plain values."""
+        return {**self.__dict__, "folder": str(self.folder), "base_eval": dict(self.base_eval), "eval": dict(self.eval)}
+
+    def lines(self) -> list[str]:
+        """Return the summary for people."""
+        lines = [f"{self.method}, seed {self.seed}: {counted(self.num_rounds, 'round')} in {self.seconds:.1f} s"]
+        if "loss_nats" in self.eval:
+            before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
+            tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"
+            lines.append(f"held-out loss {self.eval['loss_nats']:.4f} nats per token{before} on {tokens}")
+        for suite, scores in self.eval.get("suites", {}).items():
+            figures = ", ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items())
+            lines.append(f"{suite}: {figures}")
+        up, down = written_bytes(self.upload_bytes), written_bytes(self.download_bytes)
+        lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}")
+        if self.aggregation_noise is not None:
+            lines.append(f"aggregation noise of the last round {self.aggregation_noise:.3g}")
+        return lines
+
+
+def run(
+    settings: Settings,
+    out: Path | str,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    workshop: Workshop | None = None,
+) -> RunSummary:
+    """Run the settings into ``out``, or go on with the run that is there, and return what it came to.
+
+    A folder is created only once base and rows are loaded and fit, so a mistake leaves nothing behind.
+
+    Raises:
+        FedloomError: for anything wrong with the settings, the files they name, or the folder.
+    """
+    out, progress = Path(out), progress or SilentProgress()
+    workshop = workshop or Workshop(progress)
+    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    if fresh:
+        refuse_foreign(out)
+    else:
+        refuse_another(out, settings.as_dict(), may_change)
+    base, lora = workshop.base(settings)
+    saved = out / "partition.json"
+    inputs = workshop.inputs(settings, base, saved if is_begun(out) and saved.exists() and not fresh else None)
+    if inputs.held_out is None:
+        progress.note(NOTHING_HELD_OUT)
+    population = population_of(settings, inputs)
+    kind = loop_of(settings, inputs, lora, population)
+    if kind is not None and not fresh:
+        _refuse_fewer_rounds(out, kind.num_rounds)
+    with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
+        folder.confirm_identity(
+            base_sha256=base.revision_hash,
+            data_sha256=inputs.data_sha256,
+            held_out_sha256=inputs.held_out_sha256,
+            partition_sha256=inputs.partition_sha256,
+            row_counts=inputs.counts.__dict__,
+            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.__dict__,
+        )
+        if not (folder.path / "partition.json").exists():
+            inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
+            ranks = dict(enumerate(settings.client_ranks))
+            folder.write_json(
+                "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
+            )
+        return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
+
+
+def _refuse_fewer_rounds(out: Path, num_rounds: int) -> None:
+    if (done := len(rounds_done(out))) > num_rounds:
+        raise RunError(
+            f"{out} has completed {counted(done, 'round')}, asked for {num_rounds}: a run can get more rounds, not "
+            f"fewer; set federation.num_rounds to {done} or more, choose another folder, or start over with --fresh"
+        )
+
+
+def is_extensible(settings: Settings) -> bool:
+    """Tell whether more rounds leave the rounds before as they are.
+
+    They do not where one schedule spans the run, nor where a split run's last aggregation period is cut short.
+    """
+    if settings.method.name == "splitlora":
+        steps = settings.training.local_steps
+        return (
+            settings.training.schedule == "constant"
+            and steps is not None
+            and steps % settings.split.aggregate_every == 0
+        )
+    return settings.training.schedule == "constant" or training_of(settings).schedule_span == "round"
+
+
+@dataclass
+class Session:
+    """One process's part of a run: from the last completed round to the end."""
+
+    settings: Settings
+    folder: RunFolder
+    base: Base
+    lora: LoRAModel
+    inputs: Inputs
+    population: Population
+    kind: LoopKind | None
+    workshop: Workshop
+    progress: Progress
+
+    def complete(self) -> RunSummary:
+        """Run what is left, write the adapter, and mark the run as finished."""
+        loop = None if self.kind is None else self.kind.resume(self.folder, self._writer(), self.progress)
+        state = ServerState() if loop is None else loop.standing
+        finished, left = self.folder.finished, 0 if loop is None else loop.num_rounds - state.round
+        if finished is None or left > 0:
+            base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
+            state = self._rounds(loop) if loop is not None else state
+            adapters = self._write_adapter(state)
+            evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
+            record = {"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation}
+            self.folder.finish(record | {"adapters": adapters})
+        elif missing_adapters(self.folder.path, finished):
+            self.progress.note("the adapter is missing: writing it again from the last round's state")
+            self._write_adapter(state)
+        write_cards(self.folder.path)
+        return self._summary(state)
+
+    def _rounds(self, loop: Loop) -> ServerState:
+        state = loop.standing
+        title = f"{self.settings.method.name}, seed {self.settings.run.seed}"
+        self.progress.run_started(title, loop.num_rounds, state.round)
+        with ExitStack() as stack:
+            trackers = AllTrackers(self._trackers(state.round))
+            stack.callback(trackers.close)
+            for done in loop.rounds(self._evaluate):
+                self.folder.write_round(done.round, done.metrics, done.files, done.writers)
+                state = done.state
+                trackers.log(done.metrics)
+                self.progress.round_done(done.metrics)
+                self._prune()
+        self._prune()
+        return state
+
+    def _prune(self) -> None:
+        if not self.settings.run.keep_states:
+            self.folder.prune(2)
+
+    def _evaluate_base(self) -> dict[str, Any]:
+        """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
+        held_out, is_all = self.inputs.held_out_sha256, self.kind is None
+        return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(ServerState()), is_all)
+
+    @cached_property
+    def _grouping(self) -> Grouping | None:
+        rows = self.inputs.held_out_rows
+        return None if rows is None else grouping_of(rows, self.settings.partition.column)
+
+    def _evaluate(self, state: ServerState) -> dict[str, Any]:
+        chosen, inputs = self.settings.evaluation, self.inputs
+        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, self._grouping)
+        if chosen.suites:
+            choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
+            scores["suites"] = score_state(
+                self.lora,
+                self.base.tokenizer,
+                state,
+                chosen.suites,
+                choice,
+                inputs.held_out_rows,
+                folder,
+                self.progress.scored,
+            )
+        return scores
+
+    def _write_adapter(self, state: ServerState) -> list[str]:
+        """Write the result as PEFT: one adapter on the untouched base, or one per client where each has its own.
+
+        Return the folders, relative to the run's; none where training added nothing.
+        """
+        write, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
+        result = compress(state.global_adapter()).adapter
+
+        def write_own(path: Path) -> None:
+            for client, adapter in own.items():
+                write(adapter, path if len(own) == 1 else path / f"client-{client}", scales[client])
+
+        if own:
+            self.folder.write_folder(ADAPTER, write_own)
+            return [ADAPTER] if len(own) == 1 else [f"{ADAPTER}/client-{client}" for client in own]
+        if any(rank > 0 for rank in result.ranks.values()):
+            self.folder.write_folder(ADAPTER, lambda path: write(result, path, 1.0))
+            return [ADAPTER]
+        return []
+
+    def _writer(self) -> Callable[[Adapter, Path, float], None]:
+        return peft_writer(
+            str(embedded.base_path(self.settings.model.base)), self.lora.uses_conv1d, self.settings.training.dropout
+        )
+
+    def _trackers(self, num_rounds_done: int) -> list[Tracker]:
+        trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]
+        kinds: dict[str, type[WandbTracker] | type[MlflowTracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+        named = ("fedloom", self.folder.path.name, self.settings.as_dict())
+        return trackers + [kinds[name](*named) for name in self.settings.run.trackers]
+
+    def _summary(self, state: ServerState) -> RunSummary:
+        records, finished = self.folder.records(), self.folder.finished or {}
+        return RunSummary(
+            folder=self.folder.path,
+            method=self.settings.method.name,
+            seed=self.settings.run.seed,
+            num_rounds=len(records),
+            base_eval=finished["base_eval"],
+            eval=finished["eval"] or {},
+            upload_bytes=sum(record["upload_bytes"] for record in records),
+            download_bytes=sum(record["download_bytes"] for record in records),
+            seconds=sum(sum(record["seconds"].values()) for record in records),
+            peak_memory_bytes=max((record["peak_memory_bytes"] for record in records), default=0),
+            aggregation_noise=records[-1]["aggregation_noise"] if records else None,
+            rank=max(state.global_adapter().ranks.values(), default=0),
+        )

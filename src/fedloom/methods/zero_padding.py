@@ -1,0 +1,73 @@
+"""Zero-padding: factors of different ranks are padded to the largest and averaged; each client gets its slice back.
+
+    B ← Σ p_k pad(s_k B_k),   A ← Σ p_k pad(A_k),   client k starts from the first r_k slots
+
+With equal ranks this is FedIT. With ``weighting = norm``, p_k ∝ ‖s_k B_k A_k‖ (HetLoRA's sparsity-weighted
+aggregation); HetLoRA's self-pruning of ranks is not part of it.
+
+Source: HetLoRA (arXiv 2401.06432), sections 3.2–3.3; the baseline of FLoRA (arXiv 2409.05976), section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from fedloom.lora.algebra import distance, stack, truncate
+from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.pair import Adapter
+from fedloom.methods.state import Aggregate, ServerState, Update
+from fedloom.methods.strategy import Cohort, Weighting, normalised, weigh
+from fedloom.methods.sums import RunningFactors, RunningSum
+
+
+@dataclass(frozen=True)
+class ZeroPadding:
+    """The plain mean of zero-padded factors, weighted by rows, tokens, equally or by norm."""
+
+    cohort: Cohort
+    weighting: Weighting = Weighting.ROWS
+    name: str = "zero-padding"
+
+    def initial(self) -> ServerState:
+        """Start from one fresh adapter of the largest rank, sent to everybody."""
+        return ServerState(start=fresh_adapter(self.cohort.shapes, self.cohort.max_rank, self.cohort.seed, "global"))
+
+    def start_for(self, state: ServerState, client: int) -> Adapter:
+        """Return the first r_k slots of the global adapter."""
+        assert state.start is not None
+        return truncate(state.start, self.cohort.rank_of(client))
+
+    def draw_for(self, state: ServerState, client: int) -> tuple[str | int, ...]:
+        """Return no stream: nobody starts fresh."""
+        return ()
+
+    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
+        """Average the padded factors."""
+        factors, ideal, weights, squares = RunningFactors(self.cohort.max_rank), RunningSum(), {}, 0.0
+        for update in updates:
+            weight = weights[update.client] = weigh(update, self.weighting)
+            factors.add(update.adapter, weight)
+            ideal.add(update.adapter, weight)
+            squares += weight * distance(update.adapter, self.start_for(state, update.client)) ** 2
+        start, previous = factors.mean(), state.start
+        assert previous is not None
+        return Aggregate(
+            start=start,
+            applied=start,
+            ideal=ideal.mean(),
+            change=stack([start, previous], [1.0, -1.0]),
+            mean_squared_norm=squares / sum(weights.values()),
+            weights=normalised(weights),
+        )
+
+
+def fedit(cohort: Cohort, weighting: Weighting = Weighting.ROWS) -> ZeroPadding:
+    """Return FedIT: FedAvg over the factors of adapters of one rank.
+
+        B ← Σ p_k s B_k,   A ← Σ p_k A_k,   p_k = n_k / Σ n
+
+    The product of the means misses the mean of the products by the weighted covariance of the factors, which every
+    round reports as its aggregation noise. Source: FedIT (arXiv 2305.05644), Algorithm 1.
+    """
+    return replace(ZeroPadding(cohort, weighting), name="fedit")

@@ -1,0 +1,1 @@
+"""What a recipe would train, send, hold and cost, before anything is trained."""

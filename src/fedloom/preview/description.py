@@ -1,0 +1,184 @@
+"""What a recipe would train, send and hold, worked out from the base's configuration without its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedloom import embedded
+from fedloom.assembly.round_plan import CONTROLS
+from fedloom.config import Settings
+from fedloom.errors import ModelError
+from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
+from fedloom.lora.initial import check_rank
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.state import Broadcast, Update
+from fedloom.models.families import resolve_targets
+from fedloom.preview.cut_table import CutTable, cut_table
+from fedloom.wording import written_bytes
+
+_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
+TRAINING_BYTES = 16
+"""Per trained number: fp32 factor, gradient, and AdamW's two moments."""
+ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
+"""Widths that a block keeps for its backward pass without attention matrices, an estimate."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
+
+    A later download is exact where every client takes part in every round and no server step adds to it; for a
+    compressed broadcast it is the most that can come.
+    """
+
+    settings: Mapping[str, Any]
+    family: str
+    target_modules: tuple[str, ...]
+    num_base_parameters: int
+    num_trained_parameters: tuple[int, ...]
+    upload_bytes: tuple[int, ...]
+    first_download_bytes: tuple[int, ...]
+    download_bytes: tuple[int, ...]
+    memory_bytes: int
+    cohort_size: int
+    cuts: CutTable | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the description as plain values."""
+        return {**self.__dict__, "cuts": None if self.cuts is None else self.cuts.as_dict()}
+
+    def lines(self) -> list[str]:
+        """Return the description for people."""
+        share = 100 * max(self.num_trained_parameters) / self.num_base_parameters
+        kinds = sorted({name.rpartition(".")[2] for name in self.target_modules})
+        where = "a client" if self.cuts is None else "on a client's and the server's side of the cut together"
+        lines = [
+            f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
+            f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
+            f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
+            f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
+            "",
+            f"{'client':>6}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}  {'later down':>12}",
+        ]
+        ranks = self.settings["method"]["ranks"]
+        for k, trained in enumerate(self.num_trained_parameters):
+            rank = ranks if isinstance(ranks, int) else ranks[k]
+            sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
+            up, first, down = (written_bytes(size) if size else "–" for size in sizes)
+            lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+        if any(self.upload_bytes):
+            up, down = (written_bytes(total) for total in self.run_bytes)
+            lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
+        cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
+        chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
+        return [*lines, *cuts, "", *chosen, "every other setting has its default; --json prints all of them"]
+
+    @property
+    def run_bytes(self) -> tuple[float, float]:
+        """Bytes up and down of a run in which the cohort of every round is an average one that missed no round."""
+        up, first, later = map(fmean, (self.upload_bytes, self.first_download_bytes, self.download_bytes))
+        num_rounds = self.settings["federation"]["num_rounds"]
+        return self.cohort_size * num_rounds * up, self.cohort_size * (first + (num_rounds - 1) * later)
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings that differ from their defaults, by full name."""
+        defaults = _flat(Settings().as_dict())
+        return {name: value for name, value in _flat(self.settings).items() if value != defaults[name]}
+
+
+def describe(settings: Settings) -> Description:
+    """Return the sizes of a recipe without loading weights; a cut recipe's rows are sampled for their length.
+
+    Raises:
+        ModelError: if the base's configuration cannot be read.
+        AdapterError: if a rank does not fit its modules.
+    """
+    model = _skeleton(settings)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
+    ranks = settings.client_ranks
+    for rank in ranks:
+        check_rank(lora.shapes, rank)
+    trained = tuple(rank * sum(sum(shape) for shape in lora.shapes.values()) for rank in ranks)
+    up, first, down = _messages(settings, lora, ranks)
+    return Description(
+        settings=settings.as_dict(),
+        family=str(model.config.model_type),
+        target_modules=tuple(lora.shapes),
+        num_base_parameters=num_parameters,
+        num_trained_parameters=trained,
+        upload_bytes=up,
+        first_download_bytes=first,
+        download_bytes=down,
+        memory_bytes=_memory(settings, model, num_parameters, max(trained)),
+        cohort_size=settings.cohort_size,
+        cuts=cut_table(settings, model, lora.shapes) if settings.method.name == "splitlora" else None,
+    )
+
+
+def _skeleton(settings: Settings) -> Any:
+    """Return the base with its shapes and without its numbers."""
+    try:
+        config = AutoConfig.from_pretrained(
+            str(embedded.base_path(settings.model.base)), revision=settings.model.revision
+        )
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.base: expected a causal LM's configuration, got {settings.model.base!r}: {reason}"
+        ) from error
+
+
+def _messages(
+    settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank."""
+    if settings.method.name in (*CONTROLS, "base", "splitlora"):
+        nothing = (0,) * len(ranks)
+        return nothing, nothing, nothing
+    wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
+    fresh = settings.method.name == "flora"
+    stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
+    for rank in sorted(set(ranks)):
+        adapter, nothing_new = _zeros(lora, rank), Adapter()
+        start = None if fresh else adapter
+        news = _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed") if fresh else nothing_new
+        up = len(encode_update(Update(1, 0, adapter, 1, 1, 1, 1, 0.0, 0.0, 0.0), wire))
+        broadcasts = [Broadcast(1, 0, rank, 1.0, Adapter(), part, 0, start, (1, 0)) for part in (nothing_new, news)]
+        sizes[rank] = (up, *(len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts))  # type: ignore[assignment]
+    return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
+
+
+def _zeros(lora: LoRAModel, rank: int, *, fitted: bool = False) -> Adapter:
+    """Return pairs of a rank, where it is to be fitted of no higher one than a module can have."""
+    ranks = {name: min(rank, *shape) if fitted else rank for name, shape in lora.shapes.items()}
+    return Adapter(
+        {name: Pair(torch.zeros(o, ranks[name]), torch.zeros(ranks[name], i)) for name, (o, i) in lora.shapes.items()}
+    )
+
+
+def _memory(settings: Settings, model: Any, num_parameters: int, num_trained: int) -> int:
+    """Estimate the bytes of base, one adapter in training, and the activations of one pass."""
+    dtype = str(model.dtype).removeprefix("torch.") if settings.model.dtype == "auto" else settings.model.dtype
+    compute = _BYTES.get(dtype, 4.0)
+    per_parameter = _QUANTIZED_BYTES.get(settings.model.quantization, compute)
+    text = model.config.get_text_config()
+    width, blocks = text.hidden_size, text.num_hidden_layers
+    activations = settings.training.token_budget * width * blocks * ACTIVATIONS_PER_TOKEN_AND_BLOCK * compute
+    return int(num_parameters * per_parameter + num_trained * TRAINING_BYTES + activations)
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {f"{table}.{key}": value for table, keys in settings.items() for key, value in keys.items()}

@@ -1,0 +1,244 @@
+"""Ask a result something, beside its base: the prompt worded as in training, the answer greedy or sampled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedloom.data.encoding import render, resolve_template
+from fedloom.data.records import Dialogue, Prompt, Record, Shape, Turn, detect_shape
+from fedloom.data.sources import load_rows
+from fedloom.data.templates import AUTO, Template
+from fedloom.errors import DataError, EvaluationError
+from fedloom.evaluation.prompts import causal_lm, context_length, prompt_ids
+from fedloom.results.held_out import BASE
+from fedloom.results.opened_result import OpenedResult
+from fedloom.seeding import torch_stream
+
+DIALOGUES = (Shape.MESSAGES, Shape.SHAREGPT)
+NO_TEMPLATE = "none"
+"""The template that leaves a prompt as it was typed."""
+_ANSWER = "."
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is decoded: greedy at temperature 0, else drawn from ``softmax(logits / temperature)``.
+
+    It has ``max_new_tokens`` at most, fewer where the base's context ends before.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0.0 <= self.temperature < math.inf:
+            raise EvaluationError(
+                f"expected at least 1 new token and a finite temperature of 0 or more, got {self.max_new_tokens} and "
+                f"{self.temperature}; change --max-new-tokens or --temperature"
+            )
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a prompt is worded; ``template`` None: the tokenizer's chat template, ``shape`` None: as typed."""
+
+    shape: Shape | None
+    template: Template | None
+
+    @property
+    def is_dialogue(self) -> bool:
+        """Whether earlier turns stand before a question."""
+        return self.shape in DIALOGUES
+
+    @property
+    def description(self) -> str:
+        """The wording in a few words."""
+        if self.shape is None:
+            return "the prompt as typed"
+        return f"template {'chat' if self.template is None else self.template.name}"
+
+    def text(self, turns: Sequence[Turn], tokenizer: Any) -> str:
+        """Return what the model reads; where the wording is of single questions, that is the last turn alone."""
+        if self.shape is None:
+            return turns[-1].content
+        record: Record = Prompt(turns[-1].content, "", _ANSWER)
+        if self.is_dialogue:
+            record = Dialogue((*turns, Turn("assistant", _ANSWER)))
+        return render(record, self.template, tokenizer).prompt
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt as the model read it, and the answers by name: the adapters', then the base's."""
+
+    prompt: str
+    worded: str
+    answers: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return prompt and answers as plain values."""
+        return {"prompt": self.prompt, "worded": self.worded, "answers": dict(self.answers)}
+
+    def lines(self) -> list[str]:
+        """Return the answers for people; a single one without its name."""
+        if len(self.answers) == 1:
+            return [next(iter(self.answers.values()))]
+        return [f"{name}: {answer}" for name, answer in self.answers.items()]
+
+
+@dataclass
+class Conversation:
+    """Questions to one result, each answered by every model in ``names``; the first one's answers are remembered."""
+
+    opened: OpenedResult
+    wording: Wording
+    sampling: Sampling
+    names: Sequence[str]
+
+    def __post_init__(self) -> None:
+        self.turns: list[Turn] = []
+
+    def ask(self, prompt: str) -> Answered:
+        """Answer a prompt, in a dialogue after what was said before; the oldest exchanges go once there is no room.
+
+        Raises:
+            EvaluationError: the prompt alone leaves no room for an answer.
+        """
+        turns, tokenizer = [*self.turns, Turn("user", prompt)], self.opened.base.tokenizer
+        worded = self.wording.text(turns, tokenizer)
+        room = self._room()
+        while len(turns) > 1 and room is not None and len(prompt_ids(tokenizer, [worded])[0]) > room:
+            turns = turns[2:]
+            worded = self.wording.text(turns, tokenizer)
+        answers = {name: answer(self.opened, name, worded, self.sampling) for name in self.names}
+        if self.wording.is_dialogue:
+            self.turns = [*turns, Turn("assistant", next(iter(answers.values())))]
+        return Answered(prompt, worded, answers)
+
+    def _room(self) -> int | None:
+        """Return the tokens that what was said may take: an answer keeps its own, or half the context."""
+        context = context_length(self.opened.lora)
+        return None if context is None else context - min(self.sampling.max_new_tokens, context // 2)
+
+
+def converse(
+    opened: OpenedResult, *, template: str | None = None, sampling: Sampling | None = None, beside_base: bool = True
+) -> Conversation:
+    """Begin a conversation with a result, worded as it was trained.
+
+    Raises:
+        DataError: there is no such template.
+    """
+    names = [*opened.adapters, BASE] if beside_base or not opened.adapters else list(opened.adapters)
+    return Conversation(opened, wording_of(opened, template), sampling or Sampling(), names)
+
+
+def generate(
+    opened: OpenedResult,
+    prompt: str,
+    *,
+    template: str | None = None,
+    sampling: Sampling | None = None,
+    beside_base: bool = True,
+) -> Answered:
+    """Answer one prompt with a result, and with its base beside it.
+
+    Raises:
+        DataError: there is no such template.
+        EvaluationError: the prompt leaves no room for an answer.
+    """
+    return converse(opened, template=template, sampling=sampling, beside_base=beside_base).ask(prompt)
+
+
+def wording_of(opened: OpenedResult, template: str | None = None) -> Wording:
+    """Return the wording of a run's training, or the one named.
+
+    For a PEFT folder, which does not say how it was trained, that is the tokenizer's chat template, else ``plain``.
+
+    Raises:
+        DataError: there is no such template.
+    """
+    settings, tokenizer = opened.settings, opened.base.tokenizer
+    if template == NO_TEMPLATE:
+        return Wording(None, None)
+    shape = _shape_of_run(opened)
+    if shape is None:
+        shape = Shape.MESSAGES if tokenizer.chat_template else Shape.QUESTION_ANSWER
+    name = template or (settings.data.template if settings else None) or AUTO
+    return Wording(shape, resolve_template(name, shape, tokenizer))
+
+
+@torch.inference_mode()
+def answer(opened: OpenedResult, name: str, worded: str, sampling: Sampling) -> str:
+    """Decode one answer with an adapter, or with ``base``.
+
+    Raises:
+        EvaluationError: the prompt leaves no room for it.
+    """
+    from transformers import GenerationConfig, LogitsProcessorList
+
+    model, tokenizer = causal_lm(opened.use(None if name == BASE else name)), opened.base.tokenizer
+    ids = prompt_ids(tokenizer, [worded])[0]
+    num_new = num_new_tokens(model, ids, sampling)
+    end = tokenizer.eos_token_id
+    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=num_new, pad_token_id=end, eos_token_id=end)
+    processors = LogitsProcessorList([GumbelNoise(sampling, worded)] if sampling.temperature > 0.0 else [])
+    input_ids_BT = torch.tensor([ids], device=model.device)
+    generated_BT = model.generate(
+        input_ids_BT,
+        attention_mask=torch.ones_like(input_ids_BT),
+        generation_config=config,
+        logits_processor=processors,
+    )
+    return str(tokenizer.decode(generated_BT[0, len(ids) :].tolist(), skip_special_tokens=True)).strip()
+
+
+class GumbelNoise:
+    """Make the greedy choice a draw from ``softmax(logits / temperature)``, from a named stream.
+
+    The largest of ``logits / temperature + g`` with ``g = −log(−log u)`` is such a draw (the Gumbel-max trick), so no
+    global generator is touched.
+    """
+
+    def __init__(self, sampling: Sampling, worded: str) -> None:
+        self.temperature = sampling.temperature
+        self.generator = torch_stream(sampling.seed, "generate", worded)
+
+    def __call__(self, input_ids_BT: Tensor, scores_BV: Tensor) -> Tensor:
+        uniform_BV = torch.rand(scores_BV.shape, generator=self.generator, dtype=torch.float64).clamp_min(1e-300)
+        gumbel_BV = -(-uniform_BV.log()).clamp_min(1e-300).log()
+        return scores_BV.float() / self.temperature + gumbel_BV.float().to(scores_BV.device)
+
+
+def num_new_tokens(model: Any, ids: Sequence[int], sampling: Sampling) -> int:
+    """Return how long the answer may get: what was asked for, or what the context leaves."""
+    context = context_length(model)
+    if context is None:
+        return sampling.max_new_tokens
+    if len(ids) >= context:
+        raise EvaluationError(
+            f"expected a prompt of at most {context - 1} tokens, one less than the base's context, got {len(ids)}; "
+            "shorten it"
+        )
+    return min(sampling.max_new_tokens, context - len(ids))
+
+
+def _shape_of_run(opened: OpenedResult) -> Shape | None:
+    """Return the shape of the rows a run was trained on; None where nobody can say any more."""
+    if opened.settings is None:
+        return None
+    data = opened.settings.data
+    if (shape := Shape(data.shape)) is not Shape.AUTO:
+        return shape
+    try:
+        rows = load_rows(data.path, data.split, subset=data.subset, revision=data.revision)
+    except DataError:
+        return None
+    return detect_shape(rows, data.columns)

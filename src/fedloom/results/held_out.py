@@ -1,0 +1,251 @@
+"""Held-out loss and perplexity of a result beside its base's, on the run's own rows or on others."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedloom.assembly.inputs import Inputs, Workshop, context_of
+from fedloom.data.encoding import Encoded, EncodingCounts, encode
+from fedloom.data.groups import Grouping, grouping_of
+from fedloom.data.records import read_records
+from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.templates import AUTO
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import DataError
+from fedloom.evaluation.intervals import Difference
+from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
+from fedloom.results.opened_result import OpenedResult
+from fedloom.run_folder.durable import plain
+
+BASE = "base"
+MOST_MODELS_BY_GROUP = 6
+TEXT = "text"
+"""The shape of a file that is one text, every token of which is predicted."""
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """Which rows to predict and how they are read; what is None is as in the run, or the reader's own default."""
+
+    path: str | None = None
+    shape: str | None = None
+    template: str | None = None
+    max_length: int | None = None
+    overlong: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [name for name, value in self.__dict__.items() if value is not None]
+        if given and self.path is None:
+            raise DataError(
+                f"expected a path with {', '.join(given)}, got none: a run's own rows are read as in the run; name "
+                "rows, or leave them out"
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class HeldOut:
+    """Rows to predict, the text that each row's supervised tokens spell, where they are from, and their groups.
+
+    ``counts`` say what became of the rows of a file, the ones left out among them.
+    """
+
+    tokens: TokenSet
+    texts: list[str]
+    source: str
+    grouping: Grouping | None = None
+    counts: EncodingCounts | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Perplexities by name, ``base`` first, and each adapter's difference from the base in nats per byte."""
+
+    path: Path
+    held_out: HeldOut
+    scores: Mapping[str, Perplexity]
+    differences: Mapping[str, Difference]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the figures as plain values."""
+        scores = {}
+        for name, score in self.scores.items():
+            per = {f"nats_per_{unit}": getattr(score, f"nats_per_{unit}") for unit in ("token", "byte", "word")}
+            scores[name] = {"perplexity": score.per_token, **per}
+        first = self.scores[BASE]
+        return {
+            "result": str(self.path),
+            "data": self.held_out.source,
+            "data_sha256": self.held_out.tokens.sha256(),
+            "num_rows": first.num_rows,
+            "num_loss_tokens": first.num_loss_tokens,
+            "num_bytes": first.num_bytes,
+            "num_words": first.num_words,
+            **({"row_counts": plain(counts)} if (counts := self.held_out.counts) else {}),
+            "scores": plain(scores),
+            "differences_from_base_in_nats_per_byte": plain(dict(self.differences)),
+            "mean_loss_nats": self.mean_nats,
+            **({"loss_nats_of_group": groups} if (groups := self.of_group()) else {}),
+        }
+
+    def of_group(self) -> dict[str, dict[str, float]]:
+        """Return by group of rows the nats per token of every model."""
+        if self.held_out.grouping is None:
+            return {}
+        return {
+            group: {
+                name: float(score.rows.nats_N[which].sum() / score.rows.token_N[which].sum())
+                for name, score in self.scores.items()
+            }
+            for group, which in self.held_out.grouping.members()
+        }
+
+    @property
+    def mean_nats(self) -> float:
+        """Mean over the adapters of the nats per token; the base's where there is none."""
+        names = [name for name in self.scores if name != BASE] or [BASE]
+        return math.fsum(self.scores[name].nats_per_token.value for name in names) / len(names)
+
+    def lines(self) -> list[str]:
+        """Return the figures for people."""
+        first = self.scores[BASE]
+        lines = [
+            f"{self.held_out.source}: {first.num_rows:,} rows, {first.num_loss_tokens:,} tokens to predict, "
+            f"{first.num_bytes:,} bytes, {first.num_words:,} words",
+            *([counts.told] if (counts := self.held_out.counts) and counts.told else []),
+            f"{'':<12} {'nats per token':>28} {'per byte':>28} {'per word':>28} {'perplexity':>11}",
+        ]
+        for name, score in self.scores.items():
+            per = (score.nats_per_token, score.nats_per_byte, score.nats_per_word)
+            figures = " ".join(f"{e.bounded:>28}" for e in per)
+            lines.append(f"{name:<12} {figures} {score.per_token:>11.3f}")
+        if len(self.scores) > 2:
+            lines.append(f"mean over {len(self.scores) - 1} clients: {self.mean_nats:.4f} nats per token")
+        lines += [f"{name} − base, nats per byte: {found}" for name, found in self.differences.items()]
+        return lines + self._group_lines()
+
+    def _group_lines(self) -> list[str]:
+        groups, grouping = self.of_group(), self.held_out.grouping
+        if grouping is None or len(self.scores) > MOST_MODELS_BY_GROUP:
+            return []
+        width = max(map(len, (*groups, grouping.column)))
+        head = f"{grouping.column:<{width}} " + " ".join(f"{name:>9}" for name in self.scores) + "  nats per token"
+        return [head] + [
+            f"{group:<{width}} " + " ".join(f"{value:>9.4f}" for value in values.values())
+            for group, values in groups.items()
+        ]
+
+
+def evaluate(opened: OpenedResult, choice: RowChoice | None = None, *, token_budget: int = 8192) -> Measured:
+    """Measure every adapter of a result, and its base, on the same rows.
+
+    Intervals are bootstraps over rows (95 %), and the differences are paired.
+
+    Raises:
+        DataError: there are no rows, or they cannot be read as asked.
+    """
+    held_out = held_out_rows(opened, choice or RowChoice())
+    seed = 0 if opened.settings is None else opened.settings.run.seed
+    scores: dict[str, Perplexity] = {}
+    for name in (BASE, *opened.adapters):
+        model = opened.use(None if name == BASE else name)
+        scores[name] = measure_perplexity(model, held_out.tokens, held_out.texts, seed=seed, token_budget=token_budget)
+    differences = {name: compare_perplexity(scores[name], scores[BASE], seed=seed) for name in opened.adapters}
+    return Measured(opened.found.path, held_out, scores, differences)
+
+
+def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
+    """Return the rows that ``choice`` names, or a run's own held-out rows where it names none.
+
+    Raises:
+        DataError: there are none, or they cannot be read as asked.
+    """
+    tokenizer = opened.base.tokenizer
+    if choice.path is None:
+        tokens, rows = _own_rows(opened)
+        return _held_out(opened, tokens, rows, "the run's held-out rows")
+    if choice.shape == TEXT:
+        text = _read_text(Path(choice.path))
+        return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
+    encoded, rows = _read_rows(opened, choice, choice.path)
+    return _held_out(opened, encoded.tokens, rows, choice.path, encoded.counts)
+
+
+def _held_out(
+    opened: OpenedResult, tokens: TokenSet, rows: Rows, source: str, counts: EncodingCounts | None = None
+) -> HeldOut:
+    column = None if opened.settings is None else opened.settings.partition.column
+    return HeldOut(tokens, spelled_texts(tokens, opened.base.tokenizer), source, grouping_of(rows, column), counts)
+
+
+def spelled_texts(rows: TokenSet, tokenizer: Any) -> list[str]:
+    """Return per row the text that its supervised tokens spell, special tokens left out.
+
+    A stretch of tokens is decoded behind those before it, so that a space at its beginning is not lost.
+    """
+    return [_spelled(*rows.row(index), tokenizer) for index in range(len(rows))]
+
+
+def _spelled(ids: np.ndarray[Any, Any], supervised: np.ndarray[Any, Any], tokenizer: Any) -> str:
+    def decoded(stop: int) -> str:
+        text = tokenizer.decode(ids[:stop].tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return str(text)
+
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], supervised, [False]]).astype(np.int8)))
+    return "".join(
+        decoded(stop)[len(decoded(start)) :]
+        for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True)
+    )
+
+
+def own_inputs(opened: OpenedResult) -> Inputs | None:
+    """Return the rows of a run, read and partitioned as it did; None for a PEFT folder."""
+    if opened.settings is None:
+        return None
+    saved = opened.found.path / "partition.json"
+    return Workshop().inputs(opened.settings, opened.base, saved if saved.exists() else None)
+
+
+def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
+    inputs, path = own_inputs(opened), opened.found.path
+    if inputs is None:
+        raise DataError(f"{path}: a PEFT folder has no rows of its own; name some with --data FILE")
+    if inputs.held_out is None or inputs.held_out_rows is None:
+        raise DataError(f"{path}: the run held no rows out; name some with --data FILE")
+    return inputs.held_out, inputs.held_out_rows
+
+
+def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Encoded, Rows]:
+    """Return the rows of a file as tokens; those without an answer have nothing to predict and are left out."""
+    settings = None if opened.settings is None else opened.settings.data
+    shape = choice.shape or (settings.shape if settings else AUTO)
+    template = choice.template or (settings.template if settings else None) or AUTO
+    context = context_of(opened.base.model.config)
+    max_length = choice.max_length or (settings.max_length if settings else None) or context
+    overlong = choice.overlong or (settings.overlong if settings else "error")
+    columns = settings.columns if settings and shape == settings.shape else {}
+    rows = load_rows(path, Split.TEST)
+    loss_on = settings.loss_on if settings else "answer"
+    encoded = encode(
+        read_records(rows, shape, columns),
+        opened.base.tokenizer,
+        template=template,
+        max_length=max_length,
+        loss_on=loss_on,
+        overlong=overlong,
+        unanswered="drop",
+        named=lambda name: f"--{name.replace('_', '-')}",
+    )
+    return encoded, rows.select(encoded.kept)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: expected a file of UTF-8 text, got {error}; check --data") from error

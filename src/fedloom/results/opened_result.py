@@ -1,0 +1,234 @@
+"""Open what training left behind, a run folder or any PEFT folder, over its base.
+
+A run's base is the one its settings name, checked by hash; a PEFT folder's is the one it names itself. Either may be
+given another place. The weights of the base are never written: an adapter is put beside them and taken away again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedloom import config
+from fedloom.config import Settings
+from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
+from fedloom.lora.layer import LoRAModel, check_covers
+from fedloom.lora.pair import Adapter
+from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
+from fedloom.methods.state_codec import NUMBERS, TENSORS, damage_named, read_state
+from fedloom.models.load import Base, load_base
+from fedloom.run_folder.reader import ADAPTER, StoredRun, missing_adapters, read_run
+
+RESULT = "result"
+"""Name of the adapter that everybody shares; where each client has its own they are ``client-0``, ``client-1``, ..."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What lies in a folder, read without loading a base.
+
+    ``adapters`` is empty where training added nothing (the method ``base``); ``settings`` and ``run`` are None for a
+    PEFT folder; ``notes`` are for people.
+    """
+
+    path: Path
+    adapters: Mapping[str, Adapter]
+    base_name: str | None
+    settings: Settings | None = None
+    run: StoredRun | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class OpenedResult:
+    """A result over its base, which ``lora`` wraps."""
+
+    found: Found
+    base: Base
+    lora: LoRAModel
+
+    @property
+    def adapters(self) -> Mapping[str, Adapter]:
+        """The adapters by name."""
+        return self.found.adapters
+
+    @property
+    def settings(self) -> Settings | None:
+        """The run's settings; None for a PEFT folder."""
+        return self.found.settings
+
+    def use(self, name: str | None) -> LoRAModel:
+        """Put one adapter on the base, or none, and return the model that the next passes go through."""
+        adapter = None if name is None else self.adapters[name]
+        self.lora.set_side(adapter)
+        self.lora.route_all(None)
+        return self.lora
+
+
+def open_result(
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    client: int | None = None,
+    device: str | None = None,
+) -> OpenedResult:
+    """Open a run folder or a PEFT folder over its base.
+
+    ``base`` and ``tokenizer`` take the place of those that the run's settings or the PEFT folder name. ``client``
+    chooses one client's adapter where each has its own.
+
+    Raises:
+        RunError: there is nothing of the kind, or the run has not completed a round.
+        AdapterError: the adapter is corrupt, or for another base.
+        ModelError: the base is not at hand, or is not the one that the run trained on.
+    """
+    found = of_client(find_result(Path(path)), client)
+    loaded = load_base_of(found, base, tokenizer, device)
+    return OpenedResult(found, loaded, wrap(found, loaded))
+
+
+def find_result(path: Path) -> Found:
+    """Read the adapters of a run folder or a PEFT folder.
+
+    Raises:
+        RunError: it is neither, or a run without a completed round.
+        AdapterError: an adapter's files are corrupt.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path}: expected the folder of a run or of a PEFT adapter, found no folder; check the path")
+    if (path / "manifest.json").exists():
+        return _find_run(path)
+    if (path / CONFIG_NAME).exists():
+        return Found(path, {RESULT: load_peft(path)}, base_name_of(path))
+    raise RunError(
+        f"{path}: expected a run (manifest.json) or a PEFT adapter ({CONFIG_NAME}), found {_listed(path)}; "
+        "name the folder itself"
+    )
+
+
+def of_client(found: Found, client: int | None) -> Found:
+    """Keep the adapter of one client; None keeps what is there.
+
+    Raises:
+        RunError: there is one adapter for everybody, or none of that client.
+    """
+    if client is None:
+        return found
+    name = f"client-{client}"
+    if name in found.adapters:
+        return Found(found.path, {name: found.adapters[name]}, found.base_name, found.settings, found.run, found.notes)
+    if RESULT in found.adapters or not found.adapters:
+        raise RunError(f"--client {client}: {found.path} has no adapter per client; leave --client out")
+    known = ", ".join(name.removeprefix("client-") for name in found.adapters)
+    raise RunError(f"--client {client}: expected one of {known}, the clients of {found.path}, got {client}")
+
+
+def load_base_of(
+    found: Found, base: str | Path | None, tokenizer: str | Path | None, device: str | None = None, **changes: Any
+) -> Base:
+    """Load the base of a result; ``changes`` replace what the run's settings say of dtype and quantization.
+
+    Raises:
+        ModelError: it is not at hand, or has another hash than the one that the run trained on.
+    """
+    name = base or found.base_name
+    if name is None:
+        raise ModelError(f"{found.path}: the adapter does not name its base; name it with --base FOLDER_OR_HUB_NAME")
+    options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": "auto", "device": device or "auto"}
+    if found.settings is not None:
+        model = found.settings.model
+        options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}
+        options |= {"device": device or model.device} | ({} if base else {"revision": model.revision})
+    try:
+        loaded = load_base(name, **(options | changes))
+    except MissingExtraError:
+        raise
+    except ModelError as error:
+        if base is not None:
+            raise
+        raise ModelError(
+            f"{found.path}: its base {found.base_name!r} cannot be loaded from here: {error}; "
+            "if it lies elsewhere, name it with --base FOLDER"
+        ) from error
+    _check_identity(found, loaded)
+    return loaded
+
+
+def wrap(found: Found, base: Base) -> LoRAModel:
+    """Wrap the modules of the base that the adapters are for.
+
+    Raises:
+        AdapterError: an adapter is for another base.
+    """
+    modules = sorted({name for adapter in found.adapters.values() for name in adapter})
+    try:
+        lora = LoRAModel(base.model, modules)
+        for adapter in found.adapters.values():
+            check_covers(adapter, lora.shapes)
+    except (ModelError, AdapterError) as error:
+        raise AdapterError(
+            f"{found.path}: the adapter is for another base than {base.name}: {error}; name its own with --base FOLDER"
+        ) from error
+    return lora
+
+
+def unfinished_note(run: StoredRun) -> str:
+    """Say how far a run is, and how to finish it."""
+    planned = run.config.get("federation", {}).get("num_rounds", "?")
+    return (
+        f"{run.path} has not finished (round {len(run.records)} of {planned}); finish it with: "
+        f"fedloom run {run.path / 'config.json'} --out {run.path}"
+    )
+
+
+def _find_run(path: Path) -> Found:
+    run = read_run(path)
+    settings = config.load(path / "config.json", also=())
+    if run.finished is not None:
+        if missing := missing_adapters(path, run.finished):
+            raise RunError(
+                f"{missing[0]}: expected the adapter that this run wrote, found none; write it again with: "
+                f"fedloom run {path / 'config.json'} --out {path}"
+            )
+        return Found(path, _finished_adapters(path / ADAPTER), settings.model.base, settings, run)
+    adapters = _state_adapters(run)
+    return Found(path, adapters, settings.model.base, settings, run, (unfinished_note(run),))
+
+
+def _finished_adapters(folder: Path) -> dict[str, Adapter]:
+    if (folder / CONFIG_NAME).exists():
+        return {RESULT: load_peft(folder)}
+    own = sorted(folder.glob("client-*"), key=lambda entry: int(entry.name.removeprefix("client-")))
+    return {entry.name: load_peft(entry) for entry in own}
+
+
+def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
+    """Return what the last completed round left."""
+    folder = run.path / "rounds" / str(run.records[-1]["round"]) if run.records else None
+    if folder is None or not (folder / TENSORS).is_file():
+        raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
+    with damage_named(folder):
+        state = read_state((folder / TENSORS).read_bytes(), (folder / NUMBERS).read_bytes())
+    if len(state.own) > 1:
+        return {f"client-{client}": adapter for client, adapter in sorted(state.own.items())}
+    adapter = next(iter(state.own.values()), state.global_adapter())
+    return {RESULT: adapter} if adapter else {}
+
+
+def _check_identity(found: Found, base: Base) -> None:
+    if found.run is None:
+        return
+    trained_on = found.run.manifest["identity"].get("base_sha256")
+    if trained_on is not None and trained_on != base.revision_hash:
+        raise ModelError(
+            f"{found.path}: expected the base it was trained on (sha256 {trained_on[:12]}), got {base.name} "
+            f"(sha256 {base.revision_hash[:12]}); name the right one with --base FOLDER"
+        )
+
+
+def _listed(path: Path) -> str:
+    names: Iterable[str] = sorted(entry.name for entry in path.iterdir())
+    return ", ".join(list(names)[:5]) or "an empty folder"

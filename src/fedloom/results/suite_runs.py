@@ -1,0 +1,157 @@
+"""Run a suite of a recipe: ask what its files or rows ask, and score the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, assert_never
+
+from fedloom.config.conduct import SuiteName
+from fedloom.data.encoding import render, resolve_template
+from fedloom.data.records import Prompt, Shape
+from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.errors import EvaluationError
+from fedloom.evaluation.choice.multiple_choice import answer_questions
+from fedloom.evaluation.choice.questions import Question, read_mmlu, read_questions
+from fedloom.evaluation.decoding import OnProgress, decode
+from fedloom.evaluation.e2e.e2e_files import References, read_references
+from fedloom.evaluation.e2e.scorer import score_e2e
+from fedloom.evaluation.outputs_file import outputs_path
+from fedloom.lora.layer import LoRAModel
+from fedloom.results.exact_answers import exact_match, last_number
+from fedloom.results.suites import SuiteChoice, SuiteScores
+
+
+def run_suite(
+    suite: SuiteName,
+    model: LoRAModel,
+    tokenizer: Any,
+    choice: SuiteChoice,
+    *,
+    rows: Rows | None = None,
+    outputs: Path | None = None,
+    model_id: str = "",
+    on_progress: OnProgress | None = None,
+) -> SuiteScores:
+    """Score what ``model`` is routed to; what is decoded is kept in ``outputs`` plus how it was decoded, and resumed.
+
+    ``rows`` are held-out ones, for the suites that ask rows and for which the choice has no path.
+
+    Raises:
+        EvaluationError: if the suite's files are absent or hold something else.
+        DataError: if there are no such rows.
+    """
+    match suite:
+        case "e2e":
+            return _e2e(model, tokenizer, choice, outputs, model_id, on_progress)
+        case "mmlu":
+            folder = _path(choice, suite, "the folder with test/*.csv and dev/*.csv")
+            return _multiple_choice(
+                suite, model, tokenizer, choice, read_mmlu(folder), read_mmlu(folder, "dev"), on_progress
+            )
+        case "multiple-choice":
+            file = _path(choice, suite, "a JSONL file of question, choices, answer")
+            none_shot = replace(choice, shots=0)
+            return _multiple_choice(suite, model, tokenizer, none_shot, read_questions(file), (), on_progress)
+        case "exact-match":
+            asked = _rows(choice, suite, rows)
+            return exact_match(
+                model, tokenizer, asked, choice, outputs=outputs, model_id=model_id, on_progress=on_progress
+            )
+        case "last-number":
+            asked = _rows(choice, suite, rows)
+            return last_number(
+                model, tokenizer, asked, choice, outputs=outputs, model_id=model_id, on_progress=on_progress
+            )
+    assert_never(suite)
+
+
+def _e2e(
+    model: LoRAModel,
+    tokenizer: Any,
+    choice: SuiteChoice,
+    outputs: Path | None,
+    model_id: str,
+    on_progress: OnProgress | None,
+) -> SuiteScores:
+    references = read_references(_path(choice, "e2e", "the references, e.g. testset_w_refs.csv"))
+    if not references.mrs:
+        raise EvaluationError("e2e: expected references that name their meaning representation (a CSV, or mr||ref)")
+    chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
+    template = resolve_template(choice.template, Shape.E2E, tokenizer)
+    prompts = [render(Prompt(mr, "", "."), template, tokenizer).prompt for mr in chosen.mrs]
+    file = outputs and outputs_path(outputs, choice.decoding)
+    decoded = decode(model, tokenizer, prompts, choice.decoding, file=file, model_id=model_id, on_progress=on_progress)
+    texts = [" ".join(text.split()) for text in decoded.outputs]
+    scores = score_e2e(chosen.texts, texts, seed=choice.seed)
+    notes = {
+        "num_references": scores.num_references,
+        "num_empty_outputs": scores.num_empty_outputs,
+        "num_cut_off": decoded.num_cut_off,
+        "absent": scores.absent,
+        "decoding": decoded.settings.__dict__,
+    }
+    return SuiteScores("e2e", scores.estimates, notes, items=scores.items)
+
+
+def _multiple_choice(
+    suite: str,
+    model: LoRAModel,
+    tokenizer: Any,
+    choice: SuiteChoice,
+    questions: Sequence[Question],
+    examples: Sequence[Question],
+    on_progress: OnProgress | None,
+) -> SuiteScores:
+    found = answer_questions(
+        model,
+        tokenizer,
+        spread(questions, choice.limit),
+        examples,
+        shots=choice.shots,
+        answering=choice.answering,
+        token_budget=choice.token_budget,
+        on_progress=on_progress,
+    )
+    notes = {
+        "chance": found.chance,
+        "shuffled": found.shuffled,
+        "answering": found.answering.value,
+        "shots": found.shots,
+        "mean_shots": found.mean_shots,
+        "num_with_fewer_shots": found.num_with_fewer_shots,
+        "num_truncated": found.num_truncated,
+    }
+    estimates = {"accuracy": found.micro, "macro_accuracy": found.macro}
+    items = {"accuracy": found.items["micro"], "macro_accuracy": found.items["macro"]}
+    return SuiteScores(suite, estimates, notes, found.per_subject, items)
+
+
+def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+    """Return at most ``limit`` questions, evenly spaced, so that every subject keeps its share."""
+    if limit is None or limit >= len(questions):
+        return list(questions)
+    return [questions[k * len(questions) // limit] for k in range(limit)]
+
+
+def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
+    if suite in choice.paths:
+        return load_rows(choice.paths[suite], Split.TEST)
+    if held_out is None:
+        raise EvaluationError(
+            f"{suite}: expected rows, there are no held-out ones; name some with --data or evaluation.paths.{suite}, "
+            "or hold some out with data.eval_rows or data.eval_path"
+        )
+    return held_out
+
+
+def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:
+    if suite not in choice.paths:
+        raise EvaluationError(f"{suite}: expected {wanted}, named by --data or evaluation.paths.{suite}; got none")
+    path = Path(choice.paths[suite]).expanduser()
+    if not path.exists():
+        raise EvaluationError(
+            f"{suite}: expected {wanted} at {path}, nothing is there; check --data or evaluation.paths.{suite}"
+        )
+    return path

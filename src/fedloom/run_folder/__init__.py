@@ -1,0 +1,1 @@
+"""A run's folder: how it is claimed, written so that a kill loses at most one round, and read."""

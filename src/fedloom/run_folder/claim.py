@@ -1,0 +1,244 @@
+"""How a run folder is claimed: refuse what is not ours, lock, clear up after a crash, start or resume."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from fedloom.errors import RunError
+from fedloom.run_folder import durable
+from fedloom.run_folder.manifest import (
+    FORMAT,
+    FORMAT_VERSION,
+    differences,
+    new_manifest,
+    resumed_manifest,
+    summary,
+)
+
+LOCK = ".fedloom.lock"
+READY = ".ready-"
+RECORD = "record.json"
+EVALUATION = "evaluation"
+"""The folder, in a run's, of what was decoded to be scored."""
+# In the order in which a fresh start removes them, up to the last two, which it replaces.
+ENTRIES = (
+    "finished.json",
+    "rounds",
+    "metrics.jsonl",
+    "tensorboard",
+    "adapter",
+    EVALUATION,
+    "report.html",
+    "partition.json",
+    "holdings.json",
+    "config.json",
+    "manifest.json",
+)
+
+
+def refuse_foreign(path: Path) -> None:
+    """Check that ``path`` is absent, empty, a run, or a run whose creation was interrupted.
+
+    Raises:
+        RunError: anything else; nothing was touched.
+    """
+    if not path.exists():
+        return
+    if not path.is_dir():
+        raise RunError(f"{path} is a file: expected a folder for the run; choose another name")
+    names = {entry.name for entry in path.iterdir()}
+    if "manifest.json" in names:
+        read_manifest(path)
+        return
+    foreign = {name for name in names if name not in {LOCK, "config.json"} and not name.startswith(durable.TEMPORARY)}
+    if foreign or (names and LOCK not in names):
+        shown = ", ".join(sorted(foreign or names)[:3])
+        raise RunError(
+            f"{path} is not empty and not a fedloom run (it holds {shown}): choose another folder; "
+            f"nothing in it was touched"
+        )
+
+
+def refuse_another(path: Path, config: Mapping[str, Any], may_change: Collection[str]) -> None:
+    """Check that ``path`` holds no run, or one of these settings, before anything dear is loaded.
+
+    A run that has not completed a round has nothing to lose, and gives way to one of other settings.
+
+    Raises:
+        RunError: it holds a run of other settings, or something else; nothing was touched.
+    """
+    refuse_foreign(path)
+    if is_begun(path):
+        refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
+
+
+def rounds_done(path: Path) -> list[int]:
+    """Return the numbers of the rounds that the run in ``path`` has completed, in order."""
+    folder = path / "rounds"
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
+def is_begun(path: Path) -> bool:
+    """Tell whether ``path`` holds a run that has completed a round, or all that it has to do."""
+    return (path / "manifest.json").exists() and (bool(rounds_done(path)) or (path / "finished.json").exists())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of the run folder ``path``.
+
+    Raises:
+        RunError: it is damaged, of something else, or of a newer format.
+    """
+    manifest = durable.read_json(path / "manifest.json")
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RunError(f"{path} holds a manifest.json that is not fedloom's: choose another folder")
+    if manifest["format_version"] > FORMAT_VERSION:
+        raise RunError(
+            f"{path} has run format {manifest['format_version']}, this fedloom reads up to {FORMAT_VERSION}: upgrade it"
+        )
+    return manifest
+
+
+def lock(path: Path) -> int:
+    """Hold the folder ``path`` for this process and return the descriptor; the lock ends with the process.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise RunError(f"{path} is in use by process {holder}: wait for it or choose another folder") from error
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def recover(path: Path) -> None:
+    """Remove what a killed process left half-written, and complete a replacement it had ready."""
+    for entry in sorted(path.iterdir()):
+        if entry.name.startswith(durable.TEMPORARY):
+            durable.discard(entry)
+        elif entry.name.startswith(READY):
+            roll_forward(entry)
+
+
+def roll_forward(ready: Path) -> None:
+    """Put the complete entry ``.ready-<name>`` in the place of ``<name>``; repeatable after a kill."""
+    final = ready.with_name(ready.name.removeprefix(READY))
+    remove(final.parent, final)
+    ready.rename(final)
+    durable.sync_folder(final.parent)
+
+
+def remove(run: Path, path: Path) -> None:
+    """Remove ``path``, which lies in the folder ``run``: first its name, in one step, then its content."""
+    if not path.exists() and not path.is_symlink():
+        return
+    doomed = durable.temporary_name(run)
+    path.rename(doomed)
+    durable.discard(doomed)
+
+
+def clear(path: Path) -> None:
+    """Remove an earlier run's results from the folder ``path``; what fedloom did not write stays.
+
+    The settings and the manifest stay too, to be replaced: a kill in between leaves a run that can be started over.
+    """
+    for name in ENTRIES[:-2]:
+        remove(path, path / name)
+
+
+def start(path: Path, config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Write the settings and the manifest of a new run; return the manifest."""
+    manifest = new_manifest(identity)
+    durable.write_json(path / "config.json", config)
+    durable.write_json(path / "manifest.json", manifest)
+    return manifest
+
+
+def start_or_resume(
+    path: Path, config: Mapping[str, Any], identity: Mapping[str, Any], may_change: Collection[str]
+) -> dict[str, Any]:
+    """Start a run where none has begun; otherwise check that the run there is this one, and note the new session.
+
+    Raises:
+        RunError: the run there has other settings, or another base, data or partition.
+    """
+    if not is_begun(path):
+        clear(path)
+        return start(path, config, identity)
+    manifest = read_manifest(path)
+    refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
+    refuse_other_identity(path, manifest["identity"], durable.plain(identity))
+    manifest["identity"] |= durable.plain(identity)
+    manifest = resumed_manifest(manifest, len(list((path / "rounds").glob("*"))))
+    durable.write_json(path / "config.json", config)
+    durable.write_json(path / "manifest.json", manifest)
+    return manifest
+
+
+def refuse_other_settings(
+    path: Path, there: Mapping[str, Any], asked: Mapping[str, Any], may_change: Collection[str]
+) -> None:
+    """Check that two runs' settings agree, but for those that may change.
+
+    Raises:
+        RunError: they differ; the message names each setting with both values.
+    """
+    if phrases := differences(there, asked, may_change):
+        raise RunError(
+            f"{path} holds a run with other settings ({summary(phrases)}): "
+            f"use these settings, choose another folder, or start over with --fresh"
+        )
+
+
+def refuse_other_identity(path: Path, there: Mapping[str, Any], asked: Mapping[str, Any]) -> None:
+    """Check seeds and hashes that both sides know.
+
+    Raises:
+        RunError: one differs; the message names it with both values.
+    """
+    common = there.keys() & asked.keys()
+    if phrases := differences({k: there[k] for k in common}, {k: asked[k] for k in common}):
+        raise RunError(
+            f"{path} was made from something else ({summary(phrases)}): "
+            f"use the same base and data, choose another folder, or start over with --fresh"
+        )
+
+
+def inside(name: str) -> PurePosixPath:
+    """Return a relative name that cannot lead out of its folder.
+
+    Raises:
+        ValueError: it is absolute or climbs.
+    """
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"expected a name inside the run folder, got {name!r}")
+    return path
+
+
+def complete_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSONL file, leaving out a last line that was cut off; none where the file is absent.
+
+    Raises:
+        RunError: a line before the last is not JSON.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")[:-1]
+    try:
+        return [json.loads(line) for line in lines]
+    except json.JSONDecodeError as error:
+        raise RunError(
+            f"{path} is damaged: expected one JSON record per line, got {error}; restore the file"
+        ) from error

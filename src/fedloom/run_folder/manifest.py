@@ -1,0 +1,83 @@
+"""What a run is: the software it ran on, the hashes of what went in, and how two runs' settings differ."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+from collections.abc import Collection, Mapping
+from importlib import metadata
+from typing import Any
+
+from fedloom.run_folder.durable import plain
+
+FORMAT = "fedloom-run"
+FORMAT_VERSION = 1
+_PACKAGES = ("fedloom", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
+_SHOWN_DIFFERENCES = 4
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that numbers depend on; imports none of them."""
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "absent"
+    return found
+
+
+def new_manifest(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run that starts now; ``identity`` holds seeds and hashes."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "identity": plain(identity),
+        "sessions": [_session(0)],
+    }
+
+
+def resumed_manifest(manifest: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
+    """Return ``manifest`` with one more session: a run may be continued by other versions, and that is recorded."""
+    return {**manifest, "sessions": [*manifest["sessions"], _session(num_rounds_done)]}
+
+
+def version_changes(manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """Return package -> (version at the start, version of the last session) where they differ."""
+    first, last = manifest["sessions"][0]["versions"], manifest["sessions"][-1]["versions"]
+    return {name: (first.get(name, "absent"), last[name]) for name in last if first.get(name) != last[name]}
+
+
+def _session(num_rounds_done: int) -> dict[str, Any]:
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {"started": now, "num_rounds_done": num_rounds_done, "versions": dict(versions())}
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings by dotted name, in JSON's types: ``{"run": {"seed": 1}}`` -> ``{"run.seed": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = plain(value)
+    return flat
+
+
+def differences(there: Mapping[str, Any], asked: Mapping[str, Any], may_change: Collection[str] = ()) -> list[str]:
+    """Return one phrase per setting that differs, naming both values; ``may_change`` names settings or tables."""
+    old, new = flatten(there), flatten(asked)
+    phrases = []
+    for name in sorted(old.keys() | new.keys()):
+        allowed = any(name == free or name.startswith(f"{free}.") for free in may_change)
+        if not allowed and old.get(name) != new.get(name):
+            phrases.append(f"{name} is {old.get(name)!r} there, {new.get(name)!r} asked")
+    return phrases
+
+
+def summary(phrases: list[str]) -> str:
+    """Return the first few phrases in one line, and how many more there are."""
+    rest = len(phrases) - _SHOWN_DIFFERENCES
+    return "; ".join(phrases[:_SHOWN_DIFFERENCES]) + (f"; and {rest} more" if rest > 0 else "")

@@ -1,0 +1,131 @@
+"""What crosses at every step of split training: activations and what the loss needs one way, gradients the other.
+
+Nothing else does: no token ids of the prompt, no keys or values, no masks (positions follow from the samples' lengths),
+and no labels where they stay with the client. A message is a flat record that is written as one safetensors blob; its
+``num_bytes`` is that blob's length, computed without writing it.
+
+Letters: N samples, T tokens, D width, S supervised targets.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Literal, Self
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedloom.errors import UpdateError
+from fedloom.split.codecs import Encoded
+
+MessageKind = Literal["activations", "gradients", "hidden", "tail gradients"]
+
+_ORDER = {"F64": 0, "F32": 1, "I32": 2, "BF16": 3, "F16": 4, "I8": 5}
+"""safetensors lays tensors out by type, then by name; the header's length depends on it through the offsets."""
+
+_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int8: "I8",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class SplitMessage:
+    """A matrix (T, D) of one client at one step and micro-batch, either way.
+
+    ``kind`` says which of the four transfers it is; only a U-shape has the last two. ``num_loss_tokens`` counts the
+    supervised tokens of the client's whole step, by which losses are weighted; ``loss_nats`` is their sum in this
+    micro-batch, told by whoever computed the loss. ``lengths_N`` comes with activations, ``target_index_S`` and
+    ``targets_S`` only where the labels are the server's. The loss is written with as many digits whatever it is.
+    """
+
+    kind: MessageKind
+    client: int
+    step: int
+    micro_batch: int
+    matrix: Encoded
+    num_loss_tokens: int = 0
+    loss_nats: float = 0.0
+    lengths_N: Tensor | None = None
+    target_index_S: Tensor | None = None
+    targets_S: Tensor | None = None
+
+    _TENSORS: ClassVar[tuple[str, ...]] = ("lengths_N", "target_index_S", "targets_S")
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens whose activations or gradients these are."""
+        return self.matrix.values_TD.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of :meth:`to_bytes`, from shapes and types alone."""
+        tensors, offset = self._tensors(), 0
+        header: dict[str, object] = {"__metadata__": {"split": self._metadata()}}
+        for name in sorted(tensors, key=lambda name: (_ORDER[_NAMES[tensors[name].dtype]], name)):
+            tensor = tensors[name]
+            span = [offset, offset + tensor.nbytes]
+            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+            offset = span[1]
+        length = len(json.dumps(header, separators=(",", ":")))
+        return 8 + length + (-length) % 8 + offset
+
+    def to_bytes(self) -> bytes:
+        """Write the message as one safetensors blob."""
+        tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
+        blob: bytes = save(tensors, metadata={"split": self._metadata()})
+        return blob
+
+    @classmethod
+    def from_bytes(cls, blob: bytes) -> Self:
+        """Read a message back.
+
+        Raises:
+            UpdateError: if the blob is not one.
+        """
+        try:
+            length = int.from_bytes(blob[:8], "little")
+            fields = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["split"])
+            tensors = load(blob)
+            matrix = Encoded(tensors.pop("values_TD"), tensors.pop("scales_T", None))
+            return cls(matrix=matrix, **fields, **tensors)  # type: ignore[arg-type]
+        except Exception as problem:
+            raise UpdateError(f"expected a split message of {len(blob)} bytes, got something else: {problem}") from None
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {"values_TD": self.matrix.values_TD}
+        if self.matrix.scales_T is not None:
+            tensors["scales_T"] = self.matrix.scales_T
+        labels = {name: getattr(self, name) for name in self._TENSORS}
+        return tensors | {name: tensor for name, tensor in labels.items() if tensor is not None}
+
+    def _metadata(self) -> str:
+        names = ("kind", "client", "step", "micro_batch", "num_loss_tokens")
+        numbers = json.dumps({name: getattr(self, name) for name in names}, separators=(",", ":"))
+        loss = f"{self.loss_nats: .16e}" if math.isfinite(self.loss_nats) else json.dumps(self.loss_nats)
+        return f'{numbers[:-1]},"loss_nats":{loss}}}'
+
+
+def check_activations(message: SplitMessage, width: int) -> None:
+    """Refuse activations of the wrong shape, or with numbers that are not finite.
+
+    Raises:
+        UpdateError: saying what was expected of whom.
+    """
+    shape = tuple(message.matrix.values_TD.shape)
+    num_tokens = shape[0] if message.lengths_N is None else int(message.lengths_N.sum())
+    if shape != (num_tokens, width):
+        raise UpdateError(
+            f"client {message.client}, step {message.step}: expected {message.kind} of shape ({num_tokens}, {width}), "
+            f"got {shape}; every client must run the base model and cut of this run"
+        )
+    for part in (message.matrix.values_TD, message.matrix.scales_T):
+        if part is not None and part.is_floating_point() and not bool(torch.isfinite(part).all()):
+            raise UpdateError(f"client {message.client}, step {message.step}: its {message.kind} are not finite")

@@ -1,0 +1,62 @@
+"""A split run with everybody in this process over one resident base: a slot for every client, one for the server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import CutError
+from fedloom.federation.server import ServerRules
+from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.models.cut import cut, verify_cut
+from fedloom.seeding import torch_stream
+from fedloom.split.client_halves import LocalSplitClients
+from fedloom.split.parties import MakeStrategy, SplitParties
+from fedloom.split.party import MakeOptimiser, adamw
+from fedloom.split.plan import SplitPlan, segments, server_shapes
+from fedloom.split.server_half import SplitServer
+from fedloom.training.loss import output_head
+
+
+def local_parties(
+    lora: LoRAModel,
+    plan: SplitPlan,
+    rows: Sequence[TokenSet],
+    make_strategy: MakeStrategy,
+    rules: ServerRules,
+    make_optimiser: MakeOptimiser = adamw,
+) -> SplitParties:
+    """Verify the cuts against the uncut model and set up all parties over ``lora``, whose slots periods open anew.
+
+    Raises:
+        CutError: if the model cannot be cut there, or the plan counts other clients than there are rows for.
+        SettingsError: if the plan cannot be followed.
+    """
+    model = lora.model
+    plan.check(model, lora.shapes)
+    if tuple(len(own) for own in rows) != plan.num_rows:
+        raise CutError(f"split: expected clients with {list(plan.num_rows)} rows, got {[len(own) for own in rows]}")
+    lora.close()
+    for cut_layer in sorted(set(plan.cut_layers)):
+        verify_cut(model, cut(model, cut_layer))
+    lora.route_all(None)
+    head = output_head(model)
+    device, dropout = next(model.parameters()).device, plan.training.dropout
+    names = [("dropout", 0, client) for client in range(plan.num_clients)] + [("dropout", 0, "server")]
+    generators = [torch_stream(plan.seed, *name, device=device) for name in names]
+    clients = zip(plan.ranks, plan.scales, strict=True)
+    sizes = [] if plan.is_frozen else list(clients)
+    ranks_and_scales = [*sizes, (plan.server_rank, plan.server_scale)]
+    used = generators[len(generators) - len(ranks_and_scales) :]
+    slots = [Slot(r, s, dropout, g) for (r, s), g in zip(ranks_and_scales, used, strict=True)]
+    parts = segments(plan, model, lora.shapes)
+    return SplitParties(
+        plan=plan,
+        segments=parts,
+        server_shapes=server_shapes(plan, model, lora.shapes),
+        server=SplitServer(lora, head, plan, len(sizes), make_optimiser),
+        clients=LocalSplitClients(lora, head, plan, parts, rows, make_optimiser),
+        make_strategy=make_strategy,
+        rules=rules,
+        open_slots=lambda: lora.open(slots),
+    )

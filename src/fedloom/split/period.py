@@ -1,0 +1,302 @@
+"""One aggregation period of a split run: the steps between two aggregations, and the aggregation that ends it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.federation.messages import decode_update, encode_broadcast, encode_update
+from fedloom.federation.rounds import Arrival, ClientRecord, Intake, RoundPlan, advice_after
+from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
+from fedloom.lora.pair import Adapter
+from fedloom.methods.state import Broadcast, Failure, ServerState, Update
+from fedloom.split.client_halves import start_of
+from fedloom.split.cut_messages import SplitMessage, check_activations
+from fedloom.split.parties import SplitParties
+from fedloom.split.plan import SERVER, Segment
+from fedloom.split.split_state import SplitState
+
+IN_FLIGHT = 2
+"""Micro-batches asked for ahead of the one the server works on, itself included."""
+
+
+@dataclass(frozen=True)
+class SplitClientRecord(ClientRecord):
+    """A client's part in a period.
+
+    ``upload_bytes`` and ``download_bytes`` are totals; of them, the two here are activations' and gradients', and the
+    rest are adapters.
+    """
+
+    activation_upload_bytes: int = 0
+    activation_download_bytes: int = 0
+
+
+class Period:
+    """The steps between two aggregations: who still takes part, what has crossed, what was lost."""
+
+    def __init__(self, parties: SplitParties, state: SplitState) -> None:
+        self._parties, self._plan, self._state = parties, parties.plan, state
+        self.round = state.round + 1
+        self.cohort = self._plan.cohort(self.round)
+        self.present = list(self.cohort)
+        self.reasons: dict[int, str] = {}
+        self.up, self.down = dict.fromkeys(self.cohort, 0), dict.fromkeys(self.cohort, 0)
+        self.nats: dict[int, float] = dict.fromkeys(self.cohort, 0.0)
+        self.loss_tokens = dict.fromkeys(self.cohort, 0)
+        self.last_loss, self.last_losses = 0.0, dict[int, float]()
+        self._share: dict[int, int] = {}
+        self.broadcasts = [
+            broadcasts_for(s, segment.clients(self.cohort), parties.strategy(segment), parties.ranks, parties.scales)
+            for s, segment in zip(state.segments, parties.segments, strict=True)
+        ]
+        self._begin()
+
+    def _begin(self) -> None:
+        """Send everybody's adapters out, the server's own share included."""
+        self._parties.open_slots()
+        received: dict[int, list[Broadcast]] = {client: [] for client in self.cohort}
+        server_pairs = dict(self._state.server)
+        drawn: set[str] = set()
+        for segment, broadcasts in zip(self._parties.segments, self.broadcasts, strict=True):
+            for broadcast in broadcasts:
+                if broadcast.client == SERVER:
+                    server_pairs.update(start_of(broadcast, segment, self._plan.seed))
+                    drawn |= set(segment.shapes) if broadcast.start is None else set()
+                else:
+                    received[broadcast.client].append(broadcast)
+        memory = {client: dict(carried) for client, carried in self._state.clients.items()}
+        self._parties.clients.begin(self.round, received, memory)
+        server = self._parties.server
+        server.begin(Adapter(server_pairs), self._state.side(), self.round, self._state.server_memory, drawn)
+        server.feedback.residuals_D = dict(self._state.residuals)
+
+    def step(self, step: int) -> float:
+        """Take one step with everybody present; return its mean loss in nats."""
+        before = dict(self.nats)
+        counted: dict[int, int] = {}
+        groups = [list(self.present)] if self._plan.server_update == "joint" else [[c] for c in self.present]
+        for group in groups:
+            self._share = {}
+            self._group_step(step, group)
+            counted |= {client: tokens for client, tokens in self._share.items() if client in group}
+        for client, tokens in counted.items():
+            self.loss_tokens[client] += tokens
+            self.last_losses[client] = (self.nats[client] - before[client]) / max(1, tokens)
+        self.last_loss = sum(self.nats[c] - before[c] for c in counted) / max(1, sum(counted.values()))
+        return self.last_loss
+
+    def _group_step(self, step: int, group: list[int]) -> None:
+        """Run a group's micro-batches, then let the server and each of its clients step exactly once."""
+        server, clients, parts = self._parties.server, self._parties.clients, self._plan.micro_batches
+        if self._plan.is_frozen:
+            self._fetch_frozen(step, group)
+        asked = 0
+        for micro_batch in range(parts):
+            while asked < min(parts, micro_batch + IN_FLIGHT) and not self._plan.is_frozen:
+                rows = {c: self._plan.rows(c, step, asked).tolist() for c in group if c in self.present}
+                clients.request(step, asked, rows)
+                asked += 1
+            self._micro_batch(step, micro_batch, group)
+        if any(client in self.present for client in group):
+            server.step(self._share)
+        for failure in clients.finish(step, [client for client in group if client in self.present]):
+            self._leave_out(failure)
+
+    def _micro_batch(self, step: int, micro_batch: int, group: list[int]) -> None:
+        server, clients = self._parties.server, self._parties.clients
+        if self._plan.is_frozen:
+            arrivals = [
+                server.recall(c, self._plan.rows(c, step, micro_batch).tolist(), self._plan.all_rows(c, step).tolist())
+                for c in group
+                if c in self.present
+            ]
+        else:
+            expected = [client for client in group if client in self.present]
+            messages = self._accepted(clients.activations(step, micro_batch), expected)
+            arrivals = [server.arrival(message) for message in messages]
+        if not arrivals:
+            return
+        server.forward(arrivals)
+        if self._plan.labels == "server":
+            self._share = self._share or {arrival.client: arrival.num_loss_tokens for arrival in arrivals}
+            server.weigh(self._share)
+            nats = server.learn()
+        else:
+            nats = self._learn_from_tails(step, micro_batch)
+        for client, sum_nats in nats.items():
+            self.nats[client] += sum_nats
+        gradients = server.gradients(step, micro_batch, nats)
+        self._count(gradients, self.down)
+        clients.gradients(gradients)
+
+    def _learn_from_tails(self, step: int, micro_batch: int) -> dict[int, float]:
+        server, clients = self._parties.server, self._parties.clients
+        hidden = server.hidden(step, micro_batch)
+        self._count(hidden, self.down)
+        tails = self._accepted(clients.tails(hidden), [message.client for message in hidden])
+        self._share = self._share or {message.client: message.num_loss_tokens for message in tails}
+        server.weigh(self._share)
+        server.learn_from(tails)
+        return {message.client: message.loss_nats for message in tails}
+
+    def _fetch_frozen(self, step: int, group: list[int]) -> None:
+        """Have the rows of this step that never crossed sent once."""
+        server, clients = self._parties.server, self._parties.clients
+        rows = {c: server.missing_rows(c, self._plan.all_rows(c, step).tolist()) for c in group if c in self.present}
+        wanted = {client: missing for client, missing in rows.items() if missing}
+        if wanted:
+            clients.request(step, 0, wanted)
+            for message in self._accepted(clients.activations(step, 0), list(wanted)):
+                server.remember(message, wanted[message.client])
+
+    def _accepted(self, messages: Iterable[SplitMessage | Failure], expected: Sequence[int]) -> list[SplitMessage]:
+        """Take what can be used; leave out, until the next aggregation, whoever sent nothing or nothing usable."""
+        accepted: dict[int, SplitMessage] = {}
+        for message in messages:
+            if isinstance(message, Failure):
+                self._leave_out(message)
+                continue
+            self.up[message.client] += message.num_bytes
+            try:
+                check_activations(message, self._parties.server.width)
+            except UpdateError as problem:
+                self._leave_out(Failure(message.client, str(problem)))
+            if message.client in self.present:
+                accepted[message.client] = message
+        for client in expected:
+            if client not in accepted and client in self.present:
+                self._leave_out(Failure(client, "vanished: it sent nothing"))
+        return [accepted[client] for client in sorted(accepted)]
+
+    def _leave_out(self, failure: Failure) -> None:
+        if failure.client in self.present:
+            self.present.remove(failure.client)
+            self.reasons[failure.client] = failure.reason
+
+    def _count(self, messages: Iterable[SplitMessage], counter: dict[int, int]) -> None:
+        for message in messages:
+            counter[message.client] += message.num_bytes
+
+    def mean_loss(self) -> float:
+        """Return the mean loss in nats over all targets of the period."""
+        return sum(self.nats.values()) / max(1, sum(self.loss_tokens.values()))
+
+    def aggregate(self) -> tuple[SplitState, float | None, tuple[SplitClientRecord, ...]]:
+        """Collect one update per participant, aggregate segment by segment, and return the next state.
+
+        Raises:
+            TooFewClientsError: if too few are left.
+        """
+        server = self._parties.server
+        arrivals, adapter_up = self._collect()
+        self._require_enough()
+        states: list[ServerState] = []
+        noises: list[float] = []
+        parts: dict[int, list[ClientRecord]] = {client: [] for client in self.cohort}
+        for index in range(len(self._parties.segments)):
+            state, noise, taken = self._aggregate_segment(index, arrivals[index])
+            states.append(state)
+            noises += [noise] if noise is not None else []
+            for record in taken:
+                if record.client != SERVER:
+                    parts[record.client].append(record)
+        whole = server.party.adapter()
+        next_one = SplitState(
+            round=self.round,
+            segments=tuple(states),
+            server=Adapter({module: whole[module] for module in self._parties.server_shapes}),
+            server_memory=server.party.export_state(),
+            residuals=dict(server.feedback.residuals_D),
+            clients=self._parties.clients.memory(),
+        )
+        records = tuple(self._record(client, parts[client], adapter_up.get(client, 0)) for client in self.cohort)
+        return next_one, max(noises) if noises else None, records
+
+    def _collect(self) -> tuple[list[list[Arrival]], dict[int, int]]:
+        """Ask everybody present for updates; the server adds its own where it stands in for shallow clients."""
+        arrivals: list[list[Arrival]] = [[] for _ in self._parties.segments]
+        upload: dict[int, int] = {}
+        for outcome in self._parties.clients.end(list(self.present)):
+            if isinstance(outcome, Failure):
+                self._leave_out(outcome)
+                continue
+            client, updates = outcome
+            own = [i for i, segment in enumerate(self._parties.segments) if client in segment.owners]
+            for index, update in zip(own, updates, strict=True):
+                blob = encode_update(self._with_loss(update), self._parties.rules.wire)
+                upload[client] = upload.get(client, 0) + len(blob)
+                arrivals[index].append(Arrival(decode_update(blob), 0, len(blob)))
+        for index, segment in enumerate(self._parties.segments):
+            if SERVER in segment.owners:
+                arrivals[index] += self._of_server(segment)
+        return arrivals, upload
+
+    def _of_server(self, segment: Segment) -> list[Arrival]:
+        shallow = [client for client in self.present if client not in segment.owners]
+        if not shallow:
+            return []
+        whole = self._parties.server.party.adapter()
+        adapter = Adapter({module: whole[module] for module in segment.shapes})
+        rows, tokens = sum(self._plan.num_rows[c] for c in shallow), sum(self.loss_tokens[c] for c in shallow)
+        steps = len(self._plan.steps(self.round))
+        return [Arrival(Update(self.round, SERVER, adapter, rows, tokens, tokens, steps, 0.0, 0.0, 0.0), 0, 0)]
+
+    def _with_loss(self, update: Update) -> Update:
+        loss = self.nats[update.client] / max(1, self.loss_tokens[update.client])
+        return replace(update, loss_nats=loss, loss_last_nats=self.last_losses.get(update.client, loss))
+
+    def _aggregate_segment(
+        self, index: int, arrivals: Sequence[Arrival]
+    ) -> tuple[ServerState, float | None, tuple[ClientRecord, ...]]:
+        state, segment, parties = self._state.segments[index], self._parties.segments[index], self._parties
+        if not arrivals:
+            return replace(state, round=self.round), None, ()
+        plan = RoundPlan(
+            num_rounds=self._plan.num_rounds,
+            strategy=parties.strategy(segment),
+            rules=parties.rules,
+            sample=self._plan.cohort,
+            shapes=segment.shapes,
+            ranks=parties.ranks,
+            scales=parties.scales,
+        )
+        intake = Intake(plan, state, self.broadcasts[index])
+        aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
+        clients = segment.clients(self.cohort)
+        following = next_state(state, aggregate, parties.rules, intake.norms, clients)
+        return following, aggregation_noise(aggregate.applied, aggregate.ideal), intake.records(aggregate.weights)
+
+    def _require_enough(self) -> None:
+        if len(self.present) >= self._plan.min_clients:
+            return
+        reasons = "; ".join(f"client {client}: {reason}" for client, reason in self.reasons.items())
+        raise TooFewClientsError(
+            f"round {self.round}: expected at least {self._plan.min_clients} clients (federation.min_clients) to reach "
+            f"the aggregation, got {len(self.present)} ({reasons}); {advice_after(self.round - 1)}"
+        )
+
+    def _record(self, client: int, parts: Sequence[ClientRecord], adapter_up: int) -> SplitClientRecord:
+        wire = self._parties.rules.wire
+        sent = [b for broadcasts in self.broadcasts for b in broadcasts if b.client == client]
+        adapter_down = sum(len(encode_broadcast(broadcast, wire)) for broadcast in sent)
+        reasons = [self.reasons.get(client), *(part.reason for part in parts)]
+        return SplitClientRecord(
+            client=client,
+            reason=next((reason for reason in reasons if reason is not None), None),
+            download_bytes=self.down[client] + adapter_down,
+            upload_bytes=self.up[client] + adapter_up,
+            num_rows=self._plan.num_rows[client],
+            num_tokens=max((part.num_tokens for part in parts), default=0),
+            num_loss_tokens=self.loss_tokens[client],
+            num_steps=max((part.num_steps for part in parts), default=0),
+            loss_nats=self.nats[client] / self.loss_tokens[client] if self.loss_tokens[client] else None,
+            loss_last_nats=self.last_losses.get(client),
+            norm=math.sqrt(sum(part.norm**2 for part in parts if part.norm is not None)) if parts else None,
+            weight=max((part.weight for part in parts), default=0.0),
+            seconds=max((part.seconds for part in parts), default=0.0),
+            activation_upload_bytes=self.up[client],
+            activation_download_bytes=self.down[client],
+        )

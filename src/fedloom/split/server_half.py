@@ -1,0 +1,182 @@
+"""The server's side of a split step: messages in, gradients out, one optimiser step per cohort or per client."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
+from fedloom.models.cut import num_blocks
+from fedloom.split.codecs import Encoded, ErrorFeedback, encode
+from fedloom.split.cut_messages import SplitMessage
+from fedloom.split.party import MakeOptimiser, Party, reseed_dropout, without
+from fedloom.split.plan import SplitPlan, block_of
+from fedloom.split.split_step import Arrival, ServerHalf, ServerPass, backward_from_labels, backward_from_tails
+from fedloom.training.loss import OutputHead
+
+
+@dataclass(frozen=True, eq=False)
+class CachedRow:
+    """One row's activations as they crossed, and its labels where the server has them."""
+
+    matrix: Encoded
+    target_index_S: Tensor | None
+    targets_S: Tensor | None
+
+
+class SplitServer:
+    """The server of a split run in this process: its blocks, its slot, and what it remembers of frozen clients."""
+
+    def __init__(
+        self, lora: LoRAModel, head: OutputHead | None, plan: SplitPlan, slot: int, make_optimiser: MakeOptimiser
+    ) -> None:
+        self._lora, self._head, self._plan, self._slot, self._make = lora, head, plan, slot, make_optimiser
+        stop = None if plan.tail_blocks is None else num_blocks(lora.model) - plan.tail_blocks
+        self._half = ServerHalf(lora.model, plan.cut_layers, stop)
+        weight = next(lora.model.parameters())
+        self._dtype, self._device = weight.dtype, weight.device
+        self.width: int = lora.model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self._modules_of_block: dict[int, set[str]] = {}
+        for module in lora.shapes:
+            self._modules_of_block.setdefault(block_of(lora.model, module), set()).add(module)
+        self.feedback = ErrorFeedback()
+        self._cache: dict[int, dict[int, CachedRow]] = {}
+        self._party: Party | None = None
+        self._done: ServerPass | None = None
+
+    def begin(
+        self, start: Adapter, side: Adapter, round: int, state: Mapping[str, Tensor], drawn: Collection[str]
+    ) -> None:
+        """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments to go on with."""
+        self._lora.set_side(side)
+        reseed_dropout(self._lora, self._slot, self._plan.seed, round, "server")
+        self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
+
+    @property
+    def party(self) -> Party:
+        """The server's slot and optimiser in the period under way."""
+        assert self._party is not None
+        return self._party
+
+    def missing_rows(self, client: int, rows: Sequence[int]) -> list[int]:
+        """Return the rows whose activations must cross: all of them, or those not cached if they never change."""
+        if not self._plan.is_frozen:
+            return list(rows)
+        return [row for row in dict.fromkeys(rows) if row not in self._cache.get(client, {})]
+
+    def remember(self, message: SplitMessage, rows: Sequence[int]) -> None:
+        """Keep a frozen client's rows apart."""
+        assert message.lengths_N is not None
+        starts = np.concatenate([[0], np.cumsum(message.lengths_N.tolist())])
+        cached = self._cache.setdefault(message.client, {})
+        for row, start, end in zip(rows, starts[:-1], starts[1:], strict=True):
+            scales_T = message.matrix.scales_T
+            matrix = Encoded(message.matrix.values_TD[start:end], None if scales_T is None else scales_T[start:end])
+            cached[row] = CachedRow(matrix, *_labels_between(message, int(start), int(end)))
+
+    def recall(self, client: int, rows: Sequence[int], step_rows: Sequence[int]) -> Arrival:
+        """Return rows of a frozen client from the cache, in the order of the batch; its step has ``step_rows``."""
+        cached = [self._cache[client][row] for row in rows]
+        lengths = tuple(len(row.matrix.values_TD) for row in cached)
+        starts = np.cumsum(lengths) - np.asarray(lengths)
+        labelled = [(row.target_index_S, int(start)) for row, start in zip(cached, starts, strict=True)]
+        indices = [index_S + start for index_S, start in labelled if index_S is not None]
+        targets = [row.targets_S for row in cached if row.targets_S is not None]
+        return Arrival(
+            client,
+            self._plan.cut_layers[client],
+            torch.cat([row.matrix.decode(self._dtype) for row in cached]).to(self._device),
+            lengths,
+            self._num_cached_targets(client, step_rows),
+            target_index_S=torch.cat(indices) if indices else None,
+            targets_S=torch.cat(targets) if targets else None,
+        )
+
+    def _num_cached_targets(self, client: int, rows: Sequence[int]) -> int:
+        labels = [self._cache[client][row].targets_S for row in rows]
+        return sum(len(targets_S) for targets_S in labels if targets_S is not None)
+
+    def arrival(self, message: SplitMessage) -> Arrival:
+        """Decode a client's activations."""
+        assert message.lengths_N is not None
+        return Arrival(
+            message.client,
+            self._plan.cut_layers[message.client],
+            message.matrix.decode(self._dtype).to(self._device),
+            tuple(message.lengths_N.tolist()),
+            message.num_loss_tokens,
+            target_index_S=message.target_index_S,
+            targets_S=message.targets_S,
+        )
+
+    def forward(self, arrivals: Sequence[Arrival]) -> None:
+        """Run the server's blocks on all arrivals."""
+        self._lora.route_all(self._slot)
+        self._done = self._half.forward(arrivals, wants_gradients=not self._plan.is_frozen)
+
+    def weigh(self, num_loss_tokens: Mapping[int, int]) -> None:
+        """Set every client's share of the step: its supervised tokens among those of all."""
+        assert self._done is not None
+        total = max(1, sum(num_loss_tokens.values()))
+        arrivals = [replace(a, weight=num_loss_tokens.get(a.client, 0) / total) for a in self._done.arrivals]
+        self._done = replace(self._done, arrivals=arrivals)
+
+    def learn(self) -> dict[int, float]:
+        """Run backward from the labels; return each client's sum of nats."""
+        assert self._done is not None
+        assert self._head is not None
+        return backward_from_labels(self._done, self._head, label_smoothing=self._plan.training.label_smoothing)
+
+    def hidden(self, step: int, micro_batch: int) -> list[SplitMessage]:
+        """Return what the clients' tails need (U-shape)."""
+        assert self._done is not None
+        return [
+            SplitMessage("hidden", a.client, step, micro_batch, encode(self._done.hidden_of(i), self._plan.wire_dtype))
+            for i, a in enumerate(self._done.arrivals)
+        ]
+
+    def learn_from(self, tails: Sequence[SplitMessage]) -> None:
+        """Run backward from the tails' gradients (U-shape)."""
+        assert self._done is not None
+        backward_from_tails(self._done, {m.client: m.matrix.decode(self._dtype).to(self._device) for m in tails})
+
+    def step(self, num_loss_tokens: Mapping[int, int]) -> None:
+        """Take the server's step.
+
+        Where deeper clients run a block themselves, its gradient here is first made that of the mean loss of the
+        clients the server stands in for, as a client's is of its own; their aggregate then weighs each rightly.
+        """
+        cuts, total = self._plan.cut_layers, max(1, sum(num_loss_tokens.values()))
+        for block in range(min(cuts), max(cuts)):
+            passing = sum(tokens for client, tokens in num_loss_tokens.items() if cuts[client] <= block)
+            if passing:
+                self.party.scale_gradients(self._modules_of_block.get(block, set()), total / passing)
+        self.party.step()
+
+    def gradients(self, step: int, micro_batch: int, nats: Mapping[int, float]) -> list[SplitMessage]:
+        """Return the gradients of the clients' activations, none to frozen clients, and forget the pass."""
+        assert self._done is not None
+        found = {} if self._plan.is_frozen else self._done.gradients()
+        self._done = None
+        return [
+            SplitMessage("gradients", client, step, micro_batch, self._encode(client, grad_TD), loss_nats=nats[client])
+            for client, grad_TD in found.items()
+            if client in nats
+        ]
+
+    def _encode(self, client: int, grad_TD: Tensor) -> Encoded:
+        if self._plan.error_feedback == "on":
+            return self.feedback.encode(client, grad_TD, self._plan.gradient_wire_dtype)
+        return encode(grad_TD, self._plan.gradient_wire_dtype)
+
+
+def _labels_between(message: SplitMessage, start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
+    if message.target_index_S is None or message.targets_S is None:
+        return None, None
+    inside = (message.target_index_S >= start) & (message.target_index_S < end)
+    return message.target_index_S[inside] - start, message.targets_S[inside]

@@ -1,0 +1,34 @@
+"""Numbers in words: units, bytes and plurals, written the same way everywhere."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+Unit = Literal["", "%", "B", "s"]
+
+
+def written(value: float, unit: Unit, digits: int = 3) -> str:
+    """Return a number as people read it: bytes in decimal multiples, everything else with fixed digits."""
+    match unit:
+        case "B":
+            return written_bytes(value)
+        case "s":
+            return f"{value:.1f} s"
+        case "%":
+            return f"{100 * value:.1f} %"
+        case "":
+            return f"{value:.{digits}f}"
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: 1 round, 1,200 rounds."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def written_bytes(num_bytes: float) -> str:
+    """Return a size in decimal multiples: 999 B, 1.5 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if abs(num_bytes) < 999.5 or unit == "TB":
+            break
+        num_bytes /= 1000
+    return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"

@@ -1,0 +1,196 @@
+"""One battery over every strategy, in float64 on shapes small enough to check by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedloom.federation.server import aggregation_noise
+from fedloom.lora.algebra import distance, norm, truncate
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.standalone import Standalone
+from fedloom.methods.state import Aggregate, ServerState, Update
+from fedloom.methods.strategy import Cohort, Strategy, Weighting
+from fedloom.methods.zero_padding import ZeroPadding, fedit
+from fedloom.seeding import torch_stream
+
+SHAPES = {"layers.0.q": (6, 5), "layers.1.v": (3, 5)}
+EQUAL, MIXED = {0: 2, 1: 2, 2: 2}, {0: 3, 1: 2, 2: 1}
+
+
+def cohort(ranks: dict[int, int]) -> Cohort:
+    return Cohort(SHAPES, max(ranks.values()), ranks.__getitem__, seed=1)
+
+
+def random_adapter(seed: int, rank: int) -> Adapter:
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=torch_stream(seed, *size), dtype=torch.float64)
+
+    return Adapter({name: Pair(draw(o, rank), draw(rank, i)) for name, (o, i) in SHAPES.items()})
+
+
+def update(client: int, rank: int, rows: int = 10, seed: int | None = None) -> Update:
+    adapter = random_adapter(client if seed is None else seed, rank)
+    return Update(1, client, adapter, rows, rows * 7, rows * 3, 4, 2.0, 1.5, 0.1)
+
+
+def state_of(strategy: Strategy) -> ServerState:
+    state = strategy.initial()
+    return replace(state, start=state.start.to(torch.float64)) if state.start else state
+
+
+def mean_delta(updates: list[Update]) -> dict[str, torch.Tensor]:
+    total = sum(u.num_rows for u in updates)
+    return {n: sum(u.num_rows / total * u.adapter[n].delta() for u in updates) for n in SHAPES}  # type: ignore[misc]
+
+
+BATTERY: list[tuple[str, Callable[[Cohort], Strategy], dict[int, int]]] = [
+    ("fedit", fedit, EQUAL),
+    ("zero-padding, equal ranks", ZeroPadding, EQUAL),
+    ("zero-padding, mixed ranks", ZeroPadding, MIXED),
+    ("zero-padding by norm", lambda c: ZeroPadding(c, Weighting.NORM), MIXED),
+    ("flora, equal ranks", FLoRA, EQUAL),
+    ("flora, mixed ranks", FLoRA, MIXED),
+    ("flora, shared draws", lambda c: FLoRA(c, initialisation=Initialisation.SHARED), MIXED),
+]
+every_strategy = pytest.mark.parametrize(("make", "ranks"), [case[1:] for case in BATTERY], ids=[c[0] for c in BATTERY])
+
+
+def same(left: Aggregate, right: Aggregate) -> bool:
+    return distance(left.applied, right.applied) < 1e-12 * max(1.0, norm(left.applied))
+
+
+@every_strategy
+def test_the_order_of_arrival_does_not_matter(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
+    strategy = make(cohort(ranks))
+    updates = [update(k, r) for k, r in ranks.items()]
+    state = state_of(strategy)
+    assert same(strategy.aggregate(state, updates), strategy.aggregate(state, updates[::-1]))
+
+
+@every_strategy
+def test_every_client_matters(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
+    strategy = make(cohort(ranks))
+    updates = [update(k, r) for k, r in ranks.items()]
+    before = strategy.aggregate(state_of(strategy), updates)
+    for k, rank in ranks.items():
+        changed = [*updates[:k], update(k, rank, seed=100), *updates[k + 1 :]]
+        assert not same(before, strategy.aggregate(state_of(strategy), changed))
+
+
+@every_strategy
+def test_one_client_alone_is_taken_as_it_is(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
+    strategy, alone = make(cohort(ranks)), update(0, ranks[0])
+    assert distance(strategy.aggregate(state_of(strategy), [alone]).applied, alone.adapter) < 1e-12
+
+
+@every_strategy
+def test_only_proportions_of_the_weights_matter_and_they_sum_to_one(
+    make: Callable[[Cohort], Strategy], ranks: dict[int, int]
+) -> None:
+    strategy, state = make(cohort(ranks)), state_of(make(cohort(ranks)))
+    few = strategy.aggregate(state, [update(k, r, rows=k + 1) for k, r in ranks.items()])
+    many = strategy.aggregate(state, [update(k, r, rows=10 * (k + 1)) for k, r in ranks.items()])
+    assert same(few, many)
+    assert sum(few.weights.values()) == pytest.approx(1.0)
+
+
+@every_strategy
+def test_inputs_are_not_changed(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
+    strategy, updates = make(cohort(ranks)), [update(k, r) for k, r in ranks.items()]
+    state = state_of(strategy)
+    held = [t.clone() for u in updates for t in u.adapter.as_tensors().values()]
+    start = {k: t.clone() for k, t in state.start.as_tensors().items()} if state.start else {}
+    strategy.aggregate(state, updates)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(held, (t for u in updates for t in u.adapter.as_tensors().values()), strict=True)
+    )
+    assert all(torch.equal(start[k], t) for k, t in (state.start.as_tensors() if state.start else {}).items())
+
+
+@every_strategy
+def test_the_ideal_is_the_weighted_mean_of_the_products(
+    make: Callable[[Cohort], Strategy], ranks: dict[int, int]
+) -> None:
+    strategy = make(cohort(ranks))
+    updates = [update(k, r, rows=k + 1) for k, r in ranks.items()]
+    ideal = strategy.aggregate(state_of(strategy), updates).ideal
+    weights = strategy.aggregate(state_of(strategy), updates).weights
+    for name in SHAPES:
+        expected = sum(weights[u.client] * u.adapter[name].delta() for u in updates)
+        assert torch.allclose(ideal[name].delta(), expected, atol=1e-12)  # type: ignore[arg-type]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 3), st.integers(1, 50)), min_size=1, max_size=6))
+def test_floras_delta_is_the_weighted_mean_of_the_clients_deltas(clients: list[tuple[int, int]]) -> None:
+    ranks = {k: rank for k, (rank, _) in enumerate(clients)}
+    updates = [update(k, rank, rows) for k, (rank, rows) in enumerate(clients)]
+    strategy = FLoRA(cohort(ranks))
+    aggregate = strategy.aggregate(strategy.initial(), updates)
+    expected = mean_delta(updates)
+    assert all(torch.allclose(aggregate.applied[n].delta(), expected[n], atol=1e-12) for n in SHAPES)
+    assert aggregation_noise(aggregate.applied, aggregate.ideal) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_fedits_noise_is_the_weighted_covariance_of_the_factors() -> None:
+    strategy, updates = fedit(cohort(EQUAL)), [update(k, 2, rows=k + 1) for k in EQUAL]
+    aggregate = strategy.aggregate(state_of(strategy), updates)
+    assert aggregate.start is not None
+    missing, whole = 0.0, 0.0
+    for name, delta in mean_delta(updates).items():
+        mean = aggregate.start[name]
+        covariance = sum(
+            aggregate.weights[u.client] * (u.adapter[name].b_OR - mean.b_OR) @ (u.adapter[name].a_RI - mean.a_RI)
+            for u in updates
+        )
+        missing += float(covariance.square().sum())  # type: ignore[union-attr]
+        whole += float(delta.square().sum())
+    assert aggregation_noise(aggregate.applied, aggregate.ideal) == pytest.approx((missing / whole) ** 0.5, rel=1e-10)
+
+
+def test_zero_padding_with_equal_ranks_is_fedit() -> None:
+    updates = [update(k, 2, rows=k + 1) for k in EQUAL]
+    padded, plain = ZeroPadding(cohort(EQUAL)), fedit(cohort(EQUAL))
+    assert same(padded.aggregate(state_of(padded), updates), plain.aggregate(state_of(plain), updates))
+
+
+def test_norm_weights_are_proportional_to_the_norms_and_equal_norms_are_uniform() -> None:
+    by_norm = ZeroPadding(cohort(EQUAL), Weighting.NORM)
+    updates = [update(k, 2, rows=k + 1) for k in EQUAL]
+    weights = by_norm.aggregate(state_of(by_norm), updates).weights
+    norms = [norm(u.adapter) for u in updates]
+    assert list(weights.values()) == pytest.approx([n / sum(norms) for n in norms])
+
+
+def test_a_client_gets_the_first_slots_of_the_padded_mean() -> None:
+    strategy = ZeroPadding(cohort(MIXED))
+    state = state_of(strategy)
+    assert state.start is not None
+    for client, rank in MIXED.items():
+        assert distance(strategy.start_for(state, client), truncate(state.start, rank)) < 1e-12
+
+
+def test_flora_draws_one_stream_a_client_or_one_for_all() -> None:
+    state = ServerState(round=4)
+    independent, shared = FLoRA(cohort(EQUAL)), FLoRA(cohort(EQUAL), initialisation=Initialisation.SHARED)
+    assert independent.draw_for(state, 0) != independent.draw_for(state, 1)
+    assert shared.draw_for(state, 0) == shared.draw_for(state, 1) != shared.draw_for(replace(state, round=5), 0)
+
+
+def test_standalone_keeps_every_clients_own_adapter_and_others_untouched() -> None:
+    strategy = Standalone(cohort(EQUAL))
+    first = strategy.aggregate(strategy.initial(), [update(0, 2), update(1, 2)])
+    state = ServerState(round=1, own=first.own)
+    second = strategy.aggregate(state, [update(1, 2, seed=9)])
+    assert second.own[0] is first.own[0]
+    assert distance(second.own[1], random_adapter(9, 2)) < 1e-12
+    assert strategy.start_for(state, 1) is first.own[1]
+    assert strategy.start_for(state, 2) is None

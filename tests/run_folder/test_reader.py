@@ -1,0 +1,47 @@
+"""Run folders as read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedloom.errors import RunError
+from fedloom.run_folder.reader import find_runs, read_run
+
+
+def test_a_stored_run_says_what_it_is(make_run: Callable[..., Path]) -> None:
+    run = read_run(make_run("flora", seed=2, num_rounds=3))
+    assert (run.method, run.seed, len(run.records), len(run.evaluations())) == ("flora", 2, 3, 3)
+    assert run.finished is not None
+    assert run.adapter_folder == run.path / "adapter"
+    assert sum(run.holdings[0].rows_by_group.values()) == run.holdings[0].num_rows
+
+
+def test_a_run_that_goes_on_can_be_read(make_run: Callable[..., Path]) -> None:
+    path = make_run("fedit", finish="no")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"round": 7, "ev')
+    run = read_run(path)
+    assert run.finished is None
+    assert len(run.records) == 6
+
+
+def test_a_comparison_is_the_runs_inside_it(comparison: Path) -> None:
+    assert len(find_runs(comparison)) == 12
+    assert find_runs(comparison / "flora-seed1") == [comparison / "flora-seed1"]
+
+
+def test_what_is_no_run_is_named(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    with pytest.raises(RunError, match="is not a folder"):
+        read_run(tmp_path / "absent")
+    with pytest.raises(RunError, match="has no manifest"):
+        read_run(tmp_path)
+    with pytest.raises(RunError, match="holds no fedloom run"):
+        find_runs(tmp_path)
+    path = make_run("fedit", num_rounds=1)
+    (path / "holdings.json").write_text(json.dumps({"clients": [{"name": "0"}]}))
+    with pytest.raises(RunError, match=r"holdings\.json is damaged"):
+        read_run(path)
