@@ -124,6 +124,7 @@ def run_rounds(
         aggregate = plan.strategy.aggregate(state, intake.usable(clock.timed("train", engine.train(broadcasts)), keep))
         applied = as_received(aggregate.applied, plan.rules.wire)
         noise = aggregation_noise(applied, aggregate.ideal)
+        change = aggregate.change(state.start)
         state = next_state(state, aggregate, plan.rules, intake.norms, clients)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
@@ -135,7 +136,7 @@ def run_rounds(
             clients=records,
             applied=applied,
             aggregation_noise=noise,
-            change_norm=norm(aggregate.change),
+            change_norm=norm(change),
             seconds=clock.seconds,
             evaluation=evaluation,
         )

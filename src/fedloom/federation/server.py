@@ -10,7 +10,7 @@ from statistics import median
 import torch
 
 from fedloom.federation.messages import WireDtype, as_received
-from fedloom.lora.algebra import compress, distance, norm, stack
+from fedloom.lora.algebra import compress, distance, norm, stack, total
 from fedloom.lora.pair import Adapter
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.state import Aggregate, Broadcast, ServerState
@@ -74,8 +74,7 @@ def news_for(state: ServerState, version: int) -> tuple[int, Adapter]:
     if not state.side or missed == 0:
         return version, Adapter()
     if missed <= len(state.chain):
-        additions = [part for part in state.chain[len(state.chain) - missed :] if part]
-        chained = stack(additions, [1.0] * len(additions)) if additions else Adapter()
+        chained = total(state.chain[len(state.chain) - missed :])
         if version == 0 or chained.num_bytes <= state.side.num_bytes:
             return version, chained
     return 0, state.side
@@ -85,9 +84,11 @@ def next_state(
     state: ServerState, aggregate: Aggregate, rules: ServerRules, norms: Iterable[float], clients: Iterable[int]
 ) -> ServerState:
     """Return the state after a round: the server step taken, the addition in the form in which it is sent."""
-    movement, velocity = rules.step.move(aggregate, state.velocity)
-    addition, residual = _in_sending_form(_total([_joining(aggregate, movement), state.residual]), rules)
-    side = compacted(_total([state.side, addition]))
+    change = aggregate.change(state.start)
+    movement, velocity = rules.step.move(change, aggregate.mean_squared_norm, state.velocity)
+    joining = _joining(aggregate, change, movement)
+    addition, residual = _in_sending_form(total([joining, state.residual]), rules)
+    side = compacted(total([state.side, addition]))
     start = None if aggregate.start is None else as_received(aggregate.start, rules.wire)
     return replace(
         state,
@@ -111,13 +112,14 @@ def aggregation_noise(applied: Adapter, ideal: Adapter) -> float | None:
     return distance(applied.to(torch.float64), ideal) / whole if whole > 0.0 else 0.0
 
 
-def _joining(aggregate: Aggregate, movement: Adapter) -> Adapter:
-    """Return what of a movement the side must carry: all of it, or what a start that moved by the change lacks."""
+def _joining(aggregate: Aggregate, change: Adapter, movement: Adapter) -> Adapter:
+    """Return what of a movement the side must carry: all that the next start does not move by itself."""
     if aggregate.start is None:
         return movement
-    if movement is aggregate.change:
-        return Adapter()
-    return compress(stack([movement, aggregate.change], [1.0, -1.0])).adapter
+    if movement is change:
+        return aggregate.side
+    beyond = compress(stack([movement, change], [1.0, -1.0])).adapter
+    return total([aggregate.side, beyond])
 
 
 def compacted(side: Adapter) -> Adapter:
@@ -137,11 +139,6 @@ def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Ad
     if rules.tolerance == 0.0 and rules.wire is WireDtype.FP32:
         return sent, Adapter()
     return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter
-
-
-def _total(parts: Iterable[Adapter]) -> Adapter:
-    present = [part for part in parts if part]
-    return stack(present, [1.0] * len(present)) if len(present) > 1 else (present[0] if present else Adapter())
 
 
 def _worth_keeping(chain: tuple[Adapter, ...], side: Adapter) -> tuple[Adapter, ...]:

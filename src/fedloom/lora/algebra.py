@@ -6,7 +6,7 @@ Letters: I in, O out, R rank. A weight always multiplies ``b``; ``a`` stays as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -167,6 +167,14 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         AdapterError: if the adapters do not cover the same modules in the same shapes.
     """
     return _combine(adapters, lambda pairs: stack_pairs(pairs, weights))
+
+
+def total(adapters: Iterable[Adapter]) -> Adapter:
+    """Return the sum of what is there: nothing of nothing, one alone as it is, several stacked."""
+    present = [adapter for adapter in adapters if adapter]
+    if not present:
+        return Adapter()
+    return present[0] if len(present) == 1 else stack(present, [1.0] * len(present))
 
 
 def mean_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

@@ -63,9 +63,8 @@ class FLoRA:
         stacked = stack([adapters[client] for client in shares], list(shares.values()))
         return Aggregate(
             start=None,
-            applied=stacked,
+            side=stacked,
             ideal=stack([adapters[c].to(torch.float64) for c in shares], list(shares.values())),
-            change=stacked,
             mean_squared_norm=sum(share * norm(adapters[client]) ** 2 for client, share in shares.items()),
             weights=shares,
         )

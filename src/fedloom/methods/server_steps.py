@@ -12,13 +12,12 @@ from typing import Protocol
 
 from fedloom.lora.algebra import compress, norm, stack
 from fedloom.lora.pair import Adapter
-from fedloom.methods.state import Aggregate
 
 
 class ServerStep(Protocol):
-    """A rule that moves the global product."""
+    """A rule that moves the global product, from its change and ``Σ p_k ‖change of client k‖²``."""
 
-    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
         """Return S and the next velocity."""
         ...
 
@@ -29,9 +28,9 @@ class PlainStep:
 
     learning_rate: float = 1.0
 
-    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
         """Return ``η D``, D itself for η = 1."""
-        return _times(self.learning_rate, aggregate.change), velocity
+        return _times(self.learning_rate, change), velocity
 
 
 @dataclass(frozen=True)
@@ -41,9 +40,8 @@ class MomentumStep:
     learning_rate: float = 1.0
     momentum: float = 0.5
 
-    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
         """Return ``η M`` and M, compressed losslessly."""
-        change = aggregate.change
         moved = compress(stack([velocity, change], [self.momentum, 1.0])).adapter if velocity else change
         return _times(self.learning_rate, moved), moved
 
@@ -59,12 +57,12 @@ class FedExPStep:
     learning_rate: float = 1.0
     cap: float = 1.5
 
-    def move(self, aggregate: Aggregate, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
         """Return ``η_t D``."""
-        squared = norm(aggregate.change) ** 2
-        disagreement = aggregate.mean_squared_norm / (2.0 * squared) if squared > 0.0 else 1.0
+        squared = norm(change) ** 2
+        disagreement = mean_squared_norm / (2.0 * squared) if squared > 0.0 else 1.0
         rate = self.learning_rate * min(self.cap, max(1.0, disagreement))
-        return _times(rate, aggregate.change), velocity
+        return _times(rate, change), velocity
 
 
 def _times(rate: float, adapter: Adapter) -> Adapter:

@@ -38,4 +38,4 @@ class Standalone:
         received = {update.client: update for update in updates}
         own = {client: update.adapter for client, update in received.items()}
         nothing, weights = Adapter(), dict.fromkeys(received, 1.0)
-        return Aggregate(None, nothing, nothing, nothing, 0.0, weights, own={**state.own, **own})
+        return Aggregate(None, nothing, nothing, 0.0, weights, own={**state.own, **own})

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedloom.lora.algebra import stack
+from fedloom.lora.algebra import stack, total
 from fedloom.lora.pair import Adapter
 
 
@@ -81,28 +81,38 @@ class ServerState:
 
     def global_adapter(self) -> Adapter:
         """Return all that training has added to the base, as one adapter."""
-        parts = [part for part in (self.side, self.start) if part]
-        return stack(parts, [1.0] * len(parts)) if parts else Adapter()
+        return total([self.side, self.start or Adapter()])
 
 
 @dataclass(frozen=True, eq=False)
 class Aggregate:
-    """What a strategy makes of a round's updates.
+    """What a strategy makes of a round's updates: the next start, and what joins the side besides.
 
     Attributes:
-        start: the next ``ServerState.start``; None where the whole change joins the side instead.
-        applied: the product that the strategy put in place of the clients' products (for the noise).
-        ideal: ``Σ p_k s_k B_k A_k``, what it would be without noise.
-        change: the round's change of the global product (what a server step acts on).
+        start: the next ``ServerState.start``; None where every round starts fresh.
+        side: what joins the side at the plain step: FLoRA's stack, the residual that a mean of factors misses,
+            nothing where it is left out.
+        ideal: ``Σ p_k s_k B_k A_k``, what the clients' products come to without noise.
         mean_squared_norm: ``Σ p_k ‖change of client k‖²``.
         weights: p_k of every client, summing to one.
         own: clients' own adapters, where nothing is shared.
     """
 
     start: Adapter | None
-    applied: Adapter
+    side: Adapter
     ideal: Adapter
-    change: Adapter
     mean_squared_norm: float
     weights: Mapping[int, float]
     own: Mapping[int, Adapter] = field(default_factory=dict)
+
+    @property
+    def applied(self) -> Adapter:
+        """The product in place of the clients' products: start and side together."""
+        return total([self.start or Adapter(), self.side])
+
+    def change(self, previous: Adapter | None) -> Adapter:
+        """Return the round's change of the global product from the start before."""
+        if self.start is None:
+            return self.side
+        assert previous is not None
+        return total([stack([self.start, previous], [1.0, -1.0]), self.side])

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from fedloom.lora.algebra import distance, stack, truncate
+from fedloom.lora.algebra import distance, truncate
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Aggregate, ServerState, Update
@@ -50,13 +50,10 @@ class ZeroPadding:
             factors.add(update.adapter, weight)
             ideal.add(update.adapter, weight)
             squares += weight * distance(update.adapter, self.start_for(state, update.client)) ** 2
-        start, previous = factors.mean(), state.start
-        assert previous is not None
         return Aggregate(
-            start=start,
-            applied=start,
+            start=factors.mean(),
+            side=Adapter(),
             ideal=ideal.mean(),
-            change=stack([start, previous], [1.0, -1.0]),
             mean_squared_norm=squares / sum(weights.values()),
             weights=normalised(weights),
         )

@@ -1,0 +1,80 @@
+"""The server between two rounds: what a step moves is what the global model moves by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from fedloom.federation.server import ServerRules, aggregation_noise, next_state
+from fedloom.lora.algebra import compress, distance, norm, stack
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.flora import FLoRA
+from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
+from fedloom.methods.state import Aggregate, ServerState, Update
+from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.methods.zero_padding import ZeroPadding
+from fedloom.seeding import torch_stream
+
+SHAPES = {"layers.0.q": (6, 5), "layers.1.v": (4, 5)}
+RANKS = {0: 3, 1: 2, 2: 1}
+COHORT = Cohort(SHAPES, 3, RANKS.__getitem__, seed=1)
+
+
+@dataclass(frozen=True)
+class ExactMean(ZeroPadding):
+    """A start that is the mean of factors, and a side that holds what it misses."""
+
+    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
+        mean = super().aggregate(state, updates)
+        assert mean.start is not None
+        return replace(mean, side=compress(stack([mean.ideal, mean.start], [1.0, -1.0])).adapter)
+
+
+def updates(round: int) -> list[Update]:
+    def draw(client: int, *size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=torch_stream(round, client, *size), dtype=torch.float64)
+
+    return [
+        Update(
+            round=round,
+            client=client,
+            adapter=Adapter({n: Pair(draw(client, o, r), draw(client, r, i)) for n, (o, i) in SHAPES.items()}),
+            num_rows=client + 1,
+            num_tokens=7,
+            num_loss_tokens=3,
+            num_steps=1,
+            loss_nats=1.0,
+            loss_last_nats=1.0,
+            seconds=0.0,
+        )
+        for client, r in RANKS.items()
+    ]
+
+
+@pytest.mark.parametrize("step", [PlainStep(), PlainStep(1.5), MomentumStep(1.2, 0.5), FedExPStep()], ids=str)
+@pytest.mark.parametrize("make", [FLoRA, ZeroPadding, ExactMean])
+def test_the_global_model_moves_by_what_the_server_step_says(
+    make: Callable[[Cohort], Strategy], step: ServerStep
+) -> None:
+    strategy, rules = make(COHORT), ServerRules(step)
+    state = strategy.initial()
+    for round in (1, 2, 3):
+        aggregate = strategy.aggregate(state, updates(round))
+        change = aggregate.change(state.start)
+        moved, _ = step.move(change, aggregate.mean_squared_norm, state.velocity)
+        after = next_state(state, aggregate, rules, [1.0], RANKS)
+        wanted = stack([state.global_adapter(), moved], [1.0, 1.0]) if state.global_adapter() else moved
+        assert distance(after.global_adapter(), wanted) < 1e-5 * max(1.0, norm(wanted))
+        state = after
+
+
+def test_noise_follows_from_what_is_applied_and_cannot_be_stated() -> None:
+    state = ExactMean(COHORT).initial()
+    exact, plain = (make(COHORT).aggregate(state, updates(1)) for make in (ExactMean, ZeroPadding))
+    assert aggregation_noise(exact.applied, exact.ideal) == pytest.approx(0.0, abs=1e-6)
+    without_side = replace(exact, side=Adapter())
+    assert aggregation_noise(without_side.applied, exact.ideal) == aggregation_noise(plain.applied, plain.ideal)
+    assert aggregation_noise(plain.applied, plain.ideal) > 0.1  # type: ignore[operator]
