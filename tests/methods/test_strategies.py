@@ -181,8 +181,8 @@ def test_a_client_gets_the_first_slots_of_the_padded_mean() -> None:
 def test_flora_draws_one_stream_a_client_or_one_for_all() -> None:
     state = ServerState(round=4)
     independent, shared = FLoRA(cohort(EQUAL)), FLoRA(cohort(EQUAL), initialisation=Initialisation.SHARED)
-    assert independent.draw_for(state, 0) != independent.draw_for(state, 1)
-    assert shared.draw_for(state, 0) == shared.draw_for(state, 1) != shared.draw_for(replace(state, round=5), 0)
+    assert independent.start_for(state, 0) != independent.start_for(state, 1)
+    assert shared.start_for(state, 0) == shared.start_for(state, 1) != shared.start_for(replace(state, round=5), 0)
 
 
 def test_standalone_keeps_every_clients_own_adapter_and_others_untouched() -> None:

@@ -17,7 +17,7 @@ from fedloom.federation.messages import (
     encode_update,
 )
 from fedloom.federation.rounds import Arrival
-from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.training.local import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
@@ -78,8 +78,8 @@ class LocalEngine:
 
     def _task(self, broadcast: Broadcast) -> ClientTask:
         start = broadcast.start
-        if start is None:
-            start = fresh_adapter(self.lora.shapes, broadcast.rank, self.seed, *broadcast.draw)
+        if isinstance(start, Draw):
+            start = start.adapter(self.lora.shapes, broadcast.rank, self.seed)
         return ClientTask(
             client=broadcast.client,
             rows=self.rows_of(broadcast.client),

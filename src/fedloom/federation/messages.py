@@ -18,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.errors import UpdateError
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Update
 
@@ -46,16 +47,18 @@ def as_received(adapter: Adapter, dtype: WireDtype) -> Adapter:
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
     """Serialise what crosses of a broadcast: its news, its start, and its numbers."""
     tensors = {f"news/{key}": tensor for key, tensor in broadcast.news.as_tensors().items()}
-    if broadcast.start is not None:
-        tensors |= {f"start/{key}": tensor for key, tensor in broadcast.start.as_tensors().items()}
+    start, draw = broadcast.start, None
+    if isinstance(start, Draw):
+        draw = {"name": list(start.name), "rank": start.rank}
+    else:
+        tensors |= {f"start/{key}": tensor for key, tensor in start.as_tensors().items()}
     numbers = {
         "round": broadcast.round,
         "client": broadcast.client,
         "rank": broadcast.rank,
         "scale": broadcast.scale,
         "since": broadcast.since,
-        "draw": list(broadcast.draw),
-        "fresh": broadcast.start is None,
+        "draw": draw,
     }
     return _blob(tensors, numbers, dtype)
 
@@ -71,10 +74,10 @@ def decode_broadcast(blob: bytes, side: Adapter) -> Broadcast:
     for key, tensor in tensors.items():
         kind, _, name = key.partition("/")
         parts[kind][name] = tensor
-    fresh = numbers.pop("fresh")
-    draw = tuple(numbers.pop("draw"))
-    news, start = (Adapter.from_tensors(part) for part in parts.values())
-    return Broadcast(side=side, news=news, start=None if fresh else start, draw=draw, **numbers)
+    draw = numbers.pop("draw")
+    news, sent = (Adapter.from_tensors(part) for part in parts.values())
+    start = sent if draw is None else Draw(tuple(draw["name"]), draw["rank"])
+    return Broadcast(side=side, news=news, start=start, **numbers)
 
 
 def encode_update(update: Update, dtype: WireDtype) -> bytes:

@@ -62,7 +62,6 @@ def broadcasts_for(
                 news=news,
                 since=since,
                 start=strategy.start_for(state, client),
-                draw=strategy.draw_for(state, client),
             )
         )
     return ready

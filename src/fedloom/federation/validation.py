@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from fedloom.errors import AdapterError, UpdateError
 from fedloom.lora.algebra import distance, norm
+from fedloom.lora.initial import Draw
 from fedloom.lora.layer import check_fits
 from fedloom.methods.state import Broadcast, Update
 
@@ -36,7 +37,7 @@ def check_update(
         raise UpdateError("expected finite numbers, got NaN or infinity; lower training.learning_rate")
     if update.num_rows < 1:
         raise UpdateError(f"expected training on at least one row, got {update.num_rows}")
-    change = norm(update.adapter) if broadcast.start is None else distance(update.adapter, broadcast.start)
+    change = norm(update.adapter) if isinstance(broadcast.start, Draw) else distance(update.adapter, broadcast.start)
     if change == 0.0:
         raise UpdateError("expected trained weights to move, they are what was sent out")
     if norm_limit is not None and change > norm_limit:

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 
 from fedloom.errors import AdapterError
+from fedloom.lora.algebra import truncate
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.seeding import torch_stream
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A fresh adapter by the name of its random stream: whoever knows the seed draws it, so only the name crosses.
+
+    Attributes:
+        name: of the stream under ``init``.
+        rank: drawn at this rank and cut to the first slots of whoever draws; None: at the drawer's own rank.
+    """
+
+    name: tuple[str | int, ...]
+    rank: int | None = None
+
+    def adapter(self, shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Adapter:
+        """Return the drawn adapter at ``rank``; see :func:`fresh_adapter`."""
+        drawn = fresh_adapter(shapes, rank if self.rank is None else self.rank, seed, *self.name)
+        return drawn if self.rank is None else truncate(drawn, rank)
 
 
 def fresh_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, *name: str | int) -> Adapter:

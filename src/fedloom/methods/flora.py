@@ -19,6 +19,7 @@ from enum import StrEnum
 import torch
 
 from fedloom.lora.algebra import norm, stack
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Weighting, normalised, weigh
@@ -44,13 +45,10 @@ class FLoRA:
         """Start from the bare base."""
         return ServerState()
 
-    def start_for(self, state: ServerState, client: int) -> None:
-        """Return nothing: every round starts fresh."""
-
-    def draw_for(self, state: ServerState, client: int) -> tuple[str | int, ...]:
-        """Name the stream of a fresh adapter: one a round and client, or one a round."""
+    def start_for(self, state: ServerState, client: int) -> Draw:
+        """Return a fresh draw every round: one a client, or one for all."""
         everyone = (state.round + 1,)
-        return everyone if self.initialisation is Initialisation.SHARED else (*everyone, client)
+        return Draw(everyone if self.initialisation is Initialisation.SHARED else (*everyone, client))
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
         """Stack the adapters in the order of the client ids."""

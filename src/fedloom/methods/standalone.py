@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort
@@ -25,13 +26,9 @@ class Standalone:
         """Start with no adapters; a client's first is drawn fresh."""
         return ServerState()
 
-    def start_for(self, state: ServerState, client: int) -> Adapter | None:
-        """Return the client's own adapter."""
-        return state.own.get(client)
-
-    def draw_for(self, state: ServerState, client: int) -> tuple[str | int, ...]:
-        """Name the stream of a client's first adapter."""
-        return ("own", client)
+    def start_for(self, state: ServerState, client: int) -> Adapter | Draw:
+        """Return the client's own adapter, at first a draw of its own."""
+        return state.own.get(client) or Draw(("own", client))
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
         """Keep each update as its sender's adapter."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedloom.lora.algebra import stack, total
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 
 
@@ -15,7 +16,7 @@ class Broadcast:
 
     ``news`` and ``start`` cross the wire. ``news`` extends the side adapter that the client holds from version
     ``since`` (0: from nothing) to version ``round - 1``; ``side`` is the result, the same for every client.
-    ``start`` is what the client trains from, at its own rank; None means a fresh adapter, drawn from ``draw``.
+    ``start`` is what the client trains from, at its own rank: an adapter that is sent, or the name of a fresh draw.
     """
 
     round: int
@@ -25,8 +26,7 @@ class Broadcast:
     side: Adapter
     news: Adapter
     since: int
-    start: Adapter | None
-    draw: tuple[str | int, ...]
+    start: Adapter | Draw
 
 
 @dataclass(frozen=True, eq=False)

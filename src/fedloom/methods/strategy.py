@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import Protocol, assert_never
 
 from fedloom.lora.algebra import norm
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Aggregate, ServerState, Update
 
@@ -57,12 +58,8 @@ class Strategy(Protocol):
         """Return the state before the first round."""
         ...
 
-    def start_for(self, state: ServerState, client: int) -> Adapter | None:
-        """Return what a client trains from, at its own rank; None for a fresh adapter."""
-        ...
-
-    def draw_for(self, state: ServerState, client: int) -> tuple[str | int, ...]:
-        """Return the name of the stream from which a fresh adapter is drawn."""
+    def start_for(self, state: ServerState, client: int) -> Adapter | Draw:
+        """Return what a client trains from, at its own rank: what is sent, or the name of a fresh draw."""
         ...
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:

@@ -38,10 +38,6 @@ class ZeroPadding:
         assert state.start is not None
         return truncate(state.start, self.cohort.rank_of(client))
 
-    def draw_for(self, state: ServerState, client: int) -> tuple[str | int, ...]:
-        """Return no stream: nobody starts fresh."""
-        return ()
-
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
         """Average the padded factors."""
         factors, ideal, weights, squares = RunningFactors(self.cohort.max_rank), RunningSum(), {}, 0.0

@@ -16,7 +16,7 @@ from fedloom.assembly.round_plan import CONTROLS
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
-from fedloom.lora.initial import check_rank
+from fedloom.lora.initial import Draw, check_rank
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.state import Broadcast, Update
@@ -153,10 +153,10 @@ def _messages(
     stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
     for rank in sorted(set(ranks)):
         adapter, nothing_new = _zeros(lora, rank), Adapter()
-        start = None if fresh else adapter
+        start = Draw((1, 0)) if fresh else adapter
         news = _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed") if fresh else nothing_new
         up = len(encode_update(Update(1, 0, adapter, 1, 1, 1, 1, 0.0, 0.0, 0.0), wire))
-        broadcasts = [Broadcast(1, 0, rank, 1.0, Adapter(), part, 0, start, (1, 0)) for part in (nothing_new, news)]
+        broadcasts = [Broadcast(1, 0, rank, 1.0, Adapter(), part, 0, start) for part in (nothing_new, news)]
         sizes[rank] = (up, *(len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts))  # type: ignore[assignment]
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.tokens import TokenSet
-from fedloom.lora.initial import fresh_adapter
+from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.state import Broadcast, Failure, Update
@@ -224,7 +224,9 @@ class LocalSplitClients:
     def _state_of(self, client: int) -> Memory:
         """Return the moments that go on: none for factors that are drawn anew."""
         parts = zip(self._broadcasts[client], self._own(client), strict=True)
-        drawn = {module for broadcast, segment in parts if broadcast.start is None for module in segment.shapes}
+        drawn = {
+            module for broadcast, segment in parts if isinstance(broadcast.start, Draw) for module in segment.shapes
+        }
         carried = {key: tensor for key, tensor in self._memory.get(client, {}).items() if key != "residual"}
         return without(carried, drawn)
 
@@ -309,9 +311,8 @@ class LocalSplitClients:
 
 def start_of(broadcast: Broadcast, segment: Segment, seed: int) -> Adapter:
     """Return what an owner of a segment trains from: what it was sent, or a fresh draw from the stream it was told."""
-    if broadcast.start is not None:
-        return broadcast.start
-    return fresh_adapter(segment.shapes, broadcast.rank, seed, *broadcast.draw)
+    start = broadcast.start
+    return start.adapter(segment.shapes, broadcast.rank, seed) if isinstance(start, Draw) else start
 
 
 def _count_targets(rows: TokenSet, chosen: NDArray[np.int64]) -> int:

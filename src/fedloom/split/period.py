@@ -10,6 +10,7 @@ from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.messages import decode_update, encode_broadcast, encode_update
 from fedloom.federation.rounds import Arrival, ClientRecord, Intake, RoundPlan, advice_after
 from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.split.client_halves import start_of
@@ -64,7 +65,7 @@ class Period:
             for broadcast in broadcasts:
                 if broadcast.client == SERVER:
                     server_pairs.update(start_of(broadcast, segment, self._plan.seed))
-                    drawn |= set(segment.shapes) if broadcast.start is None else set()
+                    drawn |= set(segment.shapes) if isinstance(broadcast.start, Draw) else set()
                 else:
                     received[broadcast.client].append(broadcast)
         memory = {client: dict(carried) for client, carried in self._state.clients.items()}
