@@ -95,7 +95,7 @@ def run_fedloom(model: Any, work: Work) -> Side:
         for k, (rows, rank) in enumerate(zip(work.rows, RANKS, strict=True))
     ]
     results = train_cohort(lora, tasks, work.training, seed=SEED, round=1)
-    side = clock.side([result.loss_nats for result in results])
+    side = clock.side([result.stats.loss_nats for result in results])
     lora.unwrap()
     return side
 

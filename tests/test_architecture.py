@@ -27,6 +27,7 @@ ORDER = (
     "training",
     "methods",
     "federation",
+    "clients",
     "engines",
     "split",
     "evaluation",

@@ -18,6 +18,7 @@ from fedloom.methods.state import Update
 from fedloom.methods.strategy import Cohort
 from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.seeding import torch_stream
+from fedloom.training.stats import TrainingStats
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 MODULE, SHAPE = "q", (6, 5)
@@ -44,7 +45,7 @@ def factors(rank: int, client: int) -> tuple[Tensor, Tensor]:
 
 def updates(ranks: list[int]) -> list[Update]:
     adapters = [Adapter({MODULE: Pair(*factors(rank, client))}) for client, rank in enumerate(ranks)]
-    return [Update(1, k, adapter, NUM_ROWS[k], 1, 1, 1, 1.0, 1.0, 0.0) for k, adapter in enumerate(adapters)]
+    return [Update(1, k, adapter, TrainingStats(NUM_ROWS[k], 1, 1, 1, 1.0, 1.0)) for k, adapter in enumerate(adapters)]
 
 
 def named(ranks: list[int]) -> list[dict[str, Tensor]]:

@@ -7,7 +7,8 @@
     ├── ModelError           a base model that is absent, foreign or unsuitable (ValueError)
     │   └── CutError         a place where a model cannot be cut in two         (ValueError)
     ├── AdapterError         an adapter that is corrupt or does not fit         (ValueError)
-    ├── UpdateError          what a client sent back cannot be used             (ValueError)
+    ├── UpdateError          a message between client and server cannot be used (ValueError)
+    │   └── BehindError      news that do not go on from the side a client holds (ValueError)
     ├── RunError             a run folder that cannot be created or resumed     (RuntimeError)
     │   └── TooFewClientsError   fewer usable updates than the set minimum      (RuntimeError)
     ├── EvaluationError      outputs, references or questions that do not fit   (ValueError)
@@ -48,7 +49,15 @@ class AdapterError(FedloomError, ValueError):
 
 
 class UpdateError(FedloomError, ValueError):
-    """A client's update that cannot be used."""
+    """A message between client and server that cannot be used."""
+
+
+class BehindError(UpdateError):
+    """News that do not go on from the side that a client holds; ``held`` is the version it holds."""
+
+    def __init__(self, held: int, what: str) -> None:
+        super().__init__(f"expected news that go on from what this client holds, got others: {what}; send it the whole")
+        self.held = held
 
 
 class RunError(FedloomError, RuntimeError):

@@ -9,27 +9,32 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.clients.held_sides import HeldSides
+from fedloom.errors import TooFewClientsError
+from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import (
     WireDtype,
+    decode_answer,
     decode_broadcast,
-    decode_update,
     encode_broadcast,
     encode_update,
     numbers_of,
 )
-from fedloom.federation.rounds import Arrival, RoundPlan, RoundRecord, run_rounds
+from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules, news_for
 from fedloom.lora.algebra import distance, norm, stack
 from fedloom.lora.initial import Draw, fresh_adapter
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.client_half import Work
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep
+from fedloom.methods.side import digest
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.seeding import torch_stream
+from fedloom.training.stats import TrainingStats
 
 SHAPES = {"layers.0.q": (12, 10), "layers.1.v": (8, 10)}
 RANKS = {0: 3, 1: 2, 2: 1}
@@ -57,9 +62,8 @@ class ScriptedEngine:
             start = start.adapter(SHAPES, broadcast.rank, 1)
         generator = torch_stream(7, broadcast.round, broadcast.client)
         moved = {n: Pair(p.b_OR + torch.randn(p.b_OR.shape, generator=generator) / 9, p.a_RI) for n, p in start.items()}
-        return Update(
-            broadcast.round, broadcast.client, Adapter(moved), 10 + broadcast.client, 70, 30, 4, 2.0, 1.5, 0.1
-        )
+        stats = TrainingStats(10 + broadcast.client, 70, 30, 4, 2.0, 1.5, 0.1)
+        return Update(broadcast.round, broadcast.client, Adapter(moved), stats, broadcast.news.version)
 
 
 def plan(strategy: Strategy, **changes: object) -> RoundPlan:
@@ -87,7 +91,7 @@ def test_floras_global_adapter_is_the_sum_of_all_rounds_weighted_means_on_an_unt
     records = run(plan(FLoRA(COHORT)), engine)
     updates = [engine.trained(broadcast) for broadcast in engine.sent]
     total = sum(10 + k for k in RANKS)
-    expected = stack([u.adapter for u in updates], [u.num_rows / total for u in updates])
+    expected = stack([u.adapter for u in updates], [u.stats.num_rows / total for u in updates])
     assert distance(records[-1].state.global_adapter(), expected) < 1e-5 * norm(expected)
     assert all(record.aggregation_noise == pytest.approx(0.0, abs=1e-6) for record in records)
 
@@ -105,16 +109,20 @@ def test_the_last_round_is_always_evaluated() -> None:
     assert [record.evaluation for record in records] == [None, None, {"round": 3}]
 
 
+def answer_of(blob: bytes, broadcast: Broadcast, dtype: WireDtype = WireDtype.FP32) -> Update | Failure:
+    return decode_answer(blob, broadcast, Work(), SHAPES, dtype, lambda draw: draw.adapter(SHAPES, broadcast.rank, 1))
+
+
 FAULTS = {
     "returned nothing": lambda update: None,
     "out of memory": lambda update: Failure(update.client, "out of memory"),
     "finite": lambda update: replace(update, adapter=update.adapter.scaled(math.nan)),
     "lacks module": lambda update: replace(update, adapter=Adapter({"layers.0.q": update.adapter["layers.0.q"]})),
     "expected rank 2": lambda update: replace(update, adapter=fresh_adapter(SHAPES, 1, 1)),
-    "trained weights to move": lambda update: replace(update, adapter=fresh_adapter(SHAPES, 2, 1)),
+    "expected the adapter to change": lambda update: replace(update, adapter=fresh_adapter(SHAPES, 2, 1)),
     "expected a change of norm": lambda update: replace(update, adapter=update.adapter.scaled(1e6)),
     "update for round 2": lambda update: replace(update, round=1),
-    "at least one row": lambda update: replace(update, num_rows=0),
+    "at least one row": lambda update: replace(update, stats=replace(update.stats, num_rows=0)),
 }
 
 
@@ -153,20 +161,30 @@ def test_a_client_that_missed_rounds_receives_the_news_that_bring_it_to_the_pres
     engine = ScriptedEngine()
     sample = {1: [0, 1], 2: [0, 1], 3: [0, 2], 4: [0, 1, 2]}
     run(plan(FLoRA(COHORT), num_rounds=4, sample=sample.__getitem__), engine)
-    held: dict[int, Adapter] = {}
+    stores = {client: HeldSides() for client in RANKS}
+    versions = dict.fromkeys(RANKS, 0)
     for broadcast in engine.sent:
-        before = held.get(broadcast.client, Adapter()) if broadcast.since else Adapter()
-        parts = [part for part in (before, broadcast.news) if part]
-        now = stack(parts, [1.0] * len(parts)) if parts else Adapter()
-        if broadcast.side:
-            assert distance(now, broadcast.side) < 1e-5 * norm(broadcast.side)
-        held[broadcast.client] = broadcast.side
+        side = stores[broadcast.client].caught_up(versions[broadcast.client], broadcast.news)
+        assert digest(side) == broadcast.news.sha256
+        versions[broadcast.client] = broadcast.news.version
+    assert {b.news.since for b in engine.sent if b.client == 2} == {0, 2}
+    assert {b.news.since for b in engine.sent if b.client == 0} == {0, 1, 2}
+
+
+def test_a_version_counts_as_held_only_when_its_client_says_so() -> None:
+    lost = {(2, 0): lambda update: None, (2, 1): lambda update: Failure(1, "out of memory", held=1)}
+    engine = ScriptedEngine(lost)  # type: ignore[arg-type]
+    state = run(plan(FLoRA(COHORT), num_rounds=2), engine)[-1].state
+    assert state.seen == {0: 0, 1: 1, 2: 1}
+    boast = {(2, 0): lambda update: replace(update, held=99)}
+    assert run(plan(FLoRA(COHORT), num_rounds=2), ScriptedEngine(boast))[-1].state.seen[0] == 0  # type: ignore[arg-type]
 
 
 def test_news_are_never_dearer_than_the_whole_side() -> None:
     records = run(plan(FLoRA(COHORT), num_rounds=8))
     state = records[-1].state
-    assert all(news_for(state, version)[1].num_bytes <= state.side.num_bytes for version in range(1, 9))
+    for version in range(1, 9):
+        assert sum(part.num_bytes for part in news_for(state, version, "").parts) <= state.side.num_bytes
     assert len(state.chain) < 8
 
 
@@ -233,7 +251,7 @@ def test_fedexp_steps_further_where_clients_disagree_and_never_past_its_cap() ->
     lengths = [norm(record.state.side) for record in steps.values()]
     engine = ScriptedEngine()
     plain = run(plan(FLoRA(COHORT), num_rounds=1), engine)[0]
-    shares = [u.num_rows / 33 for u in map(engine.trained, engine.sent)]
+    shares = [u.stats.num_rows / 33 for u in map(engine.trained, engine.sent)]
     squares = sum(s * norm(u.adapter) ** 2 for s, u in zip(shares, map(engine.trained, engine.sent), strict=True))
     expected = max(1.0, squares / (2 * norm(plain.state.side) ** 2))
     assert lengths == pytest.approx([norm(plain.state.side) * r for r in (1.0, min(1.3, expected), expected)], rel=1e-5)
@@ -248,24 +266,27 @@ def test_messages_arrive_as_sent_up_to_the_wires_dtype(dtype: WireDtype) -> None
     run(plan(ZeroPadding(COHORT), num_rounds=1), engine)
     broadcast = engine.sent[0]
     update = engine.trained(broadcast)
-    back = decode_update(encode_update(update, dtype))
+    back = answer_of(encode_update(update, update.adapter.as_tensors(), dtype), broadcast, dtype)
+    assert isinstance(back, Update)
     assert numbers_of(back) == numbers_of(update)
     assert distance(back.adapter, update.adapter) < 1e-2 * norm(update.adapter)
-    received = decode_broadcast(encode_broadcast(broadcast, dtype), broadcast.side)
-    assert (received.round, received.rank, received.since) == (1, 3, 0)
-    assert received.start is not None
-    assert not isinstance(broadcast.start, Draw)
-    assert not isinstance(received.start, Draw)
-    arrived, expected = received.start.as_tensors(), broadcast.start.to(dtype.torch).to(torch.float32).as_tensors()
+    received = decode_broadcast(encode_broadcast(broadcast, dtype), SHAPES)
+    assert (received.round, received.rank, received.news.since, received.draw) == (1, 3, 0, None)
+    assert isinstance(broadcast.start, Adapter)
+    arrived, expected = received.sent, broadcast.start.to(dtype.torch).to(torch.float32).as_tensors()
     assert all(torch.equal(arrived[key], expected[key]) for key in expected)
 
 
 def test_a_torn_message_is_refused() -> None:
     engine = ScriptedEngine()
     run(plan(fedit(COHORT), num_rounds=1), engine)
-    blob = encode_update(engine.trained(engine.sent[0]), WireDtype.FP32)
-    with pytest.raises(UpdateError, match="whole safetensors message"):
-        decode_update(blob[:-3])
+    broadcast = engine.sent[0]
+    update = engine.trained(broadcast)
+    blob = encode_update(update, update.adapter.as_tensors(), WireDtype.FP32)
+    assert isinstance(answer_of(blob, broadcast), Update)
+    torn = answer_of(blob[:-3], broadcast)
+    assert isinstance(torn, Failure)
+    assert "whole safetensors message" in torn.reason
 
 
 def test_sampling_is_a_function_of_seed_and_round_alone() -> None:

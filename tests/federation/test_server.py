@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -15,8 +15,10 @@ from fedloom.methods.flora import FLoRA
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.methods.sums import FactorSum
 from fedloom.methods.zero_padding import ZeroPadding
 from fedloom.seeding import torch_stream
+from fedloom.training.stats import TrainingStats
 
 SHAPES = {"layers.0.q": (6, 5), "layers.1.v": (4, 5)}
 RANKS = {0: 3, 1: 2, 2: 1}
@@ -27,8 +29,8 @@ COHORT = Cohort(SHAPES, 3, RANKS.__getitem__, seed=1)
 class ExactMean(ZeroPadding):
     """A start that is the mean of factors, and a side that holds what it misses."""
 
-    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
-        mean = super().aggregate(state, updates)
+    def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
+        mean = super().finish(state, sums)
         assert mean.start is not None
         return replace(mean, side=compress(stack([mean.ideal, mean.start], [1.0, -1.0])).adapter)
 
@@ -42,13 +44,7 @@ def updates(round: int) -> list[Update]:
             round=round,
             client=client,
             adapter=Adapter({n: Pair(draw(client, o, r), draw(client, r, i)) for n, (o, i) in SHAPES.items()}),
-            num_rows=client + 1,
-            num_tokens=7,
-            num_loss_tokens=3,
-            num_steps=1,
-            loss_nats=1.0,
-            loss_last_nats=1.0,
-            seconds=0.0,
+            stats=TrainingStats(client + 1, num_loss_tokens=3),
         )
         for client, r in RANKS.items()
     ]
@@ -65,7 +61,7 @@ def test_the_global_model_moves_by_what_the_server_step_says(
         aggregate = strategy.aggregate(state, updates(round))
         change = aggregate.change(state.start)
         moved, _ = step.move(change, aggregate.mean_squared_norm, state.velocity)
-        after = next_state(state, aggregate, rules, [1.0], RANKS)
+        after = next_state(state, aggregate, rules, [1.0], {})
         wanted = stack([state.global_adapter(), moved], [1.0, 1.0]) if state.global_adapter() else moved
         assert distance(after.global_adapter(), wanted) < 1e-5 * max(1.0, norm(wanted))
         state = after

@@ -19,6 +19,7 @@ from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.seeding import torch_stream
+from fedloom.training.stats import TrainingStats
 
 SHAPES = {"layers.0.q": (6, 5), "layers.1.v": (3, 5)}
 EQUAL, MIXED = {0: 2, 1: 2, 2: 2}, {0: 3, 1: 2, 2: 1}
@@ -37,7 +38,7 @@ def random_adapter(seed: int, rank: int) -> Adapter:
 
 def update(client: int, rank: int, rows: int = 10, seed: int | None = None) -> Update:
     adapter = random_adapter(client if seed is None else seed, rank)
-    return Update(1, client, adapter, rows, rows * 7, rows * 3, 4, 2.0, 1.5, 0.1)
+    return Update(1, client, adapter, TrainingStats(rows, rows * 7, rows * 3, 4, 2.0, 1.5, 0.1))
 
 
 def state_of(strategy: Strategy) -> ServerState:
@@ -46,8 +47,8 @@ def state_of(strategy: Strategy) -> ServerState:
 
 
 def mean_delta(updates: list[Update]) -> dict[str, torch.Tensor]:
-    total = sum(u.num_rows for u in updates)
-    return {n: sum(u.num_rows / total * u.adapter[n].delta() for u in updates) for n in SHAPES}  # type: ignore[misc]
+    total = sum(u.stats.num_rows for u in updates)
+    return {n: sum(u.stats.num_rows / total * u.adapter[n].delta() for u in updates) for n in SHAPES}  # type: ignore[misc]
 
 
 BATTERY: list[tuple[str, Callable[[Cohort], Strategy], dict[int, int]]] = [
@@ -185,12 +186,30 @@ def test_flora_draws_one_stream_a_client_or_one_for_all() -> None:
     assert shared.start_for(state, 0) == shared.start_for(state, 1) != shared.start_for(replace(state, round=5), 0)
 
 
-def test_standalone_keeps_every_clients_own_adapter_and_others_untouched() -> None:
+def test_standalone_shares_nothing_and_sends_nothing() -> None:
     strategy = Standalone(cohort(EQUAL))
-    first = strategy.aggregate(strategy.initial(), [update(0, 2), update(1, 2)])
-    state = ServerState(round=1, own=first.own)
-    second = strategy.aggregate(state, [update(1, 2, seed=9)])
-    assert second.own[0] is first.own[0]
-    assert distance(second.own[1], random_adapter(9, 2)) < 1e-12
-    assert strategy.start_for(state, 1) is first.own[1]
-    assert strategy.start_for(state, 2) is None
+    aggregate = strategy.aggregate(strategy.initial(), [update(0, 2), update(1, 2)])
+    assert not aggregate.applied
+    assert not aggregate.change(None)
+    assert strategy.client.work(1).sends == frozenset()
+    assert strategy.start_for(ServerState(), 0) != strategy.start_for(ServerState(), 1)
+
+
+@every_strategy
+@pytest.mark.parametrize("grouping", [[(0,), (1, 2)], [(2, 0), (1,)], [(0,), (1,), (2,)]], ids=str)
+def test_sums_over_any_groups_merge_to_the_sum_over_all(
+    make: Callable[[Cohort], Strategy], ranks: dict[int, int], grouping: list[tuple[int, ...]]
+) -> None:
+    strategy = make(cohort(ranks))
+    state, updates = state_of(strategy), [update(k, r, rows=k + 1) for k, r in ranks.items()]
+    whole = strategy.empty(state)
+    for group in grouping:
+        part = strategy.empty(state)
+        for client in group:
+            part.add(updates[client])
+        whole.merge(part)
+    merged, direct = strategy.finish(state, whole), strategy.aggregate(state, updates)
+    assert same(merged, direct)
+    assert distance(merged.ideal, direct.ideal) < 1e-12 * norm(direct.ideal)
+    assert merged.weights == pytest.approx(direct.weights)
+    assert merged.mean_squared_norm == pytest.approx(direct.mean_squared_norm)

@@ -60,8 +60,12 @@ def test_training_clients_together_equals_one_by_one(
     alone = [train(llama_lora, [task], settings)[0] for task in tasks]
     for one, other in zip(together, alone, strict=True):
         assert_same(one.adapter, other.adapter, 1e-12)
-        assert one.loss_nats == pytest.approx(other.loss_nats, rel=1e-12)
-        assert (one.client, one.num_steps, one.num_tokens) == (other.client, other.num_steps, other.num_tokens)
+        assert one.stats.loss_nats == pytest.approx(other.stats.loss_nats, rel=1e-12)
+        assert (one.client, one.stats.num_steps, one.stats.num_tokens) == (
+            other.client,
+            other.stats.num_steps,
+            other.stats.num_tokens,
+        )
 
 
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"token_budget": 12}])
@@ -86,9 +90,9 @@ def test_a_step_equals_a_plain_loop_over_padded_logits(llama_lora: LoRAModel, ta
     parameters = lora.parameters(0)
     loss.backward()
     torch.optim.AdamW(parameters, lr=SETTINGS.learning_rate, weight_decay=0.0).step()
-    assert result.loss_nats == pytest.approx(loss.item(), rel=1e-12)
+    assert result.stats.loss_nats == pytest.approx(loss.item(), rel=1e-12)
     assert_same(result.adapter, lora.adapter(0), 1e-10)
-    assert result.num_loss_tokens == sum(len(part) for part in losses)
+    assert result.stats.num_loss_tokens == sum(len(part) for part in losses)
 
 
 def _own_losses(model: Any, rows: TokenSet, index: int) -> torch.Tensor:
@@ -101,7 +105,7 @@ def _own_losses(model: Any, rows: TokenSet, index: int) -> torch.Tensor:
 def test_a_client_with_fewer_steps_is_not_touched_afterwards(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
     settings = replace(SETTINGS, steps=None, epochs=1.0, token_budget=1)  # a row per pass: no client shares one
     together = train(llama_lora, tasks, settings)
-    assert len({result.num_steps for result in together}) > 1
+    assert len({result.stats.num_steps for result in together}) > 1
     (alone,) = train(llama_lora, [tasks[1]], settings)
     assert all(torch.equal(alone.adapter[n].a_RI, together[1].adapter[n].a_RI) for n in alone.adapter)
     assert all(torch.equal(alone.adapter[n].b_OR, together[1].adapter[n].b_OR) for n in alone.adapter)
@@ -109,7 +113,7 @@ def test_a_client_with_fewer_steps_is_not_touched_afterwards(llama_lora: LoRAMod
 
 def test_training_lowers_the_loss_and_moves_the_weights(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
     for result in train(llama_lora, tasks, replace(SETTINGS, steps=40)):
-        assert result.loss_last_nats < result.loss_nats
+        assert result.stats.loss_last_nats < result.stats.loss_nats
         assert result.change_norm > 0
 
 
@@ -173,8 +177,8 @@ def test_progress_reports_every_step_of_every_client(llama_lora: LoRAModel, task
     reports: list[StepReport] = []
     results = train(llama_lora, tasks, replace(SETTINGS, steps=3), on_step=reports.append)
     assert [(r.client, r.step, r.num_steps) for r in reports] == [(c, s, 3) for s in (1, 2, 3) for c in (10, 11, 12)]
-    assert sum(r.num_tokens for r in reports) == sum(result.num_tokens for result in results)
-    assert reports[-1].loss_nats == results[-1].loss_last_nats
+    assert sum(r.num_tokens for r in reports) == sum(result.stats.num_tokens for result in results)
+    assert reports[-1].loss_nats == results[-1].stats.loss_last_nats
 
 
 def test_a_client_that_diverges_stops_and_the_others_do_not_notice(
@@ -183,8 +187,8 @@ def test_a_client_that_diverges_stops_and_the_others_do_not_notice(
     sick = Adapter({n: Pair(p.b_OR, torch.full_like(p.a_RI, math.nan)) for n, p in tasks[0].start.items()})
     results = train(llama_lora, [replace(tasks[0], start=sick), *tasks[1:]])
     healthy = [train(llama_lora, [task])[0] for task in tasks[1:]]
-    assert results[0].num_steps == 1
-    assert not math.isfinite(results[0].loss_nats)
+    assert results[0].stats.num_steps == 1
+    assert not math.isfinite(results[0].stats.loss_nats)
     assert not results[0].adapter.is_finite()
     for one, other in zip(results[1:], healthy, strict=True):
         assert_same(one.adapter, other.adapter, 1e-12)

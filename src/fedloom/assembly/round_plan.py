@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from fedloom.assembly.inputs import Inputs
+from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.local import LocalEngine
@@ -24,9 +23,11 @@ from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.flora import FLoRA, Initialisation
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.standalone import Standalone
+from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.training.local import LocalTraining, StepReport
@@ -149,10 +150,12 @@ def engine_of(
     settings: Settings,
     population: Population,
     lora: LoRAModel,
-    optimisers: dict[int, dict[str, Tensor]] | None,
+    half: ClientHalf,
+    state: ServerState,
+    memories: dict[int, Memory],
     on_step: Callable[[StepReport], None],
 ) -> LocalEngine:
-    """Return the engine that trains the population in this process."""
+    """Return the engine that trains the population in this process, from a state on."""
     device: Any = next(lora.model.parameters()).device
     return LocalEngine(
         lora=lora,
@@ -161,6 +164,9 @@ def engine_of(
         seed=settings.run.seed,
         wire=None if settings.method.name in CONTROLS else WireDtype(settings.wire.dtype),
         clients_at_once=CLIENTS_AT_ONCE[device.type],
-        optimisers=optimisers,
+        half=half,
+        memories=memories,
+        version=state.round,
+        side=state.side,
         on_step=on_step,
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, assert_never
 
@@ -21,7 +21,6 @@ from fedloom.assembly.round_plan import rules_of, training_of
 from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.flora import FLoRA, Initialisation
-from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.reporting.ledger import peak_memory_bytes
@@ -129,11 +128,6 @@ def segment_strategy(settings: Settings, cohort: Cohort) -> Strategy:
     assert_never(settings.split.aggregation)
 
 
-def uncut_state(state: SplitState) -> ServerState:
-    """Return both halves as one state of the uncut base: what is evaluated, kept and exported."""
-    return ServerState(round=state.round, side=state.global_adapter())
-
-
 def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
     """Return a period as plain values, activations and adapters apart."""
     clients = record.clients
@@ -149,7 +143,7 @@ def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
         "train_loss_last_nats": record.loss_last_nats,
         "eval": record.evaluation or None,
         "aggregation_noise": record.aggregation_noise,
-        "num_loss_tokens": sum(client.num_loss_tokens for client in clients),
+        "num_loss_tokens": sum(client.stats.num_loss_tokens for client in clients if client.stats is not None),
         "upload_bytes": up,
         "download_bytes": down,
         "bytes_by_kind": {
@@ -159,7 +153,7 @@ def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
         "seconds": dict(record.seconds),
         "peak_memory_bytes": peak_memory_bytes(),
         "rank": record.state.global_adapter().ranks,
-        "clients": [{"name": names[client.client], **asdict(client)} for client in clients],
+        "clients": [{"name": names[client.client], **client.as_dict()} for client in clients],
     }
 
 

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from torch import Tensor
-
+from fedloom.clients.client import Assignment, Client
+from fedloom.clients.held_sides import HeldSides
+from fedloom.clients.memory import Memory
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import FedloomError
+from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import (
     WireDtype,
-    decode_broadcast,
-    decode_update,
+    as_sent,
+    decode_answer,
     encode_broadcast,
-    encode_update,
 )
-from fedloom.federation.rounds import Arrival
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import ClientHalf, EveryRound
 from fedloom.methods.state import Broadcast, Failure, Update
-from fedloom.training.local import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
+from fedloom.training.local import ClientResult, LocalTraining, StepReport, train_cohort
 
 
 @dataclass
@@ -30,81 +32,101 @@ class LocalEngine:
     Attributes:
         rows_of: a client's rows.
         training: how each client trains.
+        half: what each client trains, sends and keeps.
         wire: dtype of the messages; None where nothing crosses (centralised and standalone).
         clients_at_once: clients whose adapters are open at once; results do not depend on it beyond rounding.
-        optimisers: optimiser state of each client, kept between rounds; None: every round starts a fresh optimiser,
-            as FedIT's and FLoRA's clients do.
+        memories: what clients keep from before, where a run goes on.
+        version, side: the side that every client starts with, where a run goes on: that of the last completed round.
     """
 
     lora: LoRAModel
     rows_of: Callable[[int], TokenSet]
     training: LocalTraining
     seed: int
+    half: ClientHalf = field(default_factory=EveryRound)
     wire: WireDtype | None = WireDtype.FP32
     clients_at_once: int = 1
-    optimisers: dict[int, dict[str, Tensor]] | None = None
+    memories: dict[int, Memory] = field(default_factory=dict)
+    version: int = 0
+    side: Adapter = field(default_factory=Adapter)
     on_step: Callable[[StepReport], None] | None = None
+
+    def __post_init__(self) -> None:
+        self._sides = HeldSides(self.version, self.side)
 
     def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
         """Train the clients, ``clients_at_once`` at a time, in the order given."""
-        if broadcasts:
-            self.lora.set_side(broadcasts[0].side)
+        beside: Adapter | None = None
         for first in range(0, len(broadcasts), self.clients_at_once):
-            yield from self._train_cohort(broadcasts[first : first + self.clients_at_once])
+            ready: list[_Ready] = []
+            for broadcast in broadcasts[first : first + self.clients_at_once]:
+                prepared = self._prepared(broadcast)
+                if isinstance(prepared, Arrival):
+                    yield prepared
+                else:
+                    ready.append(prepared)
+            if ready and ready[0].assignment.side is not beside:
+                beside = ready[0].assignment.side
+                self.lora.set_side(beside)
+            yield from self._train_cohort(ready)
 
-    def _train_cohort(self, cohort: Sequence[Broadcast]) -> Iterator[Arrival]:
-        received, sizes = zip(*(self._receive(broadcast) for broadcast in cohort), strict=True)
+    def held(self) -> Mapping[int, Memory]:
+        """Return what clients keep, for a checkpoint."""
+        return self.memories
+
+    def _prepared(self, broadcast: Broadcast) -> _Ready | Arrival:
+        """Let a client read its broadcast; what it cannot read is its failure."""
+        number = broadcast.client
+        memory = self.memories.get(number) or Memory(version=self.version)
+        client = Client(
+            number, self.half, self.lora.shapes, self.seed, lambda: self.rows_of(number), self._sides, memory
+        )
+        blob = b"" if self.wire is None else encode_broadcast(broadcast, self.wire)
         try:
-            tasks = [self._task(broadcast) for broadcast in received]
-            results = train_cohort(
-                self.lora, tasks, self.training, seed=self.seed, round=cohort[0].round, on_step=self.on_step
-            )
+            assignment = client.prepare(as_sent(broadcast)) if self.wire is None else client.receive(blob)
+        except FedloomError as error:
+            return Arrival(client.failure(error), len(blob), 0)
+        self.memories[number] = client.memory
+        return _Ready(client, broadcast, assignment, len(blob))
+
+    def _train_cohort(self, cohort: Sequence[_Ready]) -> Iterator[Arrival]:
+        if not cohort:
+            return
+        tasks, round = [one.assignment.task for one in cohort], cohort[0].broadcast.round
+        try:
+            results = train_cohort(self.lora, tasks, self.training, seed=self.seed, round=round, on_step=self.on_step)
         except FedloomError as error:
             if len(cohort) > 1:
-                for broadcast in cohort:
-                    yield from self._train_cohort([broadcast])
+                for one in cohort:
+                    yield from self._train_cohort([one])
             else:
-                yield Arrival(Failure(cohort[0].client, str(error)), sizes[0], 0)
+                yield Arrival(cohort[0].client.failure(error), cohort[0].num_bytes, 0)
             return
-        for broadcast, size, result in zip(received, sizes, results, strict=True):
-            yield self._arrival(broadcast, size, result)
+        for one, result in zip(cohort, results, strict=True):
+            yield self._arrival(one, result)
 
-    def _receive(self, broadcast: Broadcast) -> tuple[Broadcast, int]:
-        """Return the broadcast as it arrives, and the bytes that crossed."""
+    def _arrival(self, one: _Ready, result: ClientResult) -> Arrival:
+        outcome: Update | Failure
         if self.wire is None:
-            return broadcast, 0
-        blob = encode_broadcast(broadcast, self.wire)
-        return decode_broadcast(blob, broadcast.side), len(blob)
+            (outcome, _), size = one.client.conclude(one.assignment, result, WireDtype.FP32), 0
+        else:
+            blob = one.client.answer(one.assignment, result, self.wire)
+            shapes, rank = self.lora.shapes, one.broadcast.rank
 
-    def _task(self, broadcast: Broadcast) -> ClientTask:
-        start = broadcast.start
-        if isinstance(start, Draw):
-            start = start.adapter(self.lora.shapes, broadcast.rank, self.seed)
-        return ClientTask(
-            client=broadcast.client,
-            rows=self.rows_of(broadcast.client),
-            rank=broadcast.rank,
-            scale=broadcast.scale,
-            start=start,
-            optimiser_state=self.optimisers.get(broadcast.client) if self.optimisers is not None else None,
-        )
+            def drawn(draw: Draw) -> Adapter:
+                return draw.adapter(shapes, rank, self.seed)
 
-    def _arrival(self, broadcast: Broadcast, download_bytes: int, result: ClientResult) -> Arrival:
-        if self.optimisers is not None and result.optimiser_state is not None:
-            self.optimisers[result.client] = result.optimiser_state
-        update = Update(
-            round=broadcast.round,
-            client=result.client,
-            adapter=result.adapter,
-            num_rows=result.num_rows,
-            num_tokens=result.num_tokens,
-            num_loss_tokens=result.num_loss_tokens,
-            num_steps=result.num_steps,
-            loss_nats=result.loss_nats,
-            loss_last_nats=result.loss_last_nats,
-            seconds=result.seconds,
-        )
-        if self.wire is None:
-            return Arrival(update, 0, 0)
-        blob = encode_update(update, self.wire)
-        return Arrival(decode_update(blob), download_bytes, len(blob))
+            outcome = decode_answer(blob, one.broadcast, one.assignment.work, shapes, self.wire, drawn)
+            size = len(blob)
+        self.memories[one.client.number] = one.client.memory
+        return Arrival(outcome, one.num_bytes, size)
+
+
+@dataclass(frozen=True, eq=False)
+class _Ready:
+    """A client that has read its broadcast and can train."""
+
+    client: Client
+    broadcast: Broadcast
+    assignment: Assignment
+    num_bytes: int

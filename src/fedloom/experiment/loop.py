@@ -9,10 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from fedloom.assembly.inputs import Inputs
-from fedloom.assembly.round_plan import CONTROLS, Population, engine_of, plan_of
+from fedloom.assembly.round_plan import Population, engine_of, plan_of
+from fedloom.assembly.round_state import read_round, round_files, standing_of
 from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
 from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
 from fedloom.assembly.split_run import (
@@ -21,29 +20,22 @@ from fedloom.assembly.split_run import (
     split_metrics,
     split_run,
     split_state_files,
-    uncut_state,
 )
+from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.experiment.round_records import UpdateKeeper, metrics_of, update_keeper
-from fedloom.federation.rounds import Arrival, Engine, RoundPlan, RoundRecord, run_rounds
+from fedloom.federation.intake import Arrival
+from fedloom.federation.rounds import Engine, RoundPlan, RoundRecord, run_rounds
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.methods.state import Broadcast, ServerState, Update
-from fedloom.methods.state_codec import (
-    NUMBERS,
-    OPTIMISERS,
-    TENSORS,
-    damage_named,
-    read_optimisers,
-    read_state,
-    state_files,
-)
+from fedloom.methods.state import Broadcast, ServerState, Standing, Update
+from fedloom.methods.state_codec import damage_named
 from fedloom.reporting.progress import Progress
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.split_state import SplitState
 from fedloom.training.local import StepReport
 
-Evaluate = Callable[[ServerState], Mapping[str, Any]]
+Evaluate = Callable[[Standing], Mapping[str, Any]]
 WriteAdapter = Callable[[Adapter, Path, float], None]
 
 
@@ -55,7 +47,7 @@ class Completed:
     metrics: Mapping[str, Any]
     files: Mapping[str, bytes]
     writers: Mapping[str, Writer]
-    state: ServerState
+    standing: Standing
 
 
 class Loop(Protocol):
@@ -67,8 +59,8 @@ class Loop(Protocol):
         ...
 
     @property
-    def standing(self) -> ServerState:
-        """The state to go on from."""
+    def standing(self) -> Standing:
+        """The model to go on from."""
         ...
 
     def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
@@ -114,14 +106,11 @@ class LoopKind:
         if self.split is not None:
             return SplitPeriods(self.split, restored_split(self.split, folder), progress)
         assert self.plan is not None
-        optimisers: dict[int, dict[str, Tensor]] | None = {} if self.settings.method.name in CONTROLS else None
-        standing, last = self.plan.strategy.initial(), folder.last_round()
+        state, memories, last = self.plan.strategy.initial(), dict[int, Memory](), folder.last_round()
         if last is not None:
-            read = partial(folder.read_round_file, last)
             with damage_named(folder.round_path(last)):
-                standing = read_state(read(TENSORS), read(NUMBERS))
-                optimisers = read_optimisers(read(OPTIMISERS)) if optimisers is not None else None
-        return AdapterRounds(self, self.plan, standing, optimisers, folder.path, write_adapter, progress)
+                state, memories = read_round(folder.round_path(last))
+        return AdapterRounds(self, self.plan, state, memories, folder.path, write_adapter, progress)
 
 
 def restored_split(run: SplitRun, folder: RunFolder) -> SplitState:
@@ -140,8 +129,8 @@ class AdapterRounds:
 
     kind: LoopKind
     plan: RoundPlan
-    standing: ServerState
-    optimisers: dict[int, dict[str, Tensor]] | None
+    state: ServerState
+    memories: dict[int, Memory]
     path: Path
     write_adapter: WriteAdapter
     progress: Progress
@@ -151,10 +140,16 @@ class AdapterRounds:
         """Rounds in all."""
         return self.plan.num_rounds
 
+    @property
+    def standing(self) -> Standing:
+        """The model to go on from."""
+        return standing_of(self.state, self.memories)
+
     def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
         """Run what is left, one round at a time."""
         settings, population = self.kind.settings, self.kind.population
-        engine = engine_of(settings, population, self.kind.lora, self.optimisers, self._on_step)
+        half, lora = self.plan.strategy.client, self.kind.lora
+        engine = engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
         shown = ShownEngine(engine, self.progress)
         with ExitStack() as stack:
             keeper = None
@@ -162,10 +157,14 @@ class AdapterRounds:
                 scales = population.scales
                 keeper = stack.enter_context(update_keeper(self.path, self.write_adapter, scales.__getitem__))
             keep = keeper.keep if keeper is not None else _drop
-            for record in run_rounds(self.standing, self.plan, shown, evaluate, keep):
+
+            def scored(state: ServerState) -> Mapping[str, Any]:
+                return evaluate(standing_of(state, engine.held()))
+
+            for record in run_rounds(self.state, self.plan, shown, scored, keep):
                 metrics = metrics_of(record, settings.method.name, population.names)
-                files = state_files(record.state, self.optimisers)
-                yield Completed(record.round, metrics, files, self._writers(record, keeper), record.state)
+                files, standing = round_files(record.state, engine.held()), standing_of(record.state, engine.held())
+                yield Completed(record.round, metrics, files, self._writers(record, keeper), standing)
 
     def _writers(self, record: RoundRecord, keeper: UpdateKeeper | None) -> dict[str, Writer]:
         if keeper is None:
@@ -193,15 +192,15 @@ class SplitPeriods:
         return self.run.num_rounds
 
     @property
-    def standing(self) -> ServerState:
-        """Both halves of the model as one state."""
-        return uncut_state(self.state)
+    def standing(self) -> Standing:
+        """Both halves as one model."""
+        return self.state.standing()
 
     def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
         """Run what is left, one period at a time."""
-        for record in self.run.periods(self.state, lambda state: evaluate(uncut_state(state)), self._on_step):
+        for record in self.run.periods(self.state, lambda state: evaluate(state.standing()), self._on_step):
             metrics, files = split_metrics(record, self.run.names), split_state_files(record.state)
-            yield Completed(record.round, metrics, files, {}, uncut_state(record.state))
+            yield Completed(record.round, metrics, files, {}, record.state.standing())
 
     def _on_step(self, step: int, loss_nats: float) -> None:
         """Show the cohort's joint step as the server's."""
@@ -224,7 +223,8 @@ class ShownEngine:
             self.progress.round_started(broadcasts[0].round, len(broadcasts))
         for arrival in self.engine.train(broadcasts):
             outcome = arrival.outcome
-            self.progress.client_done(outcome.client, outcome.loss_nats if isinstance(outcome, Update) else None)
+            loss = outcome.stats.loss_nats if isinstance(outcome, Update) else None
+            self.progress.client_done(outcome.client, loss)
             yield arrival
 
 

@@ -7,15 +7,15 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fedloom.data.groups import grouping_of
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Rows
+from fedloom.federation.intake import ClientRecord
 from fedloom.federation.messages import numbers_of
-from fedloom.federation.rounds import ClientRecord, RoundRecord
+from fedloom.federation.rounds import RoundRecord
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.methods.state import Update
@@ -27,24 +27,24 @@ from fedloom.run_folder.reader import Holding, holdings_document
 def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
     """Return a round as plain values, units in the names."""
     used = [client for client in record.clients if client.reason is None]
-    tokens = sum(client.num_loss_tokens for client in used)
-    state = record.state
+    counted = [client.stats for client in used if client.stats is not None]
+    tokens = sum(stats.num_loss_tokens for stats in counted)
     return {
         "round": record.round,
         "method": method,
-        "train_loss_nats": sum((c.loss_nats or 0.0) * c.num_loss_tokens for c in used) / max(tokens, 1),
+        "train_loss_nats": sum(stats.loss_nats * stats.num_loss_tokens for stats in counted) / max(tokens, 1),
         "eval": record.evaluation or None,
         "aggregation_noise": record.aggregation_noise,
         "change_norm": record.change_norm,
-        "num_tokens": sum(client.num_tokens for client in record.clients),
+        "num_tokens": sum(client.stats.num_tokens for client in record.clients if client.stats is not None),
         "num_loss_tokens": tokens,
         "num_trained_parameters": sum(client.num_parameters for client in used),
         "upload_bytes": sum(client.upload_bytes for client in record.clients),
         "download_bytes": sum(client.download_bytes for client in record.clients),
         "seconds": dict(record.seconds),
         "peak_memory_bytes": peak_memory_bytes(),
-        "rank": {name: pair.rank for name, pair in state.global_adapter().items()},
-        "clients": [{"name": names[client.client], **asdict(client)} for client in record.clients],
+        "rank": record.state.global_adapter().ranks,
+        "clients": [{"name": names[client.client], **client.as_dict()} for client in record.clients],
     }
 
 

@@ -20,7 +20,7 @@ from fedloom.experiment.round_records import holdings_of, peft_writer
 from fedloom.lora.algebra import compress
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.methods.state import ServerState
+from fedloom.methods.state import Standing
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
@@ -165,7 +165,7 @@ class Session:
     def complete(self) -> RunSummary:
         """Run what is left, write the adapter, and mark the run as finished."""
         loop = None if self.kind is None else self.kind.resume(self.folder, self._writer(), self.progress)
-        state = ServerState() if loop is None else loop.standing
+        state = Standing(0) if loop is None else loop.standing
         finished, left = self.folder.finished, 0 if loop is None else loop.num_rounds - state.round
         if finished is None or left > 0:
             base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
@@ -180,7 +180,7 @@ class Session:
         write_cards(self.folder.path)
         return self._summary(state)
 
-    def _rounds(self, loop: Loop) -> ServerState:
+    def _rounds(self, loop: Loop) -> Standing:
         state = loop.standing
         title = f"{self.settings.method.name}, seed {self.settings.run.seed}"
         self.progress.run_started(title, loop.num_rounds, state.round)
@@ -189,7 +189,7 @@ class Session:
             stack.callback(trackers.close)
             for done in loop.rounds(self._evaluate):
                 self.folder.write_round(done.round, done.metrics, done.files, done.writers)
-                state = done.state
+                state = done.standing
                 trackers.log(done.metrics)
                 self.progress.round_done(done.metrics)
                 self._prune()
@@ -203,14 +203,14 @@ class Session:
     def _evaluate_base(self) -> dict[str, Any]:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
         held_out, is_all = self.inputs.held_out_sha256, self.kind is None
-        return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(ServerState()), is_all)
+        return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(Standing(0)), is_all)
 
     @cached_property
     def _grouping(self) -> Grouping | None:
         rows = self.inputs.held_out_rows
         return None if rows is None else grouping_of(rows, self.settings.partition.column)
 
-    def _evaluate(self, state: ServerState) -> dict[str, Any]:
+    def _evaluate(self, state: Standing) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
         scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, self._grouping)
         if chosen.suites:
@@ -227,13 +227,13 @@ class Session:
             )
         return scores
 
-    def _write_adapter(self, state: ServerState) -> list[str]:
+    def _write_adapter(self, state: Standing) -> list[str]:
         """Write the result as PEFT: one adapter on the untouched base, or one per client where each has its own.
 
         Return the folders, relative to the run's; none where training added nothing.
         """
         write, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
-        result = compress(state.global_adapter()).adapter
+        result = compress(state.shared).adapter
 
         def write_own(path: Path) -> None:
             for client, adapter in own.items():
@@ -258,7 +258,7 @@ class Session:
         named = ("fedloom", self.folder.path.name, self.settings.as_dict())
         return trackers + [kinds[name](*named) for name in self.settings.run.trackers]
 
-    def _summary(self, state: ServerState) -> RunSummary:
+    def _summary(self, state: Standing) -> RunSummary:
         records, finished = self.folder.records(), self.folder.finished or {}
         return RunSummary(
             folder=self.folder.path,
@@ -272,5 +272,5 @@ class Session:
             seconds=sum(sum(record["seconds"].values()) for record in records),
             peak_memory_bytes=max((record["peak_memory_bytes"] for record in records), default=0),
             aggregation_noise=records[-1]["aggregation_noise"] if records else None,
-            rank=max(state.global_adapter().ranks.values(), default=0),
+            rank=max(state.shared.ranks.values(), default=0),
         )

@@ -1,29 +1,50 @@
 """What crosses between server and clients, as bytes: one safetensors blob a message, its numbers in the header.
 
-The wire's dtype applies to every tensor that crosses, and only there: what arrives is fp32 again. A message's length
-is the length of its blob; nothing else is counted and nothing else is sent. Numbers are filled up with blanks, so that
-this length depends on shapes and types alone and not on how many digits a loss or a time happens to have.
+The wire's dtype applies to every tensor that crosses, and only there: what arrives is fp32 again. The whole side keeps
+fp32 where its numbers are none of the wire's dtype: a compacted side would be rounded otherwise, and server and client
+would train on different bases. A message's length is the length of its blob; nothing else is counted and nothing else
+is sent.
+
+Nothing is believed unread: the header is checked against a schema, names, shapes and dtypes against what is expected,
+before a tensor is made of it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloom.errors import UpdateError
+from fedloom.errors import AdapterError, UpdateError
 from fedloom.lora.initial import Draw
-from fedloom.lora.pair import Adapter
-from fedloom.methods.state import Broadcast, Update
+from fedloom.lora.pair import BOTH, Adapter, Factors
+from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.state import Broadcast, Failure, News, Update
+from fedloom.training.stats import TrainingStats
 
-NUMBERS_CHARACTERS = 320
-"""Room for a message's numbers as JSON; where it is too little, twice or thrice as much is used."""
+NUMBERS_CHARACTERS = 512
+"""Room for an update's numbers as JSON; where it is too little, twice or thrice as much is used.
+
+Numbers are filled up with blanks to this, so that a message's length depends on shapes and types alone and not on how
+many digits a loss or a time happens to have: bytes can be described before a run.
+"""
+MAX_HEADER_BYTES = 1 << 16
+"""A header's fixed part; each tensor may add ``MAX_ENTRY_BYTES``."""
+MAX_ENTRY_BYTES = 1 << 10
+MAX_PARTS = 1 << 16
+_MAX_COUNT = 1 << 53
+
+Count = Annotated[int, Ge(0), Le(_MAX_COUNT)]
+Shapes = Mapping[str, tuple[int, int]]
 
 
 class WireDtype(StrEnum):
@@ -39,81 +60,298 @@ class WireDtype(StrEnum):
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
+class _Head(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class _DrawHead(_Head):
+    name: tuple[str | int, ...]
+    rank: Annotated[int, Ge(1)] | None
+
+
+class _BroadcastHead(_Head):
+    kind: Literal["broadcast"] = "broadcast"
+    round: Annotated[int, Ge(1), Le(_MAX_COUNT)]
+    client: Annotated[int, Ge(-1), Le(_MAX_COUNT)]
+    rank: Annotated[int, Ge(1), Le(1 << 20)]
+    scale: Annotated[float, Ge(0)]
+    since: Count
+    version: Count
+    num_parts: Count
+    is_whole: bool
+    sha256: str
+    draw: _DrawHead | None
+    origin: _DrawHead | None
+    crossing: Literal["", "a", "b", "ab"]
+
+
+class _UpdateHead(_Head):
+    kind: Literal["update"] = "update"
+    round: Annotated[int, Ge(1), Le(_MAX_COUNT)]
+    client: Annotated[int, Ge(-1), Le(_MAX_COUNT)]
+    held: Count
+    num_rows: Count
+    num_tokens: Count
+    num_loss_tokens: Count
+    num_steps: Count
+    loss_nats: float
+    loss_last_nats: float
+    seconds: Annotated[float, Ge(0)]
+
+
+class _FailureHead(_Head):
+    kind: Literal["failure"] = "failure"
+    client: Annotated[int, Ge(-1), Le(_MAX_COUNT)]
+    reason: str
+    held: Count | None
+
+
+_BROADCAST: TypeAdapter[_BroadcastHead] = TypeAdapter(_BroadcastHead)
+_ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(_UpdateHead | _FailureHead)
+
+
 def as_received(adapter: Adapter, dtype: WireDtype) -> Adapter:
     """Return an adapter as the other side of the wire sees it: rounded to the wire's dtype."""
     return adapter if dtype is WireDtype.FP32 else adapter.to(dtype.torch).to(torch.float32)
 
 
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
-    """Serialise what crosses of a broadcast: its news, its start, and its numbers."""
-    tensors = {f"news/{key}": tensor for key, tensor in broadcast.news.as_tensors().items()}
-    start, draw = broadcast.start, None
-    if isinstance(start, Draw):
-        draw = {"name": list(start.name), "rank": start.rank}
-    else:
-        tensors |= {f"start/{key}": tensor for key, tensor in start.as_tensors().items()}
-    numbers = {
-        "round": broadcast.round,
-        "client": broadcast.client,
-        "rank": broadcast.rank,
-        "scale": broadcast.scale,
-        "since": broadcast.since,
-        "draw": draw,
-    }
-    return _blob(tensors, numbers, dtype)
+    """Serialise what crosses of a broadcast: its news, the factors of its start that cross, and its numbers."""
+    news, start = broadcast.news, broadcast.start
+    tensors: dict[str, Tensor] = {}
+    for position, part in enumerate(news.parts):
+        for key, tensor in part.as_tensors().items():
+            tensors[f"news/{position}/{key}"] = _without_loss(tensor, dtype)
+    if isinstance(start, Adapter):
+        sent = start.as_tensors(broadcast.crossing)
+        tensors |= {f"start/{key}": tensor.to(dtype.torch) for key, tensor in sent.items()}
+    head = _BroadcastHead(
+        round=broadcast.round,
+        client=broadcast.client,
+        rank=broadcast.rank,
+        scale=broadcast.scale,
+        since=news.since,
+        version=news.version,
+        num_parts=len(news.parts),
+        is_whole=news.is_whole,
+        sha256=news.sha256,
+        draw=_draw_head(start) if isinstance(start, Draw) else None,
+        origin=None if broadcast.origin is None else _draw_head(broadcast.origin),
+        crossing="".join(sorted(broadcast.crossing)),  # type: ignore[arg-type]
+    )
+    return _blob(tensors, head)
 
 
-def decode_broadcast(blob: bytes, side: Adapter) -> Broadcast:
-    """Rebuild a broadcast at a client that holds ``side`` once the news are in.
+class Received:
+    """What a client knows of a broadcast: no more than what its bytes say."""
 
-    Raises:
-        UpdateError: if the blob is not a whole message.
-    """
-    tensors, numbers = _unblob(blob)
-    parts: dict[str, dict[str, Tensor]] = {"news": {}, "start": {}}
-    for key, tensor in tensors.items():
-        kind, _, name = key.partition("/")
-        parts[kind][name] = tensor
-    draw = numbers.pop("draw")
-    news, sent = (Adapter.from_tensors(part) for part in parts.values())
-    start = sent if draw is None else Draw(tuple(draw["name"]), draw["rank"])
-    return Broadcast(side=side, news=news, start=start, **numbers)
+    def __init__(self, head: Any, news: News, start: Mapping[str, Tensor]) -> None:
+        self.round, self.client, self.rank, self.scale = head.round, head.client, head.rank, head.scale
+        self.news, self.sent = news, start
+        self.draw = None if head.draw is None else Draw(head.draw.name, head.draw.rank)
+        self.origin = None if head.origin is None else Draw(head.origin.name, head.origin.rank)
 
 
-def encode_update(update: Update, dtype: WireDtype) -> bytes:
-    """Serialise an update."""
-    return _blob(update.adapter.as_tensors(), numbers_of(update), dtype)
-
-
-def decode_update(blob: bytes) -> Update:
-    """Rebuild an update.
+def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
+    """Read a broadcast at a client whose target modules have these shapes.
 
     Raises:
-        UpdateError: if the blob is not a whole message.
+        UpdateError: if it is not a whole message of this form, or of another base.
     """
-    tensors, numbers = _unblob(blob)
-    return Update(adapter=Adapter.from_tensors(tensors), **numbers)
+    head, entries = _read_head(blob, _BROADCAST, len(shapes) * 2 * (1 + MAX_ENTRY_BYTES))
+    for key, (dtype, _) in entries.items():
+        if dtype not in _DTYPES:
+            raise UpdateError(
+                f"{key}: expected a tensor of {', '.join(_DTYPES)}, got {dtype}; the server sends another"
+            )
+    tensors = _tensors(blob)
+    start = {key.removeprefix("start/"): tensor for key, tensor in tensors.items() if key.startswith("start/")}
+    _check_start(start, head, shapes)
+    parts = _parts(tensors, head.num_parts)
+    return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start)
+
+
+def as_sent(broadcast: Broadcast) -> Received:
+    """Return what a client knows of a broadcast where nothing is encoded: in this process, for the controls."""
+    start = broadcast.start
+    head = _BroadcastHead.model_construct(
+        round=broadcast.round,
+        client=broadcast.client,
+        rank=broadcast.rank,
+        scale=broadcast.scale,
+        draw=_draw_head(start) if isinstance(start, Draw) else None,
+        origin=None if broadcast.origin is None else _draw_head(broadcast.origin),
+    )
+    sent = start.as_tensors(broadcast.crossing) if isinstance(start, Adapter) else {}
+    return Received(head, broadcast.news, sent)
+
+
+def encode_update(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtype) -> bytes:
+    """Serialise an update: ``tensors`` are what the client half sends of it."""
+    head = _UpdateHead(round=update.round, client=update.client, held=update.held, **asdict(update.stats))
+    return _blob({key: tensor.to(dtype.torch) for key, tensor in tensors.items()}, head)
+
+
+def encode_failure(failure: Failure) -> bytes:
+    """Serialise a client's word that it has no update."""
+    return _blob({}, _FailureHead(client=failure.client, reason=failure.reason[:2000], held=failure.held))
+
+
+def decode_answer(
+    blob: bytes, broadcast: Broadcast, work: Work, shapes: Shapes, dtype: WireDtype, start_of: Callable[[Draw], Adapter]
+) -> Update | Failure:
+    """Read a client's answer to a broadcast; whatever does not fit makes a failure of this client, never an error.
+
+    A factor that does not cross is the one that the client was sent; ``start_of`` draws a start that was named.
+    """
+    client = broadcast.client
+    expected = expected_tensors(shapes, broadcast.rank, work.sends)
+    try:
+        head, entries = _read_head(blob, _ANSWER, len(expected) * MAX_ENTRY_BYTES)
+        _check_sender(head.client, client)
+        if isinstance(head, _FailureHead):
+            held = None if head.held is None or head.held > broadcast.news.version else head.held
+            return Failure(client, head.reason, held)
+        _check_entries(entries, expected, _NAMES[dtype])
+        tensors = _tensors(blob)
+    except UpdateError as error:
+        return Failure(client, str(error))
+    stats = TrainingStats(**head.model_dump(include=set(TrainingStats.__dataclass_fields__)))
+    adapter = _whole(tensors, broadcast.start, work, shapes, broadcast.rank, start_of)
+    return Update(head.round, client, adapter, stats, head.held)
+
+
+def expected_tensors(shapes: Shapes, rank: int, factors: Factors) -> dict[str, tuple[int, int]]:
+    """Return the shape of every tensor that an update of this rank holds."""
+    expected: dict[str, tuple[int, int]] = {}
+    for name, (num_out, num_in) in shapes.items():
+        both = {"b": (num_out, rank), "a": (rank, num_in)}
+        expected |= {f"{name}.{factor}": both[factor] for factor in sorted(factors)}
+    return expected
 
 
 def numbers_of(update: Update) -> dict[str, Any]:
     """Return an update's numbers without its tensors."""
-    return {f.name: getattr(update, f.name) for f in fields(update) if f.name != "adapter"}
+    return {"round": update.round, "client": update.client, **asdict(update.stats)}
 
 
-def _blob(tensors: dict[str, Tensor], numbers: dict[str, Any], dtype: WireDtype) -> bytes:
-    ready = {key: tensor.to(dtype.torch).contiguous() for key, tensor in tensors.items()}
-    text = json.dumps(numbers)
+def _whole(
+    sent: Mapping[str, Tensor],
+    start: Adapter | Draw,
+    work: Work,
+    shapes: Shapes,
+    rank: int,
+    start_of: Callable[[Draw], Adapter],
+) -> Adapter:
+    """Complete what was sent: by the start, or by zeros where it is a gradient."""
+    if work.payload is Payload.FACTORS and work.sends == BOTH:
+        return Adapter.from_tensors(sent)
+    if work.payload is Payload.GRADIENT:
+        zeros = {key: torch.zeros(size) for key, size in expected_tensors(shapes, rank, BOTH).items()}
+        return Adapter.from_tensors({**zeros, **sent})
+    whole = start_of(start) if isinstance(start, Draw) else start
+    if work.payload is Payload.CHANGE:
+        before = whole.as_tensors(work.sends)
+        sent = {key: before[key] + tensor for key, tensor in sent.items()}
+    return whole.with_factors(sent)
+
+
+# ---- the blob ------------------------------------------------------------------------------------------------------
+
+_NAMES = {WireDtype.FP32: "F32", WireDtype.BF16: "BF16", WireDtype.FP16: "F16"}
+_DTYPES = tuple(_NAMES.values())
+
+
+def _draw_head(draw: Draw) -> _DrawHead:
+    return _DrawHead(name=draw.name, rank=draw.rank)
+
+
+def _without_loss(tensor: Tensor, dtype: WireDtype) -> Tensor:
+    """Return a tensor in the wire's dtype where that changes no number, and as it is otherwise."""
+    if dtype is WireDtype.FP32:
+        return tensor
+    rounded = tensor.to(dtype.torch)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
+
+
+def _blob(tensors: Mapping[str, Tensor], head: _Head) -> bytes:
+    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    text = head.model_dump_json()
     room = -(-len(text) // NUMBERS_CHARACTERS) * NUMBERS_CHARACTERS
     return save(ready, metadata={"message": text.ljust(room)})
 
 
-def _unblob(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Return a message's numbers, and (dtype, shape) of each of its tensors, none of which is made yet."""
+    length = int.from_bytes(blob[:8], "little")
+    if len(blob) < 8 or length > min(len(blob) - 8, MAX_HEADER_BYTES + room):
+        raise UpdateError(f"expected a whole message, got {len(blob)} bytes that do not parse; it is empty or damaged")
     try:
-        tensors = {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
-        length = int.from_bytes(blob[:8], "little")
         header = json.loads(blob[8 : 8 + length])
-        return tensors, json.loads(header["__metadata__"]["message"])
-    except (SafetensorError, KeyError, ValueError) as error:
+        message = header.pop("__metadata__")["message"]
+        entries = {key: (str(entry["dtype"]), tuple(entry["shape"])) for key, entry in header.items()}
+        return schema.validate_json(message), entries
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "message"
         raise UpdateError(
-            f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error})"
+            f"{where}: expected a number or text of this form, got one that does not fit ({first['msg'].lower()}); "
+            "the sender runs another version or is broken"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UpdateError(
+            f"expected a whole message, got {len(blob)} bytes that do not parse ({type(error).__name__}); it is damaged"
+        ) from error
+
+
+def _check_entries(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, int]], dtype: str
+) -> None:
+    lacking, foreign = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
+    if lacking or foreign:
+        what = f"it lacks {lacking[0]}" if lacking else f"it has the foreign {foreign[0][:100]}"
+        raise UpdateError(f"expected an update of {len(expected)} tensors of this base's modules, {what}")
+    for key, (found, shape) in entries.items():
+        if found != dtype or shape != expected[key]:
+            raise UpdateError(
+                f"{key}: expected {dtype} of shape {expected[key]}, got {found[:20]} of shape {shape[:4]}"
+            )
+
+
+def _check_sender(named: int, client: int) -> None:
+    if named != client:
+        raise UpdateError(f"expected an answer of client {client}, got one of client {named}; it speaks for another")
+
+
+def _parts(tensors: Mapping[str, Tensor], num_parts: int) -> tuple[Adapter, ...]:
+    """Return the parts of a broadcast's news; a part that adds nothing has no tensors."""
+    named = {key: key.split("/", 2) for key in tensors if not key.startswith("start/")}
+    known = {str(position) for position in range(min(num_parts, MAX_PARTS))}
+    foreign = [key for key, words in named.items() if len(words) < 3 or words[0] != "news" or words[1] not in known]
+    if foreign or num_parts > MAX_PARTS:
+        what = f"the foreign tensor {foreign[0][:100]}" if foreign else f"{num_parts} parts"
+        raise UpdateError(f"expected the news and start of a broadcast, got {what}; the message is damaged")
+    parts: list[dict[str, Tensor]] = [{} for _ in range(num_parts)]
+    for key, (_, position, name) in named.items():
+        parts[int(position)][name] = tensors[key]
+    try:
+        return tuple(Adapter.from_tensors(part) for part in parts)
+    except AdapterError as error:
+        raise UpdateError(f"expected the parts of a broadcast, got {error}; the message is damaged") from error
+
+
+def _check_start(start: Mapping[str, Tensor], head: Any, shapes: Shapes) -> None:
+    expected = {} if head.draw is not None else expected_tensors(shapes, head.rank, frozenset(head.crossing))
+    wrong = sorted(start.keys() ^ expected.keys())
+    if wrong or any(tuple(start[key].shape) != size for key, size in expected.items()):
+        name = wrong[0] if wrong else next(k for k, size in expected.items() if tuple(start[k].shape) != size)
+        raise UpdateError(f"{name}: expected a start of this base's modules at rank {head.rank}, got another base's")
+
+
+def _tensors(blob: bytes) -> dict[str, Tensor]:
+    try:
+        return {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UpdateError(
+            f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); it is damaged"
         ) from error

@@ -11,9 +11,10 @@ import torch
 
 from fedloom.federation.messages import WireDtype, as_received
 from fedloom.lora.algebra import compress, distance, norm, stack, total
-from fedloom.lora.pair import Adapter
+from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.server_steps import ServerStep
-from fedloom.methods.state import Aggregate, Broadcast, ServerState
+from fedloom.methods.side import digest, grown
+from fedloom.methods.state import Aggregate, Broadcast, News, ServerState
 from fedloom.methods.strategy import Strategy
 
 
@@ -48,57 +49,73 @@ def broadcasts_for(
     rank_of: Mapping[int, int],
     scale_of: Mapping[int, float],
 ) -> list[Broadcast]:
-    """Return what each client receives: the news since it last took part, and its start."""
-    ready = []
-    for client in clients:
-        since, news = news_for(state, state.seen.get(client, 0))
-        ready.append(
-            Broadcast(
-                round=state.round + 1,
-                client=client,
-                rank=rank_of[client],
-                scale=scale_of[client],
-                side=state.side,
-                news=news,
-                since=since,
-                start=strategy.start_for(state, client),
-            )
+    """Return what each client is sent: the news since the version it holds, and its start."""
+    sha256 = digest(state.side)
+    return [
+        Broadcast(
+            round=state.round + 1,
+            client=client,
+            rank=rank_of[client],
+            scale=scale_of[client],
+            news=news_for(state, state.seen.get(client, 0), sha256),
+            start=strategy.start_for(state, client),
+            crossing=_crossing(state, strategy, client),
+            origin=strategy.origin,
         )
-    return ready
+        for client in clients
+    ]
 
 
-def news_for(state: ServerState, version: int) -> tuple[int, Adapter]:
-    """Return the cheaper way from a held version to the present side: the missed additions, or all of it (since 0)."""
+def news_for(state: ServerState, version: int, sha256: str) -> News:
+    """Return the cheaper way from a held version to the present side: the missed additions, or all of it."""
     missed = state.round - version
-    if not state.side or missed == 0:
-        return version, Adapter()
-    if missed <= len(state.chain):
-        chained = total(state.chain[len(state.chain) - missed :])
-        if version == 0 or chained.num_bytes <= state.side.num_bytes:
-            return version, chained
-    return 0, state.side
+    if missed == 0:
+        return News(version, version, (), False, sha256)
+    if state.side and missed <= len(state.chain):
+        parts = state.chain[len(state.chain) - missed :]
+        if version == 0 or sum(part.num_bytes for part in parts) <= state.side.num_bytes:
+            return News(version, state.round, parts, False, sha256)
+    return News(0, state.round, (state.side,), True, sha256)
+
+
+def _crossing(state: ServerState, strategy: Strategy, client: int) -> Factors:
+    """Return the factors of a client's start that it cannot hold already: all, or those trained since it took part."""
+    if strategy.origin is None:
+        return BOTH
+    rounds = range(state.seen.get(client, 0) + 1, state.round + 1)
+    return frozenset().union(*(strategy.client.work(round).trains for round in rounds))
 
 
 def next_state(
-    state: ServerState, aggregate: Aggregate, rules: ServerRules, norms: Iterable[float], clients: Iterable[int]
+    state: ServerState,
+    aggregate: Aggregate,
+    rules: ServerRules,
+    norms: Iterable[float],
+    held: Mapping[int, int],
+    trained: Factors = BOTH,
 ) -> ServerState:
-    """Return the state after a round: the server step taken, the addition in the form in which it is sent."""
+    """Return the state after a round: the server step taken, the addition in the form in which it is sent.
+
+    ``held`` are the versions of the side that clients said they hold; nobody else is believed to be up to date.
+    ``trained`` are the factors that this round's clients trained; a factor that never crosses is never rounded.
+    """
     change = aggregate.change(state.start)
     movement, velocity = rules.step.move(change, aggregate.mean_squared_norm, state.velocity)
     joining = _joining(aggregate, change, movement)
     addition, residual = _in_sending_form(total([joining, state.residual]), rules)
-    side = compacted(total([state.side, addition]))
-    start = None if aggregate.start is None else as_received(aggregate.start, rules.wire)
+    side = grown(state.side, addition)
+    start = aggregate.start
+    if start is not None:
+        start = start.with_factors(as_received(start, rules.wire).as_tensors(trained))
     return replace(
         state,
         round=state.round + 1,
         side=side,
         start=start,
         chain=_worth_keeping((*state.chain, addition), side),
-        seen={**state.seen, **dict.fromkeys(clients, state.round)},
+        seen={**state.seen, **held},
         velocity=velocity,
         residual=residual,
-        own=aggregate.own,
         typical_norm=median(norms),
     )
 
@@ -119,13 +136,6 @@ def _joining(aggregate: Aggregate, change: Adapter, movement: Adapter) -> Adapte
         return aggregate.side
     beyond = compress(stack([movement, change], [1.0, -1.0])).adapter
     return total([aggregate.side, beyond])
-
-
-def compacted(side: Adapter) -> Adapter:
-    """Compress losslessly once a module's pair is dearer than its matrix; below that it costs more than it saves."""
-    if all(pair.rank <= min(pair.shape) for pair in side.values()):
-        return side
-    return compress(side).adapter
 
 
 def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Adapter]:

@@ -15,6 +15,10 @@ from torch import Tensor
 
 from fedloom.errors import AdapterError
 
+Factors = frozenset[str]
+"""A choice of a pair's two factors."""
+BOTH: Factors = frozenset("ab")
+
 
 @dataclass(frozen=True, eq=False)
 class Pair:
@@ -124,13 +128,19 @@ class Adapter(Mapping[str, Pair]):
         """Tell whether every number is finite."""
         return all(pair.is_finite() for pair in self.values())
 
-    def as_tensors(self) -> dict[str, Tensor]:
-        """Return ``{"<module>.b": (O, R), "<module>.a": (R, I)}``, the form that is serialised."""
+    def as_tensors(self, factors: Factors = BOTH) -> dict[str, Tensor]:
+        """Return ``{"<module>.b": (O, R), "<module>.a": (R, I)}``, the form that is serialised; some factors only."""
         tensors = {}
         for name, pair in self.items():
-            tensors[f"{name}.b"] = pair.b_OR.contiguous()
-            tensors[f"{name}.a"] = pair.a_RI.contiguous()
+            if "b" in factors:
+                tensors[f"{name}.b"] = pair.b_OR.contiguous()
+            if "a" in factors:
+                tensors[f"{name}.a"] = pair.a_RI.contiguous()
         return tensors
+
+    def with_factors(self, tensors: Mapping[str, Tensor]) -> Adapter:
+        """Return the adapter with some factors replaced by those given, named as in :meth:`as_tensors`."""
+        return Adapter.from_tensors({**self.as_tensors(), **tensors}) if tensors else self
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapter:

@@ -12,8 +12,7 @@ stays as it is instead of being merged into, which is exact for quantised and 16
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 import torch
@@ -22,7 +21,7 @@ from fedloom.lora.algebra import norm, stack
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Aggregate, ServerState, Update
-from fedloom.methods.strategy import Cohort, Weighting, normalised, weigh
+from fedloom.methods.strategy import Cohort, Strategy, Weighting, normalised, weigh
 
 
 class Initialisation(StrEnum):
@@ -32,8 +31,27 @@ class Initialisation(StrEnum):
     SHARED = "shared"
 
 
+@dataclass
+class Stack:
+    """A round's adapters and weights by client: nothing of a stack can be summed away."""
+
+    weighting: Weighting
+    adapters: dict[int, Adapter] = field(default_factory=dict)
+    weights: dict[int, float] = field(default_factory=dict)
+
+    def add(self, update: Update) -> None:
+        """Take one client's adapter in."""
+        self.adapters[update.client] = update.adapter
+        self.weights[update.client] = weigh(update, self.weighting)
+
+    def merge(self, other: Stack) -> None:
+        """Take another stack's adapters in."""
+        self.adapters |= other.adapters
+        self.weights |= other.weights
+
+
 @dataclass(frozen=True)
-class FLoRA:
+class FLoRA(Strategy):
     """The stack of the clients' fresh adapters."""
 
     cohort: Cohort
@@ -50,14 +68,13 @@ class FLoRA:
         everyone = (state.round + 1,)
         return Draw(everyone if self.initialisation is Initialisation.SHARED else (*everyone, client))
 
-    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
+    def empty(self, state: ServerState) -> Stack:
+        """Return an empty stack."""
+        return Stack(self.weighting)
+
+    def finish(self, state: ServerState, sums: Stack) -> Aggregate:
         """Stack the adapters in the order of the client ids."""
-        adapters: dict[int, Adapter] = {}
-        weights: dict[int, float] = {}
-        for update in updates:
-            adapters[update.client] = update.adapter
-            weights[update.client] = weigh(update, self.weighting)
-        shares = normalised(weights)
+        adapters, shares = sums.adapters, normalised(sums.weights)
         stacked = stack([adapters[client] for client in shares], list(shares.values()))
         return Aggregate(
             start=None,

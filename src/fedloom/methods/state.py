@@ -7,50 +7,73 @@ from dataclasses import dataclass, field
 
 from fedloom.lora.algebra import stack, total
 from fedloom.lora.initial import Draw
-from fedloom.lora.pair import Adapter
+from fedloom.lora.pair import BOTH, Adapter, Factors
+from fedloom.training.stats import TrainingStats
+
+
+@dataclass(frozen=True, eq=False)
+class News:
+    """The way from the side that a client holds to the present one.
+
+    Attributes:
+        since: the version that ``parts`` go on from.
+        version: the version they lead to, rounds completed.
+        parts: the additions of rounds ``since + 1`` to ``version`` in order; or, where ``is_whole``, the side itself.
+        sha256: of the side at ``version`` (``methods.side.digest``).
+    """
+
+    since: int = 0
+    version: int = 0
+    parts: tuple[Adapter, ...] = ()
+    is_whole: bool = False
+    sha256: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Broadcast:
-    """What client ``client`` receives at the start of round ``round``.
+    """What client ``client`` is sent at the start of round ``round``.
 
-    ``news`` and ``start`` cross the wire. ``news`` extends the side adapter that the client holds from version
-    ``since`` (0: from nothing) to version ``round - 1``; ``side`` is the result, the same for every client.
-    ``start`` is what the client trains from, at its own rank: an adapter that is sent, or the name of a fresh draw.
+    ``start`` is what it trains from, at its own rank: an adapter, or the name of a fresh draw. Of an adapter the
+    factors in ``crossing`` cross; the others the client holds already, or draws from ``origin`` where it holds none.
     """
 
     round: int
     client: int
     rank: int
     scale: float
-    side: Adapter
-    news: Adapter
-    since: int
+    news: News
     start: Adapter | Draw
+    crossing: Factors = BOTH
+    origin: Draw | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Update:
-    """What a client sends back: the effective adapter it ended with, and what it was trained on."""
+    """What a client sends back.
+
+    Attributes:
+        adapter: the effective adapter it ended with; a factor that does not cross is the one it was sent. Where the
+            client half sends gradients, the gradient with respect to the effective factors, zero where none crosses.
+        stats: its own counts of its training.
+        held: the version of the side that it now holds.
+        change_norm: norm of the change of its product, by its own count; only where nothing crosses.
+    """
 
     round: int
     client: int
     adapter: Adapter
-    num_rows: int
-    num_tokens: int
-    num_loss_tokens: int
-    num_steps: int
-    loss_nats: float
-    loss_last_nats: float
-    seconds: float
+    stats: TrainingStats
+    held: int = 0
+    change_norm: float | None = None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that took part and has no usable update, and why."""
+    """A client that took part and has no usable update, why, and the version it says it holds, where it said so."""
 
     client: int
     reason: str
+    held: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +85,9 @@ class ServerState:
         side: what everybody adds to the frozen base.
         start: what clients continue from, at the largest rank; None when every round starts fresh.
         chain: the additions to ``side`` made by the latest rounds, newest last, for clients that hold an older one.
-        seen: the version of ``side`` that each client that ever took part holds.
+        seen: the version of ``side`` that each client said it holds.
         velocity: the server step's memory.
         residual: what a lossy broadcast has not delivered yet (error feedback).
-        own: each client's own adapter, where nothing is shared.
         typical_norm: median norm of the last round's updates, against which an absurd one is told.
     """
 
@@ -76,7 +98,6 @@ class ServerState:
     seen: Mapping[int, int] = field(default_factory=dict)
     velocity: Adapter = field(default_factory=Adapter)
     residual: Adapter = field(default_factory=Adapter)
-    own: Mapping[int, Adapter] = field(default_factory=dict)
     typical_norm: float | None = None
 
     def global_adapter(self) -> Adapter:
@@ -95,7 +116,6 @@ class Aggregate:
         ideal: ``Σ p_k s_k B_k A_k``, what the clients' products come to without noise.
         mean_squared_norm: ``Σ p_k ‖change of client k‖²``.
         weights: p_k of every client, summing to one.
-        own: clients' own adapters, where nothing is shared.
     """
 
     start: Adapter | None
@@ -103,7 +123,6 @@ class Aggregate:
     ideal: Adapter
     mean_squared_norm: float
     weights: Mapping[int, float]
-    own: Mapping[int, Adapter] = field(default_factory=dict)
 
     @property
     def applied(self) -> Adapter:
@@ -116,3 +135,12 @@ class Aggregate:
             return self.side
         assert previous is not None
         return total([stack([self.start, previous], [1.0, -1.0]), self.side])
+
+
+@dataclass(frozen=True, eq=False)
+class Standing:
+    """The model as a completed round left it: one adapter for all, or each client's own."""
+
+    round: int
+    shared: Adapter = field(default_factory=Adapter)
+    own: Mapping[int, Adapter] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""A server's state as files: tensors in safetensors, numbers in JSON, both to the last bit."""
+"""A server's state as tensors and numbers, and as files: both to the last bit. Split training uses the same codec."""
 
 from __future__ import annotations
 
@@ -6,37 +6,71 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from fedloom.errors import RunError
+from fedloom.errors import AdapterError, RunError
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import ServerState
 
-TENSORS, NUMBERS, OPTIMISERS = "state/server.safetensors", "state/server.json", "state/optimisers.safetensors"
+TENSORS, NUMBERS = "state/server.safetensors", "state/server.json"
 _ADAPTERS = ("side", "start", "velocity", "residual")
 
 
-def state_files(state: ServerState, optimisers: Mapping[int, Mapping[str, Tensor]] | None = None) -> dict[str, bytes]:
-    """Return a state as named files; optimisers too where they persist between rounds."""
+def state_tensors(state: ServerState) -> dict[str, Tensor]:
+    """Name every factor of a state; copies, since a state may hold one tensor in two places and a file may not."""
     parts = {name: getattr(state, name) for name in _ADAPTERS if getattr(state, name)}
     parts |= {f"chain/{position}": part for position, part in enumerate(state.chain)}
-    parts |= {f"own/{client}": part for client, part in state.own.items()}
-    numbers = {
+    return {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}
+
+
+def state_numbers(state: ServerState) -> dict[str, Any]:
+    """Return what of a state JSON can hold."""
+    return {
         "round": state.round,
         "has_start": state.start is not None,
         "chain": len(state.chain),
-        "own": list(state.own),
         "seen": {str(client): version for client, version in state.seen.items()},
         "typical_norm": state.typical_norm,
     }
-    files = {TENSORS: save(_flat(parts)), NUMBERS: json.dumps(numbers).encode()}
-    if optimisers:
-        flat = {f"{client}/{key}": t.contiguous() for client, held in optimisers.items() for key, t in held.items()}
-        files[OPTIMISERS] = save(flat)
-    return files
+
+
+def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> ServerState:
+    """Rebuild a state from :func:`state_tensors` and :func:`state_numbers`.
+
+    Raises:
+        KeyError, TypeError, ValueError: a part is missing or of another form.
+    """
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        part, _, name = key.rpartition("/")
+        grouped.setdefault(part, {})[name] = tensor
+    parts = {part: Adapter.from_tensors(found) for part, found in grouped.items()}
+    nothing = Adapter()
+    return ServerState(
+        round=numbers["round"],
+        side=parts.get("side", nothing),
+        start=parts.get("start", nothing) if numbers["has_start"] else None,
+        chain=tuple(parts.get(f"chain/{position}", nothing) for position in range(numbers["chain"])),
+        seen={int(client): version for client, version in numbers["seen"].items()},
+        velocity=parts.get("velocity", nothing),
+        residual=parts.get("residual", nothing),
+        typical_norm=numbers["typical_norm"],
+    )
+
+
+def state_files(state: ServerState) -> dict[str, bytes]:
+    """Return a state as named files."""
+    return {TENSORS: save(state_tensors(state)), NUMBERS: json.dumps(state_numbers(state)).encode()}
+
+
+def read_state(tensors: bytes, numbers: bytes) -> ServerState:
+    """Rebuild a state from its files."""
+    found = {key: tensor for key, tensor in load(tensors).items() if not key.startswith("own/")}
+    return state_from(found, json.loads(numbers))
 
 
 @contextmanager
@@ -48,44 +82,8 @@ def damage_named(round_folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, AdapterError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
             f"{round_folder}: its state is damaged ({str(error).splitlines()[0]}); remove {round_folder} to go on from "
             "the round before, whose state is kept, or start over with --fresh"
         ) from error
-
-
-def read_state(tensors: bytes, numbers: bytes) -> ServerState:
-    """Rebuild a state from its files."""
-    grouped: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in load(tensors).items():
-        part, _, name = key.rpartition("/")
-        grouped.setdefault(part, {})[name] = tensor
-    parts = {part: Adapter.from_tensors(found) for part, found in grouped.items()}
-    saved = json.loads(numbers)
-    nothing = Adapter()
-    return ServerState(
-        round=saved["round"],
-        side=parts.get("side", nothing),
-        start=parts.get("start", nothing) if saved["has_start"] else None,
-        chain=tuple(parts.get(f"chain/{position}", nothing) for position in range(saved["chain"])),
-        seen={int(client): version for client, version in saved["seen"].items()},
-        velocity=parts.get("velocity", nothing),
-        residual=parts.get("residual", nothing),
-        own={client: parts[f"own/{client}"] for client in saved["own"]},
-        typical_norm=saved["typical_norm"],
-    )
-
-
-def read_optimisers(blob: bytes) -> dict[int, dict[str, Tensor]]:
-    """Rebuild the optimisers' states, by client."""
-    optimisers: dict[int, dict[str, Tensor]] = {}
-    for key, tensor in load(blob).items():
-        client, _, name = key.partition("/")
-        optimisers.setdefault(int(client), {})[name] = tensor
-    return optimisers
-
-
-def _flat(parts: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Name every factor; copies, since a state may hold one tensor in two places and a file may not."""
-    return {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}

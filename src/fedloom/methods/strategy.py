@@ -1,15 +1,17 @@
-"""What every strategy is: what a client starts from, and what the next state is made of."""
+"""What every strategy is: what a client starts from and does, and what the next state is made of."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol, assert_never
+from typing import Any, Protocol, Self, assert_never
 
 from fedloom.lora.algebra import norm
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import ClientHalf, EveryRound
 from fedloom.methods.state import Aggregate, ServerState, Update
 
 
@@ -26,9 +28,9 @@ def weigh(update: Update, weighting: Weighting) -> float:
     """Return a client's weight before normalisation."""
     match weighting:
         case Weighting.ROWS:
-            return float(update.num_rows)
+            return float(update.stats.num_rows)
         case Weighting.TOKENS:
-            return float(update.num_loss_tokens)
+            return float(update.stats.num_loss_tokens)
         case Weighting.UNIFORM:
             return 1.0
         case Weighting.NORM:
@@ -46,25 +48,62 @@ class Cohort:
     seed: int
 
 
-class Strategy(Protocol):
-    """Two pure functions over a frozen state; inputs are never changed, arrival order does not matter."""
+class Sum(Protocol):
+    """A round's updates, taken one at a time: sums merge in any order and grouping to the same, up to rounding."""
+
+    def add(self, update: Update) -> None:
+        """Take one update in."""
+        ...
+
+    def merge(self, other: Self) -> None:
+        """Take another sum of the same round in."""
+        ...
+
+
+class Strategy(ABC):
+    """A method's server half, pure functions over a frozen state; inputs are never changed.
+
+    A round's aggregate is ``finish(state, sum)`` of a sum that starts from ``empty(state)`` and takes every update;
+    partial sums may be built anywhere and merged.
+    """
+
+    name: str
 
     @property
-    def name(self) -> str:
-        """The method's name, as in ``method.name``."""
-        ...
+    def client(self) -> ClientHalf:
+        """What clients do; by default they train both factors and send them."""
+        return EveryRound()
 
+    @property
+    def origin(self) -> Draw | None:
+        """The draw that every client can make by itself; a factor that no round has changed since never crosses.
+
+        None, the default: the whole start crosses every round.
+        """
+        return None
+
+    @abstractmethod
     def initial(self) -> ServerState:
         """Return the state before the first round."""
-        ...
 
+    @abstractmethod
     def start_for(self, state: ServerState, client: int) -> Adapter | Draw:
         """Return what a client trains from, at its own rank: what is sent, or the name of a fresh draw."""
-        ...
+
+    @abstractmethod
+    def empty(self, state: ServerState) -> Any:
+        """Return the sum of no updates."""
+
+    @abstractmethod
+    def finish(self, state: ServerState, sums: Any) -> Aggregate:
+        """Return what a sum of updates amounts to."""
 
     def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
         """Take the updates one at a time and return what they amount to."""
-        ...
+        sums = self.empty(state)
+        for update in updates:
+            sums.add(update)
+        return self.finish(state, sums)
 
 
 def normalised(weights: Mapping[int, float]) -> dict[int, float]:

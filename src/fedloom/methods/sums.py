@@ -1,4 +1,4 @@
-"""Sums over clients that take one update at a time, in float64, so that arrival order does not show.
+"""Sums over clients that take one update at a time and merge, in float64, so that order and grouping do not show.
 
 Memory is bounded by the model, not by the number of clients: factors are summed in place, and a sum of products is
 compressed losslessly whenever its rank passes what a matrix of that shape can have.
@@ -6,10 +6,14 @@ compressed losslessly whenever its rank passes what a matrix of that shape can h
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
-from fedloom.lora.algebra import compress_pair, stack_pairs
+from fedloom.lora.algebra import compress_pair, distance, stack_pairs
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.state import Update
+from fedloom.methods.strategy import Weighting, normalised, weigh
 
 
 class RunningFactors:
@@ -33,6 +37,18 @@ class RunningFactors:
             self._sums[name].a_RI[: pair.rank] += weight * pair.a_RI.double()
         self._weight += weight
 
+    def merge(self, other: RunningFactors) -> None:
+        """Add another sum of factors."""
+        for name, theirs in other._sums.items():
+            ours = self._sums.get(name)
+            if ours is None:
+                self._sums[name] = Pair(theirs.b_OR.clone(), theirs.a_RI.clone())
+            else:
+                ours.b_OR.add_(theirs.b_OR)
+                ours.a_RI.add_(theirs.a_RI)
+        self._dtype = other._dtype if other._sums else self._dtype
+        self._weight += other._weight
+
     def mean(self) -> Adapter:
         """Return the weighted mean of the factors."""
         pairs = {n: Pair(s.b_OR / self._weight, s.a_RI / self._weight) for n, s in self._sums.items()}
@@ -49,15 +65,57 @@ class RunningSum:
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add one client's products."""
         for name, pair in adapter.items():
-            parts = self._parts.setdefault(name, [])
-            parts.append(pair.to(torch.float64).scaled(weight))
-            if sum(part.rank for part in parts) > sum(pair.shape):
-                self._parts[name] = [compress_pair(_joined(parts)).pair]
+            self._append(name, [pair.to(torch.float64).scaled(weight)])
         self._weight += weight
+
+    def merge(self, other: RunningSum) -> None:
+        """Add another sum of products."""
+        for name, parts in other._parts.items():
+            self._append(name, parts)
+        self._weight += other._weight
 
     def mean(self) -> Adapter:
         """Return the weighted mean of the products, float64."""
         return Adapter({name: _joined(parts).scaled(1.0 / self._weight) for name, parts in self._parts.items()})
+
+    def _append(self, name: str, more: list[Pair]) -> None:
+        parts = [*self._parts.get(name, []), *more]
+        is_large = sum(part.rank for part in parts) > sum(parts[0].shape)
+        self._parts[name] = [compress_pair(_joined(parts)).pair] if is_large else parts
+
+
+class FactorSum:
+    """What a mean of factors needs: padded factors, products, squared changes and weights, one update at a time."""
+
+    def __init__(self, rank: int, weighting: Weighting, start_for: Callable[[int], Adapter]) -> None:
+        self._weighting, self._start_for = weighting, start_for
+        self.factors, self.products = RunningFactors(rank), RunningSum()
+        self.weights: dict[int, float] = {}
+        self._squares = 0.0
+
+    def add(self, update: Update) -> None:
+        """Take one update in."""
+        weight = self.weights[update.client] = weigh(update, self._weighting)
+        self.factors.add(update.adapter, weight)
+        self.products.add(update.adapter, weight)
+        self._squares += weight * distance(update.adapter, self._start_for(update.client)) ** 2
+
+    def merge(self, other: FactorSum) -> None:
+        """Take another sum in."""
+        self.factors.merge(other.factors)
+        self.products.merge(other.products)
+        self.weights |= other.weights
+        self._squares += other._squares
+
+    @property
+    def shares(self) -> dict[int, float]:
+        """Each client's weight, summing to one."""
+        return normalised(self.weights)
+
+    @property
+    def mean_squared_norm(self) -> float:
+        """``Σ p_k ‖change of client k‖²``."""
+        return self._squares / sum(self.weights.values())
 
 
 def _joined(parts: list[Pair]) -> Pair:

@@ -10,19 +10,19 @@ Source: HetLoRA (arXiv 2401.06432), sections 3.2–3.3; the baseline of FLoRA (a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 
-from fedloom.lora.algebra import distance, truncate
+from fedloom.lora.algebra import truncate
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.pair import Adapter
-from fedloom.methods.state import Aggregate, ServerState, Update
-from fedloom.methods.strategy import Cohort, Weighting, normalised, weigh
-from fedloom.methods.sums import RunningFactors, RunningSum
+from fedloom.methods.state import Aggregate, ServerState
+from fedloom.methods.strategy import Cohort, Strategy, Weighting
+from fedloom.methods.sums import FactorSum
 
 
 @dataclass(frozen=True)
-class ZeroPadding:
+class ZeroPadding(Strategy):
     """The plain mean of zero-padded factors, weighted by rows, tokens, equally or by norm."""
 
     cohort: Cohort
@@ -38,21 +38,13 @@ class ZeroPadding:
         assert state.start is not None
         return truncate(state.start, self.cohort.rank_of(client))
 
-    def aggregate(self, state: ServerState, updates: Iterable[Update]) -> Aggregate:
+    def empty(self, state: ServerState) -> FactorSum:
+        """Return empty sums of padded factors and of products."""
+        return FactorSum(self.cohort.max_rank, self.weighting, partial(self.start_for, state))
+
+    def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
         """Average the padded factors."""
-        factors, ideal, weights, squares = RunningFactors(self.cohort.max_rank), RunningSum(), {}, 0.0
-        for update in updates:
-            weight = weights[update.client] = weigh(update, self.weighting)
-            factors.add(update.adapter, weight)
-            ideal.add(update.adapter, weight)
-            squares += weight * distance(update.adapter, self.start_for(state, update.client)) ** 2
-        return Aggregate(
-            start=factors.mean(),
-            side=Adapter(),
-            ideal=ideal.mean(),
-            mean_squared_norm=squares / sum(weights.values()),
-            weights=normalised(weights),
-        )
+        return Aggregate(sums.factors.mean(), Adapter(), sums.products.mean(), sums.mean_squared_norm, sums.shares)
 
 
 def fedit(cohort: Cohort, weighting: Weighting = Weighting.ROWS) -> ZeroPadding:

@@ -19,9 +19,10 @@ from fedloom.federation.messages import WireDtype, encode_broadcast, encode_upda
 from fedloom.lora.initial import Draw, check_rank
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.methods.state import Broadcast, Update
+from fedloom.methods.state import Broadcast, News, Update
 from fedloom.models.families import resolve_targets
 from fedloom.preview.cut_table import CutTable, cut_table
+from fedloom.training.stats import TrainingStats
 from fedloom.wording import written_bytes
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -155,8 +156,8 @@ def _messages(
         adapter, nothing_new = _zeros(lora, rank), Adapter()
         start = Draw((1, 0)) if fresh else adapter
         news = _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed") if fresh else nothing_new
-        up = len(encode_update(Update(1, 0, adapter, 1, 1, 1, 1, 0.0, 0.0, 0.0), wire))
-        broadcasts = [Broadcast(1, 0, rank, 1.0, Adapter(), part, 0, start) for part in (nothing_new, news)]
+        up = len(encode_update(Update(1, 0, adapter, TrainingStats(1)), adapter.as_tensors(), wire))
+        broadcasts = [Broadcast(1, 0, rank, 1.0, News(0, 1, (part,)), start) for part in (nothing_new, news)]
         sizes[rank] = (up, *(len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts))  # type: ignore[assignment]
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
 

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import config
+from fedloom.assembly.round_state import read_round, standing_of
 from fedloom.config import Settings
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
-from fedloom.methods.state_codec import NUMBERS, TENSORS, damage_named, read_state
+from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
 from fedloom.run_folder.reader import ADAPTER, StoredRun, missing_adapters, read_run
 
@@ -211,10 +212,10 @@ def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
     if folder is None or not (folder / TENSORS).is_file():
         raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
     with damage_named(folder):
-        state = read_state((folder / TENSORS).read_bytes(), (folder / NUMBERS).read_bytes())
-    if len(state.own) > 1:
-        return {f"client-{client}": adapter for client, adapter in sorted(state.own.items())}
-    adapter = next(iter(state.own.values()), state.global_adapter())
+        standing = standing_of(*read_round(folder))
+    if len(standing.own) > 1:
+        return {f"client-{client}": adapter for client, adapter in sorted(standing.own.items())}
+    adapter = next(iter(standing.own.values()), standing.shared)
     return {RESULT: adapter} if adapter else {}
 
 

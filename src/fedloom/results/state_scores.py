@@ -16,7 +16,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.evaluation.intervals import Estimate
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.methods.state import ServerState
+from fedloom.methods.state import Standing
 from fedloom.results.suite_runs import run_suite
 from fedloom.results.suites import PER_GROUP, SuiteChoice, SuiteScores
 from fedloom.training.scoring import row_losses
@@ -42,13 +42,13 @@ def held_out_loss(
 
 
 def evaluate_state(
-    lora: LoRAModel, state: ServerState, rows: TokenSet | None, token_budget: int, grouping: Grouping | None = None
+    lora: LoRAModel, state: Standing, rows: TokenSet | None, token_budget: int, grouping: Grouping | None = None
 ) -> dict[str, Any]:
     """Score a state; where every client has its own model, each of them, and report their mean and spread."""
     if rows is None:
         return {}
     if not state.own:
-        return held_out_loss(lora, state.global_adapter(), rows, token_budget, grouping)
+        return held_out_loss(lora, state.shared, rows, token_budget, grouping)
     own = sorted(state.own.items())
     return _mean_of({client: held_out_loss(lora, each, rows, token_budget, grouping) for client, each in own})
 
@@ -78,7 +78,7 @@ def _means(scores: Collection[Mapping[str, Any]], key: str) -> dict[str, Any]:
 def score_state(
     lora: LoRAModel,
     tokenizer: Any,
-    state: ServerState,
+    state: Standing,
     suites: Sequence[SuiteName],
     choice: SuiteChoice,
     rows: Rows | None,
@@ -90,7 +90,7 @@ def score_state(
     ``on_scored`` is told what is scored, items done, items in all and the seconds left.
     """
     scores: dict[str, dict[str, Any]] = {}
-    owners: list[tuple[int | None, Adapter]] = [(None, state.global_adapter())]
+    owners: list[tuple[int | None, Adapter]] = [(None, state.shared)]
     if state.own:
         is_one = len(state.own) == 1
         owners = [(None if is_one else client, own) for client, own in sorted(state.own.items())]

@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedloom.clients.held_sides import HeldSides
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
@@ -29,6 +30,7 @@ from fedloom.split.plan import Segment, SplitPlan
 from fedloom.split.split_step import run_bottom, tail_step
 from fedloom.training.loss import OutputHead
 from fedloom.training.packing import PackedBatch, num_targets, pack
+from fedloom.training.stats import TrainingStats
 
 Memory = dict[str, Tensor]
 """What a client carries over an aggregation: its optimiser's state and its residuals."""
@@ -67,6 +69,10 @@ class SplitClients(Protocol):
 
     def memory(self) -> dict[int, Memory]:
         """Return what the clients carry over, for a checkpoint; empty where clients keep it themselves."""
+        ...
+
+    def restore(self, version: int, sides: Sequence[Adapter]) -> None:
+        """Let clients that keep nothing themselves hold the sides of a version, one a segment, where a run goes on."""
         ...
 
 
@@ -117,6 +123,8 @@ class LocalSplitClients:
         self._tallies: dict[int, _Tally] = {}
         self._memory: dict[int, Memory] = {}
         self._feedback = ErrorFeedback()
+        self._sides = [HeldSides() for _ in segments]
+        self._versions: dict[int, int] = {}
 
     def begin(self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]) -> None:
         """Load every client's adapter into its slot and set up its optimiser."""
@@ -125,13 +133,23 @@ class LocalSplitClients:
         self._tallies = {client: _Tally() for client in broadcasts}
         self._memory = {client: dict(carried) for client, carried in memory.items()}
         self._feedback.residuals_D = {c: m["residual"] for c, m in self._memory.items() if "residual" in m}
-        sides = {name: pair for received in broadcasts.values() for b in received for name, pair in b.side.items()}
+        sides: dict[str, Pair] = {}
+        for client, received in self._broadcasts.items():
+            for broadcast, segment in zip(received, self._own(client), strict=True):
+                held = self._sides[self._segments.index(segment)]
+                sides.update(held.caught_up(self._versions.get(client, 0), broadcast.news))
+            self._versions[client] = round - 1
         self._lora.set_side(Adapter(sides))
         for client, received in self._broadcasts.items():
             if received:
                 reseed_dropout(self._lora, client, self._plan.seed, round, client)
                 start, state = self._start_of(client), self._state_of(client)
                 self._parties[client] = Party(self._lora, client, start, self._plan, round, self._make, state)
+
+    def restore(self, version: int, sides: Sequence[Adapter]) -> None:
+        """Let every client hold the segments' sides of a version, where a run goes on."""
+        self._sides = [HeldSides(version, side) for side in sides]
+        self._versions = dict.fromkeys(range(self._plan.num_clients), version)
 
     def request(self, step: int, micro_batch: int, rows: Mapping[int, Sequence[int]]) -> None:
         """Run the bottoms now: here nothing is gained by waiting."""
@@ -236,13 +254,14 @@ class LocalSplitClients:
             round=broadcast.round,
             client=broadcast.client,
             adapter=Adapter({module: adapter[module] for module in segment.shapes}),
-            num_rows=len(self._rows[broadcast.client]),
-            num_tokens=tally.tokens,
-            num_loss_tokens=tally.loss_tokens,
-            num_steps=tally.steps,
-            loss_nats=0.0,
-            loss_last_nats=0.0,
-            seconds=time.perf_counter() - tally.begun,
+            stats=TrainingStats(
+                num_rows=len(self._rows[broadcast.client]),
+                num_tokens=tally.tokens,
+                num_loss_tokens=tally.loss_tokens,
+                num_steps=tally.steps,
+                seconds=time.perf_counter() - tally.begun,
+            ),
+            held=broadcast.news.version,
         )
 
     def _run_bottom(

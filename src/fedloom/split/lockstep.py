@@ -49,6 +49,8 @@ def run_split(
         TooFewClientsError: if fewer than ``plan.min_clients`` are left; the state before the period stands.
     """
     plan = parties.plan
+    if state.round > 0:
+        parties.clients.restore(state.round, [segment.side for segment in state.segments])
     while state.round < plan.num_rounds:
         clock = Clock()
         period = Period(parties, state)

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedloom.errors import TooFewClientsError, UpdateError
-from fedloom.federation.messages import decode_update, encode_broadcast, encode_update
-from fedloom.federation.rounds import Arrival, ClientRecord, Intake, RoundPlan, advice_after
+from fedloom.federation.intake import Arrival, ClientRecord, Intake, advice_after
+from fedloom.federation.messages import decode_answer, encode_broadcast, encode_update
+from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
@@ -18,6 +19,7 @@ from fedloom.split.cut_messages import SplitMessage, check_activations
 from fedloom.split.parties import SplitParties
 from fedloom.split.plan import SERVER, Segment
 from fedloom.split.split_state import SplitState
+from fedloom.training.stats import TrainingStats
 
 IN_FLIGHT = 2
 """Micro-batches asked for ahead of the one the server works on, itself included."""
@@ -227,13 +229,22 @@ class Period:
             client, updates = outcome
             own = [i for i, segment in enumerate(self._parties.segments) if client in segment.owners]
             for index, update in zip(own, updates, strict=True):
-                blob = encode_update(self._with_loss(update), self._parties.rules.wire)
+                wire, segment = self._parties.rules.wire, self._parties.segments[index]
+                blob = encode_update(self._with_loss(update), update.adapter.as_tensors(), wire)
                 upload[client] = upload.get(client, 0) + len(blob)
-                arrivals[index].append(Arrival(decode_update(blob), 0, len(blob)))
+                sent = next(b for b in self.broadcasts[index] if b.client == client)
+                arrivals[index].append(Arrival(self._read(blob, sent, segment), 0, len(blob)))
         for index, segment in enumerate(self._parties.segments):
             if SERVER in segment.owners:
                 arrivals[index] += self._of_server(segment)
         return arrivals, upload
+
+    def _read(self, blob: bytes, sent: Broadcast, segment: Segment) -> Update | Failure:
+        wire, seed = self._parties.rules.wire, self._plan.seed
+        work = self._parties.strategy(segment).client.work(self.round)
+        return decode_answer(
+            blob, sent, work, segment.shapes, wire, lambda draw: draw.adapter(segment.shapes, sent.rank, seed)
+        )
 
     def _of_server(self, segment: Segment) -> list[Arrival]:
         shallow = [client for client in self.present if client not in segment.owners]
@@ -243,18 +254,20 @@ class Period:
         adapter = Adapter({module: whole[module] for module in segment.shapes})
         rows, tokens = sum(self._plan.num_rows[c] for c in shallow), sum(self.loss_tokens[c] for c in shallow)
         steps = len(self._plan.steps(self.round))
-        return [Arrival(Update(self.round, SERVER, adapter, rows, tokens, tokens, steps, 0.0, 0.0, 0.0), 0, 0)]
+        stats = TrainingStats(rows, tokens, tokens, steps)
+        return [Arrival(Update(self.round, SERVER, adapter, stats, self._state.round), 0, 0)]
 
     def _with_loss(self, update: Update) -> Update:
         loss = self.nats[update.client] / max(1, self.loss_tokens[update.client])
-        return replace(update, loss_nats=loss, loss_last_nats=self.last_losses.get(update.client, loss))
+        last = self.last_losses.get(update.client, loss)
+        return replace(update, stats=replace(update.stats, loss_nats=loss, loss_last_nats=last))
 
     def _aggregate_segment(
         self, index: int, arrivals: Sequence[Arrival]
     ) -> tuple[ServerState, float | None, tuple[ClientRecord, ...]]:
         state, segment, parties = self._state.segments[index], self._parties.segments[index], self._parties
         if not arrivals:
-            return replace(state, round=self.round), None, ()
+            return replace(state, round=self.round, chain=(*state.chain, Adapter())), None, ()
         plan = RoundPlan(
             num_rounds=self._plan.num_rounds,
             strategy=parties.strategy(segment),
@@ -264,10 +277,10 @@ class Period:
             ranks=parties.ranks,
             scales=parties.scales,
         )
-        intake = Intake(plan, state, self.broadcasts[index])
+        work = plan.strategy.client.work(self.round)
+        intake = Intake(plan, work, state, self.broadcasts[index])
         aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
-        clients = segment.clients(self.cohort)
-        following = next_state(state, aggregate, parties.rules, intake.norms, clients)
+        following = next_state(state, aggregate, parties.rules, intake.norms, intake.held, work.trains)
         return following, aggregation_noise(aggregate.applied, aggregate.ideal), intake.records(aggregate.weights)
 
     def _require_enough(self) -> None:
@@ -284,20 +297,24 @@ class Period:
         sent = [b for broadcasts in self.broadcasts for b in broadcasts if b.client == client]
         adapter_down = sum(len(encode_broadcast(broadcast, wire)) for broadcast in sent)
         reasons = [self.reasons.get(client), *(part.reason for part in parts)]
+        counted = [part.stats for part in parts if part.stats is not None]
+        tokens = self.loss_tokens[client]
         return SplitClientRecord(
             client=client,
             reason=next((reason for reason in reasons if reason is not None), None),
             download_bytes=self.down[client] + adapter_down,
             upload_bytes=self.up[client] + adapter_up,
-            num_rows=self._plan.num_rows[client],
-            num_tokens=max((part.num_tokens for part in parts), default=0),
-            num_loss_tokens=self.loss_tokens[client],
-            num_steps=max((part.num_steps for part in parts), default=0),
-            loss_nats=self.nats[client] / self.loss_tokens[client] if self.loss_tokens[client] else None,
-            loss_last_nats=self.last_losses.get(client),
+            stats=TrainingStats(
+                num_rows=self._plan.num_rows[client],
+                num_tokens=max((stats.num_tokens for stats in counted), default=0),
+                num_loss_tokens=tokens,
+                num_steps=max((stats.num_steps for stats in counted), default=0),
+                loss_nats=self.nats[client] / max(1, tokens),
+                loss_last_nats=self.last_losses.get(client, 0.0),
+                seconds=max((stats.seconds for stats in counted), default=0.0),
+            ),
             norm=math.sqrt(sum(part.norm**2 for part in parts if part.norm is not None)) if parts else None,
             weight=max((part.weight for part in parts), default=0.0),
-            seconds=max((part.seconds for part in parts), default=0.0),
             activation_upload_bytes=self.up[client],
             activation_download_bytes=self.down[client],
         )

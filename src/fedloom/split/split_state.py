@@ -10,9 +10,8 @@ from torch import Tensor
 
 from fedloom.errors import RunError
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.methods.state import ServerState
-
-_ADAPTERS = ("side", "start", "velocity", "residual")
+from fedloom.methods.state import ServerState, Standing
+from fedloom.methods.state_codec import state_from, state_numbers, state_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +43,10 @@ class SplitState:
             pairs.update(segment.global_adapter())
         return Adapter({**pairs, **self.server})
 
+    def standing(self) -> Standing:
+        """Return both halves as one model of the uncut base: what is evaluated, kept and exported."""
+        return Standing(self.round, self.global_adapter())
+
     def side(self) -> Adapter:
         """Return what every party adds to the frozen base, of all segments."""
         return Adapter({name: pair for segment in self.segments for name, pair in segment.side.items()})
@@ -56,16 +59,8 @@ class SplitState:
             tensors |= _prefixed(f"clients/{client}", memory)
         numbers: dict[str, Any] = {"round": self.round, "segments": []}
         for index, segment in enumerate(self.segments):
-            tensors |= _segment_tensors(f"segments/{index}", segment)
-            numbers["segments"].append(
-                {
-                    "round": segment.round,
-                    "seen": {str(client): version for client, version in segment.seen.items()},
-                    "chain": len(segment.chain),
-                    "has_start": segment.start is not None,
-                    "typical_norm": segment.typical_norm,
-                }
-            )
+            tensors |= _prefixed(f"segments/{index}", state_tensors(segment))
+            numbers["segments"].append(state_numbers(segment))
         return tensors, numbers
 
     @classmethod
@@ -83,7 +78,7 @@ class SplitState:
             return cls(
                 round=numbers["round"],
                 segments=tuple(
-                    _segment_from(_under(f"segments/{index}", tensors), segment)
+                    state_from(_under(f"segments/{index}", tensors), segment)
                     for index, segment in enumerate(numbers["segments"])
                 ),
                 server=Adapter.from_tensors(_under("server", tensors)),
@@ -93,30 +88,6 @@ class SplitState:
             )
         except (KeyError, ValueError) as problem:
             raise RunError(f"expected a whole split checkpoint, got one without {problem}") from problem
-
-
-def _segment_tensors(prefix: str, state: ServerState) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for name in _ADAPTERS:
-        adapter = getattr(state, name)
-        tensors |= _prefixed(f"{prefix}/{name}", adapter.as_tensors() if adapter is not None else {})
-    for index, addition in enumerate(state.chain):
-        tensors |= _prefixed(f"{prefix}/chain/{index}", addition.as_tensors())
-    return tensors
-
-
-def _segment_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> ServerState:
-    adapters = {name: Adapter.from_tensors(_under(name, tensors)) for name in _ADAPTERS}
-    return ServerState(
-        round=numbers["round"],
-        side=adapters["side"],
-        start=adapters["start"] if numbers["has_start"] else None,
-        chain=tuple(Adapter.from_tensors(_under(f"chain/{index}", tensors)) for index in range(numbers["chain"])),
-        seen={int(client): version for client, version in numbers["seen"].items()},
-        velocity=adapters["velocity"],
-        residual=adapters["residual"],
-        typical_norm=numbers["typical_norm"],
-    )
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

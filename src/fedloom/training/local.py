@@ -24,11 +24,12 @@ from torch import Tensor
 from fedloom.data.batches import batches
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.layer import LoRAModel, Slot
-from fedloom.lora.pair import Adapter
+from fedloom.lora.pair import BOTH, Adapter, Factors, Pair
 from fedloom.seeding import stream, torch_stream
 from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
 from fedloom.training.packing import Row, hidden_states, num_targets, pack, split_by_tokens
+from fedloom.training.stats import TrainingStats
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,11 @@ class LocalTraining:
 
 @dataclass(frozen=True, eq=False)
 class ClientTask:
-    """One client's part of a round: its rows, the rank and scale it trains at, and what it starts from."""
+    """One client's part of a round: its rows, the rank and scale it trains at, and what it starts from.
+
+    ``trains`` are the factors that the optimiser moves. With ``measures_gradient`` it moves none: the client reads one
+    batch and its result holds the gradient at the start.
+    """
 
     client: int
     rows: TokenSet
@@ -72,16 +77,17 @@ class ClientTask:
     scale: float
     start: Adapter
     optimiser_state: Mapping[str, Tensor] | None = None
+    trains: Factors = BOTH
+    measures_gradient: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class ClientResult:
     """What a client ends with.
 
-    ``num_tokens`` and ``num_loss_tokens`` count what was processed, ``loss_nats`` is the mean over all of the round's
-    targets and ``loss_last_nats`` over those of the last batch, both without smoothing. ``change_norm`` is the norm
-    of the change of the factors: zero exactly when training moved nothing. ``seconds`` are the client's share, by
-    tokens, of the passes it was in.
+    ``change_norm`` is the norm of the change of the factors: zero exactly when training moved nothing. ``seconds`` are
+    the client's share, by tokens, of the passes it was in. ``gradient`` is that of the batch's mean loss with respect
+    to the effective factors, where the task measures it.
 
     A client whose loss is not finite takes that step and then stops: its losses and its adapter are not finite
     either, so the check of updates leaves it out and says why.
@@ -89,16 +95,11 @@ class ClientResult:
 
     client: int
     adapter: Adapter
-    num_rows: int
+    stats: TrainingStats
     num_examples_seen: int
-    num_tokens: int
-    num_loss_tokens: int
-    num_steps: int
-    loss_nats: float
-    loss_last_nats: float
     change_norm: float
-    seconds: float
     optimiser_state: dict[str, Tensor] | None = None
+    gradient: Adapter | None = None
 
 
 @dataclass(frozen=True)
@@ -176,13 +177,17 @@ class _Client:
         lora.load(slot, task.start)
         self._start = lora.adapter(slot)
         rng = stream(seed, "batches", number, task.client)
-        self._batches = list(
-            batches(len(task.rows), settings.batch_size, rng, steps=settings.steps, epochs=settings.epochs)
-        )
+        steps, epochs = (1, None) if task.measures_gradient else (settings.steps, settings.epochs)
+        self._batches = list(batches(len(task.rows), settings.batch_size, rng, steps=steps, epochs=epochs))
         first, total = first_step(settings.schedule_span, number, settings.total_rounds, len(self._batches))
         factor = schedule(settings.schedule, settings.warmup_steps, total)
-        factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
-        self._optimiser = ClientOptimiser(factors, settings.adamw, factor, first=first, state=task.optimiser_state)
+        self._factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
+        trained = {name: factor for name, factor in self._factors.items() if factor_of(name) in task.trains}
+        state = task.optimiser_state
+        if state is not None and trained.keys() != self._factors.keys():
+            state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in trained} or None
+        self._optimiser = ClientOptimiser(trained, settings.adamw, factor, first=first, state=state)
+        self._gradient: Adapter | None = None
         self._step, self._broken = 0, False
         self._examples = self._tokens = self._targets = 0
         self._nats = self._seconds = 0.0
@@ -217,7 +222,10 @@ class _Client:
     def update(self) -> StepReport:
         """Take the optimiser's step on the gradients that have gathered."""
         begun = time.perf_counter()
-        learning_rate = self._optimiser.step()
+        if self.task.measures_gradient:
+            self._gradient, learning_rate = self._read_gradient(), 0.0
+        else:
+            learning_rate = self._optimiser.step()
         self._step += 1
         self._tokens += self._batch_tokens
         self._targets += self._batch_targets
@@ -235,16 +243,32 @@ class _Client:
         return ClientResult(
             client=self.task.client,
             adapter=adapter,
-            num_rows=len(self.task.rows),
+            stats=TrainingStats(
+                num_rows=len(self.task.rows),
+                num_tokens=self._tokens,
+                num_loss_tokens=self._targets,
+                num_steps=self._step,
+                loss_nats=self._nats / max(1, self._targets),
+                loss_last_nats=self._last_loss,
+                seconds=self._seconds,
+            ),
             num_examples_seen=self._examples,
-            num_tokens=self._tokens,
-            num_loss_tokens=self._targets,
-            num_steps=self._step,
-            loss_nats=self._nats / max(1, self._targets),
-            loss_last_nats=self._last_loss,
             change_norm=_change_norm(self._start, adapter),
-            seconds=self._seconds,
-            optimiser_state=self._optimiser.export_state(),
+            optimiser_state={**(self.task.optimiser_state or {}), **self._optimiser.export_state()},
+            gradient=self._gradient,
+        )
+
+    def _read_gradient(self) -> Adapter:
+        """Return the gradient at the effective factors: the slot's ``bt`` is ``bᵀ`` over the scale."""
+        grads = {name: factor.grad for name, factor in self._factors.items() if factor.grad is not None}
+        return Adapter(
+            {
+                module: Pair(
+                    (grads[f"{module}.bt_RO"].T / self.task.scale).contiguous().cpu(),
+                    grads[f"{module}.a_RI"].cpu().clone(),
+                )
+                for module in self._lora.shapes
+            }
         )
 
 
@@ -283,6 +307,11 @@ def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], l
 def _factor_names(lora: LoRAModel) -> list[str]:
     """Name a slot's factors in the order of ``LoRAModel.parameters``."""
     return [f"{module}.{factor}" for module in lora.shapes for factor in ("a_RI", "bt_RO")]
+
+
+def factor_of(name: str) -> str:
+    """Return ``a`` or ``b``, the factor that a slot's parameter holds."""
+    return name.rpartition(".")[2][0]
 
 
 def _change_norm(before: Adapter, after: Adapter) -> float:

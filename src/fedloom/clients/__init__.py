@@ -1,0 +1,1 @@
+"""A client: what it holds and keeps, and how it answers a message in bytes."""

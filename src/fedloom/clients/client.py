@@ -1,0 +1,184 @@
+"""One client: it is sent bytes, trains, and answers in bytes. Nothing else reaches it.
+
+It holds the side at a version and applies the news to it, and it keeps what its method's client half says: its own
+factors, its optimiser's moments, what the wire has rounded off. An engine carries the messages; where many clients live
+in one process, the engine lets them share the base and train in one pass between :meth:`Client.receive` and
+:meth:`Client.answer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from fedloom.clients.held_sides import HeldSides
+from fedloom.clients.memory import Memory, Tensors
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import BehindError, FedloomError
+from fedloom.federation.messages import (
+    Received,
+    WireDtype,
+    decode_broadcast,
+    encode_failure,
+    encode_update,
+)
+from fedloom.lora.algebra import distance
+from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, Work
+from fedloom.methods.state import Failure, Update
+from fedloom.training.local import ClientResult, ClientTask
+
+DIVERGED = "expected finite numbers, got NaN or infinity; lower training.learning_rate"
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """What a client was asked and has prepared: the task, the side to train beside, and what its answer needs."""
+
+    task: ClientTask
+    side: Adapter
+    work: Work
+    round: int
+    keeps_start: bool
+
+
+@dataclass
+class Client:
+    """One client of a run.
+
+    Attributes:
+        number: its position in the population.
+        half: the method's client half.
+        shapes: (out, in) of the target modules of its base.
+        rows: its rows, read when it is first asked.
+        sides: the sides held on its machine.
+        memory: what it keeps between rounds.
+    """
+
+    number: int
+    half: ClientHalf
+    shapes: Mapping[str, tuple[int, int]]
+    seed: int
+    rows: Callable[[], TokenSet]
+    sides: HeldSides
+    memory: Memory = field(default_factory=Memory)
+
+    def handle(self, message: bytes, train: Callable[[Assignment], ClientResult], dtype: WireDtype) -> bytes:
+        """Answer a broadcast: bytes in, bytes out. What goes wrong is this client's failure, sent as such."""
+        try:
+            assignment = self.receive(message)
+            return self.answer(assignment, train(assignment), dtype)
+        except FedloomError as error:
+            return self.refuse(error)
+
+    def receive(self, message: bytes) -> Assignment:
+        """Read a broadcast and catch up with it.
+
+        Raises:
+            UpdateError: if the message is damaged or of another base.
+            BehindError: if its news do not fit the side that this client holds.
+        """
+        return self.prepare(decode_broadcast(message, self.shapes))
+
+    def prepare(self, received: Received) -> Assignment:
+        """Apply the news, and make a task of the start and of what this client keeps."""
+        side = self.sides.caught_up(self.memory.version, received.news)
+        self.memory = replace(self.memory, version=received.news.version, side_sha256=received.news.sha256)
+        work, start = self.half.work(received.round), self._start_of(received)
+        moments = self.memory.moments if work.moments is Moments.OWN and self.memory.moments else None
+        task = ClientTask(
+            client=self.number,
+            rows=self.rows(),
+            rank=received.rank,
+            scale=received.scale,
+            start=start,
+            optimiser_state=moments,
+            trains=work.trains,
+            measures_gradient=work.payload is Payload.GRADIENT,
+        )
+        return Assignment(task, side, work, received.round, received.origin is not None)
+
+    def answer(self, assignment: Assignment, result: ClientResult, dtype: WireDtype) -> bytes:
+        """Return an update in bytes, and keep what is this client's own."""
+        outcome, tensors = self.conclude(assignment, result, dtype)
+        return encode_failure(outcome) if isinstance(outcome, Failure) else encode_update(outcome, tensors, dtype)
+
+    def conclude(
+        self, assignment: Assignment, result: ClientResult, dtype: WireDtype
+    ) -> tuple[Update | Failure, Tensors]:
+        """Return the update and the tensors of it that cross; a training that diverged leaves the memory as it was."""
+        if not (result.stats.is_finite and result.adapter.is_finite()):
+            return Failure(self.number, DIVERGED, self.memory.version), {}
+        work, start = assignment.work, assignment.task.start
+        tensors = _payload(work, start, result)
+        owed: Tensors = {}
+        if work.rounding is Rounding.OWED:
+            tensors = {key: tensor + self.memory.owed.get(key, 0.0) for key, tensor in tensors.items()}
+            owed = {key: tensor - tensor.to(dtype.torch).to(tensor.dtype) for key, tensor in tensors.items()}
+        self.memory = replace(
+            self.memory,
+            start=start.as_tensors() if assignment.keeps_start else {},
+            own=result.adapter.as_tensors(work.keeps),
+            moments=(result.optimiser_state or {}) if work.moments is Moments.OWN else {},
+            owed=owed,
+        )
+        moved = None if work.sends else distance(result.adapter, start)
+        update = Update(assignment.round, self.number, result.adapter, result.stats, self.memory.version, moved)
+        return update, tensors
+
+    def refuse(self, error: FedloomError) -> bytes:
+        """Return a failure in bytes, with the version that this client holds."""
+        return encode_failure(self.failure(error))
+
+    def failure(self, error: FedloomError) -> Failure:
+        """Return what went wrong, with the version that this client holds."""
+        held = error.held if isinstance(error, BehindError) else self.memory.version
+        return Failure(self.number, str(error), held)
+
+    def _start_of(self, received: Received) -> Adapter:
+        """Return what to train from: what is drawn or was sent, completed by what is held, own factors in place."""
+        if received.draw is not None:
+            start = received.draw.adapter(self.shapes, received.rank, self.seed)
+        elif received.origin is None:
+            start = Adapter.from_tensors(received.sent)
+        else:
+            held = self.memory.start
+            known = (
+                Adapter.from_tensors(held) if held else received.origin.adapter(self.shapes, received.rank, self.seed)
+            )
+            start = known.with_factors(received.sent)
+        return start.with_factors(self.memory.own)
+
+
+def _payload(work: Work, start: Adapter, result: ClientResult) -> dict[str, Tensor]:
+    """Return the tensors that cross."""
+    match work.payload:
+        case Payload.FACTORS:
+            return result.adapter.as_tensors(work.sends)
+        case Payload.CHANGE:
+            before, after = start.as_tensors(work.sends), result.adapter.as_tensors(work.sends)
+            return {key: after[key] - before[key] for key in after}
+        case Payload.GRADIENT:
+            assert result.gradient is not None
+            return result.gradient.as_tensors(work.sends)
+
+
+def one_side(assignments: Sequence[Assignment]) -> Adapter:
+    """Return the side that all of a cohort train beside.
+
+    Raises:
+        ValueError: if there are several; a cohort is of one round.
+    """
+    first = assignments[0].side
+    for other in assignments[1:]:
+        if other.side is not first and not _equal(other.side, first):
+            raise ValueError("expected one side for all clients of a round")
+    return first
+
+
+def _equal(left: Adapter, right: Adapter) -> bool:
+    ours, theirs = left.as_tensors(), right.as_tensors()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)

@@ -1,0 +1,96 @@
+"""A method's client half: what a client trains in a round, what of it crosses the wire, and what the client keeps.
+
+``a`` and ``b`` are the two factors of every pair (see ``lora/pair.py``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from fedloom.lora.pair import BOTH, Factors
+
+
+class Payload(StrEnum):
+    """What a client sends of the factors that cross."""
+
+    FACTORS = "factors"
+    """The factors as training left them."""
+    CHANGE = "change"
+    """The factors as training left them, less those it started from."""
+    GRADIENT = "gradient"
+    """The gradient of the mean loss of one batch at the start; the optimiser takes no step."""
+
+
+class Moments(StrEnum):
+    """Where the optimiser's moments of a round come from."""
+
+    FRESH = "fresh"
+    """Zero at the start of every round, as FedIT's and FLoRA's clients do it."""
+    OWN = "own"
+    """The client goes on with those of its last round."""
+
+
+class Rounding(StrEnum):
+    """What becomes of what the wire's dtype rounds off an update."""
+
+    DROPPED = "dropped"
+    OWED = "owed"
+    """The client keeps it and adds it to its next update (error feedback). For changes and gradients only."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One client's part of one round.
+
+    Attributes:
+        trains: factors that the optimiser moves; the others stay as the client received them.
+        sends: factors that cross to the server; empty where nothing is shared.
+        payload: what is sent of them.
+        keeps: factors that stay the client's own: it goes on from its own instead of from the server's.
+        moments: where the optimiser's moments come from.
+        rounding: what becomes of what the wire rounds off.
+
+    Raises:
+        ValueError: if a factor is sent that is not trained, or kept and sent, or rounding is owed on whole factors.
+    """
+
+    trains: Factors = BOTH
+    sends: Factors = BOTH
+    payload: Payload = Payload.FACTORS
+    keeps: Factors = field(default_factory=frozenset)
+    moments: Moments = Moments.FRESH
+    rounding: Rounding = Rounding.DROPPED
+
+    def __post_init__(self) -> None:
+        if not (self.trains and self.trains <= BOTH and self.sends <= self.trains and self.keeps <= BOTH):
+            raise ValueError(
+                f"expected factors a and b, and to send only what is trained; got trains {sorted(self.trains)}, sends "
+                f"{sorted(self.sends)}, keeps {sorted(self.keeps)}; change the client half's work"
+            )
+        if self.keeps & self.sends:
+            raise ValueError(f"expected a factor to be kept or sent, got both for {sorted(self.keeps & self.sends)}")
+        if self.rounding is Rounding.OWED and self.payload is Payload.FACTORS:
+            raise ValueError(
+                "expected rounding to be owed on a change or a gradient, got whole factors; send the change"
+            )
+
+
+class ClientHalf(Protocol):
+    """What a method's clients do, round by round; known to client and server alike."""
+
+    def work(self, round: int) -> Work:
+        """Return a client's part of a round; rounds count from 1."""
+        ...
+
+
+@dataclass(frozen=True)
+class EveryRound:
+    """The same work in every round; by default train both factors and send them."""
+
+    every: Work = field(default_factory=Work)
+
+    def work(self, round: int) -> Work:
+        """Return the one work."""
+        return self.every

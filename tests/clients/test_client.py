@@ -1,0 +1,299 @@
+"""A client in bytes: it catches up with what it missed, keeps what is its own, and refuses what does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from fedloom.clients.client import Assignment, Client
+from fedloom.clients.held_sides import VERSIONS_KEPT, HeldSides
+from fedloom.clients.memory import decode_memories, encode_memories
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import BehindError, ModelError
+from fedloom.federation.intake import Arrival
+from fedloom.federation.messages import WireDtype, decode_answer, encode_broadcast
+from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
+from fedloom.federation.server import BroadcastForm, ServerRules, broadcasts_for, news_for
+from fedloom.lora.initial import Draw
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.client_half import ClientHalf, EveryRound, Moments, Payload, Rounding, Work
+from fedloom.methods.flora import FLoRA
+from fedloom.methods.server_steps import MomentumStep, PlainStep
+from fedloom.methods.side import digest, grown
+from fedloom.methods.state import Aggregate, Broadcast, Failure, News, ServerState, Update
+from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.methods.sums import FactorSum
+from fedloom.methods.zero_padding import ZeroPadding
+from fedloom.seeding import torch_stream
+from fedloom.training.local import ClientResult
+from fedloom.training.stats import TrainingStats
+
+SHAPES = {"layers.0.q": (40, 30), "layers.1.v": (24, 30)}
+RANKS = {0: 3, 1: 2, 2: 1}
+COHORT = Cohort(SHAPES, 3, RANKS.__getitem__, seed=1)
+NO_ROWS = TokenSet.from_rows([])
+
+
+def moved(assignment: Assignment) -> ClientResult:
+    """Train by adding noise that depends on round and client alone to the factors that are trained."""
+    task, generator = assignment.task, torch_stream(7, assignment.round, assignment.task.client)
+    tensors = task.start.as_tensors(task.trains)
+    changed = {key: t + torch.randn(t.shape, generator=generator) / 9 for key, t in tensors.items()}
+    adapter = task.start.with_factors(changed)
+    return ClientResult(
+        client=task.client,
+        adapter=adapter,
+        stats=TrainingStats(10, 70, 30, 4, 2.0, 1.5, 0.1),
+        num_examples_seen=4,
+        change_norm=1.0,
+        optimiser_state={"layers.0.q.a_RI.step": torch.tensor(float(assignment.round))},
+        gradient=adapter,
+    )
+
+
+@dataclass
+class Separate:
+    """An engine whose clients share nothing but bytes with the server, nor with each other."""
+
+    half: ClientHalf
+    wire: WireDtype
+    clients: dict[int, Client] = field(default_factory=dict)
+    seen: list[Assignment] = field(default_factory=list)
+
+    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
+        for sent in broadcasts:
+            client = self.clients.setdefault(
+                sent.client,
+                Client(sent.client, self.half, SHAPES, 1, lambda: NO_ROWS, HeldSides()),
+            )
+            blob = client.handle(encode_broadcast(sent, self.wire), self.trained, self.wire)
+            work = self.half.work(sent.round)
+            rank = sent.rank
+            outcome = decode_answer(blob, sent, work, SHAPES, self.wire, lambda d, r=rank: d.adapter(SHAPES, r, 1))  # type: ignore[misc]
+            yield Arrival(outcome, 0, len(blob))
+
+    def trained(self, assignment: Assignment) -> ClientResult:
+        self.seen.append(assignment)
+        return moved(assignment)
+
+
+def plan_of(strategy: Strategy, rules: ServerRules, sample: Callable[[int], list[int]], num_rounds: int) -> RoundPlan:
+    scales = dict.fromkeys(RANKS, 2.0)
+    return RoundPlan(num_rounds, strategy, rules, sample, SHAPES, RANKS, scales, max_norm_ratio=1e9)
+
+
+def run(
+    strategy: Strategy, rules: ServerRules, sample: Callable[[int], list[int]], num_rounds: int
+) -> tuple[Separate, list[RoundRecord]]:
+    engine = Separate(strategy.client, rules.wire)
+    plan = plan_of(strategy, rules, sample, num_rounds)
+    return engine, list(run_rounds(strategy.initial(), plan, engine, lambda state: {}))
+
+
+@dataclass(frozen=True)
+class TrainsB(ZeroPadding):
+    """Zero-padding whose clients train and send ``b`` alone; ``a`` is drawn by everybody and never crosses."""
+
+    @property
+    def client(self) -> ClientHalf:
+        return EveryRound(Work(frozenset("b"), frozenset("b")))
+
+    @property
+    def origin(self) -> Draw:
+        return Draw(("global",), self.cohort.max_rank)
+
+    def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
+        mean = super().finish(state, sums)
+        assert mean.start is not None
+        assert state.start is not None
+        return replace(mean, start=state.start.with_factors(mean.start.as_tensors(frozenset("b"))))
+
+
+METHODS: dict[str, Callable[[], tuple[Strategy, ServerRules]]] = {
+    "flora": lambda: (FLoRA(COHORT), ServerRules(PlainStep())),
+    "flora, compressed": lambda: (FLoRA(COHORT), ServerRules(PlainStep(), BroadcastForm.COMPRESSED, 0.1)),
+    "zero-padding": lambda: (ZeroPadding(COHORT), ServerRules(PlainStep())),
+    "zero-padding with momentum": lambda: (ZeroPadding(COHORT), ServerRules(MomentumStep(1.2))),
+    "b alone": lambda: (TrainsB(COHORT), ServerRules(PlainStep())),
+    "b alone with momentum": lambda: (TrainsB(COHORT), ServerRules(MomentumStep(1.2))),
+}
+
+
+@pytest.mark.parametrize("wire", list(WireDtype))
+@pytest.mark.parametrize("name", METHODS)
+def test_a_client_that_missed_rounds_ends_bit_equal_to_one_that_did_not(name: str, wire: WireDtype) -> None:
+    strategy, rules = METHODS[name]()
+    absences = {2: [0, 1], 3: [0], 4: [0, 1], 5: [0], 6: [0, 1], 7: [0]}
+    engine, records = run(strategy, replace(rules, wire=wire), lambda n: absences.get(n, [0, 1, 2]), 8)
+    assert not [c.reason for record in records for c in record.clients if c.reason]
+    last = {a.task.client: a for a in engine.seen[-3:]}
+    sides = {k: a.side.as_tensors() for k, a in last.items()}
+    state = records[-2].state
+    assert sides[0].keys() == state.side.as_tensors().keys()
+    for client in RANKS:
+        assert all(torch.equal(tensor, sides[client][key]) for key, tensor in state.side.as_tensors().items())
+        start = strategy.start_for(state, client)
+        wanted = start.adapter(SHAPES, RANKS[client], 1) if isinstance(start, Draw) else start
+        got = last[client].task.start.as_tensors()
+        assert all(torch.equal(tensor, got[key]) for key, tensor in wanted.as_tensors().items())
+
+
+def test_that_law_covers_parts_the_whole_and_a_compacted_side() -> None:
+    strategy, rules = METHODS["flora"]()
+    _, records = run(strategy, rules, lambda n: [0, 1, 2], 8)
+    kinds = {news_for(r.state, version, "").is_whole for r in records for version in range(1, r.round)}
+    assert kinds == {True, False}
+    assert sum(RANKS.values()) * 8 > records[-1].state.side["layers.1.v"].rank == 24
+
+
+def test_a_factor_that_nobody_trained_never_crosses() -> None:
+    strategy, rules = METHODS["b alone"]()
+    engine, _ = run(strategy, rules, lambda n: [0, 1, 2], 3)
+    start = strategy.initial().start
+    assert start is not None
+    sizes = [len(encode_broadcast(b, rules.wire)) for b in first_broadcasts(strategy)]
+    assert len(set(sizes)) == 1
+    for assignment in engine.seen:
+        rank = assignment.task.rank
+        assert all(torch.equal(assignment.task.start[n].a_RI, start[n].a_RI[:rank]) for n in SHAPES)
+
+
+def first_broadcasts(strategy: Strategy) -> list[Broadcast]:
+    return broadcasts_for(strategy.initial(), RANKS, strategy, RANKS, dict.fromkeys(RANKS, 2.0))
+
+
+def test_a_client_that_lost_its_side_says_so_and_is_sent_the_whole() -> None:
+    strategy, rules = METHODS["flora"]()
+    engine = Separate(strategy.client, rules.wire)
+    plan = plan_of(strategy, rules, lambda n: [0, 1, 2], 4)
+    reasons = []
+    for record in run_rounds(strategy.initial(), plan, engine, lambda state: {}):
+        reasons.append(record.clients[1].reason)
+        if record.round == 2:
+            client = engine.clients[1]
+            client.sides, client.memory = HeldSides(), replace(client.memory, version=0)
+    assert [reason is None for reason in reasons] == [True, True, False, True]
+    assert "it holds version 0" in str(reasons[2])
+
+
+def test_a_side_that_differs_from_the_servers_is_not_trained_on() -> None:
+    news = News(0, 1, (random_adapter(1),), False, digest(random_adapter(2)))
+    with pytest.raises(BehindError, match="hash"):
+        HeldSides().caught_up(0, news)
+
+
+def test_the_number_of_sides_held_does_not_grow_with_the_rounds() -> None:
+    held, side = HeldSides(), Adapter()
+    for version in range(1, 4 * VERSIONS_KEPT):
+        part = random_adapter(version)
+        side = grown(side, part)
+        held.caught_up(version - 1, News(version - 1, version, (part,), False, digest(side)))
+    assert len(held._sides) == VERSIONS_KEPT
+
+
+def random_adapter(seed: int, rank: int = 2) -> Adapter:
+    def draw(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=torch_stream(seed, *size))
+
+    return Adapter({name: Pair(draw(o, rank), draw(rank, i)) for name, (o, i) in SHAPES.items()})
+
+
+# ---- what is sent and kept -----------------------------------------------------------------------------------------
+
+
+def client_of(work: Work) -> Client:
+    return Client(0, EveryRound(work), SHAPES, 1, lambda: NO_ROWS, HeldSides())
+
+
+def answered(client: Client, work: Work, round: int, start: Adapter, wire: WireDtype = WireDtype.FP32) -> Update:
+    sent = Broadcast(round, 0, 2, 2.0, News(), start)
+    blob = client.handle(encode_broadcast(sent, wire), moved, wire)
+    outcome = decode_answer(blob, sent, work, SHAPES, wire, lambda draw: draw.adapter(SHAPES, 2, 1))
+    assert isinstance(outcome, Update), outcome
+    return outcome
+
+
+def test_a_change_arrives_as_the_factors_it_leads_to() -> None:
+    factors, change = Work(), Work(payload=Payload.CHANGE)
+    start = random_adapter(3)
+    by_factors = answered(client_of(factors), factors, 1, start).adapter.as_tensors()
+    by_change = answered(client_of(change), change, 1, start).adapter.as_tensors()
+    assert all(torch.allclose(by_factors[key], by_change[key], atol=1e-6) for key in by_factors)
+
+
+def test_a_gradient_that_does_not_cross_is_zero_at_the_server() -> None:
+    work = Work(frozenset("b"), frozenset("b"), Payload.GRADIENT)
+    received = answered(client_of(work), work, 1, random_adapter(3)).adapter
+    assert all(float(pair.a_RI.abs().max()) == 0.0 < float(pair.b_OR.abs().max()) for pair in received.values())
+
+
+def delivered(work: Work, wire: WireDtype) -> dict[str, torch.Tensor]:
+    """Return the sum of eight rounds' changes as the server receives them, from one start."""
+    client, start = client_of(work), random_adapter(3).to(torch.bfloat16).to(torch.float32)
+    before, total = start.as_tensors(), {key: torch.zeros(t.shape) for key, t in start.as_tensors().items()}
+    for round in range(1, 9):
+        for key, tensor in answered(client, work, round, start, wire).adapter.as_tensors().items():
+            total[key] += tensor - before[key]
+    return total
+
+
+def test_what_the_wire_rounds_off_is_owed_and_sent_later() -> None:
+    dropping, owing = Work(payload=Payload.CHANGE), Work(payload=Payload.CHANGE, rounding=Rounding.OWED)
+    exact = delivered(dropping, WireDtype.FP32)
+    off = [
+        sum(float((tensor - exact[key]).norm()) for key, tensor in delivered(work, WireDtype.BF16).items())
+        for work in (dropping, owing)
+    ]
+    assert off[1] < 0.7 * off[0]
+
+
+def test_own_factors_and_moments_go_on_at_the_client_and_survive_as_bytes() -> None:
+    work = Work(sends=frozenset("a"), keeps=frozenset("b"), moments=Moments.OWN)
+    client, start = client_of(work), random_adapter(3)
+    answered(client, work, 1, start)
+    own = dict(client.memory.own)
+    assert {key.rpartition(".")[2] for key in own} == {"b"}
+    blob = encode_memories({0: client.memory})
+    assert blob is not None
+    back = client_of(work)
+    back.memory = replace(decode_memories(blob)[0], version=client.memory.version)
+    seen: list[Assignment] = []
+
+    def train(assignment: Assignment) -> ClientResult:
+        seen.append(assignment)
+        return moved(assignment)
+
+    back.handle(encode_broadcast(Broadcast(2, 0, 2, 2.0, News(), start), WireDtype.FP32), train, WireDtype.FP32)
+    begun = seen[0].task.start.as_tensors()
+    assert all(torch.equal(begun[key], own[key]) for key in own)
+    assert all(torch.equal(begun[key], tensor) for key, tensor in start.as_tensors(frozenset("a")).items())
+    assert seen[0].task.optimiser_state is not None
+
+
+def test_training_that_diverges_is_a_failure_and_leaves_the_memory_as_it_was() -> None:
+    work = Work(sends=frozenset(), keeps=frozenset("ab"))
+    client, start = client_of(work), random_adapter(3)
+
+    def diverge(assignment: Assignment) -> ClientResult:
+        result = moved(assignment)
+        return replace(result, adapter=result.adapter.scaled(float("nan")))
+
+    sent = Broadcast(1, 0, 2, 2.0, News(), start)
+    blob = client.handle(encode_broadcast(sent, WireDtype.FP32), diverge, WireDtype.FP32)
+    outcome = decode_answer(blob, sent, work, SHAPES, WireDtype.FP32, lambda draw: start)
+    assert isinstance(outcome, Failure)
+    assert "finite" in outcome.reason
+    assert client.memory.is_empty
+
+
+def test_what_goes_wrong_in_training_is_told_in_bytes_with_the_version_held() -> None:
+    def fail(assignment: Assignment) -> ClientResult:
+        raise ModelError(f"expected a model that trains, got none for round {assignment.round}; load one")
+
+    sent = Broadcast(1, 0, 2, 2.0, News(), random_adapter(3))
+    blob = client_of(Work()).handle(encode_broadcast(sent, WireDtype.FP32), fail, WireDtype.FP32)
+    outcome = decode_answer(blob, sent, Work(), SHAPES, WireDtype.FP32, lambda draw: random_adapter(3))
+    assert outcome == Failure(0, "expected a model that trains, got none for round 1; load one", 0)
