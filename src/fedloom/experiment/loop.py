@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from fedloom.assembly.inputs import Inputs
-from fedloom.assembly.round_plan import CONTROLS, Population, engine_of, plan_of
+from fedloom.assembly.round_plan import Population, engine_of, plan_of
 from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
 from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
 from fedloom.assembly.split_run import (
@@ -38,6 +38,7 @@ from fedloom.methods.state_codec import (
     read_state,
     state_files,
 )
+from fedloom.methods.traits import Kind
 from fedloom.reporting.progress import Progress
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.split_state import SplitState
@@ -82,12 +83,12 @@ def loop_of(settings: Settings, inputs: Inputs, lora: LoRAModel, population: Pop
     Raises:
         FedloomError: if settings and base do not fit.
     """
-    match settings.method.name:
-        case "base":
+    match settings.traits.kind:
+        case Kind.UNTRAINED:
             return None
-        case "splitlora":
+        case Kind.SPLIT:
             return LoopKind(settings, lora, population, None, split_run(settings, inputs, lora))
-        case _:
+        case Kind.FEDERATED | Kind.CONTROL:
             return LoopKind(settings, lora, population, plan_of(settings, population, lora), None)
 
 
@@ -112,9 +113,9 @@ class LoopKind:
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Return the loop at the point that the folder has reached."""
         if self.split is not None:
-            return SplitPeriods(self.split, restored_split(self.split, folder), progress)
+            return SplitPeriods(self.settings.method.name, self.split, restored_split(self.split, folder), progress)
         assert self.plan is not None
-        optimisers: dict[int, dict[str, Tensor]] | None = {} if self.settings.method.name in CONTROLS else None
+        optimisers: dict[int, dict[str, Tensor]] | None = {} if self.settings.traits.is_control else None
         standing, last = self.plan.strategy.initial(), folder.last_round()
         if last is not None:
             read = partial(folder.read_round_file, last)
@@ -183,6 +184,7 @@ class AdapterRounds:
 class SplitPeriods:
     """Periods between aggregations of a model cut in two."""
 
+    method: str
     run: SplitRun
     state: SplitState
     progress: Progress
@@ -200,7 +202,7 @@ class SplitPeriods:
     def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
         """Run what is left, one period at a time."""
         for record in self.run.periods(self.state, lambda state: evaluate(uncut_state(state)), self._on_step):
-            metrics, files = split_metrics(record, self.run.names), split_state_files(record.state)
+            metrics, files = split_metrics(record, self.method, self.run.names), split_state_files(record.state)
             yield Completed(record.round, metrics, files, {}, uncut_state(record.state))
 
     def _on_step(self, step: int, loss_nats: float) -> None:
