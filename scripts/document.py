@@ -15,7 +15,7 @@ import typer
 
 from fedloom.cli import app
 from fedloom.config import tables
-from fedloom.config.setting import Table, conditions, expected, shown
+from fedloom.config.setting import Table, conditions, expected, in_words, shown
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -53,7 +53,7 @@ def table_section(name: str, kind: type[Table]) -> Iterator[str]:
     yield f"## [{name}]\n\n{kind.__doc__}\n\n| setting | default | accepts | what it says |\n|---|---|---|---|"
     for key, field in kind.model_fields.items():
         default = field.get_default()
-        acts = "; ".join(f"`{other}` = {' or '.join(values)}" for other, values in conditions(field).items())
+        acts = "; ".join(f"`{other}` = {in_words(values)}" for other, values in conditions(field).items())
         says = f"{field.description} Only with {acts}." if acts else f"{field.description}"
         written = "left out" if default is None else f"`{shown(default)}`"
         yield "| " + " | ".join([f"`{name}.{key}`", written, cell(expected(field)), cell(says)]) + " |"

@@ -2,6 +2,7 @@
 
     FedloomError
     ├── SettingsError        a recipe or a --set that cannot be used            (ValueError)
+    ├── MethodError          a method that cannot be registered, found or made  (ValueError)
     ├── DataError            a file, a row or a column that cannot be used      (ValueError)
     │   └── PartitionError   rows that cannot be split among clients as asked   (ValueError)
     ├── ModelError           a base model that is absent, foreign or unsuitable (ValueError)
@@ -26,6 +27,10 @@ class FedloomError(Exception):
 
 class SettingsError(FedloomError, ValueError):
     """A setting that cannot be used."""
+
+
+class MethodError(FedloomError, ValueError):
+    """A method that cannot be registered, found or made."""
 
 
 class DataError(FedloomError, ValueError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 Unit = Literal["", "%", "B", "s"]
@@ -23,6 +24,12 @@ def written(value: float, unit: Unit, digits: int = 3) -> str:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 round, 1,200 rounds."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def either(words: Iterable[str]) -> str:
+    """Return words as alternatives: a; a or b; a, b or c."""
+    *most, last = words
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def written_bytes(num_bytes: float) -> str:

@@ -13,8 +13,9 @@ from fedloom.clients.held_sides import VERSIONS_KEPT, HeldSides
 from fedloom.clients.memory import decode_memories, encode_memories
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, ModelError
+from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import WireDtype, decode_answer, encode_broadcast
+from fedloom.federation.messages import decode_answer, encode_broadcast
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.server import BroadcastForm, ServerRules, broadcasts_for, news_for
 from fedloom.lora.initial import Draw

@@ -11,15 +11,9 @@ import torch
 
 from fedloom.clients.held_sides import HeldSides
 from fedloom.errors import TooFewClientsError
+from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import (
-    WireDtype,
-    decode_answer,
-    decode_broadcast,
-    encode_broadcast,
-    encode_update,
-    numbers_of,
-)
+from fedloom.federation.messages import decode_answer, decode_broadcast, encode_broadcast, encode_update, numbers_of
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules, news_for

@@ -33,7 +33,7 @@ def group_runs(paths: Iterable[Path]) -> list[RunGroup]:
 
 def test_runs_that_differ_by_the_seed_alone_are_one_group(comparison: Path) -> None:
     groups = group_runs(comparison.iterdir())
-    assert [group.label for group in groups] == ["fedit", "zero-padding", "flora", "standalone", "centralised", "base"]
+    assert [group.label for group in groups] == ["fedit", "zero-padding", "flora", "centralised", "standalone", "base"]
     assert all([run.seed for run in group.runs] == [1, 2] for group in groups)
 
 

@@ -1,8 +1,8 @@
 """Settings become the objects of a round loop: strategy, server rules, plan, engine.
 
-Controls run through the same loop at the same number of rows. ``centralised`` is one client that owns every row and
-takes as many steps a round as all sampled clients together; ``standalone`` is every client for itself. Neither sends
-anything, both keep their optimiser and follow the schedule once over the whole run, as ordinary tuning does.
+Controls run through the same loop at the same number of rows. Where one client owns every row (centralised), it takes
+as many steps a round as all sampled clients together; otherwise every client tunes for itself (standalone). Neither
+sends anything, both keep their optimiser and follow the schedule once over the whole run, as ordinary tuning does.
 """
 
 from __future__ import annotations
@@ -17,22 +17,18 @@ from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.local import LocalEngine
-from fedloom.errors import SettingsError
-from fedloom.federation.messages import WireDtype
+from fedloom.federation.blob import WireDtype
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
-from fedloom.methods.flora import FLoRA, Initialisation
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
-from fedloom.methods.standalone import Standalone
 from fedloom.methods.state import ServerState
-from fedloom.methods.strategy import Cohort, Strategy, Weighting
-from fedloom.methods.zero_padding import ZeroPadding, fedit
+from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.training.local import LocalTraining, StepReport
 
-CONTROLS = ("centralised", "standalone")
 CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
 """Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""
 
@@ -50,9 +46,9 @@ class Population:
 
 
 def population_of(settings: Settings, inputs: Inputs) -> Population:
-    """Return the real clients, or the one that owns all rows where tuning is centralised."""
+    """Return the real clients, or the one that owns all rows."""
     ranks, scales = dict(enumerate(settings.client_ranks)), dict(enumerate(settings.client_scales))
-    if settings.method.name == "centralised":
+    if settings.traits.pools_rows:
         return Population(1, 1, {0: ranks[0]}, {0: scales[0]}, lambda client: inputs.tokens, ("everyone",))
     return Population(
         settings.federation.num_clients, settings.cohort_size, ranks, scales, inputs.rows_of, inputs.partition.names
@@ -63,21 +59,13 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
     """Return the strategy that ``method.name`` names.
 
     Raises:
-        SettingsError: if the method does not run in rounds.
+        MethodError: if the method does not run in rounds.
     """
     method = settings.method
-    weighting = Weighting(method.weighting)
-    match method.name:
-        case "fedit":
-            return fedit(cohort, weighting)
-        case "zero-padding":
-            return ZeroPadding(cohort, weighting)
-        case "flora":
-            return FLoRA(cohort, weighting, Initialisation(method.initialisation))
-        case "centralised" | "standalone":
-            return Standalone(cohort, name=method.name)
-        case "base" | "splitlora":
-            raise SettingsError(f"method.name: expected a method that runs in rounds of adapters, got {method.name!r}")
+    strategy: Strategy = table.make(
+        method.name, cohort, table.MethodOptions(weighting=method.weighting, initialisation=method.initialisation)
+    )
+    return strategy
 
 
 def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> RoundPlan:
@@ -102,7 +90,7 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
 
 def rules_of(settings: Settings) -> ServerRules:
     """Return the server's rules; controls send nothing and have none."""
-    if settings.method.name in CONTROLS:
+    if settings.traits.is_control:
         return ServerRules(PlainStep())
     method = settings.method
     form = BroadcastForm(method.broadcast)
@@ -122,9 +110,9 @@ def _step_of(settings: Settings) -> ServerStep:
 
 def training_of(settings: Settings) -> LocalTraining:
     """Return what a client does in a round; a control's budget is what the sampled clients have together."""
-    training, control = settings.training, settings.method.name in CONTROLS
+    training, traits = settings.training, settings.traits
     steps, epochs = training.local_steps, training.local_epochs
-    if settings.method.name == "centralised":
+    if traits.pools_rows:
         steps = None if steps is None else steps * settings.cohort_size
         epochs = None if epochs is None else epochs * settings.cohort_size / settings.federation.num_clients
     return LocalTraining(
@@ -135,7 +123,7 @@ def training_of(settings: Settings) -> LocalTraining:
         micro_batch_size=training.micro_batch_size,
         schedule=training.schedule,
         warmup_steps=training.warmup_steps,
-        schedule_span="run" if control else training.schedule_span,
+        schedule_span="run" if traits.is_control else training.schedule_span,
         total_rounds=settings.federation.num_rounds,
         weight_decay=training.weight_decay,
         betas=(training.beta1, training.beta2),
@@ -162,7 +150,7 @@ def engine_of(
         rows_of=population.rows_of,
         training=training_of(settings),
         seed=settings.run.seed,
-        wire=None if settings.method.name in CONTROLS else WireDtype(settings.wire.dtype),
+        wire=None if settings.traits.is_control else WireDtype(settings.wire.dtype),
         clients_at_once=CLIENTS_AT_ONCE[device.type],
         half=half,
         memories=memories,

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, assert_never
+from typing import Any
 
 from safetensors.torch import load, save
 
@@ -20,9 +20,8 @@ from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.round_plan import rules_of, training_of
 from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
-from fedloom.methods.flora import FLoRA, Initialisation
-from fedloom.methods.strategy import Cohort, Strategy, Weighting
-from fedloom.methods.zero_padding import ZeroPadding, fedit
+from fedloom.methods import table
+from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.reporting.ledger import peak_memory_bytes
 from fedloom.split.local_parties import local_parties
 from fedloom.split.lockstep import SplitRecord, run_split
@@ -117,18 +116,12 @@ def scale_at(settings: Settings, client: int, rank: int) -> float:
 
 def segment_strategy(settings: Settings, cohort: Cohort) -> Strategy:
     """Return the strategy that aggregates client-side adapters."""
-    weighting = Weighting(settings.method.weighting)
-    match settings.split.aggregation:
-        case "fedit":
-            return fedit(cohort, weighting)
-        case "zero-padding":
-            return ZeroPadding(cohort, weighting)
-        case "flora":
-            return FLoRA(cohort, weighting, Initialisation.INDEPENDENT)
-    assert_never(settings.split.aggregation)
+    options = table.MethodOptions(weighting=settings.method.weighting)
+    strategy: Strategy = table.make(settings.split.aggregation, cohort, options)
+    return strategy
 
 
-def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
+def split_metrics(record: SplitRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
     """Return a period as plain values, activations and adapters apart."""
     clients = record.clients
     up, down = (sum(getattr(c, f"{way}_bytes") for c in clients) for way in ("upload", "download"))
@@ -137,7 +130,7 @@ def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
     )
     return {
         "round": record.round,
-        "method": "splitlora",
+        "method": method,
         "num_steps": record.num_steps,
         "train_loss_nats": record.loss_nats,
         "train_loss_last_nats": record.loss_last_nats,

@@ -20,11 +20,13 @@ from fedloom.cli.options import (
 )
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings
-from fedloom.config.comparison import METHODS, check_methods, check_seeds, refuse_ignored
+from fedloom.config.comparison import check_methods, check_seeds, refuse_ignored
 from fedloom.errors import SettingsError
+from fedloom.methods import table
 from fedloom.wording import counted
 
 RUNS = Path("runs")
+STANDARD_ROUNDS = [name for name in table.shipped("runs_rounds") if table.traits_of(name).is_standard]
 
 
 def load_settings(recipe: str | Path, overrides: Sequence[str] | None = None) -> Settings:
@@ -108,8 +110,12 @@ def compare(
     recipe: RecipeArgument,
     methods: Annotated[
         str,
-        typer.Option("--methods", metavar="A,B,...", help="Methods, separated by commas: " + ", ".join(METHODS) + "."),
-    ] = "fedit,zero-padding,flora,centralised,standalone",
+        typer.Option(
+            "--methods",
+            metavar="A,B,...",
+            help="Methods, separated by commas: " + ", ".join(table.shipped()) + ", or an installed one of your own.",
+        ),
+    ] = ",".join(STANDARD_ROUNDS),
     seeds: Annotated[
         str | None,
         typer.Option(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from fedloom.methods.table import BASELINE
+
 RecipeArgument = Annotated[
     str,
     typer.Argument(metavar="RECIPE", help="A shipped recipe (`fedloom recipes`) or a TOML file.", show_default=False),
@@ -27,7 +29,7 @@ ReferenceOption = Annotated[
     typer.Option(
         "--reference",
         metavar="METHOD",
-        help="The method that the others are set against, over seeds; left out: fedit where it is one of several.",
+        help=f"Method that the others are set against, over seeds; default: {BASELINE} where it is one of several.",
         show_default=False,
     ),
 ]

@@ -18,13 +18,8 @@ from fedloom.clients.held_sides import HeldSides
 from fedloom.clients.memory import Memory, Tensors
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, FedloomError
-from fedloom.federation.messages import (
-    Received,
-    WireDtype,
-    decode_broadcast,
-    encode_failure,
-    encode_update,
-)
+from fedloom.federation.blob import WireDtype
+from fedloom.federation.messages import Received, decode_broadcast, encode_failure, encode_update
 from fedloom.lora.algebra import distance
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, Work

@@ -5,37 +5,36 @@ Lists with one entry per client follow the client's number.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from fedloom.config.setting import Count, Decay, Fraction, Natural, NonNegative, Positive, Table, setting
+from fedloom.config.setting import Count, Decay, Fraction, Natural, NonNegative, Positive, Table, having, setting
+from fedloom.methods.table import BASELINE
 
-MethodName = Literal["fedit", "zero-padding", "flora", "centralised", "standalone", "splitlora", "base"]
-
-FEDERATED = ("fedit", "zero-padding", "flora")
-SPLIT = {"method.name": ("splitlora",)}
-FLORA = {"method.name": ("flora",)}
-STEPPED = {"method.name": FEDERATED}
+CUT = {"method.name": having("is_cut")}
+STEPPED = {"method.name": having("aggregates")}
 
 
 class Method(Table):
     """What the server does with the clients' adapters, and the adapters' size."""
 
-    name: MethodName = setting("fedit", "The method; a control is a method too.")
+    name: Annotated[str, having()] = setting(BASELINE, "The method; a control is a method too.")
     ranks: Count | tuple[Count, ...] = setting(8, "Rank of the adapters: one for all, or one per client.")
     alpha: Positive | tuple[Positive, ...] | None = setting(
         None, "LoRA's alpha: one for all, or one per client; left out: twice the rank."
     )
     scaling: Literal["alpha/r", "rslora"] = setting("alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).")
     weighting: Literal["rows", "tokens", "uniform", "norm"] = setting(
-        "rows", "Weight of a client in the mean; `norm` is HetLoRA's and belongs to zero-padding."
+        "rows", "Weight of a client in the mean; `norm` is HetLoRA's, for methods that know it."
     )
     initialisation: Literal["independent", "shared"] = setting(
         "independent",
         "Whether the clients of a round draw their fresh A each for itself (the FLoRA paper) or all alike.",
-        when=FLORA,
+        when={"method.name": having("starts_fresh")},
     )
     broadcast: Literal["stack", "compressed"] = setting(
-        "stack", "What the server sends after a round: the stack, or its recompression.", when=FLORA
+        "stack",
+        "What the server sends after a round: the stack, or its recompression.",
+        when={"method.name": having("grows_side")},
     )
     tolerance: Decay = setting(
         0.0,
@@ -102,35 +101,35 @@ class Split(Table):
     """Split training: where the model is cut and what crosses."""
 
     cut_layer: Count | tuple[Count, ...] = setting(
-        1, "Decoder blocks on the client: one for all, or one per client.", when=SPLIT
+        1, "Decoder blocks on the client: one for all, or one per client.", when=CUT
     )
-    aggregation: Literal["fedit", "zero-padding", "flora"] = setting(
-        "fedit", "Method that aggregates the client-side adapters.", when=SPLIT
+    aggregation: Annotated[str, having("aggregates_split")] = setting(
+        BASELINE, "Method that aggregates the client-side adapters.", when=CUT
     )
-    aggregate_every: Count = setting(100, "Steps between two aggregations of the client-side adapters.", when=SPLIT)
+    aggregate_every: Count = setting(100, "Steps between two aggregations of the client-side adapters.", when=CUT)
     server_update: Literal["joint", "sequential"] = setting(
-        "joint", "One server step on all clients' activations, or one per client in turn.", when=SPLIT
+        "joint", "One server step on all clients' activations, or one per client in turn.", when=CUT
     )
     labels: Literal["server", "client"] = setting(
-        "server", "Where the labels are; `client`: the last blocks, head and loss stay there too (U-shape).", when=SPLIT
+        "server", "Where the labels are; `client`: the last blocks, head and loss stay there too (U-shape).", when=CUT
     )
     tail_blocks: Count = setting(1, "Last decoder blocks kept by the client.", when={"split.labels": ("client",)})
     client_half: Literal["trained", "frozen"] = setting(
-        "trained", "`frozen`: no client-side adapters; a row's activations cross once and are cached.", when=SPLIT
+        "trained", "`frozen`: no client-side adapters; a row's activations cross once and are cached.", when=CUT
     )
     client_rank: Count | tuple[Count, ...] | None = setting(
-        None, "Rank of the client-side adapters; left out: `method.ranks`.", when=SPLIT
+        None, "Rank of the client-side adapters; left out: `method.ranks`.", when=CUT
     )
     server_rank: Count | None = setting(
-        None, "Rank of the server-side adapters; left out: the largest of `method.ranks`.", when=SPLIT
+        None, "Rank of the server-side adapters; left out: the largest of `method.ranks`.", when=CUT
     )
     wire_dtype: Literal["bf16", "fp32", "fp16", "int8"] = setting(
-        "bf16", "Type of the activations that cross; int8 has one scale per token.", when=SPLIT
+        "bf16", "Type of the activations that cross; int8 has one scale per token.", when=CUT
     )
     gradient_wire_dtype: Literal["bf16", "fp32", "fp16", "int8"] = setting(
-        "bf16", "Type of the gradients that come back.", when=SPLIT
+        "bf16", "Type of the gradients that come back.", when=CUT
     )
     error_feedback: Literal["off", "on"] = setting(
-        "off", "Carry the rounding error of the gradients into the next step.", when=SPLIT
+        "off", "Carry the rounding error of the gradients into the next step.", when=CUT
     )
-    micro_batches: Count = setting(1, "Micro-batches in flight, to hide the link's delay.", when=SPLIT)
+    micro_batches: Count = setting(1, "Micro-batches in flight, to hide the link's delay.", when=CUT)

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings, every_setting
-from fedloom.config.setting import conditions, shown
+from fedloom.config.setting import Values, conditions, in_words, shown
+from fedloom.methods import table
+from fedloom.wording import either
 
 HOLD_OUTS = ("data.eval_path", "data.eval_rows", "data.eval_fraction")
 DURATIONS = ("training.local_steps", "training.local_epochs")
@@ -50,7 +52,7 @@ def alternatives(settings: Settings) -> Iterator[Problem]:
             yield Problem(names[0], wanted, "none", f"set one, e.g. {names[0]} = 10", names)
 
 
-def inapplicable(settings: Settings) -> Iterator[tuple[str, str, list[str]]]:
+def inapplicable(settings: Settings) -> Iterator[tuple[str, str, Values]]:
     """Yield each setting given against its conditions, with the setting it depends on and the values that would do."""
     for name, field in every_setting():
         for other, values in conditions(field).items():
@@ -61,7 +63,7 @@ def inapplicable(settings: Settings) -> Iterator[tuple[str, str, list[str]]]:
 def applicability(settings: Settings) -> Iterator[Problem]:
     """A setting that would be ignored is refused, unless it has its default value."""
     for name, other, values in inapplicable(settings):
-        wanted = f"{name} only with {other} = {' or '.join(values)}"
+        wanted = f"{name} only with {other} = {in_words(values)}"
         got = f"{shown(settings.value(name))} with {other} = {settings.value(other)}"
         yield Problem(name, wanted, got, f"leave it out (--set {name}= does) or change {other}", (other,))
 
@@ -86,16 +88,17 @@ def lists(settings: Settings) -> Iterator[Problem]:
 
 
 def ranks(settings: Settings) -> Iterator[Problem]:
-    """FedIT averages factors, which needs equal ranks; so does a cut that aggregates by it."""
-    if settings.method.name in ("fedit", "centralised"):
-        yield from _equal_ranks(settings, "method.ranks", "method.name", "zero-padding or flora")
-    if settings.method.name == "splitlora" and settings.split.aggregation == "fedit":
+    """A mean of factors needs equal ranks, of a cut model's halves too."""
+    if settings.traits.needs_one_rank:
+        yield from _equal_ranks(settings, "method.ranks", "method.name", "aggregates")
+    if settings.traits.is_cut and table.traits_of(settings.split.aggregation).needs_one_rank:
         name = "method.ranks" if settings.split.client_rank is None else "split.client_rank"
-        yield from _equal_ranks(settings, name, "split.aggregation", "zero-padding or flora")
+        yield from _equal_ranks(settings, name, "split.aggregation", "aggregates_split")
 
 
-def _equal_ranks(settings: Settings, name: str, chooser: str, instead: str) -> Iterator[Problem]:
+def _equal_ranks(settings: Settings, name: str, chooser: str, trait: str) -> Iterator[Problem]:
     value = settings.value(name)
+    instead = either(one for one in table.names(trait) if not table.traits_of(one).needs_one_rank)
     if isinstance(value, tuple) and len(set(value)) > 1:
         yield Problem(
             name,
@@ -107,13 +110,15 @@ def _equal_ranks(settings: Settings, name: str, chooser: str, instead: str) -> I
 
 
 def weighting(settings: Settings) -> Iterator[Problem]:
-    """Weights by norm are HetLoRA's: zero-padding only."""
-    if settings.method.weighting == "norm" and settings.method.name != "zero-padding":
+    """A weighting is one that the method knows; a method without weights is judged by :func:`applicability`."""
+    method, known = settings.method, settings.traits.weightings
+    if known and method.weighting not in known:
+        others = [one for one in table.names("aggregates") if method.weighting in table.traits_of(one).weightings]
         yield Problem(
             "method.weighting",
-            f"rows, tokens or uniform with method.name = {settings.method.name}",
-            '"norm"',
-            "choose one of those, or method.name = zero-padding",
+            f"{either(known)} with method.name = {method.name}",
+            shown(method.weighting),
+            f"choose one of those, or method.name = {either(others)}" if others else "choose one of those",
             ("method.name",),
         )
 

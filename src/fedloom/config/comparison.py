@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast, get_args
 
-from fedloom.config.algorithm import MethodName
 from fedloom.config.loading import check
 from fedloom.config.problems import nearest
 from fedloom.config.schema import Settings
 from fedloom.config.variants import with_method, with_seed
 from fedloom.errors import SettingsError
+from fedloom.methods import table
 
-METHODS: tuple[str, ...] = get_args(MethodName)
 CHOSEN = {"method.name": "--methods names the methods", "run.seed": "--seeds names the seeds"}
 DERIVED = ("method.ranks", "method.alpha")
 """Settings that a method of one rank takes the mean of."""
@@ -26,9 +24,7 @@ def every_variant(settings: Settings, methods: Sequence[str], seeds: Sequence[in
     """
     check_methods(methods)
     check_seeds(seeds)
-    variants = [
-        with_seed(with_method(settings, cast("MethodName", method)), seed) for seed in seeds for method in methods
-    ]
+    variants = [with_seed(with_method(settings, method), seed) for seed in seeds for method in methods]
     for variant in variants:
         check(variant)
     return variants
@@ -58,9 +54,10 @@ def check_methods(methods: Sequence[str]) -> None:
     if isinstance(methods, str):
         raise SettingsError(f"methods: expected a list of names, got the text {methods!r}; give [{methods!r}]")
     for name in methods or ("",):
-        if name not in METHODS:
-            advice = nearest(name, METHODS)
-            raise SettingsError(f"methods: expected names from {', '.join(METHODS)}, got {name!r}; {advice}")
+        if not table.has(name):
+            known = table.names()
+            advice = nearest(name, known)
+            raise SettingsError(f"methods: expected names from {', '.join(known)}, got {name!r}; {advice}")
     _check_distinct("methods", methods)
 
 

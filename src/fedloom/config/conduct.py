@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.config.setting import Count, Fraction, Natural, NonNegative, Positive, Table, setting
+from fedloom.config.setting import Count, Fraction, Natural, NonNegative, Positive, Table, having, setting
 
 SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-number"]
 
@@ -52,7 +52,7 @@ class Run(Table):
     keep_updates: bool = setting(
         False,
         "Keep every client's upload as a PEFT folder.",
-        when={"method.name": ("fedit", "zero-padding", "flora", "centralised", "standalone")},
+        when={"method.name": having("runs_rounds")},
     )
     keep_states: bool = setting(False, "Keep the server's state of every round, not only of the last.")
     trackers: tuple[Literal["wandb", "mlflow"], ...] = setting(

@@ -160,7 +160,7 @@ def sizes(settings: Settings, shape: Shape) -> Iterator[Problem]:
     if shape.context is not None and length is not None and length > shape.context:
         wanted = f"at most the base's context of {shape.context} tokens"
         yield Problem("data.max_length", wanted, str(length), "lower it, or leave it out", ("model.base",))
-    if settings.method.name == "splitlora" and shape.num_blocks is not None:
+    if settings.traits.is_cut and shape.num_blocks is not None:
         yield from _cut(settings, shape.num_blocks)
 
 

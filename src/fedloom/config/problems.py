@@ -113,7 +113,7 @@ def _remedy(field: FieldInfo, value: object) -> str:
             return (
                 "write a list: [" + ", ".join(item if NUMBER.fullmatch(item) else shown(item) for item in items) + "]"
             )
-        close = difflib.get_close_matches(value, choices(field.annotation), 1, 0.5)
+        close = difflib.get_close_matches(value, choices(field), 1, 0.5)
         if close:
             return f"did you mean {shown([close[0]] if accepts.startswith('a list') else close[0])}?"
     return "give such a value, or leave the setting out for its default"

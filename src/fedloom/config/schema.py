@@ -13,6 +13,8 @@ from fedloom.config.algorithm import Federation, Method, Server, Split, Training
 from fedloom.config.conduct import Devices, Evaluation, Run, Wire
 from fedloom.config.inputs import Data, Model, Partition
 from fedloom.config.setting import Table
+from fedloom.methods.table import traits_of
+from fedloom.methods.traits import Traits
 
 Number = TypeVar("Number", int, float)
 
@@ -41,6 +43,11 @@ class Settings(Table):
         """Return the setting called ``name``, e.g. ``"training.batch_size"``."""
         table, _, key = name.partition(".")
         return getattr(getattr(self, table), key)
+
+    @property
+    def traits(self) -> Traits:
+        """What there is to know of ``method.name``."""
+        return traits_of(self.method.name)
 
     @property
     def client_ranks(self) -> tuple[int, ...]:

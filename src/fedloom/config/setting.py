@@ -1,13 +1,15 @@
 """What one line of the schema says: a type with its bound, a default, when the setting acts, and its sentence.
 
 Every table derives from :class:`Table`. The same line feeds four readers: pydantic (type and bound), the error messages
-(:func:`expected`), the applicability check (:func:`conditions`) and the page ``docs/settings.md``.
+(:func:`expected`), the applicability check (:func:`conditions`) and the page ``docs/settings.md``. Where a setting
+names a method, or depends on one, the line says which trait the method must have (:func:`having`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -15,6 +17,11 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
+from pydantic_core import core_schema
+
+from fedloom.methods import table
+from fedloom.methods.traits import Traits
+from fedloom.wording import either
 
 
 def _expand_home(text: str) -> str:
@@ -31,7 +38,39 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
 PathOrName = Annotated[str, MinLen(1), AfterValidator(_expand_home)]
 
-Condition = Mapping[str, tuple[str, ...]]
+
+@dataclass(frozen=True)
+class MethodsHaving:
+    """The methods of the table that have a trait, looked up when asked: all of them where ``trait`` is None.
+
+    In a setting's type it refuses other names; in its ``when=`` it is the set of values under which the setting acts.
+    """
+
+    trait: str | None = None
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and table.has(name, self.trait)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(table.names(self.trait))
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        return core_schema.no_info_after_validator_function(self._accepted, handler(source))
+
+    def _accepted(self, name: str) -> str:
+        if name not in self:
+            raise ValueError(f"{name} is not a method that can be named here")
+        return name
+
+
+def having(trait: str | None = None) -> MethodsHaving:
+    """Return the methods with a trait of :class:`fedloom.methods.traits.Traits`, or all of them."""
+    assert trait is None or trait in Traits.__dataclass_fields__ or hasattr(Traits, trait), trait
+    return MethodsHaving(trait)
+
+
+Values = tuple[str, ...] | MethodsHaving
+Condition = Mapping[str, Values]
 
 
 class Table(BaseModel):
@@ -42,12 +81,11 @@ class Table(BaseModel):
 
 def setting(default: Any, description: str, *, when: Condition | None = None) -> Any:
     """Declare a setting by its default, its sentence, and the values of other settings under which it acts."""
-    return Field(
-        default, description=description, json_schema_extra={"when": {k: list(v) for k, v in (when or {}).items()}}
-    )
+    extra: Any = {"when": dict(when or {})}
+    return Field(default, description=description, json_schema_extra=extra)
 
 
-def conditions(field: FieldInfo) -> dict[str, list[str]]:
+def conditions(field: FieldInfo) -> dict[str, Values]:
     """Return the settings, with the values, under which ``field`` acts; empty when it always does."""
     extra = field.json_schema_extra
     return dict(extra["when"]) if isinstance(extra, dict) else {}  # type: ignore[arg-type]
@@ -58,11 +96,26 @@ def expected(field: FieldInfo) -> str:
     return _words(field.annotation, field.metadata)
 
 
-def choices(annotation: Any) -> list[str]:
-    """Return the closed set of values ``annotation`` allows; empty when it is open."""
+def in_words(values: Values) -> str:
+    """Say which values would do: ``a, b or c``, or ``any but a`` where those that would not are fewer."""
+    would = list(values)
+    if isinstance(values, MethodsHaving):
+        others = [name for name in table.names() if name not in would]
+        if len(others) < len(would):
+            return "any but " + either(others) if others else "any"
+    return either(would)
+
+
+def choices(field: FieldInfo) -> list[str]:
+    """Return the closed set of values ``field`` allows; empty when it is open."""
+    methods = [name for part in field.metadata if isinstance(part, MethodsHaving) for name in part]
+    return methods or _literals(field.annotation)
+
+
+def _literals(annotation: Any) -> list[str]:
     if get_origin(annotation) is Literal:
         return list(map(str, get_args(annotation)))
-    return [choice for argument in get_args(annotation) for choice in choices(argument)]
+    return [choice for argument in get_args(annotation) for choice in _literals(argument)]
 
 
 def shown(value: object) -> str:
@@ -75,7 +128,7 @@ def _words(annotation: Any, bounds: Iterable[object] = ()) -> str:
     if origin is Annotated:
         return _words(arguments[0], [*arguments[1:], *bounds])
     if origin is Literal:
-        return "one of " + ", ".join(map(shown, arguments)) if len(arguments) > 1 else shown(arguments[0])
+        return _one_of(arguments)
     if origin in (Union, UnionType):
         return ", or ".join(_words(one) for one in arguments if one is not NoneType)
     if origin is tuple:
@@ -85,7 +138,15 @@ def _words(annotation: Any, bounds: Iterable[object] = ()) -> str:
     return _scalar_words(annotation, list(bounds))
 
 
+def _one_of(values: Iterable[object]) -> str:
+    written = list(map(shown, values))
+    return "one of " + ", ".join(written) if len(written) > 1 else written[0]
+
+
 def _scalar_words(kind: Any, bounds: list[object]) -> str:
+    methods = [bound for bound in bounds if isinstance(bound, MethodsHaving)]
+    if methods:
+        return _one_of(methods[0])
     noun = {int: "an integer", float: "a number", bool: "true or false", str: "text"}[kind]
     return " ".join([noun, " and ".join(filter(None, map(_bound_words, bounds)))]).strip()
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from fedloom.config.algorithm import MethodName
 from fedloom.config.checks import inapplicable
 from fedloom.config.schema import Settings
-
-ONE_RANK = ("fedit", "centralised")
+from fedloom.methods import table
 
 
 def with_seed(settings: Settings, seed: int) -> Settings:
@@ -17,19 +15,19 @@ def with_seed(settings: Settings, seed: int) -> Settings:
     return _replaced(settings, "run.seed", seed)
 
 
-def with_method(settings: Settings, method: MethodName, *, keep: Collection[str] = ()) -> Settings:
+def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) -> Settings:
     """Return the experiment with another method; everything else stays, except what that method cannot use.
 
-    Methods that know one rank (FedIT, centralised, a cut whose halves are aggregated by FedIT) get the mean of the
-    list, so that a client trains and sends as much on average as with the list; alphas likewise. Settings that act only
-    with the former method go back to their defaults, and weights by norm to weights by rows. Settings named in ``keep``
-    stay as they are, whether they fit or not.
+    Methods that need one rank, alone or for the halves of a cut, get the mean of the list, so that a client trains and
+    sends as much on average as with the list; alphas likewise. Settings that act only with the former method go back to
+    their defaults, and so does a weighting that the method does not know. Settings named in ``keep`` stay as they are,
+    whether they fit or not.
     """
     changed = _replaced(settings, "method.name", method)
     if _knows_one_rank(changed):
         changed = _with_one_rank(changed, keep)
-    if changed.method.weighting == "norm" and method != "zero-padding" and "method.weighting" not in keep:
-        changed = _replaced(changed, "method.weighting", "rows")
+    if changed.method.weighting not in changed.traits.weightings and "method.weighting" not in keep:
+        changed = _without(changed, "method.weighting")
     while names := [name for name, *_ in inapplicable(changed) if name not in keep]:
         for name in names:
             changed = _without(changed, name)
@@ -37,9 +35,9 @@ def with_method(settings: Settings, method: MethodName, *, keep: Collection[str]
 
 
 def _knows_one_rank(settings: Settings) -> bool:
-    split = settings.split
-    is_cut = settings.method.name == "splitlora" and split.aggregation == "fedit" and split.client_rank is None
-    return settings.method.name in ONE_RANK or is_cut
+    traits, split = settings.traits, settings.split
+    aggregation_does = table.traits_of(split.aggregation).needs_one_rank and split.client_rank is None
+    return traits.needs_one_rank or (traits.is_cut and aggregation_does)
 
 
 def _with_one_rank(settings: Settings, keep: Collection[str]) -> Settings:

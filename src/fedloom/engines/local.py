@@ -10,13 +10,9 @@ from fedloom.clients.held_sides import HeldSides
 from fedloom.clients.memory import Memory
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import FedloomError
+from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import (
-    WireDtype,
-    as_sent,
-    decode_answer,
-    encode_broadcast,
-)
+from fedloom.federation.messages import as_sent, decode_answer, encode_broadcast
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter

@@ -17,6 +17,7 @@ from fedloom.evaluation.exact_match import METRIC, is_match, score_matches
 from fedloom.evaluation.intervals import ItemStatistics, paired_differences
 from fedloom.experiment.comparison import MethodsComparison, compare, suite_values
 from fedloom.experiment.session import RunSummary
+from fedloom.methods import table as methods_table
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.report import write_report
 from fedloom.reporting.tables import Comparison, Metric
@@ -29,11 +30,10 @@ from fedloom.run_folder.claim import EVALUATION
 from fedloom.wording import counted
 
 RECIPE = "demo"
-METHODS = ("base", "fedit", "zero-padding", "flora", "splitlora", "centralised", "standalone")
-FEDERATED = ("fedit", "zero-padding", "flora")
-SPLIT = "splitlora"
-"""Told apart from the federated: its server trains too, so neither ranks nor bytes compare one to one."""
-SHOWN = "flora"
+STANDARD = methods_table.shipped("is_standard")
+BASE = next(name for name in STANDARD if not methods_table.traits_of(name).is_trained)
+METHODS = (BASE, *(name for name in STANDARD if name != BASE))
+SHOWN = methods_table.EXACT
 """The method whose answers are shown beside the base's."""
 NUM_EXAMPLES = 2
 REPORT = "report.html"
@@ -142,7 +142,7 @@ def demonstrate(
     asked, outputs = answers_of(settings, comparison.runs)
     outcomes = {run.method: _outcome(run, asked, outputs) for run in comparison.runs}
     reading = read_table(outcomes, len(asked), settings)
-    examples = choose_examples(asked, outputs["base"], outputs[SHOWN])
+    examples = choose_examples(asked, outputs[BASE], outputs[SHOWN])
     report = out / REPORT
     write_report([out], report)
     shown = Demonstration(comparison, table, reading, tuple(examples), report)
@@ -172,20 +172,22 @@ def read_table(outcomes: Mapping[str, Outcome], num_questions: int, settings: Se
     excludes zero.
     """
     num_rounds, seed = settings.federation.num_rounds, settings.run.seed
-    federated = [name for name in FEDERATED if name in outcomes]
+    federated = [name for name in methods_table.shipped("aggregates") if name in outcomes]
     best, *others = sorted(federated, key=lambda name: outcomes[name].loss_nats)
-    first, base = outcomes[best], outcomes["base"]
+    first, base = outcomes[best], outcomes[BASE]
     parts = [
         f"After {counted(num_rounds, 'round')} {best} has a held-out loss of {first.loss_nats:.2f} nats per token, the "
         f"untouched base {base.loss_nats:.2f}, and answers {_percent(first)} of {num_questions} questions word for "
         f"word, the base {_percent(base)} ({_verdict(base, first, best, seed)})"
     ]
     parts += [f"{name} has {_both(outcomes[name])} ({_verdict(outcomes[name], first, best, seed)})" for name in others]
-    if split := outcomes.get(SPLIT):
-        told = f"{SPLIT}, cut between clients and server and with activations among its bytes, has {_both(split)}"
-        parts.append(f"{told} ({_verdict(split, first, best, seed)})")
-    controls = {"standalone": "a client alone {} on average", "centralised": "all rows in one place {}"}
-    found = [text.format(_both(outcomes[name])) for name, text in controls.items() if name in outcomes]
+    # Told apart from the federated: its server trains too, so neither ranks nor bytes compare one to one.
+    for name in methods_table.shipped("is_cut"):
+        if split := outcomes.get(name):
+            told = f"{name}, cut between clients and server and with activations among its bytes, has {_both(split)}"
+            parts.append(f"{told} ({_verdict(split, first, best, seed)})")
+    controls = reversed(methods_table.shipped("is_control"))
+    found = [_control(name, outcomes[name]) for name in controls if name in outcomes]
     parts += [", ".join(found)] if found else []
     return "; ".join([*parts, "all of one seed, so another may order the methods otherwise."])
 
@@ -232,6 +234,12 @@ def _outcome(run: RunSummary, asked: Sequence[AskedRow], outputs: Mapping[str, S
 
 def _percent(outcome: Outcome) -> str:
     return f"{100 * outcome.share:.0f} %"
+
+
+def _control(name: str, outcome: Outcome) -> str:
+    if methods_table.traits_of(name).pools_rows:
+        return f"all rows in one place {_both(outcome)}"
+    return f"a client alone {_both(outcome)} on average"
 
 
 def _both(outcome: Outcome) -> str:

@@ -30,6 +30,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState, Standing, Update
 from fedloom.methods.state_codec import damage_named
+from fedloom.methods.traits import Kind
 from fedloom.reporting.progress import Progress
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.split_state import SplitState
@@ -74,12 +75,12 @@ def loop_of(settings: Settings, inputs: Inputs, lora: LoRAModel, population: Pop
     Raises:
         FedloomError: if settings and base do not fit.
     """
-    match settings.method.name:
-        case "base":
+    match settings.traits.kind:
+        case Kind.UNTRAINED:
             return None
-        case "splitlora":
+        case Kind.SPLIT:
             return LoopKind(settings, lora, population, None, split_run(settings, inputs, lora))
-        case _:
+        case Kind.FEDERATED | Kind.CONTROL:
             return LoopKind(settings, lora, population, plan_of(settings, population, lora), None)
 
 
@@ -104,7 +105,7 @@ class LoopKind:
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Return the loop at the point that the folder has reached."""
         if self.split is not None:
-            return SplitPeriods(self.split, restored_split(self.split, folder), progress)
+            return SplitPeriods(self.settings.method.name, self.split, restored_split(self.split, folder), progress)
         assert self.plan is not None
         state, memories, last = self.plan.strategy.initial(), dict[int, Memory](), folder.last_round()
         if last is not None:
@@ -182,6 +183,7 @@ class AdapterRounds:
 class SplitPeriods:
     """Periods between aggregations of a model cut in two."""
 
+    method: str
     run: SplitRun
     state: SplitState
     progress: Progress
@@ -199,7 +201,7 @@ class SplitPeriods:
     def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
         """Run what is left, one period at a time."""
         for record in self.run.periods(self.state, lambda state: evaluate(state.standing()), self._on_step):
-            metrics, files = split_metrics(record, self.run.names), split_state_files(record.state)
+            metrics, files = split_metrics(record, self.method, self.run.names), split_state_files(record.state)
             yield Completed(record.round, metrics, files, {}, record.state.standing())
 
     def _on_step(self, step: int, loss_nats: float) -> None:

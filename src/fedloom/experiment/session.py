@@ -138,7 +138,7 @@ def is_extensible(settings: Settings) -> bool:
 
     They do not where one schedule spans the run, nor where a split run's last aggregation period is cut short.
     """
-    if settings.method.name == "splitlora":
+    if settings.traits.is_cut:
         steps = settings.training.local_steps
         return (
             settings.training.schedule == "constant"

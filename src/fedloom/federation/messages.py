@@ -11,53 +11,37 @@ before a tensor is made of it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from pydantic import BaseModel, ConfigDict, TypeAdapter
 from torch import Tensor
 
 from fedloom.errors import AdapterError, UpdateError
+from fedloom.federation.blob import (
+    MAX_ENTRY_BYTES,
+    SAFETENSORS_NAMES,
+    WireDtype,
+    check_entries,
+    pack,
+    read_head,
+    read_tensors,
+    without_loss,
+)
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.client_half import Payload, Work
 from fedloom.methods.state import Broadcast, Failure, News, Update
 from fedloom.training.stats import TrainingStats
 
-NUMBERS_CHARACTERS = 512
-"""Room for an update's numbers as JSON; where it is too little, twice or thrice as much is used.
-
-Numbers are filled up with blanks to this, so that a message's length depends on shapes and types alone and not on how
-many digits a loss or a time happens to have: bytes can be described before a run.
-"""
-MAX_HEADER_BYTES = 1 << 16
-"""A header's fixed part; each tensor may add ``MAX_ENTRY_BYTES``."""
-MAX_ENTRY_BYTES = 1 << 10
 MAX_PARTS = 1 << 16
 _MAX_COUNT = 1 << 53
 
 Count = Annotated[int, Ge(0), Le(_MAX_COUNT)]
 Shapes = Mapping[str, tuple[int, int]]
-
-
-class WireDtype(StrEnum):
-    """The dtype of tensors on the wire."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-
-    @property
-    def torch(self) -> torch.dtype:
-        """The torch dtype of that name."""
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
 class _Head(BaseModel):
@@ -110,18 +94,13 @@ _BROADCAST: TypeAdapter[_BroadcastHead] = TypeAdapter(_BroadcastHead)
 _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(_UpdateHead | _FailureHead)
 
 
-def as_received(adapter: Adapter, dtype: WireDtype) -> Adapter:
-    """Return an adapter as the other side of the wire sees it: rounded to the wire's dtype."""
-    return adapter if dtype is WireDtype.FP32 else adapter.to(dtype.torch).to(torch.float32)
-
-
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
     """Serialise what crosses of a broadcast: its news, the factors of its start that cross, and its numbers."""
     news, start = broadcast.news, broadcast.start
     tensors: dict[str, Tensor] = {}
     for position, part in enumerate(news.parts):
         for key, tensor in part.as_tensors().items():
-            tensors[f"news/{position}/{key}"] = _without_loss(tensor, dtype)
+            tensors[f"news/{position}/{key}"] = without_loss(tensor, dtype)
     if isinstance(start, Adapter):
         sent = start.as_tensors(broadcast.crossing)
         tensors |= {f"start/{key}": tensor.to(dtype.torch) for key, tensor in sent.items()}
@@ -139,7 +118,7 @@ def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
         origin=None if broadcast.origin is None else _draw_head(broadcast.origin),
         crossing="".join(sorted(broadcast.crossing)),  # type: ignore[arg-type]
     )
-    return _blob(tensors, head)
+    return pack(tensors, head)
 
 
 class Received:
@@ -158,13 +137,14 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     Raises:
         UpdateError: if it is not a whole message of this form, or of another base.
     """
-    head, entries = _read_head(blob, _BROADCAST, len(shapes) * 2 * (1 + MAX_ENTRY_BYTES))
+    head, entries = read_head(blob, _BROADCAST, len(blob))
     for key, (dtype, _) in entries.items():
-        if dtype not in _DTYPES:
+        if dtype not in SAFETENSORS_NAMES.values():
+            known = ", ".join(SAFETENSORS_NAMES.values())
             raise UpdateError(
-                f"{key}: expected a tensor of {', '.join(_DTYPES)}, got {dtype}; the server sends another"
+                f"{key}: expected a tensor of {known}, got {dtype[:20]}; the server is of another version"
             )
-    tensors = _tensors(blob)
+    tensors = read_tensors(blob)
     start = {key.removeprefix("start/"): tensor for key, tensor in tensors.items() if key.startswith("start/")}
     _check_start(start, head, shapes)
     parts = _parts(tensors, head.num_parts)
@@ -189,12 +169,12 @@ def as_sent(broadcast: Broadcast) -> Received:
 def encode_update(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtype) -> bytes:
     """Serialise an update: ``tensors`` are what the client half sends of it."""
     head = _UpdateHead(round=update.round, client=update.client, held=update.held, **asdict(update.stats))
-    return _blob({key: tensor.to(dtype.torch) for key, tensor in tensors.items()}, head)
+    return pack({key: tensor.to(dtype.torch) for key, tensor in tensors.items()}, head)
 
 
 def encode_failure(failure: Failure) -> bytes:
     """Serialise a client's word that it has no update."""
-    return _blob({}, _FailureHead(client=failure.client, reason=failure.reason[:2000], held=failure.held))
+    return pack({}, _FailureHead(client=failure.client, reason=failure.reason[:2000], held=failure.held))
 
 
 def decode_answer(
@@ -207,13 +187,13 @@ def decode_answer(
     client = broadcast.client
     expected = expected_tensors(shapes, broadcast.rank, work.sends)
     try:
-        head, entries = _read_head(blob, _ANSWER, len(expected) * MAX_ENTRY_BYTES)
+        head, entries = read_head(blob, _ANSWER, len(expected) * MAX_ENTRY_BYTES)
         _check_sender(head.client, client)
         if isinstance(head, _FailureHead):
             held = None if head.held is None or head.held > broadcast.news.version else head.held
             return Failure(client, head.reason, held)
-        _check_entries(entries, expected, _NAMES[dtype])
-        tensors = _tensors(blob)
+        check_entries(entries, expected, SAFETENSORS_NAMES[dtype])
+        tensors = read_tensors(blob)
     except UpdateError as error:
         return Failure(client, str(error))
     stats = TrainingStats(**head.model_dump(include=set(TrainingStats.__dataclass_fields__)))
@@ -256,66 +236,8 @@ def _whole(
     return whole.with_factors(sent)
 
 
-# ---- the blob ------------------------------------------------------------------------------------------------------
-
-_NAMES = {WireDtype.FP32: "F32", WireDtype.BF16: "BF16", WireDtype.FP16: "F16"}
-_DTYPES = tuple(_NAMES.values())
-
-
 def _draw_head(draw: Draw) -> _DrawHead:
     return _DrawHead(name=draw.name, rank=draw.rank)
-
-
-def _without_loss(tensor: Tensor, dtype: WireDtype) -> Tensor:
-    """Return a tensor in the wire's dtype where that changes no number, and as it is otherwise."""
-    if dtype is WireDtype.FP32:
-        return tensor
-    rounded = tensor.to(dtype.torch)
-    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
-
-
-def _blob(tensors: Mapping[str, Tensor], head: _Head) -> bytes:
-    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
-    text = head.model_dump_json()
-    room = -(-len(text) // NUMBERS_CHARACTERS) * NUMBERS_CHARACTERS
-    return save(ready, metadata={"message": text.ljust(room)})
-
-
-def _read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
-    """Return a message's numbers, and (dtype, shape) of each of its tensors, none of which is made yet."""
-    length = int.from_bytes(blob[:8], "little")
-    if len(blob) < 8 or length > min(len(blob) - 8, MAX_HEADER_BYTES + room):
-        raise UpdateError(f"expected a whole message, got {len(blob)} bytes that do not parse; it is empty or damaged")
-    try:
-        header = json.loads(blob[8 : 8 + length])
-        message = header.pop("__metadata__")["message"]
-        entries = {key: (str(entry["dtype"]), tuple(entry["shape"])) for key, entry in header.items()}
-        return schema.validate_json(message), entries
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "message"
-        raise UpdateError(
-            f"{where}: expected a number or text of this form, got one that does not fit ({first['msg'].lower()}); "
-            "the sender runs another version or is broken"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise UpdateError(
-            f"expected a whole message, got {len(blob)} bytes that do not parse ({type(error).__name__}); it is damaged"
-        ) from error
-
-
-def _check_entries(
-    entries: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, int]], dtype: str
-) -> None:
-    lacking, foreign = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
-    if lacking or foreign:
-        what = f"it lacks {lacking[0]}" if lacking else f"it has the foreign {foreign[0][:100]}"
-        raise UpdateError(f"expected an update of {len(expected)} tensors of this base's modules, {what}")
-    for key, (found, shape) in entries.items():
-        if found != dtype or shape != expected[key]:
-            raise UpdateError(
-                f"{key}: expected {dtype} of shape {expected[key]}, got {found[:20]} of shape {shape[:4]}"
-            )
 
 
 def _check_sender(named: int, client: int) -> None:
@@ -346,12 +268,3 @@ def _check_start(start: Mapping[str, Tensor], head: Any, shapes: Shapes) -> None
     if wrong or any(tuple(start[key].shape) != size for key, size in expected.items()):
         name = wrong[0] if wrong else next(k for k, size in expected.items() if tuple(start[k].shape) != size)
         raise UpdateError(f"{name}: expected a start of this base's modules at rank {head.rank}, got another base's")
-
-
-def _tensors(blob: bytes) -> dict[str, Tensor]:
-    try:
-        return {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
-        raise UpdateError(
-            f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); it is damaged"
-        ) from error

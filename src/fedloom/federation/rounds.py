@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fedloom.federation.blob import as_received
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
-from fedloom.federation.messages import as_received
 from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
 from fedloom.lora.algebra import norm
 from fedloom.lora.pair import Adapter

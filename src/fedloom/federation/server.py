@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from fedloom.federation.messages import WireDtype, as_received
+from fedloom.federation.blob import WireDtype, as_received
 from fedloom.lora.algebra import compress, distance, norm, stack, total
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.server_steps import ServerStep

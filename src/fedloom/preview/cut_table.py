@@ -18,6 +18,7 @@ from fedloom.data.sources import load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import CutError
+from fedloom.methods import table
 from fedloom.seeding import stream
 from fedloom.split.cost_model import (
     CutEstimate,
@@ -143,10 +144,11 @@ def simulated_seconds(
 ) -> dict[str, float]:
     """Return the simulated seconds of the recipe's budget by method, as in the paper's latency figure."""
     rounds, steps, works = settings.federation.num_rounds, plan.num_steps, [work] * plan.num_clients
+    centralised = table.shipped("pools_rows")[0]
     return {
-        "splitlora": split_seconds(own, steps, plan.aggregate_every),
-        "fedit": federated_seconds(shape, plan.ranks, works, devices, steps // rounds, rounds),
-        "centralised": centralised_seconds(shape, plan.server_rank, works, devices[0].flops, steps),
+        settings.method.name: split_seconds(own, steps, plan.aggregate_every),
+        table.BASELINE: federated_seconds(shape, plan.ranks, works, devices, steps // rounds, rounds),
+        centralised: centralised_seconds(shape, plan.server_rank, works, devices[0].flops, steps),
     }
 
 

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
-from fedloom.assembly.round_plan import CONTROLS
 from fedloom.config import Settings
 from fedloom.errors import ModelError
-from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
+from fedloom.federation.blob import WireDtype
+from fedloom.federation.messages import encode_broadcast, encode_update
 from fedloom.lora.initial import Draw, check_rank
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
@@ -123,7 +123,7 @@ def describe(settings: Settings) -> Description:
         download_bytes=down,
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
         cohort_size=settings.cohort_size,
-        cuts=cut_table(settings, model, lora.shapes) if settings.method.name == "splitlora" else None,
+        cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
     )
 
 
@@ -146,11 +146,11 @@ def _messages(
     settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank."""
-    if settings.method.name in (*CONTROLS, "base", "splitlora"):
+    if not settings.traits.aggregates:
         nothing = (0,) * len(ranks)
         return nothing, nothing, nothing
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
-    fresh = settings.method.name == "flora"
+    fresh = settings.traits.starts_fresh
     stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
     for rank in sorted(set(ranks)):
         adapter, nothing_new = _zeros(lora, rank), Adapter()

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
+from fedloom.methods import table
 from fedloom.reporting.ledger import total_cost
 from fedloom.reporting.tables import Better, Comparison, Metric, compare
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.reader import StoredRun
 from fedloom.wording import Unit
 
-_ORDER = ("fedit", "zero-padding", "flora", "splitlora", "standalone", "centralised", "base")
 _INDIVIDUAL = {"run.seed"}
 _HIGHER = ("exact", "accuracy", "bleu", "nist", "meteor", "rouge", "cider", "win")
 _SHARES = ("exact", "accuracy")
@@ -65,7 +65,7 @@ def group_runs(runs: Iterable[StoredRun]) -> list[RunGroup]:
         settings = {name: value for name, value in flatten(run.config).items() if name not in _INDIVIDUAL}
         members.setdefault(repr((run.method, sorted(settings.items()))), []).append(run)
     groups = [sorted(same, key=lambda run: run.seed) for same in members.values()]
-    groups.sort(key=lambda same: _ORDER.index(same[0].method) if same[0].method in _ORDER else len(_ORDER))
+    groups.sort(key=lambda same: table.place(same[0].method))
     labels = _labels([same[0] for same in groups])
     return [
         RunGroup(label, colour, tuple(same)) for colour, (label, same) in enumerate(zip(labels, groups, strict=True))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from fedloom.errors import EvaluationError
+from fedloom.methods.table import BASELINE
 from fedloom.wording import Unit, written
 
 Better = Literal["lower", "higher", "neither"]
@@ -142,14 +143,14 @@ def compare(
 
 
 def reference_among(methods: Collection[str], wanted: str | None = None) -> str | None:
-    """Return the method that the others are set against: ``wanted``, else FedIT where it is one of several.
+    """Return the method that the others are set against: ``wanted``, else the baseline where it is one of several.
 
     Raises:
         EvaluationError: ``wanted`` is not among the methods.
     """
     if wanted is not None and wanted not in methods:
         raise EvaluationError(f"reference method {wanted!r} is not among {', '.join(methods)}: name one of them")
-    return wanted or ("fedit" if "fedit" in methods and len(methods) > 1 else None)
+    return wanted or (BASELINE if BASELINE in methods and len(methods) > 1 else None)
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float], better: Better) -> Difference:

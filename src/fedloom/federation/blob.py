@@ -1,0 +1,126 @@
+"""A message as one safetensors blob: tensors in the wire's dtype, numbers in the header, which is read before them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Any
+
+import torch
+from pydantic import BaseModel, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedloom.errors import UpdateError
+from fedloom.lora.pair import Adapter
+
+NUMBERS_CHARACTERS = 512
+"""Room for an update's numbers as JSON; where it is too little, twice or thrice as much is used.
+
+Numbers are filled up with blanks to this, so that a message's length depends on shapes and types alone and not on how
+many digits a loss or a time happens to have: bytes can be described before a run.
+"""
+MAX_HEADER_BYTES = 1 << 16
+"""A header's fixed part; each tensor may add ``MAX_ENTRY_BYTES``."""
+MAX_ENTRY_BYTES = 1 << 10
+
+
+class WireDtype(StrEnum):
+    """The dtype of tensors on the wire."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+
+    @property
+    def torch(self) -> torch.dtype:
+        """The torch dtype of that name."""
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
+
+
+SAFETENSORS_NAMES = {WireDtype.FP32: "F32", WireDtype.BF16: "BF16", WireDtype.FP16: "F16"}
+
+
+def as_received(adapter: Adapter, dtype: WireDtype) -> Adapter:
+    """Return an adapter as the other side of the wire sees it: rounded to the wire's dtype."""
+    return adapter if dtype is WireDtype.FP32 else adapter.to(dtype.torch).to(torch.float32)
+
+
+def without_loss(tensor: Tensor, dtype: WireDtype) -> Tensor:
+    """Return a tensor in the wire's dtype where that changes no number, and as it is otherwise."""
+    if dtype is WireDtype.FP32:
+        return tensor
+    rounded = tensor.to(dtype.torch)
+    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
+
+
+def pack(tensors: Mapping[str, Tensor], head: BaseModel) -> bytes:
+    """Return a message of tensors, as they are, and numbers."""
+    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    text = head.model_dump_json()
+    room = -(-len(text) // NUMBERS_CHARACTERS) * NUMBERS_CHARACTERS
+    return save(ready, metadata={"message": text.ljust(room)})
+
+
+def read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+    """Return a message's numbers, and (dtype, shape) of each of its tensors, none of which is made yet.
+
+    ``room`` are the bytes that the entries of tensors may take in the header.
+
+    Raises:
+        UpdateError: if the header is not whole, is larger than it can be, or its numbers do not fit the schema.
+    """
+    length = int.from_bytes(blob[:8], "little")
+    if len(blob) < 8 or length > min(len(blob) - 8, MAX_HEADER_BYTES + room):
+        raise UpdateError(f"expected a whole message, got {len(blob)} bytes that do not parse; it is empty or damaged")
+    try:
+        header = json.loads(blob[8 : 8 + length])
+        message = header.pop("__metadata__")["message"]
+        entries = {key: (str(entry["dtype"]), tuple(entry["shape"])) for key, entry in header.items()}
+        return schema.validate_json(message), entries
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "message"
+        raise UpdateError(
+            f"{where}: expected a number or text of this form, got one that does not fit ({first['msg'].lower()}); "
+            "the sender runs another version or is broken"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UpdateError(
+            f"expected a whole message, got {len(blob)} bytes that do not parse ({type(error).__name__}); it is damaged"
+        ) from error
+
+
+def check_entries(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, int]], dtype: str
+) -> None:
+    """Refuse a message whose tensors are not exactly those expected, in names, shapes and dtype.
+
+    Raises:
+        UpdateError: naming the first that differs.
+    """
+    lacking, foreign = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
+    if lacking or foreign:
+        what = f"it lacks {lacking[0]}" if lacking else f"it has the foreign {foreign[0][:100]}"
+        raise UpdateError(f"expected an update of {len(expected)} tensors of this base's modules, {what}")
+    for key, (found, shape) in entries.items():
+        if found != dtype or shape != expected[key]:
+            raise UpdateError(
+                f"{key}: expected {dtype} of shape {expected[key]}, got {found[:20]} of shape {shape[:4]}"
+            )
+
+
+def read_tensors(blob: bytes) -> dict[str, Tensor]:
+    """Return a message's tensors in fp32.
+
+    Raises:
+        UpdateError: if it is cut short or its offsets do not fit.
+    """
+    try:
+        return {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise UpdateError(
+            f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); it is damaged"
+        ) from error

@@ -1,0 +1,34 @@
+"""How the strategies of the shipped methods are made from what a run's settings tell; loaded when one is run."""
+
+from __future__ import annotations
+
+from fedloom.methods import zero_padding as padding
+from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.standalone import Standalone
+from fedloom.methods.strategy import Cohort, Strategy, Weighting
+from fedloom.methods.table import MethodOptions
+
+
+def fedit(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make FedIT."""
+    return padding.fedit(cohort, Weighting(options.weighting))
+
+
+def zero_padding(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make zero-padding."""
+    return padding.ZeroPadding(cohort, Weighting(options.weighting))
+
+
+def flora(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make FLoRA."""
+    return FLoRA(cohort, Weighting(options.weighting), Initialisation(options.initialisation))
+
+
+def standalone(cohort: Cohort, _: MethodOptions) -> Strategy:
+    """Make the control in which every client tunes for itself."""
+    return Standalone(cohort)
+
+
+def centralised(cohort: Cohort, _: MethodOptions) -> Strategy:
+    """Make the control in which the one client owns all rows."""
+    return Standalone(cohort, name="centralised")

@@ -1,0 +1,305 @@
+"""The table of methods: the shipped ones, those of installed packages, and those registered in this process.
+
+A method is its traits and how its strategy is made. The traits are read everywhere; what makes a strategy is loaded
+when one is run. Three ways into the table:
+
+* shipped: a line below;
+* installed: an entry point of the group ``fedloom.methods`` whose name is the method's and whose object is a
+  :class:`Method`;
+* registered: a call of :func:`register`, e.g. in a notebook, for this process alone.
+
+Imports no torch. The packages' entry points are looked up when a name is not a shipped one, or when all are listed.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module, metadata
+from typing import Any
+
+from fedloom.errors import MethodError
+from fedloom.methods.traits import Kind, Traits
+
+GROUP = "fedloom.methods"
+BASELINE = "fedit"
+"""The default of ``method.name``, and the method that tables set the others against."""
+EXACT = "flora"
+"""The default of ``fedloom.aggregate``, and the method whose answers the demo shows: its product is the exact mean."""
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What a run's settings tell the maker of a strategy, as the plain values of the recipe."""
+
+    weighting: str = "rows"
+    initialisation: str = "independent"
+
+
+Make = Callable[[Any, MethodOptions], Any]
+"""From a ``Cohort`` and the options to a ``Strategy``."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method: its traits, and what makes its strategy.
+
+    Attributes:
+        traits: what the rest of the code knows of it.
+        make: takes a ``fedloom.methods.strategy.Cohort`` and :class:`MethodOptions`, returns a ``Strategy``; as a
+            callable, or as the text ``package.module:name`` of one, which is imported when a run needs it. None for
+            a method without a strategy of its own (a cut model, the untrained base).
+        is_local: registered in this process only; engines that leave it need it installed.
+    """
+
+    traits: Traits
+    make: str | Make | None = None
+    is_local: bool = False
+
+    def __post_init__(self) -> None:
+        needed = self.traits.runs_rounds
+        if needed == (self.make is None):
+            wanted = "something that makes its strategy" if needed else "nothing that makes a strategy"
+            raise MethodError(
+                f"method {self.traits.name}: expected {wanted} with kind = {self.traits.kind}, got make = "
+                f"{self.make!r}; {'name it' if needed else 'remove it'}"
+            )
+        if isinstance(self.make, str) and not all(part.strip() for part in (*self.make.partition(":"),)):
+            raise MethodError(
+                f"method {self.traits.name}: expected make as package.module:name, got {self.make!r}; correct it"
+            )
+
+
+MAKERS = "fedloom.methods.makers"
+_SHIPPED: dict[str, Method] = {
+    one.traits.name: one
+    for one in (
+        Method(
+            Traits("fedit", "the mean of the factors, at one rank", needs_one_rank=True, is_standard=True),
+            f"{MAKERS}:fedit",
+        ),
+        Method(
+            Traits(
+                "zero-padding",
+                "the mean of the factors, padded with zeros to the largest rank",
+                weightings=("rows", "tokens", "uniform", "norm"),
+                is_standard=True,
+            ),
+            f"{MAKERS}:zero_padding",
+        ),
+        Method(
+            Traits(
+                "flora",
+                "fresh adapters every round, stacked: the exact mean of the products",
+                starts_fresh=True,
+                grows_side=True,
+                is_standard=True,
+            ),
+            f"{MAKERS}:flora",
+        ),
+        Method(
+            Traits(
+                "splitlora",
+                "the model cut between clients and server, the clients' half aggregated",
+                kind=Kind.SPLIT,
+                aggregates_split=False,
+                combines=False,
+                is_standard=True,
+            )
+        ),
+        Method(
+            Traits(
+                "centralised",
+                "all rows in one place",
+                kind=Kind.CONTROL,
+                weightings=(),
+                needs_one_rank=True,
+                aggregates_split=False,
+                combines=False,
+                pools_rows=True,
+                is_standard=True,
+            ),
+            f"{MAKERS}:centralised",
+        ),
+        Method(
+            Traits(
+                "standalone",
+                "every client for itself",
+                kind=Kind.CONTROL,
+                weightings=(),
+                aggregates_split=False,
+                combines=False,
+                is_standard=True,
+            ),
+            f"{MAKERS}:standalone",
+        ),
+        Method(
+            Traits(
+                "base",
+                "the base as it is, untrained",
+                kind=Kind.UNTRAINED,
+                weightings=(),
+                aggregates_split=False,
+                combines=False,
+                is_standard=True,
+            )
+        ),
+    )
+}
+_LOCAL: dict[str, Method] = {}
+
+
+def register(method: Method) -> None:
+    """Add a method for this process, e.g. from a notebook.
+
+    It works in everything that runs in this process. Engines that start others need it installed: give its package
+    an entry point in the group ``fedloom.methods``.
+
+    Raises:
+        MethodError: it is no method, or the table has one of that name.
+    """
+    if not isinstance(method, Method):
+        raise MethodError(f"expected a Method(traits, make) to register, got {type(method).__name__}; make one")
+    name = method.traits.name
+    if name in _LOCAL:
+        raise MethodError(f"method {name} is registered already: call unregister({name!r}) first, or rename it")
+    if name in _SHIPPED or name in _installed().methods:
+        raise MethodError(f"method {name}: expected a new name, fedloom or a package has a method of that name; rename")
+    _LOCAL[name] = replace(method, is_local=True)
+
+
+def unregister(name: str) -> None:
+    """Take a registered method out again.
+
+    Raises:
+        MethodError: no method of that name was registered in this process.
+    """
+    if _LOCAL.pop(name, None) is None:
+        known = ", ".join(_LOCAL) or "none"
+        raise MethodError(f"method {name}: expected one registered in this process ({known}); name one of them")
+
+
+def get(name: str) -> Method:
+    """Return a method.
+
+    Raises:
+        MethodError: there is none of that name, or its package is broken.
+    """
+    found = _SHIPPED.get(name) or _LOCAL.get(name) or _installed().methods.get(name)
+    if found is not None:
+        return found
+    if name in _installed().faults:
+        raise MethodError(_installed().faults[name])
+    close = difflib.get_close_matches(name, names(), 1, 0.5)
+    advice = f"did you mean {close[0]}?" if close else "name one of them, or register yours first"
+    raise MethodError(f"expected a method of {', '.join(names())}, got {name!r}; {advice}")
+
+
+def traits_of(name: str) -> Traits:
+    """Return a method's traits.
+
+    Raises:
+        MethodError: there is no method of that name.
+    """
+    return get(name).traits
+
+
+def has(name: str, trait: str | None = None) -> bool:
+    """Tell whether there is a method of that name, and with that trait where one is asked for."""
+    try:
+        traits = traits_of(name)
+    except MethodError:
+        return False
+    return trait is None or bool(getattr(traits, trait))
+
+
+def names(trait: str | None = None) -> tuple[str, ...]:
+    """Return the methods that have a trait, or all, in the order of tables: by kind, then shipped before others."""
+    return _ordered((*_SHIPPED.values(), *_installed().methods.values(), *_LOCAL.values()), trait)
+
+
+def shipped(trait: str | None = None) -> tuple[str, ...]:
+    """Return the shipped methods that have a trait, or all, in the order of tables: what help and pages list."""
+    return _ordered(tuple(_SHIPPED.values()), trait)
+
+
+def place(name: str) -> int:
+    """Return a method's place in tables; one that is not here (a run of another machine) comes last."""
+    known = names()
+    return known.index(name) if name in known else len(known)
+
+
+def make(name: str, cohort: Any, options: MethodOptions | None = None) -> Any:
+    """Return the ``Strategy`` of a method for a ``Cohort``.
+
+    Raises:
+        MethodError: there is no such method, it has no strategy, or what makes it cannot be imported.
+    """
+    method = get(name)
+    if method.make is None:
+        wanted = ", ".join(names("runs_rounds"))
+        raise MethodError(f"expected a method that runs in rounds of adapters ({wanted}), got {name!r}; name one")
+    maker = _resolved(name, method.make) if isinstance(method.make, str) else method.make
+    return maker(cohort, options or MethodOptions())
+
+
+def faults() -> tuple[str, ...]:
+    """Return a line for every installed method that cannot be used."""
+    return tuple(_installed().faults.values())
+
+
+def _ordered(methods: tuple[Method, ...], trait: str | None) -> tuple[str, ...]:
+    kinds = list(Kind)
+    chosen = [one.traits for one in methods if trait is None or getattr(one.traits, trait)]
+    return tuple(traits.name for traits in sorted(chosen, key=lambda traits: kinds.index(traits.kind)))
+
+
+def _resolved(name: str, text: str) -> Make:
+    module, _, attribute = text.partition(":")
+    try:
+        found: Make = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise MethodError(f"method {name}: expected {text} to make its strategy: {error}; correct make=") from error
+    return found
+
+
+@dataclass(frozen=True)
+class _Installed:
+    """The methods of installed packages, and by name a line for each that cannot be used."""
+
+    methods: dict[str, Method]
+    faults: dict[str, str]
+
+
+@cache
+def _installed() -> _Installed:
+    found, broken = dict[str, Method](), dict[str, str]()
+    for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: (_package(entry), entry.name)):
+        method = _loaded(entry, found)
+        if isinstance(method, Method):
+            found[entry.name] = method
+        else:
+            broken[entry.name] = f"method {entry.name} of the package {_package(entry)} cannot be used: {method}"
+    return _Installed(found, broken)
+
+
+def _loaded(entry: metadata.EntryPoint, found: dict[str, Method]) -> Method | str:
+    """Load an entry point; return its method, or in one line what is wrong with it."""
+    try:
+        loaded = entry.load()
+    except Exception as error:  # whatever a package raises while it is imported: it must not take the others along
+        first = (str(error).splitlines() or ["no reason"])[0]
+        return f"{type(error).__name__}: {first}; reinstall or remove the package"
+    if not isinstance(loaded, Method):
+        return f"expected {entry.value} to be a Method, got {type(loaded).__name__}; correct its entry point"
+    if loaded.traits.name != entry.name:
+        return f"expected the entry point's name to be the method's, got {loaded.traits.name}; correct its entry point"
+    if entry.name in _SHIPPED or entry.name in found:
+        return "another method has that name; rename it"
+    return loaded
+
+
+def _package(entry: metadata.EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value

@@ -1,0 +1,123 @@
+"""What the rest of the code may know of a method without running it: its traits. Imports no torch.
+
+Code asks for a trait and never for a name: ``traits.starts_fresh``, not ``name == "flora"``.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+from fedloom.errors import MethodError
+
+NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+WEIGHTINGS = ("rows", "tokens", "uniform", "norm")
+
+
+class Kind(StrEnum):
+    """What a method is, in the order in which tables show methods."""
+
+    FEDERATED = "federated"
+    """Clients train adapters, the server aggregates them, round after round."""
+    SPLIT = "split"
+    """The model is cut: clients train its lower blocks, the server the rest."""
+    CONTROL = "control"
+    """Ordinary tuning at the same budget: nothing crosses, the optimiser persists, the schedule spans the run."""
+    UNTRAINED = "untrained"
+    """The base as it is."""
+
+
+@dataclass(frozen=True)
+class Traits:
+    """A method's traits. Those left at their defaults describe a federated method of any ranks, as zero-padding is.
+
+    Attributes:
+        name: as in ``method.name``: small letters, digits, hyphens.
+        title: one line that says what it does, for tables, help and documentation.
+        kind: what it is.
+        weightings: the values of ``method.weighting`` it knows.
+        needs_one_rank: its aggregate is defined for equal ranks only.
+        starts_fresh: every round a client trains a fresh adapter, drawn as ``method.initialisation`` says.
+        grows_side: its aggregate, or a part of it, joins the side adapter, in the form of ``method.broadcast``.
+        aggregates_split: it may aggregate the clients' half of a cut model (``split.aggregation``).
+        combines: it works on adapters at hand, without rounds (``fedloom.aggregate``).
+        pools_rows: one client owns all rows.
+        is_standard: ``fedloom demo`` runs it, and so does ``fedloom compare`` without ``--methods``.
+
+    Raises:
+        MethodError: they contradict each other.
+    """
+
+    name: str
+    title: str
+    kind: Kind = Kind.FEDERATED
+    weightings: tuple[str, ...] = ("rows", "tokens", "uniform")
+    needs_one_rank: bool = False
+    starts_fresh: bool = False
+    grows_side: bool = False
+    aggregates_split: bool = True
+    combines: bool = True
+    pools_rows: bool = False
+    is_standard: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
+            raise MethodError(
+                f"method {self.name!r}: expected a name of small letters, digits and hyphens; rename it, e.g. my-method"
+            )
+        if not self.title.strip():
+            raise MethodError(f"method {self.name}: expected a title that says what it does, got none; add one line")
+        if unknown := [one for one in self.weightings if one not in WEIGHTINGS]:
+            known = ", ".join(WEIGHTINGS)
+            raise MethodError(f"method {self.name}: expected weightings of {known}, got {unknown[0]!r}; remove it")
+        if self.aggregates and self.weightings[:1] != ("rows",):
+            raise MethodError(
+                f"method {self.name}: expected weightings that begin with rows, the default of method.weighting, "
+                f"got {self.weightings}; add it"
+            )
+        for trait in ("starts_fresh", "grows_side", "aggregates_split", "combines"):
+            if getattr(self, trait) and not self.aggregates:
+                raise MethodError(
+                    f"method {self.name}: expected {trait} with kind = federated only, got {self.kind}; "
+                    f"set {trait}=False"
+                )
+        if self.pools_rows and not self.is_control:
+            raise MethodError(
+                f"method {self.name}: expected pools_rows with kind = control only, got {self.kind}; remove it"
+            )
+
+    @property
+    def aggregates(self) -> bool:
+        """Whether a server aggregates adapters, and may take a step of its own."""
+        return self.kind is Kind.FEDERATED
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the model is cut in two, so that activations cross."""
+        return self.kind is Kind.SPLIT
+
+    @property
+    def is_control(self) -> bool:
+        """Whether nothing crosses, the optimiser persists and the schedule spans the run."""
+        return self.kind is Kind.CONTROL
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether anything is trained at all."""
+        return self.kind is not Kind.UNTRAINED
+
+    @property
+    def runs_rounds(self) -> bool:
+        """Whether it runs in the loop of rounds, alone or with others."""
+        return self.kind in (Kind.FEDERATED, Kind.CONTROL)
+
+    @property
+    def sends_adapters(self) -> bool:
+        """Whether adapters cross between clients and server."""
+        return self.kind in (Kind.FEDERATED, Kind.SPLIT)
+
+    @property
+    def has_clients(self) -> bool:
+        """Whether several clients train."""
+        return self.is_trained and not self.pools_rows
