@@ -11,9 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.federation.server import aggregation_noise
-from fedloom.lora.algebra import distance, norm, truncate
+from fedloom.lora.algebra import compress, distance, norm, truncate
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.fedex import FedEx
+from fedloom.methods.ffa_lora import FFALoRA
+from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.standalone import Standalone
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
@@ -41,9 +46,31 @@ def update(client: int, rank: int, rows: int = 10, seed: int | None = None) -> U
     return Update(1, client, adapter, TrainingStats(rows, rows * 7, rows * 3, 4, 2.0, 1.5, 0.1))
 
 
+class RoLoRAInRoundTwo(RoLoRA):
+    """RoLoRA as it stands after its first round."""
+
+    def initial(self) -> ServerState:
+        state = super().initial()
+        assert state.start is not None
+        b = {f"{n}.b": torch.randn(p.b_OR.shape, generator=torch_stream(5, n)) for n, p in state.start.items()}
+        return replace(state, round=1, start=state.start.with_factors(b))
+
+
 def state_of(strategy: Strategy) -> ServerState:
     state = strategy.initial()
     return replace(state, start=state.start.to(torch.float64)) if state.start else state
+
+
+def sent(strategy: Strategy, updates: list[Update]) -> list[Update]:
+    """Return updates as they arrive: a factor that does not cross is the one that the client was sent."""
+    state = state_of(strategy)
+    crossing = strategy.client.work(state.round + 1).sends
+    arrived = []
+    for u in updates:
+        start = strategy.start_for(state, u.client)
+        whole = u.adapter if isinstance(start, Draw) else start.with_factors(u.adapter.as_tensors(crossing))
+        arrived.append(replace(u, adapter=whole))
+    return arrived
 
 
 def mean_delta(updates: list[Update]) -> dict[str, torch.Tensor]:
@@ -56,6 +83,13 @@ BATTERY: list[tuple[str, Callable[[Cohort], Strategy], dict[int, int]]] = [
     ("zero-padding, equal ranks", ZeroPadding, EQUAL),
     ("zero-padding, mixed ranks", ZeroPadding, MIXED),
     ("zero-padding by norm", lambda c: ZeroPadding(c, Weighting.NORM), MIXED),
+    ("fedex-lora", FedEx, EQUAL),
+    ("flexlora, equal ranks", FlexLoRA, EQUAL),
+    ("flexlora, mixed ranks", FlexLoRA, MIXED),
+    ("ffa-lora, equal ranks", FFALoRA, EQUAL),
+    ("ffa-lora, mixed ranks", FFALoRA, MIXED),
+    ("rolora, b's round, mixed ranks", RoLoRA, MIXED),
+    ("rolora, a's round, mixed ranks", RoLoRAInRoundTwo, MIXED),
     ("flora, equal ranks", FLoRA, EQUAL),
     ("flora, mixed ranks", FLoRA, MIXED),
     ("flora, shared draws", lambda c: FLoRA(c, initialisation=Initialisation.SHARED), MIXED),
@@ -70,7 +104,7 @@ def same(left: Aggregate, right: Aggregate) -> bool:
 @every_strategy
 def test_the_order_of_arrival_does_not_matter(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
     strategy = make(cohort(ranks))
-    updates = [update(k, r) for k, r in ranks.items()]
+    updates = sent(strategy, [update(k, r) for k, r in ranks.items()])
     state = state_of(strategy)
     assert same(strategy.aggregate(state, updates), strategy.aggregate(state, updates[::-1]))
 
@@ -78,16 +112,17 @@ def test_the_order_of_arrival_does_not_matter(make: Callable[[Cohort], Strategy]
 @every_strategy
 def test_every_client_matters(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
     strategy = make(cohort(ranks))
-    updates = [update(k, r) for k, r in ranks.items()]
+    updates = sent(strategy, [update(k, r) for k, r in ranks.items()])
     before = strategy.aggregate(state_of(strategy), updates)
     for k, rank in ranks.items():
-        changed = [*updates[:k], update(k, rank, seed=100), *updates[k + 1 :]]
+        changed = [*updates[:k], *sent(strategy, [update(k, rank, seed=100)]), *updates[k + 1 :]]
         assert not same(before, strategy.aggregate(state_of(strategy), changed))
 
 
 @every_strategy
 def test_one_client_alone_is_taken_as_it_is(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
-    strategy, alone = make(cohort(ranks)), update(0, ranks[0])
+    strategy = make(cohort(ranks))
+    [alone] = sent(strategy, [update(0, ranks[0])])
     assert distance(strategy.aggregate(state_of(strategy), [alone]).applied, alone.adapter) < 1e-12
 
 
@@ -96,15 +131,16 @@ def test_only_proportions_of_the_weights_matter_and_they_sum_to_one(
     make: Callable[[Cohort], Strategy], ranks: dict[int, int]
 ) -> None:
     strategy, state = make(cohort(ranks)), state_of(make(cohort(ranks)))
-    few = strategy.aggregate(state, [update(k, r, rows=k + 1) for k, r in ranks.items()])
-    many = strategy.aggregate(state, [update(k, r, rows=10 * (k + 1)) for k, r in ranks.items()])
+    few = strategy.aggregate(state, sent(strategy, [update(k, r, rows=k + 1) for k, r in ranks.items()]))
+    many = strategy.aggregate(state, sent(strategy, [update(k, r, rows=10 * (k + 1)) for k, r in ranks.items()]))
     assert same(few, many)
     assert sum(few.weights.values()) == pytest.approx(1.0)
 
 
 @every_strategy
 def test_inputs_are_not_changed(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
-    strategy, updates = make(cohort(ranks)), [update(k, r) for k, r in ranks.items()]
+    strategy = make(cohort(ranks))
+    updates = sent(strategy, [update(k, r) for k, r in ranks.items()])
     state = state_of(strategy)
     held = [t.clone() for u in updates for t in u.adapter.as_tensors().values()]
     start = {k: t.clone() for k, t in state.start.as_tensors().items()} if state.start else {}
@@ -121,7 +157,7 @@ def test_the_ideal_is_the_weighted_mean_of_the_products(
     make: Callable[[Cohort], Strategy], ranks: dict[int, int]
 ) -> None:
     strategy = make(cohort(ranks))
-    updates = [update(k, r, rows=k + 1) for k, r in ranks.items()]
+    updates = sent(strategy, [update(k, r, rows=k + 1) for k, r in ranks.items()])
     ideal = strategy.aggregate(state_of(strategy), updates).ideal
     weights = strategy.aggregate(state_of(strategy), updates).weights
     for name in SHAPES:
@@ -201,7 +237,7 @@ def test_sums_over_any_groups_merge_to_the_sum_over_all(
     make: Callable[[Cohort], Strategy], ranks: dict[int, int], grouping: list[tuple[int, ...]]
 ) -> None:
     strategy = make(cohort(ranks))
-    state, updates = state_of(strategy), [update(k, r, rows=k + 1) for k, r in ranks.items()]
+    state, updates = state_of(strategy), sent(strategy, [update(k, r, rows=k + 1) for k, r in ranks.items()])
     whole = strategy.empty(state)
     for group in grouping:
         part = strategy.empty(state)
@@ -213,3 +249,67 @@ def test_sums_over_any_groups_merge_to_the_sum_over_all(
     assert distance(merged.ideal, direct.ideal) < 1e-12 * norm(direct.ideal)
     assert merged.weights == pytest.approx(direct.weights)
     assert merged.mean_squared_norm == pytest.approx(direct.mean_squared_norm)
+
+
+# ---- the law of each method ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ranks", [EQUAL, MIXED], ids=["equal ranks", "mixed ranks"])
+@pytest.mark.parametrize("make", [FedEx, FFALoRA, RoLoRA, RoLoRAInRoundTwo])
+def test_the_global_product_is_the_exact_mean(make: Callable[[Cohort], Strategy], ranks: dict[int, int]) -> None:
+    strategy = make(cohort(ranks))
+    updates = sent(strategy, [update(k, r, rows=k + 1) for k, r in ranks.items()])
+    aggregate = strategy.aggregate(state_of(strategy), updates)
+    expected = mean_delta(updates)
+    assert all(torch.allclose(aggregate.applied[n].delta(), expected[n], atol=1e-5) for n in SHAPES)
+    assert aggregation_noise(aggregate.applied, aggregate.ideal) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_fedexs_start_is_fedits_and_its_side_the_covariance_of_the_factors() -> None:
+    updates = [update(k, 2, rows=k + 1) for k in EQUAL]
+    exact, mean = (make(cohort(EQUAL)).aggregate(state_of(make(cohort(EQUAL))), updates) for make in (FedEx, fedit))
+    assert exact.start is not None
+    assert mean.start is not None
+    ours, theirs = exact.start.as_tensors(), mean.start.as_tensors()
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    missing = aggregation_noise(mean.applied, mean.ideal)
+    assert norm(exact.side) == pytest.approx(missing * norm(mean.ideal), rel=1e-6)  # type: ignore[operator]
+
+
+def test_flexlora_is_the_best_approximation_of_the_mean_at_the_largest_rank() -> None:
+    strategy, updates = FlexLoRA(cohort(MIXED)), [update(k, r, rows=k + 1) for k, r in MIXED.items()]
+    aggregate = strategy.aggregate(state_of(strategy), updates)
+    for name, expected in mean_delta(updates).items():
+        left_out = torch.linalg.svdvals(expected)[max(MIXED.values()) :].norm()
+        found = (aggregate.applied[name].delta().double() - expected).norm()
+        assert float(found) == pytest.approx(float(left_out), rel=1e-5, abs=1e-6)
+
+
+def test_flexlora_loses_its_tail_under_clients_that_change_nothing_by_the_share_that_holds_it() -> None:
+    strategy, rows = FlexLoRA(cohort(MIXED)), {0: 1, 1: 2, 2: 3}
+    state = ServerState(start=truncate(compress(random_adapter(4, 3)).adapter, 3))
+    assert state.start is not None
+    before = {n: torch.linalg.svdvals(p.delta())[:3] for n, p in state.start.items()}
+    for _ in range(4):
+        idle = [
+            replace(update(k, MIXED[k], rows[k]), adapter=truncate(state.start, MIXED[k]))
+            for k in MIXED
+            if state.start is not None
+        ]
+        state = replace(state, start=strategy.aggregate(state, idle).start)
+        assert state.start is not None
+    coverage = torch.tensor([6 / 6, (1 + 2) / 6, 1 / 6], dtype=torch.float64)
+    for name, sigma in before.items():
+        after = torch.linalg.svdvals(state.start[name].delta().double())[:3]
+        assert torch.allclose(after, sigma.double() * coverage**4, rtol=1e-4, atol=1e-5)
+
+
+def test_a_factor_at_rest_is_the_servers_own_to_the_bit() -> None:
+    for make, factor in ((FFALoRA, "a"), (RoLoRA, "a"), (RoLoRAInRoundTwo, "b")):
+        strategy = make(cohort(MIXED))
+        state = strategy.initial()
+        after = strategy.aggregate(state, sent(strategy, [update(k, r) for k, r in MIXED.items()])).start
+        assert state.start is not None
+        assert after is not None
+        held, kept = (adapter.as_tensors(frozenset(factor)) for adapter in (state.start, after))
+        assert all(torch.equal(held[key], kept[key]) for key in held)

@@ -89,7 +89,7 @@ def test_a_registered_method_is_a_method_everywhere_in_this_process(registered: 
     assert with_method(hetero, "mine").method.ranks == 3
     cut = {"method": {"name": "splitlora"}, "split": {"aggregation": "mine"}}
     assert config.resolve({**ENOUGH, **cut}, "a test").split.aggregation == "mine"
-    with pytest.raises(SettingsError, match=r'"flora", "mine", "splitlora".*got "floara".*did you mean "flora"'):
+    with pytest.raises(SettingsError, match=r'"rolora", "mine", "splitlora".*got "floara".*did you mean "flora"'):
         config.resolve({**ENOUGH, "method": {"name": "floara"}}, "a test")
 
 

@@ -141,9 +141,7 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     for key, (dtype, _) in entries.items():
         if dtype not in SAFETENSORS_NAMES.values():
             known = ", ".join(SAFETENSORS_NAMES.values())
-            raise UpdateError(
-                f"{key}: expected a tensor of {known}, got {dtype[:20]}; the server is of another version"
-            )
+            raise UpdateError(f"{key}: expected a tensor of {known}, got {dtype[:20]}; the server is another version")
     tensors = read_tensors(blob)
     start = {key.removeprefix("start/"): tensor for key, tensor in tensors.items() if key.startswith("start/")}
     _check_start(start, head, shapes)

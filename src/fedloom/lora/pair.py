@@ -140,7 +140,14 @@ class Adapter(Mapping[str, Pair]):
 
     def with_factors(self, tensors: Mapping[str, Tensor]) -> Adapter:
         """Return the adapter with some factors replaced by those given, named as in :meth:`as_tensors`."""
-        return Adapter.from_tensors({**self.as_tensors(), **tensors}) if tensors else self
+        if not tensors:
+            return self
+        return Adapter(
+            {
+                name: Pair(tensors.get(f"{name}.b", pair.b_OR), tensors.get(f"{name}.a", pair.a_RI))
+                for name, pair in self.items()
+            }
+        )
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Adapter:

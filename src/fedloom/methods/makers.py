@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from fedloom.methods import zero_padding as padding
+from fedloom.methods.fedex import FedEx
+from fedloom.methods.ffa_lora import FFALoRA
+from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.standalone import Standalone
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.table import MethodOptions
@@ -17,6 +21,26 @@ def fedit(cohort: Cohort, options: MethodOptions) -> Strategy:
 def zero_padding(cohort: Cohort, options: MethodOptions) -> Strategy:
     """Make zero-padding."""
     return padding.ZeroPadding(cohort, Weighting(options.weighting))
+
+
+def fedex_lora(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make FedEx-LoRA."""
+    return FedEx(cohort, Weighting(options.weighting))
+
+
+def flexlora(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make FlexLoRA."""
+    return FlexLoRA(cohort, Weighting(options.weighting))
+
+
+def ffa_lora(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make FFA-LoRA."""
+    return FFALoRA(cohort, Weighting(options.weighting))
+
+
+def rolora(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make RoLoRA."""
+    return RoLoRA(cohort, Weighting(options.weighting))
 
 
 def flora(cohort: Cohort, options: MethodOptions) -> Strategy:

@@ -25,6 +25,11 @@ class RunningFactors:
         self._weight = 0.0
         self._dtype = torch.float32
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which clients sent their factors, and of the mean."""
+        return self._dtype
+
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add one client's factors."""
         for name, pair in adapter.items():

@@ -101,6 +101,27 @@ _SHIPPED: dict[str, Method] = {
         ),
         Method(
             Traits(
+                "fedex-lora",
+                "the mean of the factors, at one rank, and what it misses in the side: the exact mean of the products",
+                needs_one_rank=True,
+                grows_side=True,
+            ),
+            f"{MAKERS}:fedex_lora",
+        ),
+        Method(
+            Traits("flexlora", "the best approximation of the exact mean at the largest rank"),
+            f"{MAKERS}:flexlora",
+        ),
+        Method(
+            Traits("ffa-lora", "one shared and frozen A, the mean of B", aggregates_split=False, combines=False),
+            f"{MAKERS}:ffa_lora",
+        ),
+        Method(
+            Traits("rolora", "B and A trained by turns, the mean of either", aggregates_split=False, combines=False),
+            f"{MAKERS}:rolora",
+        ),
+        Method(
+            Traits(
                 "splitlora",
                 "the model cut between clients and server, the clients' half aggregated",
                 kind=Kind.SPLIT,

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from fedloom.lora.algebra import truncate
-from fedloom.lora.initial import fresh_adapter
-from fedloom.lora.pair import Adapter
+from fedloom.lora.initial import Draw
+from fedloom.lora.pair import BOTH, Adapter
 from fedloom.methods.state import Aggregate, ServerState
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.sums import FactorSum
@@ -29,9 +29,15 @@ class ZeroPadding(Strategy):
     weighting: Weighting = Weighting.ROWS
     name: str = "zero-padding"
 
+    @property
+    def drawn(self) -> Draw:
+        """The draw of the first global adapter."""
+        return Draw(("global",), self.cohort.max_rank)
+
     def initial(self) -> ServerState:
-        """Start from one fresh adapter of the largest rank, sent to everybody."""
-        return ServerState(start=fresh_adapter(self.cohort.shapes, self.cohort.max_rank, self.cohort.seed, "global"))
+        """Start from one fresh adapter of the largest rank."""
+        cohort = self.cohort
+        return ServerState(start=self.drawn.adapter(cohort.shapes, cohort.max_rank, cohort.seed))
 
     def start_for(self, state: ServerState, client: int) -> Adapter:
         """Return the first r_k slots of the global adapter."""
@@ -43,8 +49,12 @@ class ZeroPadding(Strategy):
         return FactorSum(self.cohort.max_rank, self.weighting, partial(self.start_for, state))
 
     def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
-        """Average the padded factors."""
-        return Aggregate(sums.factors.mean(), Adapter(), sums.products.mean(), sums.mean_squared_norm, sums.shares)
+        """Average the padded factors that the clients trained; a factor at rest stays as it is."""
+        trained, start = self.client.work(state.round + 1).trains, sums.factors.mean()
+        if trained != BOTH:
+            assert state.start is not None
+            start = state.start.with_factors(start.as_tensors(trained))
+        return Aggregate(start, Adapter(), sums.products.mean(), sums.mean_squared_norm, sums.shares)
 
 
 def fedit(cohort: Cohort, weighting: Weighting = Weighting.ROWS) -> ZeroPadding:
