@@ -21,6 +21,7 @@ from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
+from fedloom.models.causal import context_of
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.reporting.progress import Progress, SilentProgress
@@ -155,15 +156,6 @@ class Workshop:
                 self.progress.note(encoded.counts.told)
             self._rows[key] = rows.select(encoded.kept), encoded
         return self._rows[key]
-
-
-def context_of(config: Any) -> int | None:
-    """Return the number of positions of a model, where its config states one."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    return None
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

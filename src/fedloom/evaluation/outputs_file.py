@@ -13,6 +13,8 @@ from typing import Any
 
 from fedloom.errors import EvaluationError
 
+_FORMAT = 2
+
 
 @dataclass
 class OutputsFile:
@@ -32,7 +34,7 @@ class OutputsFile:
         """
         if path is None:
             return cls(None)
-        header = {"fedloom_outputs": 1, "model": model_id, "settings": asdict(settings)}
+        header = {"fedloom_outputs": _FORMAT, "model": model_id, "settings": asdict(settings)}
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             _append(path, [header])
@@ -46,6 +48,11 @@ class OutputsFile:
             outputs = {row["prompt"]: (row["output"], row["is_cut_off"]) for row in rows}
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+        if isinstance(found, dict) and found.get("fedloom_outputs") != _FORMAT:
+            raise EvaluationError(
+                f"{path}: expected outputs of format {_FORMAT}, got format {found.get('fedloom_outputs')!r}, whose "
+                "prompts were tokenised otherwise than in training; remove the file to decode anew"
+            )
         if found != header:
             raise EvaluationError(f"{path} holds outputs of {found}, asked for {header}: choose another file")
         return cls(path, outputs)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.assembly.inputs import Inputs, Workshop, context_of
+from fedloom.assembly.inputs import Inputs, Workshop
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.records import read_records
@@ -20,6 +20,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
+from fedloom.models.causal import context_of
 from fedloom.results.opened_result import OpenedResult
 from fedloom.run_folder.durable import plain
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.token_rows import PromptTokens
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import DecodingSettings, OnProgress, decode
 from fedloom.evaluation.text_files import read_utf8
@@ -63,7 +64,7 @@ def answer_turns(
     model: Any,
     tokenizer: Any,
     questions: Sequence[JudgeQuestion],
-    render: Callable[[Sequence[str]], str],
+    render: Callable[[Sequence[str]], str | PromptTokens],
     settings: DecodingSettings,
     *,
     batch_size: int = 8,
