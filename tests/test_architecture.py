@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "seeding",
     "wording",
+    "hub_name",
     "embedded",
     "config",
     "data",

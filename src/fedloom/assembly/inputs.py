@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import Settings
+from fedloom.config.inputs import Data
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
@@ -143,19 +144,32 @@ class Workshop:
             rows = load_rows(name, split, subset=data.subset, revision=data.revision)
             if max_rows is not None and max_rows < len(rows):
                 rows = rows.select(np.sort(stream(seed, "max_rows").permutation(len(rows))[:max_rows]))
-            encoded = encode(
-                read_records(rows, data.shape, data.columns),
-                base.tokenizer,
-                template=data.template or AUTO,
-                max_length=data.max_length or context_of(base.model.config),
-                loss_on=data.loss_on,
-                overlong=data.overlong,
-                unanswered=data.unanswered,
-            )
+            usable, encoded = encode_rows(rows, data, base)
             if encoded.counts.told:
                 self.progress.note(encoded.counts.told)
-            self._rows[key] = rows.select(encoded.kept), encoded
+            self._rows[key] = usable, encoded
         return self._rows[key]
+
+
+def encode_rows(
+    rows: Rows, data: Data, base: Base, *, named: Callable[[str], str] = "data.{}".format
+) -> tuple[Rows, Encoded]:
+    """Return the usable rows and their tokens, read as ``data`` says; ``named`` gives the user's name of a setting.
+
+    Raises:
+        DataError: rows cannot be read or used.
+    """
+    encoded = encode(
+        read_records(rows, data.shape, data.columns),
+        base.tokenizer,
+        template=data.template or AUTO,
+        max_length=data.max_length or context_of(base.model.config),
+        loss_on=data.loss_on,
+        overlong=data.overlong,
+        unanswered=data.unanswered,
+        named=named,
+    )
+    return rows.select(encoded.kept), encoded
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom import embedded
-from fedloom.data.json_rows import rows_of_lines, rows_of_list
+from fedloom.data.json_rows import read_json_lines, rows_of_lines, rows_of_list
+from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
+from fedloom.hub_name import looks_like_hub_name
 
 Row = dict[str, Any]
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CLIENT_FILE = re.compile(r"local_(training|eval|test)_(\d+)\.(json|jsonl|csv|tsv|parquet)")
 _CLIENT_FILE_SPLITS = {"train": "training", "eval": "eval", "test": "test"}
 _GLOBAL_FILES = {"train": "global_training.json", "eval": "global_eval.json", "test": "global_test.json"}
@@ -107,7 +108,7 @@ def load_rows(
         return _read_files(_files_of_folder(place, split))
     if place.is_file():
         return _read_files([place])
-    if place.suffix.lower() in _READERS or not _HUB_NAME.fullmatch(str(path)):
+    if place.suffix.lower() in _READERS or not looks_like_hub_name(str(path)):
         raise DataError(
             f"{path}: expected a file, a folder or a hub name, found nothing there; check the path and where it starts"
         )
@@ -149,12 +150,12 @@ def _read_files(files: Sequence[Path]) -> Rows:
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
-    text = _text(file)
+    text = read_utf8(file)
     yield from (rows_of_list if text.lstrip(" \t\r\n").startswith("[") else rows_of_lines)(file, text)
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
-    yield from rows_of_lines(file, _text(file))
+    yield from read_json_lines(file)
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
@@ -189,7 +190,7 @@ def _header(names: list[str], file: Path) -> list[str]:
 
 
 def _read_text(file: Path) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(file).split("\n"), start=1):
         if line.strip():
             yield number, {"text": line.rstrip("\r")}
 
@@ -247,13 +248,6 @@ def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Row]]]:
     if reader is None:
         raise DataError(f"{file}: expected one of {' '.join(_READERS)}, got {file.suffix!r}")
     return reader
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
 
 
 def _short_names(files: Sequence[Path]) -> tuple[str, ...]:

@@ -7,14 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.encoding import encode
-from fedloom.data.records import read_records
+from fedloom.assembly.inputs import encode_rows
 from fedloom.data.sources import Split, load_rows
-from fedloom.data.templates import AUTO
+from fedloom.data.text_files import read_utf8
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.perplexity import plain_text_rows
-from fedloom.evaluation.text_files import read_utf8
 from fedloom.models.cut import check_cuts, cut, num_blocks
 from fedloom.results.held_out import TEXT, own_inputs
 from fedloom.results.opened_result import OpenedResult
@@ -121,16 +119,8 @@ def public_rows(opened: OpenedResult, path: str, shape: str | None) -> TokenSet:
     data = opened.settings.data
     if shape is not None:
         data = replace_shape(data, shape)
-    encoded = encode(
-        read_records(load_rows(path, Split.TRAIN), data.shape, data.columns),
-        opened.base.tokenizer,
-        template=data.template or AUTO,
-        max_length=data.max_length,
-        loss_on="all",
-        overlong="truncate",
-        unanswered="drop",
-    )
-    return encoded.tokens
+    learned = data.model_copy(update={"loss_on": "all", "overlong": "truncate", "unanswered": "drop"})
+    return encode_rows(load_rows(path, Split.TRAIN), learned, opened.base)[1].tokens
 
 
 def replace_shape(data: Any, shape: str) -> Any:
