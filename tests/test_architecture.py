@@ -19,7 +19,7 @@ ORDER = (
     "errors",
     "seeding",
     "wording",
-    "hub_name",
+    "names",
     "embedded",
     "config",
     "data",

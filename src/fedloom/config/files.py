@@ -16,7 +16,7 @@ from typing import Any
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings
 from fedloom.config.setting import shown
-from fedloom.hub_name import looks_like_hub_name
+from fedloom.names import looks_like_hub_name
 
 CLIENT_FILE = re.compile(r"local_training_\d+\.(json|jsonl|csv|tsv|parquet)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")

@@ -24,7 +24,7 @@ from fedloom import embedded
 from fedloom.data.json_rows import read_json_lines, rows_of_lines, rows_of_list
 from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
-from fedloom.hub_name import looks_like_hub_name
+from fedloom.names import looks_like_hub_name
 
 Row = dict[str, Any]
 _CLIENT_FILE = re.compile(r"local_(training|eval|test)_(\d+)\.(json|jsonl|csv|tsv|parquet)")

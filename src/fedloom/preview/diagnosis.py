@@ -17,8 +17,8 @@ import torch
 from fedloom import embedded
 from fedloom.config import Settings, files
 from fedloom.errors import FedloomError
-from fedloom.hub_name import looks_like_hub_name
 from fedloom.models.load import Quantization
+from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import describe
 from fedloom.run_folder.manifest import versions
 from fedloom.wording import written_bytes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import embedded
-from fedloom.hub_name import looks_like_hub_name
+from fedloom.names import looks_like_hub_name
 from fedloom.results.opened_result import Found
 from fedloom.wording import written_bytes
 
