@@ -13,7 +13,7 @@ Place = tuple[int, float, tuple[str | int, ...], str]
 
 
 def name_order(name: str) -> Place:
-    """Return the key that sorts clients by name: numbers by value, then text whose stretches of digits count as numbers.
+    """Return the key that sorts clients by name: numbers by value, then text, its stretches of digits by value too.
 
     So 2 comes before 10, site2 before site10, and every number before every word; nothing but the names matters.
     """

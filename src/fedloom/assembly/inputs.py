@@ -17,7 +17,7 @@ from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
 from fedloom.data.partition import Partition
 from fedloom.data.records import read_records
-from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
@@ -25,6 +25,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.models.causal import context_of
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
+from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
 
@@ -149,6 +150,22 @@ class Workshop:
                 self.progress.note(encoded.counts.told)
             self._rows[key] = usable, encoded
         return self._rows[key]
+
+
+def known_names(settings: Settings) -> list[str] | None:
+    """Return the clients' names where they are known before a row is read: not those a column's values give.
+
+    Raises:
+        DataError: a folder has no files of the split.
+    """
+    if settings.partition.path is not None:
+        return None
+    if settings.partition.scheme != "natural":
+        return [str(client) for client in range(settings.federation.num_clients)]
+    if settings.partition.column is not None:
+        return None
+    names = client_names_of_files(settings.data.path, settings.data.split)
+    return None if names is None else sorted(names, key=name_order)
 
 
 def encode_rows(

@@ -15,7 +15,7 @@ from typing import Any
 
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings
-from fedloom.config.setting import shown
+from fedloom.config.setting import shown, values_of
 from fedloom.names import looks_like_hub_name
 
 CLIENT_FILE = re.compile(r"local_training_\d+\.(json|jsonl|csv|tsv|parquet)")
@@ -170,5 +170,5 @@ def _cut(settings: Settings, num_blocks: int) -> Iterator[Problem]:
         )
 
 
-def _largest(value: int | tuple[int, ...] | None) -> int:
-    return max(value) if isinstance(value, tuple) else value or 0
+def _largest(value: int | tuple[int, ...] | dict[str, int] | None) -> int:
+    return max(values_of(value), default=0)

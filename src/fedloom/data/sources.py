@@ -81,9 +81,7 @@ class Rows:
 
     def client_of_file(self) -> list[str]:
         """Name each row's client after its file: ``7`` for ``local_training_7.json``, else the file's stem."""
-        names = [_client_name(file) for file in self.files]
-        if len(set(names)) < len(names):
-            names = list(self.files)
+        names = _client_names(self.files)
         return [names[file] for file in self.file_of_row]
 
 
@@ -113,6 +111,18 @@ def load_rows(
             f"{path}: expected a file, a folder or a hub name, found nothing there; check the path and where it starts"
         )
     return _read_hub(str(path), split, subset, revision)
+
+
+def client_names_of_files(path: str | Path, split: Split | str = Split.TRAIN) -> list[str] | None:
+    """Return the names that ``Rows.client_of_file`` will give, without reading a row; None where ``path`` is no path.
+
+    Raises:
+        DataError: a folder has no files of the split.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _client_names(_short_names(_files_of_folder(place, Split(split))))
+    return _client_names([place.name]) if place.is_file() else None
 
 
 def _files_of_folder(folder: Path, split: Split) -> list[Path]:
@@ -258,6 +268,11 @@ def _short_names(files: Sequence[Path]) -> tuple[str, ...]:
 def _client_name(file: str) -> str:
     match = _CLIENT_FILE.fullmatch(file)
     return match[2] if match else Path(file).stem
+
+
+def _client_names(files: Sequence[str]) -> list[str]:
+    names = [_client_name(file) for file in files]
+    return names if len(set(names)) == len(names) else list(files)
 
 
 def _listed(names: Iterator[str] | Sequence[str] | Row) -> str:

@@ -12,8 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
+from fedloom.assembly.inputs import known_names
 from fedloom.assembly.round_plan import CONTROLS
 from fedloom.config import Settings
+from fedloom.config.client_names import resolve_names
+from fedloom.config.schema import PER_CLIENT
 from fedloom.errors import ModelError
 from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
 from fedloom.lora.initial import check_rank
@@ -36,6 +39,8 @@ ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 class Description:
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
+    ``names`` are those of the clients, None where only the rows tell them.
+
     A later download is exact where every client takes part in every round and no server step adds to it; for a
     compressed broadcast it is the most that can come.
     """
@@ -50,6 +55,8 @@ class Description:
     download_bytes: tuple[int, ...]
     memory_bytes: int
     cohort_size: int
+    client_ranks: tuple[int, ...]
+    names: tuple[str, ...] | None = None
     cuts: CutTable | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -61,20 +68,24 @@ class Description:
         share = 100 * max(self.num_trained_parameters) / self.num_base_parameters
         kinds = sorted({name.rpartition(".")[2] for name in self.target_modules})
         where = "a client" if self.cuts is None else "on a client's and the server's side of the cut together"
+        clients = self.names or [str(k) for k in range(len(self.client_ranks))]
+        width = max(6, *map(len, clients))
         lines = [
             f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
             f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
             f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
             "",
-            f"{'client':>6}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}  {'later down':>12}",
+            f"{'client':>{width}}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}"
+            f"  {'later down':>12}",
         ]
-        ranks = self.settings["method"]["ranks"]
         for k, trained in enumerate(self.num_trained_parameters):
-            rank = ranks if isinstance(ranks, int) else ranks[k]
+            rank = self.client_ranks[k]
             sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
             up, first, down = (written_bytes(size) if size else "–" for size in sizes)
-            lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+            lines.append(f"{clients[k]:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+        if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
+            lines.append("which client has which of the named values is known once the rows are read")
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
@@ -103,6 +114,9 @@ def describe(settings: Settings) -> Description:
         ModelError: if the base's configuration cannot be read.
         AdapterError: if a rank does not fit its modules.
     """
+    written, names = settings, known_names(settings)
+    if names is not None:
+        settings = resolve_names(settings, names)
     model = _skeleton(settings)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
@@ -112,7 +126,7 @@ def describe(settings: Settings) -> Description:
     trained = tuple(rank * sum(sum(shape) for shape in lora.shapes.values()) for rank in ranks)
     up, first, down = _messages(settings, lora, ranks)
     return Description(
-        settings=settings.as_dict(),
+        settings=written.as_dict(),
         family=str(model.config.model_type),
         target_modules=tuple(lora.shapes),
         num_base_parameters=num_parameters,
@@ -122,6 +136,8 @@ def describe(settings: Settings) -> Description:
         download_bytes=down,
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
         cohort_size=settings.cohort_size,
+        client_ranks=ranks,
+        names=None if names is None else tuple(names),
         cuts=cut_table(settings, model, lora.shapes) if settings.method.name == "splitlora" else None,
     )
 

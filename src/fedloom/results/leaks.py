@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.assembly.inputs import encode_rows
+from fedloom.config.setting import values_of
 from fedloom.data.sources import Split, load_rows
 from fedloom.data.text_files import read_utf8
 from fedloom.data.tokens import TokenSet
@@ -72,7 +73,7 @@ def leakage(
     run = opened.settings
     if run is None:
         raise EvaluationError(f"{opened.found.path}: expected a run, whose rows are private, got a PEFT adapter alone")
-    cuts = cut_layers or tuple(sorted(set(run.per_client(run.split.cut_layer))))
+    cuts = cut_layers or tuple(sorted(set(values_of(run.split.cut_layer))))
     wire = wire_dtype or run.split.wire_dtype
     check_cuts(cuts, num_blocks(opened.lora.model))
     private = private_rows(opened)
