@@ -23,6 +23,7 @@ ORDER = (
     "errors",
     "seeding",
     "wording",
+    "names",
     "embedded",
     "methods.traits",
     "methods.table",

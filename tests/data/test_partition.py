@@ -26,6 +26,11 @@ def test_a_saved_partition_comes_back_and_leaves_no_other_file(tmp_path: Path) -
     assert [file.name for file in tmp_path.iterdir()] == ["partition.json"]
 
 
+def test_a_saved_partition_keeps_the_order_of_its_clients(tmp_path: Path) -> None:
+    Partition.from_owners(np.array([0, 1]), ["z", "10"]).save(tmp_path / "partition.json", "abc")
+    assert Partition.load(tmp_path / "partition.json", "abc").names == ("z", "10")
+
+
 def test_a_partition_of_other_data_is_refused(tmp_path: Path) -> None:
     PARTITION.save(tmp_path / "partition.json", "a" * 64)
     with pytest.raises(PartitionError, match=r"made for data with hash aaaaaaaaaaaa, these rows have bbbbbbbbbbbb; "):

@@ -112,10 +112,25 @@ def test_by_length_the_first_client_has_the_shortest_rows() -> None:
     assert [sorted(lengths[partition.rows_of(k)].tolist()) for k in range(3)] == [[1, 2], [3, 5], [7, 9]]
 
 
-def test_natural_clients_are_the_values_in_the_order_they_appear() -> None:
+def test_natural_clients_are_the_values_in_order_of_their_names() -> None:
     partition = natural(["z", "a", "z", 7])
-    assert partition.names == ("z", "a", "7")
-    assert partition.rows_of(0).tolist() == [0, 2]
+    assert partition.names == ("7", "a", "z")
+    assert [partition.rows_of(k).tolist() for k in range(3)] == [[3], [1], [0, 2]]
+
+
+def test_numbers_in_names_of_clients_are_ordered_as_numbers() -> None:
+    names = ["site10", "10", "site2", "b", "2", "-1", "2.5", "site2a", "B"]
+    assert natural(names).names == ("-1", "2", "2.5", "10", "B", "b", "site2", "site2a", "site10")
+
+
+@given(st.permutations(["10", "2", "north", "South", "s3", "s12", "02"]), st.data())
+def test_natural_clients_keep_their_order_whatever_rows_are_drawn_and_in_which_order(
+    names: list[str], data: st.DataObject
+) -> None:
+    owners = data.draw(st.permutations(names * 3))
+    kept = owners[: data.draw(st.integers(1, len(owners)))]
+    assert list(natural(kept).names) == [name for name in natural(owners).names if name in kept]
+    assert natural(owners).names == ("02", "2", "10", "South", "north", "s3", "s12")
 
 
 @pytest.mark.parametrize(

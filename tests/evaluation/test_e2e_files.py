@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from fedloom.errors import EvaluationError
+from fedloom.errors import DataError, EvaluationError
 from fedloom.evaluation.choice.questions import read_questions
 from fedloom.evaluation.e2e.e2e_files import Outputs, References, matched_texts, read_outputs, read_references
 from fedloom.evaluation.judge.judge_prompts import read_prompts
@@ -87,5 +87,5 @@ def test_an_absent_file_is_named(tmp_path: Path) -> None:
 def test_a_file_in_another_encoding_is_refused_by_name(tmp_path: Path, read: Callable[[Path], object]) -> None:
     file = tmp_path / "latin.jsonl"
     file.write_bytes("name[A]||café\n".encode("latin-1"))
-    with pytest.raises(EvaluationError, match=r"latin.jsonl: expected UTF-8 text, got .* convert the file"):
+    with pytest.raises(DataError, match=r"latin.jsonl: expected UTF-8 text, got .* convert the file"):
         read(file)

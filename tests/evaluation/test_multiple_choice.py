@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedloom.errors import EvaluationError
+from fedloom.errors import DataError, EvaluationError
 from fedloom.evaluation.choice.multiple_choice import answer_questions, tokenised_groups
 from fedloom.evaluation.choice.question_prompts import Answering, prompt_text
 from fedloom.evaluation.choice.questions import Question, read_mmlu, read_questions
@@ -154,13 +154,14 @@ def test_an_answer_is_an_index_a_letter_or_a_text(tmp_path: Path, answer: object
         ('{"question": "q", "answer": 0}', "expected the keys question, choices and answer"),
         ('{"question": "q", "choices": ["a", "b"], "answer": 7}', "the answer '7' is none of the 2 choices"),
         ('{"question": " ", "choices": ["a", "b"], "answer": 1}', "the question is empty"),
-        ("no json", "line 1: no JSON"),
+        ("no json", "line 1: expected one JSON object per line"),
+        ('{"question": "q", "question": "r"}', "q.jsonl line 1: expected every key once"),
     ],
 )
 def test_a_broken_question_is_refused_with_its_place(tmp_path: Path, line: str, message: str) -> None:
     file = tmp_path / "q.jsonl"
     file.write_text(line + "\n")
-    with pytest.raises(EvaluationError, match=message):
+    with pytest.raises((EvaluationError, DataError), match=message):
         read_questions(file)
 
 

@@ -334,3 +334,62 @@ def test_a_state_survives_its_files_to_the_last_bit(settings_for: Make, tmp_path
     run(of_method(settings_for, "standalone"), tmp_path / "alone")
     optimisers = read_optimisers((tmp_path / "alone/rounds/2" / OPTIMISERS).read_bytes())
     assert sorted(optimisers) == [0, 1, 2]
+
+
+def write_sites(folder: Path, rows: Path) -> None:
+    """Write one file per site, the later name in the alphabet with fewer rows."""
+    folder.mkdir()
+    given = json.loads(rows.read_text())
+    (folder / "site10.json").write_text(json.dumps(given[:20]))
+    (folder / "site9.json").write_text(json.dumps(given[20:]))
+
+
+def test_named_clients_get_their_own_rank_and_the_config_stays_as_written(
+    settings_for: Make, rows_file: Path, tmp_path: Path
+) -> None:
+    write_sites(tmp_path / "sites", rows_file)
+    shared = {
+        "data__path": str(tmp_path / "sites"),
+        "partition__scheme": "natural",
+        "partition__column": None,
+        "partition__categories_per_client": 2,
+        "federation__num_clients": 2,
+    }
+    named = settings_for(**shared, method__ranks={"site10": 1, "site9": 4})
+    listed = settings_for(**shared, method__ranks=[4, 1])
+    assert describe(named).names == ("site9", "site10")
+    assert describe(named).client_ranks == (4, 1)
+    assert describe(named).upload_bytes == describe(listed).upload_bytes
+    run(named, tmp_path / "named")
+    run(listed, tmp_path / "listed")
+    assert adapter_bytes(tmp_path / "named") == adapter_bytes(tmp_path / "listed")
+    config = json.loads((tmp_path / "named/config.json").read_text())
+    assert config["method"]["ranks"] == {"site10": 1, "site9": 4}
+    run(named, tmp_path / "named")
+    wrong = settings_for(**shared, method__ranks={"site10": 1, "site8": 4})
+    for refused in (lambda: run(wrong, tmp_path / "wrong"), lambda: describe(wrong)):
+        with pytest.raises(SettingsError, match='one for "site8", which is no client; did you mean site9'):
+            refused()
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_a_saved_partition_of_another_order_is_asked_for_the_names(
+    settings_for: Make, rows_file: Path, tmp_path: Path
+) -> None:
+    write_sites(tmp_path / "sites", rows_file)
+    shared = {"data__path": str(tmp_path / "sites"), "partition__scheme": "natural", "partition__column": None}
+    settings = settings_for(**shared, federation__num_clients=2, method__ranks={"site10": 1, "site9": 4})
+    workshop = Workshop()
+    partition = workshop.inputs(settings, workshop.base(settings)[0]).partition
+    owner = 1 - partition.owner_of_row()
+    saved = type(partition).from_owners(owner, ["site10", "site9"])
+    saved.save(tmp_path / "saved.json", workshop.inputs(settings, workshop.base(settings)[0]).data_sha256)
+    again = settings_for(
+        **shared,
+        partition__path=str(tmp_path / "saved.json"),
+        federation__num_clients=2,
+        method__ranks={"site10": 1, "site9": 4},
+    )
+    run(again, tmp_path / "run")
+    holdings = json.loads((tmp_path / "run/holdings.json").read_text())
+    assert [(client["name"], client["rank"]) for client in holdings["clients"]] == [("site10", 1), ("site9", 4)]

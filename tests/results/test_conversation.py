@@ -15,7 +15,7 @@ import torch
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
 from fedloom.data.records import Turn
-from fedloom.errors import EvaluationError
+from fedloom.errors import DataError, EvaluationError
 from fedloom.evaluation.decoding import GREEDY, decode
 from fedloom.experiment import run
 from fedloom.results.conversation import GumbelNoise, Sampling, converse, generate, wording_of
@@ -55,7 +55,7 @@ def test_a_template_takes_the_place_of_the_runs_and_none_leaves_the_prompt(flora
 
 def test_a_pefts_wording_is_the_chat_template_else_plain(flora: Path) -> None:
     opened = open_result(flora / "adapter", tokenizer="bytes")
-    assert wording_of(opened).text([Turn("user", "hi")], opened.base.tokenizer) == "Question: hi\nAnswer:"
+    assert wording_of(opened).prompt([Turn("user", "hi")], opened.base.tokenizer).text == "Question: hi\nAnswer:"
     opened.base.tokenizer.chat_template = (
         "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -63,7 +63,7 @@ def test_a_pefts_wording_is_the_chat_template_else_plain(flora: Path) -> None:
     turns = [Turn("user", "hi"), Turn("assistant", "yes"), Turn("user", "why")]
     wording = wording_of(opened)
     assert wording.is_dialogue
-    assert wording.text(turns, opened.base.tokenizer) == "<user>hi\n<assistant>yes\n<user>why\n<assistant>"
+    assert wording.prompt(turns, opened.base.tokenizer).text == "<user>hi\n<assistant>yes\n<user>why\n<assistant>"
 
 
 def test_a_dialogue_remembers_and_forgets_the_oldest_when_the_context_is_full(
@@ -146,7 +146,7 @@ def test_a_prompt_that_is_no_text_is_one_line(
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"bad\xff byte\n"), encoding="utf-8"))
     assert exit_code(["generate", str(flora), "--only", "--interactive"]) == 2
     assert wanted in capsys.readouterr().err
-    with pytest.raises(EvaluationError, match=r"got U\+D83D, half of a character, after"):
+    with pytest.raises(DataError, match=r"got U\+D83D, half of a character, after"):
         generate(open_result(flora), "smile \ud83d")
 
 

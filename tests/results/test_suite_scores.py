@@ -19,8 +19,8 @@ from fedloom.config.conduct import SuiteName
 from fedloom.errors import SettingsError
 from fedloom.evaluation.e2e import meteor
 from fedloom.evaluation.intervals import ItemStatistics, ratio, ratio_statistics
-from fedloom.evaluation.prompts import context_length
 from fedloom.experiment import run
+from fedloom.models.causal import context_length
 from fedloom.results import suite_scores
 from fedloom.results.conversation import Sampling, generate
 from fedloom.results.opened_result import open_result

@@ -11,18 +11,21 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import Settings
+from fedloom.config.inputs import Data
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
 from fedloom.data.partition import Partition
 from fedloom.data.records import read_records
-from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
+from fedloom.models.causal import context_of
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
+from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
 
@@ -142,28 +145,48 @@ class Workshop:
             rows = load_rows(name, split, subset=data.subset, revision=data.revision)
             if max_rows is not None and max_rows < len(rows):
                 rows = rows.select(np.sort(stream(seed, "max_rows").permutation(len(rows))[:max_rows]))
-            encoded = encode(
-                read_records(rows, data.shape, data.columns),
-                base.tokenizer,
-                template=data.template or AUTO,
-                max_length=data.max_length or context_of(base.model.config),
-                loss_on=data.loss_on,
-                overlong=data.overlong,
-                unanswered=data.unanswered,
-            )
+            usable, encoded = encode_rows(rows, data, base)
             if encoded.counts.told:
                 self.progress.note(encoded.counts.told)
-            self._rows[key] = rows.select(encoded.kept), encoded
+            self._rows[key] = usable, encoded
         return self._rows[key]
 
 
-def context_of(config: Any) -> int | None:
-    """Return the number of positions of a model, where its config states one."""
-    text = config.get_text_config()
-    for name in ("max_position_embeddings", "n_positions"):
-        if getattr(text, name, None):
-            return int(getattr(text, name))
-    return None
+def known_names(settings: Settings) -> list[str] | None:
+    """Return the clients' names where they are known before a row is read: not those a column's values give.
+
+    Raises:
+        DataError: a folder has no files of the split.
+    """
+    if settings.partition.path is not None:
+        return None
+    if settings.partition.scheme != "natural":
+        return [str(client) for client in range(settings.federation.num_clients)]
+    if settings.partition.column is not None:
+        return None
+    names = client_names_of_files(settings.data.path, settings.data.split)
+    return None if names is None else sorted(names, key=name_order)
+
+
+def encode_rows(
+    rows: Rows, data: Data, base: Base, *, named: Callable[[str], str] = "data.{}".format
+) -> tuple[Rows, Encoded]:
+    """Return the usable rows and their tokens, read as ``data`` says; ``named`` gives the user's name of a setting.
+
+    Raises:
+        DataError: rows cannot be read or used.
+    """
+    encoded = encode(
+        read_records(rows, data.shape, data.columns),
+        base.tokenizer,
+        template=data.template or AUTO,
+        max_length=data.max_length or context_of(base.model.config),
+        loss_on=data.loss_on,
+        overlong=data.overlong,
+        unanswered=data.unanswered,
+        named=named,
+    )
+    return rows.select(encoded.kept), encoded
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

@@ -21,6 +21,7 @@ from fedloom.cli.options import (
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings
 from fedloom.config.comparison import check_methods, check_seeds, refuse_ignored
+from fedloom.config.setting import values_of
 from fedloom.errors import SettingsError
 from fedloom.methods import table
 from fedloom.wording import counted
@@ -71,7 +72,7 @@ def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonO
 def summary(settings: Settings) -> str:
     """Say in a line what would run."""
     ranks = settings.method.ranks
-    written = f"rank {ranks}" if isinstance(ranks, int) else f"ranks {', '.join(map(str, ranks))}"
+    written = f"rank {ranks}" if isinstance(ranks, int) else f"ranks {', '.join(map(str, values_of(ranks)))}"
     clients = f"{settings.cohort_size} of {settings.federation.num_clients} clients a round"
     rounds = counted(settings.federation.num_rounds, "round")
     return (

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fedloom.config.setting import Count, Decay, Fraction, Natural, NonNegative, Positive, Table, having, setting
+from fedloom.config.setting import (
+    Count,
+    CountPerClient,
+    Decay,
+    Fraction,
+    Natural,
+    NonNegative,
+    Positive,
+    PositivePerClient,
+    Table,
+    having,
+    setting,
+)
 from fedloom.methods.table import BASELINE
 
 CUT = {"method.name": having("is_cut")}
@@ -18,8 +30,10 @@ class Method(Table):
     """What the server does with the clients' adapters, and the adapters' size."""
 
     name: Annotated[str, having()] = setting(BASELINE, "The method; a control is a method too.")
-    ranks: Count | tuple[Count, ...] = setting(8, "Rank of the adapters: one for all, or one per client.")
-    alpha: Positive | tuple[Positive, ...] | None = setting(
+    ranks: CountPerClient = setting(
+        8, "Rank of the adapters: one for all, or one per client, as a list or by name: `{north = 16, south = 8}`."
+    )
+    alpha: PositivePerClient | None = setting(
         None, "LoRA's alpha: one for all, or one per client; left out: twice the rank."
     )
     scaling: Literal["alpha/r", "rslora"] = setting("alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).")
@@ -100,9 +114,7 @@ class Training(Table):
 class Split(Table):
     """Split training: where the model is cut and what crosses."""
 
-    cut_layer: Count | tuple[Count, ...] = setting(
-        1, "Decoder blocks on the client: one for all, or one per client.", when=CUT
-    )
+    cut_layer: CountPerClient = setting(1, "Decoder blocks on the client: one for all, or one per client.", when=CUT)
     aggregation: Annotated[str, having("aggregates_split")] = setting(
         BASELINE, "Method that aggregates the client-side adapters.", when=CUT
     )
@@ -117,7 +129,7 @@ class Split(Table):
     client_half: Literal["trained", "frozen"] = setting(
         "trained", "`frozen`: no client-side adapters; a row's activations cross once and are cached.", when=CUT
     )
-    client_rank: Count | tuple[Count, ...] | None = setting(
+    client_rank: CountPerClient | None = setting(
         None, "Rank of the client-side adapters; left out: `method.ranks`.", when=CUT
     )
     server_rank: Count | None = setting(

@@ -10,8 +10,8 @@ import re
 from collections.abc import Iterator
 
 from fedloom.config.problems import Problem
-from fedloom.config.schema import Settings, every_setting
-from fedloom.config.setting import Values, conditions, in_words, shown
+from fedloom.config.schema import PER_CLIENT, Settings, every_setting
+from fedloom.config.setting import Values, conditions, in_words, shown, values_of
 from fedloom.methods import table
 from fedloom.wording import either
 
@@ -19,17 +19,6 @@ HOLD_OUTS = ("data.eval_path", "data.eval_rows", "data.eval_fraction")
 DURATIONS = ("training.local_steps", "training.local_epochs")
 ALTERNATIVES = (DURATIONS, HOLD_OUTS)
 
-PER_CLIENT = (
-    "method.ranks",
-    "method.alpha",
-    "split.cut_layer",
-    "split.client_rank",
-    "devices.client_flops",
-    "devices.client_memory_gib",
-    "devices.uplink_mbit_per_second",
-    "devices.downlink_mbit_per_second",
-    "devices.latency_ms",
-)
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
 COLUMN_SCHEMES = ("dirichlet", "shards", "category")
 
@@ -69,19 +58,19 @@ def applicability(settings: Settings) -> Iterator[Problem]:
 
 
 def lists(settings: Settings) -> Iterator[Problem]:
-    """A list per client has as many entries as there are clients, and one of layers has any."""
+    """A list or table per client has as many entries as there are clients, and a list of layers has any."""
     if settings.model.target_modules == ():
         wanted = "at least one name or pattern"
         yield Problem("model.target_modules", wanted, "none", "leave it out (--set model.target_modules= does)")
     clients = settings.federation.num_clients
     for name in PER_CLIENT:
         value = settings.value(name)
-        if isinstance(value, tuple) and len(value) != clients:
+        if isinstance(value, tuple | dict) and len(value) != clients:
             others = f"give {clients}, or set federation.num_clients = {len(value)}"
             yield Problem(
                 name,
                 f"one value, or {clients} (one per client)",
-                f"{len(value)} values",
+                f"{len(value)} {'values' if isinstance(value, tuple) else 'names'}",
                 others if value else f"give one value, or {clients}",
                 ("federation.num_clients",),
             )
@@ -99,7 +88,7 @@ def ranks(settings: Settings) -> Iterator[Problem]:
 def _equal_ranks(settings: Settings, name: str, chooser: str, trait: str) -> Iterator[Problem]:
     value = settings.value(name)
     instead = either(one for one in table.names(trait) if not table.traits_of(one).needs_one_rank)
-    if isinstance(value, tuple) and len(set(value)) > 1:
+    if len(set(values_of(value))) > 1:
         yield Problem(
             name,
             f"one rank for all clients with {chooser} = {settings.value(chooser)}",

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.config.setting import Count, Fraction, Natural, NonNegative, Positive, Table, having, setting
+from fedloom.config.setting import (
+    Count,
+    Fraction,
+    Natural,
+    NonNegative,
+    NonNegativePerClient,
+    Positive,
+    PositivePerClient,
+    Table,
+    having,
+    setting,
+)
 
 SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-number"]
 
@@ -12,11 +23,11 @@ SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-numbe
 class Devices(Table):
     """Devices and links of the cost model: one value for all clients, or one per client. They change no result."""
 
-    client_flops: Positive | tuple[Positive, ...] = setting(35.6e12, "Operations per second of a client.")
-    client_memory_gib: Positive | tuple[Positive, ...] = setting(24.0, "Memory of a client.")
-    uplink_mbit_per_second: Positive | tuple[Positive, ...] = setting(100.0, "Rate from client to server.")
-    downlink_mbit_per_second: Positive | tuple[Positive, ...] = setting(100.0, "Rate from server to client.")
-    latency_ms: NonNegative | tuple[NonNegative, ...] = setting(20.0, "Delay of a message, one way.")
+    client_flops: PositivePerClient = setting(35.6e12, "Operations per second of a client.")
+    client_memory_gib: PositivePerClient = setting(24.0, "Memory of a client.")
+    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.")
+    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.")
+    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.")
     server_flops: Positive = setting(312e12, "Operations per second of the server.")
     utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.")
 

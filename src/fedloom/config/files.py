@@ -15,10 +15,9 @@ from typing import Any
 
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings
-from fedloom.config.setting import shown
+from fedloom.config.setting import shown, values_of
+from fedloom.names import looks_like_hub_name
 
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-ROW_SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".tsv", ".txt", ".toml", ".gz", ".zst")
 CLIENT_FILE = re.compile(r"local_training_\d+\.(json|jsonl|csv|tsv|parquet)")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 GROUPED = ("k_proj", "v_proj")
@@ -39,11 +38,6 @@ def problems(settings: Settings) -> list[Problem]:
     found = [*base(settings), *tokenizer(settings), *rows(settings), *clients(settings)]
     config = base_config(settings.model.base)
     return found + (list(sizes(settings, read_shape(config, settings.model.target_modules))) if config else [])
-
-
-def looks_like_hub_name(text: str) -> bool:
-    """Tell a hub name (``org/name`` or a bare name) from a path that does not exist."""
-    return HUB_NAME.fullmatch(text) is not None and not text.endswith(ROW_SUFFIXES)
 
 
 def absent(name: str, path: str, wanted: str) -> Problem:
@@ -176,5 +170,5 @@ def _cut(settings: Settings, num_blocks: int) -> Iterator[Problem]:
         )
 
 
-def _largest(value: int | tuple[int, ...] | None) -> int:
-    return max(value) if isinstance(value, tuple) else value or 0
+def _largest(value: int | tuple[int, ...] | dict[str, int] | None) -> int:
+    return max(values_of(value), default=0)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from fedloom.config.algorithm import Federation, Method, Server, Split, Training
@@ -15,8 +15,21 @@ from fedloom.config.inputs import Data, Model, Partition
 from fedloom.config.setting import Table
 from fedloom.methods.table import traits_of
 from fedloom.methods.traits import Traits
+from fedloom.names import name_order
 
 Number = TypeVar("Number", int, float)
+PER_CLIENT = (
+    "method.ranks",
+    "method.alpha",
+    "split.cut_layer",
+    "split.client_rank",
+    "devices.client_flops",
+    "devices.client_memory_gib",
+    "devices.uplink_mbit_per_second",
+    "devices.downlink_mbit_per_second",
+    "devices.latency_ms",
+)
+"""Settings that may differ by client: one value for all, a list by position, or a table by name."""
 
 
 class Settings(Table):
@@ -76,9 +89,28 @@ class Settings(Table):
             case float():
                 return max(math.floor(drawn * self.federation.num_clients + 1e-9), 1)
 
-    def per_client(self, value: Number | tuple[Number, ...]) -> tuple[Number, ...]:
-        """Spread one value over all clients; a list is returned as it is."""
+    def per_client(self, value: Number | tuple[Number, ...] | dict[str, Number]) -> tuple[Number, ...]:
+        """Spread one value over all clients; a list is returned as it is, a table in order of its names.
+
+        That is the order of the clients, unless a saved partition has another: :func:`resolve_names` asks it.
+        """
+        if isinstance(value, dict):
+            return tuple(value[name] for name in sorted(value, key=name_order))
         return value if isinstance(value, tuple) else (value,) * self.federation.num_clients
+
+    @model_validator(mode="before")
+    @classmethod
+    def _count_names(cls, given: Any) -> Any:
+        """Where clients are named and not counted, there are as many as names."""
+        if not isinstance(given, dict) or not isinstance(federation := given.get("federation", {}), dict):
+            return given
+        tables = [(given.get(table), key) for table, _, key in (name.partition(".") for name in PER_CLIENT)]
+        named = [
+            value for table, key in tables if isinstance(table, dict) and isinstance(value := table.get(key), dict)
+        ]
+        if not any(named) or "num_clients" in federation:
+            return given
+        return {**given, "federation": {**federation, "num_clients": max(map(len, named))}}
 
 
 def tables() -> dict[str, type[Table]]:

@@ -38,6 +38,10 @@ Decay = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
 PathOrName = Annotated[str, MinLen(1), AfterValidator(_expand_home)]
 
+CountPerClient = Count | tuple[Count, ...] | dict[str, Count]
+PositivePerClient = Positive | tuple[Positive, ...] | dict[str, Positive]
+NonNegativePerClient = NonNegative | tuple[NonNegative, ...] | dict[str, NonNegative]
+
 
 @dataclass(frozen=True)
 class MethodsHaving:
@@ -118,6 +122,13 @@ def _literals(annotation: Any) -> list[str]:
     return [choice for argument in get_args(annotation) for choice in _literals(argument)]
 
 
+def values_of(value: Any) -> tuple[Any, ...]:
+    """Return the values of a setting that is one value, a list, or a table of name = value; none for None."""
+    if isinstance(value, dict):
+        return tuple(value.values())
+    return value if isinstance(value, tuple) else () if value is None else (value,)
+
+
 def shown(value: object) -> str:
     """Write ``value`` as a user would in TOML."""
     return json.dumps(value, ensure_ascii=False, default=str)
@@ -134,7 +145,7 @@ def _words(annotation: Any, bounds: Iterable[object] = ()) -> str:
     if origin is tuple:
         return f"a list (each {_words(arguments[0])})"
     if origin is dict:
-        return "a table of name = text"
+        return f"a table of name = {_words(arguments[1])}"
     return _scalar_words(annotation, list(bounds))
 
 

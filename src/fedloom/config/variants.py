@@ -7,6 +7,7 @@ from typing import Any
 
 from fedloom.config.checks import inapplicable
 from fedloom.config.schema import Settings
+from fedloom.config.setting import values_of
 from fedloom.methods import table
 
 
@@ -42,11 +43,16 @@ def _knows_one_rank(settings: Settings) -> bool:
 
 def _with_one_rank(settings: Settings, keep: Collection[str]) -> Settings:
     ranks, alpha = settings.method.ranks, settings.method.alpha
-    if isinstance(ranks, tuple) and "method.ranks" not in keep:
-        settings = _replaced(settings, "method.ranks", max(1, round(sum(ranks) / len(ranks))))
-    if isinstance(alpha, tuple) and "method.alpha" not in keep:
-        settings = _replaced(settings, "method.alpha", sum(alpha) / len(alpha))
+    if isinstance(ranks, tuple | dict) and "method.ranks" not in keep:
+        settings = _replaced(settings, "method.ranks", max(1, round(_mean(ranks))))
+    if isinstance(alpha, tuple | dict) and "method.alpha" not in keep:
+        settings = _replaced(settings, "method.alpha", _mean(alpha))
     return settings
+
+
+def _mean(value: Any) -> float:
+    values = values_of(value)
+    return float(sum(values) / len(values))
 
 
 def _replaced(settings: Settings, name: str, value: Any) -> Settings:

@@ -17,7 +17,6 @@ from fedloom.data.encoding import (
     Overlong,
     Unanswered,
     encode,
-    render,
     resolve_template,
 )
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
@@ -27,6 +26,7 @@ from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape, Turn,
 from fedloom.data.schemes import by_category, by_length, by_power_law, by_size, dirichlet, iid, natural, shards
 from fedloom.data.sources import Row, Rows, Split, load_rows
 from fedloom.data.templates import Rendered, Template, default_template, load_template, shipped_templates
+from fedloom.data.token_rows import PromptTokens, record_prompts, render, text_prompts
 from fedloom.data.tokenizer import byte_tokenizer, load_tokenizer
 from fedloom.data.tokens import TokenSet
 
@@ -40,6 +40,7 @@ __all__ = [
     "Overlong",
     "Partition",
     "Prompt",
+    "PromptTokens",
     "Record",
     "Records",
     "Rendered",
@@ -72,9 +73,11 @@ __all__ = [
     "natural",
     "num_batches",
     "read_records",
+    "record_prompts",
     "render",
     "resolve_template",
     "shards",
     "shipped_templates",
+    "text_prompts",
     "write_shepherd",
 ]

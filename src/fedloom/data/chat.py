@@ -20,7 +20,8 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     end-of-turn mark belongs to the answer. Nothing is searched for.
 
     Raises:
-        DataError: the template refuses the turns, or rewrites earlier turns so that P_i or Q_i does not begin the text.
+        DataError: the template refuses the turns, rewrites earlier turns so that P_i or Q_i does not begin the text,
+            or asks for an answer in other words than it writes one.
     """
     turns = _turns(record)
     text = _apply(tokenizer, turns, cue="without")
@@ -30,13 +31,34 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
             continue
         before = _apply(tokenizer, turns[:position], cue="with")
         through = text if position + 1 == len(turns) else _apply(tokenizer, turns[: position + 1], cue="without")
-        if not (text.startswith(through) and through.startswith(before)):
-            raise DataError(
-                f"turn {position + 1}: the tokenizer's chat template writes earlier turns differently once others "
-                "follow, so the answer's place is unknown; set data.template to 'plain', or keep one answer each"
-            )
+        _check_begins(position, tokenizer, turns, text=text, through=through, before=before)
         spans.append((len(before), len(through.rstrip())))
     return Rendered(text, tuple(spans), framed=True)
+
+
+def _check_begins(
+    position: int,
+    tokenizer: PreTrainedTokenizerFast,
+    turns: tuple[Turn, ...],
+    *,
+    text: str,
+    through: str,
+    before: str,
+) -> None:
+    if text.startswith(through) and through.startswith(before):
+        return
+    uncued = _apply(tokenizer, turns[:position], cue="without")
+    if text.startswith(through) and through.startswith(uncued) and before.startswith(uncued):
+        cue, found = before[len(uncued) :], through[len(uncued) :]
+        raise DataError(
+            f"turn {position + 1}: the tokenizer's chat template asks for an answer with {cue!r}, but writes one as "
+            f"{found[: len(cue) + 20]!r}, so a model trained on it would be asked in other words; correct the chat "
+            "template, or set data.template to 'plain'"
+        )
+    raise DataError(
+        f"turn {position + 1}: the tokenizer's chat template writes earlier turns differently once others "
+        "follow, so the answer's place is unknown; set data.template to 'plain', or keep one answer each"
+    )
 
 
 def _turns(record: Record) -> tuple[Turn, ...]:

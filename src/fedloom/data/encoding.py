@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, assert_never
 
 import numpy as np
 import numpy.typing as npt
 
-from fedloom.data.chat import render_chat
 from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape
 from fedloom.data.templates import AUTO, CHAT, Rendered, Template, default_template, load_template
+from fedloom.data.token_rows import TokenRow, render, token_rows
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
-
-_ROWS_PER_CALL = 1000
 
 
 class LossOn(StrEnum):
@@ -87,12 +83,6 @@ class Encoded:
     counts: EncodingCounts
 
 
-@dataclass(frozen=True)
-class _Row:
-    ids: npt.NDArray[np.int32]
-    answer: npt.NDArray[np.bool_]
-
-
 def encode(
     records: Records,
     tokenizer: PreTrainedTokenizerFast,
@@ -118,8 +108,9 @@ def encode(
     loss_on, overlong, unanswered = LossOn(loss_on), Overlong(overlong), Unanswered(unanswered)
     answered, num_trailing = _answered(records, unanswered, named)
     rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer), tokenizer)
-    rows = list(_tokenise(rendered, tokenizer))
-    kept: list[tuple[int, _Row]] = []
+    special = _special_ids(tokenizer)
+    rows = [_close(row, tokenizer.eos_token_id, special) for row in token_rows(rendered, tokenizer)]
+    kept: list[tuple[int, TokenRow]] = []
     num_truncated = num_cut_off = 0
     limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
     if overlong is Overlong.ERROR:
@@ -128,7 +119,7 @@ def encode(
         if len(row.ids) <= limit:
             kept.append((index, row))
         elif overlong is Overlong.TRUNCATE and row.answer[:limit].any():
-            kept.append((index, _Row(row.ids[:limit], row.answer[:limit])))
+            kept.append((index, replace(row, ids=row.ids[:limit], answer=row.answer[:limit])))
             num_truncated += 1
         elif overlong is Overlong.TRUNCATE:
             num_cut_off += 1
@@ -162,11 +153,6 @@ def resolve_template(name: str | Path, shape: Shape, tokenizer: PreTrainedTokeni
     if str(name) == CHAT or (str(name) == AUTO and has_chat and shape in (Shape.MESSAGES, Shape.SHAREGPT)):
         return None
     return load_template(default_template(shape) if str(name) == AUTO else name)
-
-
-def render(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    """Write one record with ``template``, or with the tokenizer's chat template for None."""
-    return render_chat(record, tokenizer) if template is None else template.render(record, tokenizer.eos_token)
 
 
 def _answered(records: Records, policy: Unanswered, named: Callable[[str], str]) -> tuple[list[int], int]:
@@ -213,64 +199,21 @@ def _render(
             raise DataError(f"{records.rows.where(index)}: {problem}") from problem
 
 
-def _tokenise(rendered: Iterator[Rendered], tokenizer: PreTrainedTokenizerFast) -> Iterator[_Row]:
-    prefix = np.asarray(_prefix_ids(tokenizer), np.int32)
-    special = set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-    while batch := list(islice(rendered, _ROWS_PER_CALL)):
-        texts = [item.text for item in batch]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        for item, encoding in zip(batch, encoded.encodings, strict=True):
-            row = _mark(item, encoding)
-            yield _close(row if item.framed else _begin(row, prefix), tokenizer.eos_token_id, special)
+def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
+    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
-def _prefix_ids(tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Return the special ids the tokenizer puts before any text."""
-    encoding = tokenizer("a", return_special_tokens_mask=True)
-    ids, mask = encoding["input_ids"], encoding["special_tokens_mask"]
-    return list(ids[: mask.index(0)])
-
-
-def _mark(item: Rendered, encoding: Encoding) -> _Row:
-    answer = np.zeros(len(encoding.ids), np.bool_)
-    for start, stop in item.spans:
-        first = _first_token(encoding, start, len(item.text))
-        last = _first_token(encoding, stop, len(item.text))
-        while last < len(answer) and _begins_before(encoding, last, stop):
-            last += 1
-        answer[first:last] = True
-    return _Row(np.array(encoding.ids, np.int32), answer)
-
-
-def _begins_before(encoding: Encoding, token: int, stop: int) -> bool:
-    characters = encoding.token_to_chars(token)
-    return characters is None or characters[0] < stop
-
-
-def _first_token(encoding: Encoding, start: int, stop: int) -> int:
-    """Return the first token that holds a character from ``start`` on; characters may have been dropped, so walk."""
-    for character in range(start, stop):
-        token = encoding.char_to_token(character)
-        if token is not None:
-            return int(token)
-    return len(encoding.ids)
-
-
-def _begin(row: _Row, prefix: npt.NDArray[np.int32]) -> _Row:
-    return _Row(np.concatenate([prefix, row.ids]), np.concatenate([np.zeros(len(prefix), np.bool_), row.answer]))
-
-
-def _close(row: _Row, end_of_text: int, special: set[int]) -> _Row:
+def _close(row: TokenRow, end_of_text: int, special: set[int]) -> TokenRow:
     """Cut what follows the last answer, and end the row with the end of text unless a special token already does."""
     stop = int(np.flatnonzero(row.answer)[-1]) + 1
     ids, answer = row.ids[:stop], row.answer[:stop]
     if int(ids[-1]) in special:
-        return _Row(ids, answer)
-    return _Row(np.append(ids, np.int32(end_of_text)), np.append(answer, True))
+        return replace(row, ids=ids, answer=answer)
+    return replace(row, ids=np.append(ids, np.int32(end_of_text)), answer=np.append(answer, True))
 
 
 def _refuse_overlong(
-    records: Records, indices: Sequence[int], rows: Sequence[_Row], limit: int, named: Callable[[str], str]
+    records: Records, indices: Sequence[int], rows: Sequence[TokenRow], limit: int, named: Callable[[str], str]
 ) -> None:
     lengths = np.array([len(row.ids) for row in rows], np.int64)
     overlong = np.flatnonzero(lengths > limit)
@@ -283,7 +226,7 @@ def _refuse_overlong(
         )
 
 
-def _supervised(row: _Row, loss_on: LossOn) -> npt.NDArray[np.bool_]:
+def _supervised(row: TokenRow, loss_on: LossOn) -> npt.NDArray[np.bool_]:
     match loss_on:
         case LossOn.ANSWER:
             mask = row.answer.copy()

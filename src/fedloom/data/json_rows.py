@@ -13,9 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
 
 _SPACE = " \t\n\r"
+
+
+def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the object of every line of a file, with the line's number.
+
+    Raises:
+        DataError: the file cannot be read or is not UTF-8, a line is no JSON object, or names a key twice.
+    """
+    yield from rows_of_lines(file, read_utf8(file))
 
 
 def rows_of_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

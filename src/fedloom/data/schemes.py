@@ -10,6 +10,7 @@ import numpy.typing as npt
 from fedloom.data.groups import group, members
 from fedloom.data.partition import Partition
 from fedloom.errors import PartitionError
+from fedloom.names import name_order
 from fedloom.seeding import stream
 
 IntArray = npt.NDArray[np.int64]
@@ -150,12 +151,18 @@ def by_length(lengths: npt.ArrayLike, num_clients: int) -> Partition:
 
 
 def natural(owners: Categories, num_clients: int | None = None) -> Partition:
-    """Make one client of each distinct value (a column, or ``Rows.client_of_file()``), in first-seen order.
+    """Make one client of each distinct value (a column, or ``Rows.client_of_file()``), ordered by name.
+
+    The order (:func:`~fedloom.names.name_order`) is of the names alone, so client k is the same one whatever the seed,
+    the order of the rows, or how many of them are used.
 
     Raises:
         PartitionError: ``num_clients`` is given and the values are not that many.
     """
-    names, owner = group(owners)
+    found, number = group(owners)
+    names = sorted(found, key=name_order)
+    place = {name: index for index, name in enumerate(names)}
+    owner = np.array([place[name] for name in found], np.int64)[number]
     if num_clients is not None and num_clients != len(names):
         raise PartitionError(
             f"the data name {len(names)} clients, federation.num_clients is {num_clients}; "

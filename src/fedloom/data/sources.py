@@ -21,11 +21,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom import embedded
-from fedloom.data.json_rows import rows_of_lines, rows_of_list
+from fedloom.data.json_rows import read_json_lines, rows_of_lines, rows_of_list
+from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
+from fedloom.names import looks_like_hub_name
 
 Row = dict[str, Any]
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _CLIENT_FILE = re.compile(r"local_(training|eval|test)_(\d+)\.(json|jsonl|csv|tsv|parquet)")
 _CLIENT_FILE_SPLITS = {"train": "training", "eval": "eval", "test": "test"}
 _GLOBAL_FILES = {"train": "global_training.json", "eval": "global_eval.json", "test": "global_test.json"}
@@ -80,9 +81,7 @@ class Rows:
 
     def client_of_file(self) -> list[str]:
         """Name each row's client after its file: ``7`` for ``local_training_7.json``, else the file's stem."""
-        names = [_client_name(file) for file in self.files]
-        if len(set(names)) < len(names):
-            names = list(self.files)
+        names = _client_names(self.files)
         return [names[file] for file in self.file_of_row]
 
 
@@ -107,11 +106,23 @@ def load_rows(
         return _read_files(_files_of_folder(place, split))
     if place.is_file():
         return _read_files([place])
-    if place.suffix.lower() in _READERS or not _HUB_NAME.fullmatch(str(path)):
+    if place.suffix.lower() in _READERS or not looks_like_hub_name(str(path)):
         raise DataError(
             f"{path}: expected a file, a folder or a hub name, found nothing there; check the path and where it starts"
         )
     return _read_hub(str(path), split, subset, revision)
+
+
+def client_names_of_files(path: str | Path, split: Split | str = Split.TRAIN) -> list[str] | None:
+    """Return the names that ``Rows.client_of_file`` will give, without reading a row; None where ``path`` is no path.
+
+    Raises:
+        DataError: a folder has no files of the split.
+    """
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return _client_names(_short_names(_files_of_folder(place, Split(split))))
+    return _client_names([place.name]) if place.is_file() else None
 
 
 def _files_of_folder(folder: Path, split: Split) -> list[Path]:
@@ -149,12 +160,12 @@ def _read_files(files: Sequence[Path]) -> Rows:
 
 
 def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
-    text = _text(file)
+    text = read_utf8(file)
     yield from (rows_of_list if text.lstrip(" \t\r\n").startswith("[") else rows_of_lines)(file, text)
 
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
-    yield from rows_of_lines(file, _text(file))
+    yield from read_json_lines(file)
 
 
 def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
@@ -189,7 +200,7 @@ def _header(names: list[str], file: Path) -> list[str]:
 
 
 def _read_text(file: Path) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(_text(file).split("\n"), start=1):
+    for number, line in enumerate(read_utf8(file).split("\n"), start=1):
         if line.strip():
             yield number, {"text": line.rstrip("\r")}
 
@@ -249,13 +260,6 @@ def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Row]]]:
     return reader
 
 
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as cause:
-        raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
-
-
 def _short_names(files: Sequence[Path]) -> tuple[str, ...]:
     names = [file.name for file in files]
     return tuple(names if len(set(names)) == len(names) else map(str, files))
@@ -264,6 +268,11 @@ def _short_names(files: Sequence[Path]) -> tuple[str, ...]:
 def _client_name(file: str) -> str:
     match = _CLIENT_FILE.fullmatch(file)
     return match[2] if match else Path(file).stem
+
+
+def _client_names(files: Sequence[str]) -> list[str]:
+    names = [_client_name(file) for file in files]
+    return names if len(set(names)) == len(names) else list(files)
 
 
 def _listed(names: Iterator[str] | Sequence[str] | Row) -> str:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedloom.data.token_rows import PromptTokens, text_prompts
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.outputs_file import OutputsFile
-from fedloom.evaluation.prompts import causal_lm, context_length, prompt_ids
+from fedloom.models.causal import causal_lm, context_length
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Output:
 def decode(
     model: Any,
     tokenizer: Any,
-    prompts: Sequence[str],
+    prompts: Sequence[str | PromptTokens],
     settings: DecodingSettings | None = None,
     *,
     batch_size: int = 16,
@@ -70,6 +71,7 @@ def decode(
 ) -> Decoded:
     """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device.
 
+    A prompt given as text is read as it stands; those of rows come from ``fedloom.data.token_rows.record_prompts``.
     Adapters are whatever the model is routed to (``LoRAModel.route_all``); nothing is merged. With ``file``, each batch
     is appended to it as it is done, together with the settings and ``model_id`` (say, hashes of base and adapter); a
     later call with the same ones decodes only what is missing.
@@ -81,8 +83,9 @@ def decode(
     begin = time.monotonic()
     store = OutputsFile.open(file, settings, model_id)
     known = {prompt: Output(text, cut) for prompt, (text, cut) in store.outputs.items()}
-    unique = list(dict.fromkeys(prompts))
-    todo = [prompt for prompt in unique if prompt not in known]
+    tokens_of = {prompt.text: prompt for prompt in _tokenised(prompts, tokenizer)}
+    unique = list(tokens_of)
+    todo = [tokens_of[prompt] for prompt in unique if prompt not in known]
     num_resumed = len(unique) - len(todo)
     for batch, outputs in _decode_batches(model, tokenizer, todo, settings, batch_size):
         store.append([(prompt, output.text, output.is_cut_off) for prompt, output in zip(batch, outputs, strict=True)])
@@ -91,21 +94,27 @@ def decode(
             done = sum(prompt in known for prompt in unique)
             pace = (time.monotonic() - begin) / (done - num_resumed)
             on_progress(done, len(unique), pace * (len(unique) - done))
-    texts = tuple(known[prompt].text for prompt in prompts)
+    asked = (prompt if isinstance(prompt, str) else prompt.text for prompt in prompts)
+    texts = tuple(known[prompt].text for prompt in asked)
     num_cut_off = sum(known[prompt].is_cut_off for prompt in unique)
     return Decoded(texts, settings, len(unique), num_resumed, num_cut_off, time.monotonic() - begin)
 
 
 def _decode_batches(
-    model: Any, tokenizer: Any, prompts: Sequence[str], settings: DecodingSettings, batch_size: int
+    model: Any, tokenizer: Any, prompts: Sequence[PromptTokens], settings: DecodingSettings, batch_size: int
 ) -> Iterator[tuple[list[str], list[Output]]]:
-    rows = prompt_ids(tokenizer, prompts)
-    _check_room(model, prompts, rows, settings)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    for start in range(0, len(order), batch_size):
-        members = order[start : start + batch_size]
-        outputs = _generate(causal_lm(model), tokenizer, [rows[index] for index in members], settings)
-        yield [prompts[index] for index in members], outputs
+    _check_room(model, prompts, settings)
+    longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
+    for start in range(0, len(longest_first), batch_size):
+        batch = longest_first[start : start + batch_size]
+        outputs = _generate(causal_lm(model), tokenizer, [prompt.ids for prompt in batch], settings)
+        yield [prompt.text for prompt in batch], outputs
+
+
+def _tokenised(prompts: Sequence[str | PromptTokens], tokenizer: Any) -> list[PromptTokens]:
+    texts = list(dict.fromkeys(prompt for prompt in prompts if isinstance(prompt, str)))
+    as_they_stand = dict(zip(texts, text_prompts(texts, tokenizer), strict=True))
+    return [as_they_stand[prompt] if isinstance(prompt, str) else prompt for prompt in prompts]
 
 
 @torch.inference_mode()
@@ -164,20 +173,20 @@ def _output(tokenizer: Any, ids: list[int]) -> Output:
     return Output(tokenizer.decode(kept, skip_special_tokens=True).strip(), is_cut_off)
 
 
-def _check_room(model: Any, prompts: Sequence[str], rows: Sequence[Sequence[int]], settings: DecodingSettings) -> None:
+def _check_room(model: Any, prompts: Sequence[PromptTokens], settings: DecodingSettings) -> None:
     context = context_length(model)
     if context is None:
         return
     room = context - settings.max_new_tokens
-    if room < 1 and rows:
+    if room < 1 and prompts:
         raise EvaluationError(
             f"max_new_tokens: expected fewer than the model's context of {context} tokens, since the prompt is in it "
             f"too, got {settings.max_new_tokens}; lower it"
         )
-    overlong = [index for index, row in enumerate(rows) if len(row) > room]
+    overlong = [prompt for prompt in prompts if len(prompt.ids) > room]
     if overlong:
         raise EvaluationError(
             f"{len(overlong)} prompts are longer than the {room} tokens that {settings.max_new_tokens} new ones leave "
-            f"of the model's {context}; the first begins {prompts[overlong[0]][:60]!r}: lower max_new_tokens, or "
+            f"of the model's {context}; the first begins {overlong[0].text[:60]!r}: lower max_new_tokens, or "
             "shorten the prompts"
         )

@@ -9,9 +9,10 @@ from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
+from fedloom.data.token_rows import prefix_ids
 from fedloom.errors import EvaluationError, MissingExtraError
 from fedloom.evaluation.intervals import Estimate
-from fedloom.evaluation.prompts import causal_lm
+from fedloom.models.causal import causal_lm
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,11 @@ def run_harness_tasks(
             f"lm-evaluation-harness {lm_eval.__version__} has no task {unknown}: see 'lm-eval ls tasks'"
         )
     lm = causal_lm(model)
-    wrapped = HFLM(pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, device=str(lm.device))
+    # Left to itself, one release of the harness puts the beginning-of-text first and another does not.
+    begins = bool(prefix_ids(tokenizer))
+    wrapped = HFLM(
+        pretrained=lm, tokenizer=tokenizer, batch_size=batch_size, device=str(lm.device), add_bos_token=begins
+    )
     try:
         found = lm_eval.simple_evaluate(
             model=wrapped,

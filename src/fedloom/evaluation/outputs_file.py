@@ -11,7 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.json_rows import rows_of_lines
 from fedloom.errors import EvaluationError
+
+_FORMAT = 2
 
 
 @dataclass
@@ -32,20 +35,25 @@ class OutputsFile:
         """
         if path is None:
             return cls(None)
-        header = {"fedloom_outputs": 1, "model": model_id, "settings": asdict(settings)}
+        header = {"fedloom_outputs": _FORMAT, "model": model_id, "settings": asdict(settings)}
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             _append(path, [header])
             return cls(path)
-        lines = _whole_lines(path)
-        if not lines:
+        text = _whole_lines(path)
+        if not text:
             _append(path, [header])
             return cls(path)
         try:
-            found, *rows = [json.loads(line) for line in lines]
+            found, *rows = [row for _, row in rows_of_lines(path, text)]
             outputs = {row["prompt"]: (row["output"], row["is_cut_off"]) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError) as error:
             raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+        if found.get("fedloom_outputs") != _FORMAT:
+            raise EvaluationError(
+                f"{path}: expected outputs of format {_FORMAT}, got format {found.get('fedloom_outputs')!r}, whose "
+                "prompts were tokenised otherwise than in training; remove the file to decode anew"
+            )
         if found != header:
             raise EvaluationError(f"{path} holds outputs of {found}, asked for {header}: choose another file")
         return cls(path, outputs)
@@ -84,12 +92,12 @@ def prompt_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def _whole_lines(path: Path) -> list[str]:
+def _whole_lines(path: Path) -> str:
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     if len(whole) < len(content):
         os.truncate(path, len(whole))
-    return whole.decode("utf-8").splitlines()
+    return whole.decode("utf-8")
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.data.token_rows import prefix_ids
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.intervals import Difference, Estimate, bootstrap, bootstrap_difference, ratio, ratio_statistics
-from fedloom.evaluation.prompts import context_length, prefix_ids
+from fedloom.models.causal import context_length
 from fedloom.training.scoring import row_losses
 
 Unit = Literal["token", "byte", "word"]

@@ -13,6 +13,7 @@ from fedloom import embedded
 from fedloom.assembly.inputs import Inputs, Workshop
 from fedloom.assembly.round_plan import Population, population_of, training_of
 from fedloom.config import Settings
+from fedloom.config.client_names import resolve_names
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.errors import RunError
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
@@ -103,8 +104,10 @@ def run(
     inputs = workshop.inputs(settings, base, saved if is_begun(out) and saved.exists() and not fresh else None)
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
-    population = population_of(settings, inputs)
-    kind = loop_of(settings, inputs, lora, population)
+    # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
+    placed = resolve_names(settings, inputs.partition.names)
+    population = population_of(placed, inputs)
+    kind = loop_of(placed, inputs, lora, population)
     if kind is not None and not fresh:
         _refuse_fewer_rounds(out, kind.num_rounds)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
@@ -118,7 +121,7 @@ def run(
         )
         if not (folder.path / "partition.json").exists():
             inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
-            ranks = dict(enumerate(settings.client_ranks))
+            ranks = dict(enumerate(placed.client_ranks))
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )

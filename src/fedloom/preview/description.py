@@ -12,14 +12,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
+from fedloom.assembly.inputs import known_names
+from fedloom.assembly.round_plan import strategy_of
 from fedloom.config import Settings
+from fedloom.config.client_names import resolve_names
+from fedloom.config.schema import PER_CLIENT
 from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.messages import encode_broadcast, encode_update
-from fedloom.lora.initial import Draw, check_rank
+from fedloom.lora.initial import check_rank
 from fedloom.lora.layer import LoRAModel
-from fedloom.lora.pair import Adapter, Pair
-from fedloom.methods.state import Broadcast, News, Update
+from fedloom.lora.pair import BOTH, Adapter, Pair
+from fedloom.methods.state import Broadcast, News, ServerState, Update
+from fedloom.methods.strategy import Cohort
 from fedloom.models.families import resolve_targets
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.training.stats import TrainingStats
@@ -37,6 +42,8 @@ ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 class Description:
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
+    ``names`` are those of the clients, None where only the rows tell them.
+
     A later download is exact where every client takes part in every round and no server step adds to it; for a
     compressed broadcast it is the most that can come.
     """
@@ -51,6 +58,8 @@ class Description:
     download_bytes: tuple[int, ...]
     memory_bytes: int
     cohort_size: int
+    client_ranks: tuple[int, ...]
+    names: tuple[str, ...] | None = None
     cuts: CutTable | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -62,20 +71,24 @@ class Description:
         share = 100 * max(self.num_trained_parameters) / self.num_base_parameters
         kinds = sorted({name.rpartition(".")[2] for name in self.target_modules})
         where = "a client" if self.cuts is None else "on a client's and the server's side of the cut together"
+        clients = self.names or [str(k) for k in range(len(self.client_ranks))]
+        width = max(6, *map(len, clients))
         lines = [
             f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
             f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
             f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
             "",
-            f"{'client':>6}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}  {'later down':>12}",
+            f"{'client':>{width}}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}"
+            f"  {'later down':>12}",
         ]
-        ranks = self.settings["method"]["ranks"]
         for k, trained in enumerate(self.num_trained_parameters):
-            rank = ranks if isinstance(ranks, int) else ranks[k]
+            rank = self.client_ranks[k]
             sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
             up, first, down = (written_bytes(size) if size else "–" for size in sizes)
-            lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+            lines.append(f"{clients[k]:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+        if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
+            lines.append("which client has which of the named values is known once the rows are read")
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
@@ -104,6 +117,9 @@ def describe(settings: Settings) -> Description:
         ModelError: if the base's configuration cannot be read.
         AdapterError: if a rank does not fit its modules.
     """
+    written, names = settings, known_names(settings)
+    if names is not None:
+        settings = resolve_names(settings, names)
     model = _skeleton(settings)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
@@ -113,7 +129,7 @@ def describe(settings: Settings) -> Description:
     trained = tuple(rank * sum(sum(shape) for shape in lora.shapes.values()) for rank in ranks)
     up, first, down = _messages(settings, lora, ranks)
     return Description(
-        settings=settings.as_dict(),
+        settings=written.as_dict(),
         family=str(model.config.model_type),
         target_modules=tuple(lora.shapes),
         num_base_parameters=num_parameters,
@@ -123,6 +139,8 @@ def describe(settings: Settings) -> Description:
         download_bytes=down,
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
         cohort_size=settings.cohort_size,
+        client_ranks=ranks,
+        names=None if names is None else tuple(names),
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
     )
 
@@ -145,21 +163,37 @@ def _skeleton(settings: Settings) -> Any:
 def _messages(
     settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank."""
+    """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank.
+
+    Where a method's rounds differ, a later one is the mean of two.
+    """
     if not settings.traits.aggregates:
         nothing = (0,) * len(ranks)
         return nothing, nothing, nothing
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
-    fresh = settings.traits.starts_fresh
-    stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
-    for rank in sorted(set(ranks)):
-        adapter, nothing_new = _zeros(lora, rank), Adapter()
-        start = Draw((1, 0)) if fresh else adapter
-        news = _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed") if fresh else nothing_new
-        up = len(encode_update(Update(1, 0, adapter, TrainingStats(1)), adapter.as_tensors(), wire))
-        broadcasts = [Broadcast(1, 0, rank, 1.0, News(0, 1, (part,)), start) for part in (nothing_new, news)]
-        sizes[rank] = (up, *(len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts))  # type: ignore[assignment]
+    strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
+    state, works = ServerState(start=_zeros(lora, max(ranks))), [strategy.client.work(round) for round in (1, 2)]
+    later = News(1, 2, (_addition(settings, lora, ranks),)) if settings.traits.grows_side else News(1, 2)
+    for client, rank in enumerate(ranks):
+        if rank in sizes:
+            continue
+        update = Update(1, client, _zeros(lora, rank), TrainingStats(1))
+        up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
+        start, origin = strategy.start_for(state, client), strategy.origin
+        crossing = [BOTH if origin is None else work.trains for work in works]
+        first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
+        others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
+        down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
+        sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down))
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
+
+
+def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> Adapter:
+    """Return what a round adds to the side: the cohort's stack, and the mean beside it where a start is averaged."""
+    stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
+    if settings.traits.starts_fresh:
+        return _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed")
+    return _zeros(lora, stacked + max(ranks), fitted=True)
 
 
 def _zeros(lora: LoRAModel, rank: int, *, fitted: bool = False) -> Adapter:

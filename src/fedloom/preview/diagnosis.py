@@ -18,6 +18,7 @@ from fedloom import embedded
 from fedloom.config import Settings, files
 from fedloom.errors import FedloomError
 from fedloom.models.load import Quantization
+from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import describe
 from fedloom.run_folder.manifest import versions
 from fedloom.wording import written_bytes
@@ -204,9 +205,9 @@ def _data(settings: Settings) -> Iterator[Finding]:
             yield Finding(f"data {path}", Verdict.YES, "it comes with the package")
         elif Path(path).exists():
             yield Finding(f"data {path}", Verdict.YES, "on this machine")
-        elif files.looks_like_hub_name(path) and (_hub_cache() / f"{_ROW_CACHE}{path.replace('/', '--')}").is_dir():
+        elif looks_like_hub_name(path) and (_hub_cache() / f"{_ROW_CACHE}{path.replace('/', '--')}").is_dir():
             yield Finding(f"data {path}", Verdict.YES, "in the hub's cache on this machine")
-        elif files.looks_like_hub_name(path):
+        elif looks_like_hub_name(path):
             yield Finding(f"data {path}", Verdict.UNKNOWN, "not on this machine; a run would fetch it from the hub")
 
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import embedded
-from fedloom.config.files import looks_like_hub_name
+from fedloom.config.setting import values_of
+from fedloom.names import looks_like_hub_name
 from fedloom.results.opened_result import Found
 from fedloom.wording import written_bytes
 
@@ -92,7 +93,7 @@ def _training(found: Found) -> Iterator[tuple[str, object]]:
     yield "method", settings.method.name
     yield "rounds", len(run.records)
     yield "clients", f"{settings.federation.num_clients}, {settings.cohort_size} a round"
-    yield "ranks of the clients", ranks if isinstance(ranks, int) else ", ".join(map(str, ranks))
+    yield "ranks of the clients", ", ".join(map(str, values_of(ranks)))
     yield "seed", settings.run.seed
     yield "data", f"`{settings.data.path}`"
     identity = run.manifest["identity"]

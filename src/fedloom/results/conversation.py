@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedloom.data.encoding import render, resolve_template
+from fedloom.data.encoding import resolve_template
 from fedloom.data.records import Dialogue, Prompt, Record, Shape, Turn, detect_shape
 from fedloom.data.sources import load_rows
 from fedloom.data.templates import AUTO, Template
+from fedloom.data.token_rows import PromptTokens, record_prompts, text_prompts
 from fedloom.errors import DataError, EvaluationError
-from fedloom.evaluation.prompts import causal_lm, context_length, prompt_ids
+from fedloom.models.causal import causal_lm, context_length
 from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
 from fedloom.seeding import torch_stream
@@ -23,7 +24,6 @@ from fedloom.seeding import torch_stream
 DIALOGUES = (Shape.MESSAGES, Shape.SHAREGPT)
 NO_TEMPLATE = "none"
 """The template that leaves a prompt as it was typed."""
-_ANSWER = "."
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,14 @@ class Wording:
             return "the prompt as typed"
         return f"template {'chat' if self.template is None else self.template.name}"
 
-    def text(self, turns: Sequence[Turn], tokenizer: Any) -> str:
+    def prompt(self, turns: Sequence[Turn], tokenizer: Any) -> PromptTokens:
         """Return what the model reads; where the wording is of single questions, that is the last turn alone."""
         if self.shape is None:
-            return turns[-1].content
-        record: Record = Prompt(turns[-1].content, "", _ANSWER)
+            return text_prompts([turns[-1].content], tokenizer)[0]
+        record: Record = Prompt(turns[-1].content, "", "")
         if self.is_dialogue:
-            record = Dialogue((*turns, Turn("assistant", _ANSWER)))
-        return render(record, self.template, tokenizer).prompt
+            record = Dialogue((*turns, Turn("assistant", "")))
+        return record_prompts([record], self.template, tokenizer)[0]
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,15 @@ class Conversation:
             EvaluationError: the prompt alone leaves no room for an answer.
         """
         turns, tokenizer = [*self.turns, Turn("user", prompt)], self.opened.base.tokenizer
-        worded = self.wording.text(turns, tokenizer)
+        worded = self.wording.prompt(turns, tokenizer)
         room = self._room()
-        while len(turns) > 1 and room is not None and len(prompt_ids(tokenizer, [worded])[0]) > room:
+        while len(turns) > 1 and room is not None and len(worded.ids) > room:
             turns = turns[2:]
-            worded = self.wording.text(turns, tokenizer)
+            worded = self.wording.prompt(turns, tokenizer)
         answers = {name: answer(self.opened, name, worded, self.sampling) for name in self.names}
         if self.wording.is_dialogue:
             self.turns = [*turns, Turn("assistant", next(iter(answers.values())))]
-        return Answered(prompt, worded, answers)
+        return Answered(prompt, worded.text, answers)
 
     def _room(self) -> int | None:
         """Return the tokens that what was said may take: an answer keeps its own, or half the context."""
@@ -176,7 +176,7 @@ def wording_of(opened: OpenedResult, template: str | None = None) -> Wording:
 
 
 @torch.inference_mode()
-def answer(opened: OpenedResult, name: str, worded: str, sampling: Sampling) -> str:
+def answer(opened: OpenedResult, name: str, worded: PromptTokens, sampling: Sampling) -> str:
     """Decode one answer with an adapter, or with ``base``.
 
     Raises:
@@ -185,11 +185,11 @@ def answer(opened: OpenedResult, name: str, worded: str, sampling: Sampling) -> 
     from transformers import GenerationConfig, LogitsProcessorList
 
     model, tokenizer = causal_lm(opened.use(None if name == BASE else name)), opened.base.tokenizer
-    ids = prompt_ids(tokenizer, [worded])[0]
+    ids = list(worded.ids)
     num_new = num_new_tokens(model, ids, sampling)
     end = tokenizer.eos_token_id
     config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=num_new, pad_token_id=end, eos_token_id=end)
-    processors = LogitsProcessorList([GumbelNoise(sampling, worded)] if sampling.temperature > 0.0 else [])
+    processors = LogitsProcessorList([GumbelNoise(sampling, worded.text)] if sampling.temperature > 0.0 else [])
     input_ids_BT = torch.tensor([ids], device=model.device)
     generated_BT = model.generate(
         input_ids_BT,

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.config.conduct import SuiteName
-from fedloom.data.encoding import render, resolve_template
+from fedloom.data.encoding import resolve_template
 from fedloom.data.groups import grouping_of
 from fedloom.data.records import Dialogue, Prompt, Record, Records, read_records
 from fedloom.data.sources import Rows
-from fedloom.data.templates import Template
+from fedloom.data.token_rows import PromptTokens, record_prompts
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import GREEDY, Decoded, DecodingSettings, OnProgress, decode
 from fedloom.evaluation.exact_match import METRIC, Part, has_part, score_matches
@@ -35,11 +35,16 @@ PROMPTS_AT_ONCE = 64
 class AskedRow:
     """A row as the model is asked it, the answer that counts, and its place among the rows and for people."""
 
-    prompt: str
+    worded: PromptTokens
     answer: str
     row: Mapping[str, Any]
     index: int = 0
     where: str = ""
+
+    @property
+    def prompt(self) -> str:
+        """The prompt as a person reads it."""
+        return self.worded.text
 
 
 def exact_match(
@@ -112,7 +117,9 @@ def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice) -> list[AskedRow
         raise EvaluationError(
             f"expected rows with an answer, none of {len(rows)} has one; check the rows and their shape"
         )
-    return [_asked(records, index, template, tokenizer) for index in _spread(answered, choice.limit)]
+    chosen = _spread(answered, choice.limit)
+    prompts = record_prompts([records.items[index] for index in chosen], template, tokenizer)
+    return [_asked(records, index, prompt) for index, prompt in zip(chosen, prompts, strict=True)]
 
 
 def answer_settings(tokenizer: Any, asked: Sequence[AskedRow], max_new_tokens: int) -> DecodingSettings:
@@ -158,7 +165,7 @@ def _decode(
     return decode(
         model,
         tokenizer,
-        [one.prompt for one in asked],
+        [one.worded for one in asked],
         settings,
         batch_size=PROMPTS_AT_ONCE,
         file=outputs and outputs_path(outputs, settings),
@@ -189,10 +196,9 @@ def _answered(records: Records) -> list[int]:
     return [index for index, record in enumerate(records.items) if last_answer(record).strip()]
 
 
-def _asked(records: Records, index: int, template: Template | None, tokenizer: Any) -> AskedRow:
-    record, rows = records.items[index], records.rows
-    prompt = render(record, template, tokenizer).prompt
-    return AskedRow(prompt, last_answer(record), rows.rows[index], index, rows.where(index))
+def _asked(records: Records, index: int, prompt: PromptTokens) -> AskedRow:
+    rows = records.rows
+    return AskedRow(prompt, last_answer(records.items[index]), rows.rows[index], index, rows.where(index))
 
 
 def _spread(indices: Sequence[int], limit: int | None) -> list[int]:

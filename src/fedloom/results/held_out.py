@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from fedloom.assembly.inputs import Inputs, Workshop, context_of
-from fedloom.data.encoding import Encoded, EncodingCounts, encode
+from fedloom.assembly.inputs import Inputs, Workshop, encode_rows
+from fedloom.config.inputs import Data
+from fedloom.data.encoding import Encoded, EncodingCounts
 from fedloom.data.groups import Grouping, grouping_of
-from fedloom.data.records import read_records
 from fedloom.data.sources import Rows, Split, load_rows
-from fedloom.data.templates import AUTO
+from fedloom.data.text_files import read_utf8
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
@@ -170,7 +170,7 @@ def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
         tokens, rows = _own_rows(opened)
         return _held_out(opened, tokens, rows, "the run's held-out rows")
     if choice.shape == TEXT:
-        text = _read_text(Path(choice.path))
+        text = read_utf8(Path(choice.path))
         return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
     encoded, rows = _read_rows(opened, choice, choice.path)
     return _held_out(opened, encoded.tokens, rows, choice.path, encoded.counts)
@@ -222,30 +222,20 @@ def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
 
 def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Encoded, Rows]:
     """Return the rows of a file as tokens; those without an answer have nothing to predict and are left out."""
-    settings = None if opened.settings is None else opened.settings.data
-    shape = choice.shape or (settings.shape if settings else AUTO)
-    template = choice.template or (settings.template if settings else None) or AUTO
-    context = context_of(opened.base.model.config)
-    max_length = choice.max_length or (settings.max_length if settings else None) or context
-    overlong = choice.overlong or (settings.overlong if settings else "error")
-    columns = settings.columns if settings and shape == settings.shape else {}
-    rows = load_rows(path, Split.TEST)
-    loss_on = settings.loss_on if settings else "answer"
-    encoded = encode(
-        read_records(rows, shape, columns),
-        opened.base.tokenizer,
-        template=template,
-        max_length=max_length,
-        loss_on=loss_on,
-        overlong=overlong,
-        unanswered="drop",
+    own = None if opened.settings is None else opened.settings.data
+    data = own or Data(template=None)
+    changes = {
+        "shape": choice.shape or data.shape,
+        "columns": data.columns if choice.shape in (None, data.shape) else {},
+        "template": choice.template or (own and own.template),
+        "max_length": choice.max_length or data.max_length,
+        "overlong": choice.overlong or data.overlong,
+        "unanswered": "drop",
+    }
+    rows, encoded = encode_rows(
+        load_rows(path, Split.TEST),
+        data.model_copy(update=changes),
+        opened.base,
         named=lambda name: f"--{name.replace('_', '-')}",
     )
-    return encoded, rows.select(encoded.kept)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: expected a file of UTF-8 text, got {error}; check --data") from error
+    return encoded, rows

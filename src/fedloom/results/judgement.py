@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.data.records import Turn
+from fedloom.data.token_rows import PromptTokens
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import GREEDY
 from fedloom.evaluation.intervals import Difference
@@ -26,7 +27,7 @@ from fedloom.evaluation.judge.judge_questions import (
 )
 from fedloom.evaluation.judge.protocols import Grades, PairVerdicts, compare_grades, grade_answers, judge_pairs
 from fedloom.evaluation.outputs_file import why_not_kept
-from fedloom.evaluation.prompts import context_length
+from fedloom.models.causal import context_length
 from fedloom.results.conversation import wording_of
 from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
@@ -145,9 +146,9 @@ def answers_of(
     """
     wording, tokenizer = wording_of(opened), opened.base.tokenizer
 
-    def render(conversation: Sequence[str]) -> str:
+    def render(conversation: Sequence[str]) -> PromptTokens:
         turns = [Turn("assistant" if index % 2 else "user", text) for index, text in enumerate(conversation)]
-        return wording.text(turns, tokenizer)
+        return wording.prompt(turns, tokenizer)
 
     def told(done: int, total: int, seconds_left: float) -> None:
         if on_progress is not None:

@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.encoding import encode
-from fedloom.data.records import read_records
+from fedloom.assembly.inputs import encode_rows
+from fedloom.config.setting import values_of
 from fedloom.data.sources import Split, load_rows
-from fedloom.data.templates import AUTO
+from fedloom.data.text_files import read_utf8
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.perplexity import plain_text_rows
-from fedloom.evaluation.text_files import read_utf8
 from fedloom.models.cut import check_cuts, cut, num_blocks
 from fedloom.results.held_out import TEXT, own_inputs
 from fedloom.results.opened_result import OpenedResult
@@ -74,7 +73,7 @@ def leakage(
     run = opened.settings
     if run is None:
         raise EvaluationError(f"{opened.found.path}: expected a run, whose rows are private, got a PEFT adapter alone")
-    cuts = cut_layers or tuple(sorted(set(run.per_client(run.split.cut_layer))))
+    cuts = cut_layers or tuple(sorted(set(values_of(run.split.cut_layer))))
     wire = wire_dtype or run.split.wire_dtype
     check_cuts(cuts, num_blocks(opened.lora.model))
     private = private_rows(opened)
@@ -121,16 +120,8 @@ def public_rows(opened: OpenedResult, path: str, shape: str | None) -> TokenSet:
     data = opened.settings.data
     if shape is not None:
         data = replace_shape(data, shape)
-    encoded = encode(
-        read_records(load_rows(path, Split.TRAIN), data.shape, data.columns),
-        opened.base.tokenizer,
-        template=data.template or AUTO,
-        max_length=data.max_length,
-        loss_on="all",
-        overlong="truncate",
-        unanswered="drop",
-    )
-    return encoded.tokens
+    learned = data.model_copy(update={"loss_on": "all", "overlong": "truncate", "unanswered": "drop"})
+    return encode_rows(load_rows(path, Split.TRAIN), learned, opened.base)[1].tokens
 
 
 def replace_shape(data: Any, shape: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.data.records import Turn
-from fedloom.evaluation.prompts import prompt_ids
 from fedloom.models.cut import check_cuts, cut, num_blocks
 from fedloom.results.conversation import Sampling, num_new_tokens, wording_of
 from fedloom.results.held_out import BASE
@@ -53,8 +52,7 @@ def generate_cut(
     name = next(iter(opened.adapters), BASE)
     lora, tokenizer = opened.use(None if name == BASE else name), opened.base.tokenizer
     wire: WireDtype = "bf16" if opened.settings is None else opened.settings.split.wire_dtype
-    worded = wording_of(opened, template).text([Turn("user", prompt)], tokenizer)
-    ids = prompt_ids(tokenizer, [worded])[0]
+    ids = wording_of(opened, template).prompt([Turn("user", prompt)], tokenizer).ids
     found = generate(
         cut(lora.model, cut_layer),
         output_head(lora.model),

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from fedloom.config.conduct import SuiteName
-from fedloom.data.encoding import render, resolve_template
+from fedloom.data.encoding import resolve_template
 from fedloom.data.records import Prompt, Shape
 from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.token_rows import record_prompts
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.choice.multiple_choice import answer_questions
 from fedloom.evaluation.choice.questions import Question, read_mmlu, read_questions
@@ -80,7 +81,7 @@ def _e2e(
         raise EvaluationError("e2e: expected references that name their meaning representation (a CSV, or mr||ref)")
     chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
     template = resolve_template(choice.template, Shape.E2E, tokenizer)
-    prompts = [render(Prompt(mr, "", "."), template, tokenizer).prompt for mr in chosen.mrs]
+    prompts = record_prompts([Prompt(mr, "", "") for mr in chosen.mrs], template, tokenizer)
     file = outputs and outputs_path(outputs, choice.decoding)
     decoded = decode(model, tokenizer, prompts, choice.decoding, file=file, model_id=model_id, on_progress=on_progress)
     texts = [" ".join(text.split()) for text in decoded.outputs]

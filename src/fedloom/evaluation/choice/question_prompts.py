@@ -12,10 +12,11 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
+from fedloom.data.token_rows import prefix_ids, text_prompts
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.choice.questions import LETTERS, Question
 from fedloom.evaluation.choice.shared_prefix import Query
-from fedloom.evaluation.prompts import context_length, prefix_ids, prompt_ids
+from fedloom.models.causal import context_length
 
 
 class Answering(StrEnum):
@@ -109,7 +110,8 @@ def fit_prompts(
     while waiting:
         texts = [prompt_text(questions[i], examples[questions[i].subject][: kept[i]], answering) for i in waiting]
         overlong = []
-        for index, ids in zip(waiting, prompt_ids(tokenizer, texts), strict=True):
+        for index, prompt in zip(waiting, text_prompts(texts, tokenizer), strict=True):
+            ids = list(prompt.ids)
             if len(ids) > rooms[index] and kept[index] > 0:
                 kept[index] -= 1
                 overlong.append(index)
@@ -132,11 +134,11 @@ def _shots_that_fit(
     sizes: dict[str, NDArray[np.int64]] = {}
     for subject in dict.fromkeys(question.subject for question in questions):
         texts = [f"{_solved(example, answering)}\n\n" for example in examples[subject]]
-        sizes[subject] = np.cumsum([len(ids) for ids in prompt_ids(tokenizer, texts)])
-    alone = prompt_ids(tokenizer, [prompt_text(question, (), answering) for question in questions])
+        sizes[subject] = np.cumsum([len(prompt.ids) for prompt in text_prompts(texts, tokenizer)])
+    alone = text_prompts([prompt_text(question, (), answering) for question in questions], tokenizer)
     return [
-        int(np.searchsorted(sizes[question.subject], room - len(ids), side="right")) if shots else 0
-        for question, ids, room in zip(questions, alone, rooms, strict=True)
+        int(np.searchsorted(sizes[question.subject], room - len(prompt.ids), side="right")) if shots else 0
+        for question, prompt, room in zip(questions, alone, rooms, strict=True)
     ]
 
 
@@ -157,10 +159,10 @@ def _continuations(tokenizer: Any, questions: Sequence[Question], answering: Ans
         case _:
             assert_never(answering)
     unique = list(dict.fromkeys(texts))
-    [lead_ids] = prompt_ids(tokenizer, [lead])
+    [lead_prompt] = text_prompts([lead], tokenizer)
     added = {
-        text: ids[len(lead_ids) :]
-        for text, ids in zip(unique, prompt_ids(tokenizer, [f"{lead} {text}" for text in unique]), strict=True)
+        text: list(prompt.ids[len(lead_prompt.ids) :])
+        for text, prompt in zip(unique, text_prompts([f"{lead} {text}" for text in unique], tokenizer), strict=True)
     }
     following = iter(texts)
     return [[added[next(following)] for _ in question.choices] for question in questions]

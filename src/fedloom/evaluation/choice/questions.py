@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.json_rows import read_json_lines
+from fedloom.data.text_files import read_utf8
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.text_files import read_utf8
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -46,11 +46,11 @@ def read_questions(file: Path) -> list[Question]:
 
     Raises:
         EvaluationError: the file is absent or empty, or a line is no question.
+        DataError: it cannot be read, or a line is no JSON object.
     """
     if not file.is_file():
         raise EvaluationError(f"no questions at {file}: expected JSON lines with question, choices and answer")
-    lines = read_utf8(file).split("\n")
-    questions = [_from_json(line, f"{file}, line {n}") for n, line in enumerate(lines, start=1) if line.strip()]
+    questions = [_from_row(row, f"{file} line {number}") for number, row in read_json_lines(file)]
     if not questions:
         raise EvaluationError(f"{file} holds no question")
     return questions
@@ -62,18 +62,14 @@ def _read_csv(file: Path, subject: str) -> Iterator[Question]:
             continue
         if len(row) < 4:
             raise EvaluationError(
-                f"{file}, row {number}: expected a question, its choices and the answer, got {len(row)} cells"
+                f"{file} row {number}: expected a question, its choices and the answer, got {len(row)} cells"
             )
-        yield _question(row[0], row[1:-1], row[-1], subject, f"{file}, row {number}")
+        yield _question(row[0], row[1:-1], row[-1], subject, f"{file} row {number}")
 
 
-def _from_json(line: str, where: str) -> Question:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise EvaluationError(f"{where}: no JSON ({error})") from error
-    if not isinstance(row, dict) or not {"question", "choices", "answer"} <= row.keys():
-        raise EvaluationError(f"{where}: expected the keys question, choices and answer, got {line[:80]!r}")
+def _from_row(row: dict[str, Any], where: str) -> Question:
+    if not {"question", "choices", "answer"} <= row.keys():
+        raise EvaluationError(f"{where}: expected the keys question, choices and answer, got {', '.join(row)}")
     choices = row["choices"]
     if isinstance(choices, dict):  # as the hub has ARC: {"text": [...], "label": [...]}
         if str(row["answer"]) in choices.get("label", []):

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.tokens import TokenSet
-from fedloom.evaluation.prompts import causal_lm
+from fedloom.models.causal import causal_lm
 from fedloom.models.families import body_of
 from fedloom.training.loss import output_head, target_nats
 from fedloom.training.scoring import row_losses

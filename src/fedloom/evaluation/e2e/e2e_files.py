@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
+from fedloom.data.text_files import read_utf8
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.text_files import read_utf8
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _table(path: Path, text: str, columns: tuple[str, str]) -> list[tuple[str, s
     try:
         return [(row[names[columns[0]]] or "", row[names[columns[1]]] or "") for row in reader]
     except csv.Error as error:
-        raise EvaluationError(f"{path}, line {reader.line_num}: {error}") from error
+        raise EvaluationError(f"{path} line {reader.line_num}: {error}") from error
 
 
 def _bar_lines(path: Path, lines: list[str]) -> Iterable[tuple[str, str]]:
@@ -132,7 +132,7 @@ def _bar_lines(path: Path, lines: list[str]) -> Iterable[tuple[str, str]]:
             continue
         mr, bar, text = line.partition("||")
         if not bar:
-            raise EvaluationError(f"{path}, line {number}: expected 'mr||ref', got {line[:60]!r}")
+            raise EvaluationError(f"{path} line {number}: expected 'mr||ref', got {line[:60]!r}")
         yield mr.strip(), text.strip()
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedloom.data.json_rows import read_json_lines
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.judge.endpoint import Message
-from fedloom.evaluation.text_files import read_utf8
 
 
 @dataclass(frozen=True)
@@ -85,14 +84,12 @@ def read_prompts(file: Path) -> Mapping[str, JudgePrompt]:
     if not file.is_file():
         raise EvaluationError(f"no judge prompts at {file}: expected JSON lines with name and prompt_template")
     prompts = dict(OWN_PROMPTS)
-    for number, line in enumerate(read_utf8(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompts[row["name"]] = JudgePrompt(row.get("system_prompt") or "", row["prompt_template"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvaluationError(f"{file}, line {number}: expected name and prompt_template ({error})") from error
+    for number, row in read_json_lines(file):
+        if not {"name", "prompt_template"} <= row.keys():
+            raise EvaluationError(
+                f"{file} line {number}: expected the keys name and prompt_template, got {', '.join(row)}; add them"
+            )
+        prompts[row["name"]] = JudgePrompt(row.get("system_prompt") or "", row["prompt_template"])
     return prompts
 
 

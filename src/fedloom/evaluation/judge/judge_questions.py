@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.json_rows import read_json_lines
+from fedloom.data.token_rows import PromptTokens
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import DecodingSettings, OnProgress, decode
-from fedloom.evaluation.text_files import read_utf8
 
 Answers = Mapping[str, Sequence[str]]  # question id -> answer of each turn
 REFERENCE_CATEGORIES = frozenset({"math", "reasoning", "coding"})
@@ -63,7 +64,7 @@ def answer_turns(
     model: Any,
     tokenizer: Any,
     questions: Sequence[JudgeQuestion],
-    render: Callable[[Sequence[str]], str],
+    render: Callable[[Sequence[str]], str | PromptTokens],
     settings: DecodingSettings,
     *,
     batch_size: int = 8,
@@ -117,16 +118,13 @@ def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]])
     if not file.is_file():
         raise EvaluationError(f"no {what} at {file}: check the path")
     rows = []
-    for number, line in enumerate(read_utf8(file).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise EvaluationError(f"{file}, line {number}: no JSON ({error})") from error
-        if not isinstance(row, dict) or not required <= row.keys() or not any(names <= row.keys() for names in one_of):
-            needed = sorted(required), [sorted(names) for names in one_of]
-            raise EvaluationError(f"{file}, line {number}: expected the keys {needed[0]} and one of {needed[1]}")
+    for number, row in read_json_lines(file):
+        if not required <= row.keys() or not any(names <= row.keys() for names in one_of):
+            alternatives = " or ".join(name for names in one_of for name in sorted(names))
+            raise EvaluationError(
+                f"{file} line {number}: expected the keys {', '.join(sorted(required))} and {alternatives}, "
+                f"got {', '.join(row)}; add what is missing"
+            )
         rows.append(row)
     if not rows:
         raise EvaluationError(f"{file} holds no {what}")

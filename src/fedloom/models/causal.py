@@ -1,0 +1,22 @@
+"""Find the causal language model in what holds it, and how many positions it was made for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def causal_lm(model: Any) -> Any:
+    """Return the Hugging Face model itself, out of whatever holds it (a ``LoRAModel``, a ``Base``)."""
+    return model if hasattr(model, "generate") else model.model
+
+
+def context_length(model: Any) -> int | None:
+    """Return how many positions the model was made for, or None where its config does not say."""
+    return context_of(causal_lm(model).config)
+
+
+def context_of(config: Any) -> int | None:
+    """Return the number of positions that a model's config states; None where it states none."""
+    text = config.get_text_config()
+    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
+    return int(length) if length else None
