@@ -6,7 +6,7 @@ Letters: I in, O out, R rank. A weight always multiplies ``b``; ``a`` stays as i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 
@@ -38,20 +38,6 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
 def truncate_pair(pair: Pair, rank: int) -> Pair:
     """Keep the first ``rank`` slots (all of them when there are fewer). Source: HetLoRA, section 3.2."""
     return Pair(pair.b_OR[:, :rank], pair.a_RI[:rank])
-
-
-def mean_factors_of_pairs(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
-    """Return ``(Σ w_k b_k, Σ w_k a_k)``: FedIT's rule, whose product is not the mean of the products."""
-    b_OR = sum_of([pair.b_OR * w for pair, w in zip(pairs, weights, strict=True)])
-    return Pair(b_OR, sum_of([pair.a_RI * w for pair, w in zip(pairs, weights, strict=True)]))
-
-
-def sum_of(tensors: Sequence[Tensor]) -> Tensor:
-    """Add tensors of one shape in the order given."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total
 
 
 def inner_of_pairs(left: Pair, right: Pair) -> float:
@@ -166,7 +152,8 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     Raises:
         AdapterError: if the adapters do not cover the same modules in the same shapes.
     """
-    return _combine(adapters, lambda pairs: stack_pairs(pairs, weights))
+    check_alike(adapters)
+    return Adapter({name: stack_pairs([adapter[name] for adapter in adapters], weights) for name in adapters[0]})
 
 
 def total(adapters: Iterable[Adapter]) -> Adapter:
@@ -177,9 +164,23 @@ def total(adapters: Iterable[Adapter]) -> Adapter:
     return present[0] if len(present) == 1 else stack(present, [1.0] * len(present))
 
 
-def mean_factors(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
-    """Return the adapter of weighted sums of factors, at one common rank (FedIT)."""
-    return _combine(adapters, lambda pairs: mean_factors_of_pairs(pairs, weights))
+def check_alike(adapters: Sequence[Adapter]) -> None:
+    """Check that all adapters cover the same modules in the same shapes.
+
+    Raises:
+        AdapterError: they do not.
+    """
+    first = adapters[0]
+    for other in adapters[1:]:
+        if other.keys() != first.keys():
+            differing = sorted(other.keys() ^ first.keys())[0]
+            raise AdapterError(f"expected adapters of the same modules, {differing} is in one and not in the other")
+        for name, shape in first.shapes.items():
+            if other[name].shape != shape:
+                raise AdapterError(
+                    f"{name}: expected one shape (out, in) in all adapters, got {shape} and {other[name].shape}; "
+                    "they are for different bases"
+                )
 
 
 def pad(adapter: Adapter, rank: int) -> Adapter:
@@ -229,18 +230,3 @@ def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.
         {name: part.singular_values for name, part in parts.items()},
         math.hypot(*(part.error for part in parts.values())),
     )
-
-
-def _combine(adapters: Sequence[Adapter], rule: Callable[[Sequence[Pair]], Pair]) -> Adapter:
-    first = adapters[0]
-    for other in adapters[1:]:
-        if other.keys() != first.keys():
-            differing = sorted(other.keys() ^ first.keys())[0]
-            raise AdapterError(f"expected adapters of the same modules, {differing} is in one and not in the other")
-        for name, shape in first.shapes.items():
-            if other[name].shape != shape:
-                raise AdapterError(
-                    f"{name}: expected one shape (out, in) in all adapters, got {shape} and {other[name].shape}; "
-                    "they are for different bases"
-                )
-    return Adapter({name: rule([adapter[name] for adapter in adapters]) for name in first})

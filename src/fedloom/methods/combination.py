@@ -1,25 +1,33 @@
-"""Combine adapters in one call, for a notebook: the rule of a method on adapters that are at hand."""
+"""Combine adapters in one call, for a notebook: a method's own strategy on adapters that are at hand."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, assert_never
+from functools import reduce
+from typing import Any
+
+import torch
 
 from fedloom.errors import AdapterError
-from fedloom.lora.algebra import mean_factors, pad, stack
-from fedloom.lora.pair import Adapter, check_finite
+from fedloom.lora.algebra import check_alike
+from fedloom.lora.pair import Adapter, Pair, check_finite
+from fedloom.methods import table
+from fedloom.methods.state import ServerState, Update
+from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.training.stats import TrainingStats
+from fedloom.wording import either
 
-Rule = Literal["fedit", "zero-padding", "flora"]
-RULES: tuple[Rule, ...] = ("fedit", "zero-padding", "flora")
 
-
-def aggregate(adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: Rule = "flora") -> Adapter:
-    """Return what a server makes of its clients' adapters.
+def aggregate(
+    adapters: Sequence[Adapter], weights: Sequence[float] | None = None, method: str = table.EXACT
+) -> Adapter:
+    """Return what a server makes of its clients' adapters, by the strategy that a run uses.
 
     ``flora`` stacks: its product is ``Σ p_k B_k A_k`` exactly, at rank ``Σ r_k`` (``compress`` lowers it).
     ``fedit`` takes the means of the factors, whose product is another, and needs one rank. ``zero-padding`` does the
-    same after padding to the largest rank. Weights are divided by their sum; left out, they are equal.
+    same after padding to the largest rank. Any method of the table whose traits say ``combines`` can be named, one of
+    your own too. Weights are divided by their sum; by default they are equal.
 
     >>> import torch
     >>> from fedloom import Adapter, Pair
@@ -34,30 +42,72 @@ def aggregate(adapters: Sequence[Adapter], weights: Sequence[float] | None = Non
 
     Raises:
         AdapterError: there is no adapter, one is empty or not finite, they differ in modules or shapes, weights do
-            not fit, or ``fedit`` is given different ranks.
+            not fit, the method cannot combine adapters, or it needs one rank and is given several.
 
     Source: FedIT (arXiv 2305.05644), section 3.2; FLoRA (arXiv 2409.05976), section 3.2; HetLoRA (arXiv 2401.06432).
     """
     shares = _shares(len(adapters), weights)
+    if not table.has(method, "combines"):
+        raise AdapterError(f"method: expected one of {', '.join(table.names('combines'))}, got {method!r}; name one")
     for position, adapter in enumerate(adapters):
         if not adapter:
             raise AdapterError(
                 f"adapters[{position}]: expected at least one module, got an empty adapter; leave it out"
             )
         check_finite(adapter, f"adapters[{position}]", "leave that adapter out")
-    match method:
-        case "flora":
-            return stack(adapters, shares)
-        case "zero-padding":
-            rank = max(rank for adapter in adapters for rank in adapter.ranks.values())
-            return mean_factors([pad(adapter, rank) for adapter in adapters], shares)
-        case "fedit":
-            _refuse_ranks(adapters)
-            return mean_factors(adapters, shares)
-        case _ if method not in RULES:
-            raise AdapterError(f"method: expected one of {', '.join(RULES)}, got {method!r}")
-        case _:
-            assert_never(method)
+    check_alike(adapters)
+    if table.traits_of(method).needs_one_rank:
+        _refuse_ranks(adapters, method)
+    pairs: dict[str, Pair] = {}
+    for modules in _cohorts(adapters):
+        cohort = [Adapter({name: adapter[name] for name in modules}) for adapter in adapters]
+        pairs |= _applied(cohort, shares, method)
+    return Adapter({name: pairs[name] for name in adapters[0]})
+
+
+def _cohorts(adapters: Sequence[Adapter]) -> list[list[str]]:
+    """Group modules so that within a group an adapter has one rank and one dtype, as a strategy expects of a client."""
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for name in adapters[0]:
+        key = tuple((adapter[name].rank, adapter[name].b_OR.dtype) for adapter in adapters)
+        groups.setdefault(key, []).append(name)
+    return list(groups.values())
+
+
+def _applied(adapters: Sequence[Adapter], shares: Sequence[float], method: str) -> Adapter:
+    """Feed a strategy one update an adapter, as a server's first round does, and return what it put in their place.
+
+    A server adds up on the CPU, in the one dtype that all updates have; the result goes back to where they lie.
+    """
+    pairs = [next(iter(adapter.values())) for adapter in adapters]
+    dtype = reduce(torch.promote_types, [pair.b_OR.dtype for pair in pairs])
+    adapters = [adapter.to(dtype).to("cpu") for adapter in adapters]
+    ranks = [max(adapter.ranks.values()) for adapter in adapters]
+    cohort = Cohort(adapters[0].shapes, max(ranks), ranks.__getitem__, seed=0)
+    strategy: Strategy = table.make(method, cohort)
+    # The clients are taken to have started from nothing: what is applied is a matter of where they ended.
+    fresh = table.traits_of(method).starts_fresh
+    state = ServerState() if fresh else ServerState(start=_nothing(adapters[0], max(ranks)))
+    updates = [
+        _update(client, adapter, share) for client, (adapter, share) in enumerate(zip(adapters, shares, strict=True))
+    ]
+    return strategy.aggregate(state, updates).applied.to(pairs[0].b_OR.device)
+
+
+def _update(client: int, adapter: Adapter, share: float) -> Update:
+    """Return a client's update, whose rows stand for its share: strategies weigh by rows, and take any number."""
+    rows: Any = share
+    return Update(1, client, adapter, TrainingStats(rows))
+
+
+def _nothing(like: Adapter, rank: int) -> Adapter:
+    """Return zeros in the shapes and dtype of an adapter."""
+
+    def zeros(pair: Pair) -> Pair:
+        (num_out, num_in), make = pair.shape, pair.b_OR.new_zeros
+        return Pair(make(num_out, rank), make(rank, num_in))
+
+    return Adapter({name: zeros(pair) for name, pair in like.items()})
 
 
 def _shares(num_adapters: int, weights: Sequence[float] | None) -> list[float]:
@@ -74,11 +124,11 @@ def _shares(num_adapters: int, weights: Sequence[float] | None) -> list[float]:
     return [weight / total for weight in given]
 
 
-def _refuse_ranks(adapters: Sequence[Adapter]) -> None:
+def _refuse_ranks(adapters: Sequence[Adapter], method: str) -> None:
     for name, rank in adapters[0].ranks.items():
-        differing = next((a.ranks[name] for a in adapters if a.ranks.get(name, rank) != rank), None)
+        differing = next((a.ranks[name] for a in adapters if a.ranks[name] != rank), None)
         if differing is not None:
+            others = either(one for one in table.names("combines") if not table.traits_of(one).needs_one_rank)
             raise AdapterError(
-                f"fedit: expected one rank for all adapters, got {rank} and {differing} at {name}; "
-                "use zero-padding or flora"
+                f"{method}: expected one rank for all adapters, got {rank} and {differing} at {name}; use {others}"
             )
