@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 
 from fedloom.errors import EvaluationError
-from fedloom.reporting.tables import Metric, compare, paired_difference, student_t975
+from fedloom.reporting.metrics import Metric
+from fedloom.reporting.tables import compare, paired_difference, student_t975
 from fedloom.wording import written, written_bytes
 
 LOSS = Metric("loss_nats", "loss [nats]")
@@ -86,6 +87,12 @@ def test_the_terminal_shows_the_same_values() -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(compare(RESULTS, [LOSS], reference="fedit").to_rich("Dolly"))
     assert "2.897 ± 0.995 ▲" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_table_can_be_cut_to_some_columns() -> None:
+    table = compare(RESULTS, [LOSS, EXACT], reference="fedit").only("exact", "absent")
+    assert table.metrics == (EXACT,)
+    assert "| flora | **30.0 % ± 28.3 %** |" in table.to_markdown()
 
 
 def test_json_keeps_every_digit() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.reporting.ledger import total_cost
+from fedloom.reporting.metrics import LOSS
 from fedloom.reporting.page import adapter, clients, costs, provenance, results
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
@@ -15,7 +16,7 @@ from fedloom.reporting.svg import element
 from fedloom.reporting.tables import reference_among
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import StoredRun, find_runs, read_run
-from fedloom.wording import written_bytes
+from fedloom.wording import written, written_bytes
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -151,10 +152,11 @@ def _about(groups: Sequence[RunGroup]) -> str:
 def _tiles(groups: Sequence[RunGroup]) -> str:
     table = result_table(groups)
     tiles = []
-    if any(metric.key == "loss_nats" for metric in table.metrics):
-        losses = {label: cells["loss_nats"] for label, cells in table.cells.items()}
+    if LOSS in table.metrics:
+        losses = {label: cells[LOSS.key] for label, cells in table.cells.items()}
         label, cell = min(((label, cell) for label, cell in losses.items() if cell), key=lambda item: item[1].mean)
-        tiles.append((f"{cell.mean:.4f}", "lowest held-out loss [nats]", label if len(groups) > 1 else ""))
+        lowest = written(cell.mean, LOSS.unit, LOSS.digits)
+        tiles.append((lowest, f"lowest {LOSS.title}", label if len(groups) > 1 else ""))
     cost = [total_cost(run.records) for group in groups for run in group.runs]
     sent = sum(one.upload_bytes + one.download_bytes for one in cost)
     tiles.append((written_bytes(sent), "crossed the wire", "as serialised, all runs"))

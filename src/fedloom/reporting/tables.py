@@ -17,24 +17,13 @@ from typing import Any, Literal
 from rich.table import Table
 
 from fedloom.errors import EvaluationError
-from fedloom.wording import Unit, written
+from fedloom.reporting.metrics import Better, Metric
+from fedloom.wording import written
 
-Better = Literal["lower", "higher", "neither"]
 Verdict = Literal["better", "worse", "within noise", "too few seeds", "not judged"]
 
 # Student's t at 0.975 for 1..9 degrees of freedom.
 _T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column: the key in the results, its heading, which way is better, and how it is written."""
-
-    key: str
-    title: str
-    better: Better = "lower"
-    unit: Unit = ""
-    digits: int = 3
 
 
 @dataclass(frozen=True)
@@ -95,6 +84,13 @@ class Comparison:
             for metric in self.metrics
         ]
         return {"reference": self.reference, "metrics": metrics, "methods": methods}
+
+    def only(self, *keys: str) -> Comparison:
+        """Return the table of these columns, in this order; a column that is not there stays out."""
+        metrics = {metric.key: metric for metric in self.metrics}
+        chosen = tuple(metrics[key] for key in keys if key in metrics)
+        cells = {method: {one.key: row[one.key] for one in chosen} for method, row in self.cells.items()}
+        return Comparison(chosen, self.reference, cells)
 
     def best(self, key: str) -> str | None:
         """Return the method whose mean of ``key`` is best, or None where no direction is better."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.reporting.charts import Axis, Level, Line, line_chart
+from fedloom.reporting.charts import Axis, Level, Line, axis_of, line_chart
+from fedloom.reporting.metrics import LOSS, NOISE, Metric, metric_of
 from fedloom.reporting.page.parts import figure, table
 from fedloom.reporting.run_groups import (
     Curve,
@@ -13,16 +14,13 @@ from fedloom.reporting.run_groups import (
     by_group,
     loss_by_bytes,
     loss_by_round,
-    metric_of,
     rank_by_round,
     result_table,
     value_by_round,
 )
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import Metric
 from fedloom.wording import written
 
-LOSS = Axis("held-out loss [nats per token]", digits=4)
 ROUNDS = Axis("round", whole=True)
 
 
@@ -61,20 +59,18 @@ def losses(groups: Sequence[RunGroup]) -> str:
     by_round = [loss_by_round(group) for group in groups]
     by_bytes = [loss_by_bytes(group) for group in groups]
     sent = Axis("bytes sent so far, both ways, all clients", unit="B", kind=_kind_of(by_bytes))
-    against_rounds = _curves("Loss against rounds", by_round, ROUNDS, LOSS)
+    against_rounds = _curves("Loss against rounds", by_round, ROUNDS, axis_of(LOSS))
     if not any(x > 0 for one in by_bytes for x in one.xs):
         return against_rounds
-    return against_rounds + _curves("Loss against bytes", by_bytes, sent, LOSS)
+    return against_rounds + _curves("Loss against bytes", by_bytes, sent, axis_of(LOSS))
 
 
 def noise_and_rank(groups: Sequence[RunGroup]) -> str:
     """Return aggregation noise and the result's largest rank, by round."""
-    noise = [value_by_round(group, "aggregation_noise") for group in groups]
+    noise = [value_by_round(group, NOISE) for group in groups]
     rank = [rank_by_round(group) for group in groups]
-    noise_axis, rank_axis = Axis("‖applied − mean of products‖ / ‖mean‖", digits=4), Axis("largest rank", digits=0)
-    return _curves("Aggregation noise", noise, ROUNDS, noise_axis) + _curves(
-        "Rank of the result", rank, ROUNDS, rank_axis
-    )
+    drawn = _curves("Aggregation noise", noise, ROUNDS, axis_of(NOISE))
+    return drawn + _curves("Rank of the result", rank, ROUNDS, Axis("largest rank", digits=0))
 
 
 def groups_of_rows(groups: Sequence[RunGroup]) -> str:
