@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,17 @@ def test_runs_that_differ_by_the_seed_alone_are_one_group(comparison: Path) -> N
 def test_equal_methods_are_told_apart_by_the_setting_that_differs(make_run: MakeRun) -> None:
     groups = group_runs([make_run("flora", seed=1, shape="dolly"), make_run("flora", seed=2, shape="alpaca")])
     assert sorted(group.label for group in groups) == ["flora (shape=alpaca)", "flora (shape=dolly)"]
+
+
+def test_no_two_groups_share_a_label(make_run: MakeRun) -> None:
+    stored = [read_run(make_run("flora", seed=seed)) for seed in (1, 2, 3, 4)]
+    settings = [{"data": {"x": "1"}}, {"model": {"x": "1"}}, {"data": {"y": 1}}, {"data": {"y": "1"}}]
+    runs = [
+        replace(run, config={**one, "method": {"name": "flora"}, "run": {"seed": run.seed}})
+        for run, one in zip(stored, settings, strict=True)
+    ]
+    labels = [group.label for group in run_groups.group_runs(runs)]
+    assert labels == ["flora (data.x=1)", "flora (model.x=1)", "flora (data.y=1) #1", "flora (data.y=1) #2"]
 
 
 def test_a_curve_is_the_mean_of_the_seeds_over_the_rounds_all_have(make_run: MakeRun) -> None:

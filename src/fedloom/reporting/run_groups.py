@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -13,6 +13,7 @@ from fedloom.reporting.metrics import LOSS, Metric, figures_of, metrics_among
 from fedloom.reporting.tables import Comparison, compare
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.reader import StoredRun
+from fedloom.wording import visible
 
 _ORDER = ("fedit", "zero-padding", "flora", "splitlora", "standalone", "centralised", "base")
 _INDIVIDUAL = {"run.seed"}
@@ -58,18 +59,29 @@ def group_runs(runs: Iterable[StoredRun]) -> list[RunGroup]:
 
 
 def _labels(runs: Sequence[StoredRun]) -> list[str]:
-    shared = Counter(run.method for run in runs)
-    labels = []
-    for run in runs:
-        same = [flatten(other.config) for other in runs if other.method == run.method]
-        mine = flatten(run.config)
-        told = [
-            f"{name.rpartition('.')[2]}={mine.get(name)}"
-            for name in mine
-            if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
-        ]
-        labels.append(f"{run.method} ({', '.join(told)})" if shared[run.method] > 1 and told else run.method)
-    return labels
+    """Return labels that are all different: settings by their last name, in full where that is not enough, or counted.
+
+    Tables and charts find a group by its label, so none may stand for two.
+    """
+    labels = [_label(run, runs, lambda name: name.rpartition(".")[2]) for run in runs]
+    shared = Counter(labels)
+    full = [_label(run, runs, str) if shared[label] > 1 else label for run, label in zip(runs, labels, strict=True)]
+    times, given = Counter(full), Counter[str]()
+    for index, label in enumerate(full):
+        given[label] += 1
+        full[index] = f"{label} #{given[label]}" if times[label] > 1 else label
+    return full
+
+
+def _label(run: StoredRun, runs: Sequence[StoredRun], called: Callable[[str], str]) -> str:
+    same = [flatten(other.config) for other in runs if other.method == run.method]
+    mine = flatten(run.config)
+    told = [
+        f"{called(name)}={mine[name]}"
+        for name in mine
+        if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
+    ]
+    return visible(f"{run.method} ({', '.join(told)})" if told else run.method)
 
 
 def curve(group: RunGroup, per_run: Mapping[int, Sequence[tuple[int, float, float]]]) -> Curve:

@@ -29,29 +29,19 @@ def methods(groups: Sequence[RunGroup], reference: str | None) -> str:
     comparison = result_table(groups, reference)
     if not comparison.metrics:
         return ""
-    head, *rows = [
-        [part.strip() for part in line.strip("|").split("|")] for line in _table_lines(comparison.to_markdown())
-    ]
-    cells = "".join(
+    rows = "".join(
         element(
             "tr",
-            element("th", element("span", class_="swatch"), element("span", text=row[0]), scope="row"),
-            *(
-                element("td", text=cell.strip("*"), class_="best" if cell.startswith("**") else None)
-                for cell in row[1:]
-            ),
+            element("th", element("span", class_="swatch"), element("span", text=label), scope="row"),
+            *(element("td", text=text, class_="best" if best else None) for text, best in cells),
             class_=f"s{group.colour % 8}",
         )
-        for row, group in zip(rows, groups, strict=True)
+        for (label, cells), group in zip(comparison.rows(), groups, strict=True)
     )
-    top = element("thead", element("tr", *(element("th", text=cell, scope="col") for cell in head)))
+    head = ["method", *(metric.title for metric in comparison.metrics)]
+    top = element("thead", element("tr", *(element("th", text=title, scope="col") for title in head)))
     note = element("p", text=comparison.caption(), class_="note")
-    return element("div", element("table", top, element("tbody", cells), class_="results"), class_="scroll") + note
-
-
-def _table_lines(markdown: str) -> list[str]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [lines[0], *lines[2:]]
+    return element("div", element("table", top, element("tbody", rows), class_="results"), class_="scroll") + note
 
 
 def losses(groups: Sequence[RunGroup]) -> str:
