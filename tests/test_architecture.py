@@ -19,6 +19,7 @@ ORDER = (
     "errors",
     "seeding",
     "wording",
+    "file_formats",
     "embedded",
     "config",
     "data",

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import EvaluationError
+from fedloom.file_formats import DECODED_OUTPUTS
+
+_FORMAT = "fedloom_outputs"
 
 
 @dataclass
@@ -28,26 +31,23 @@ class OutputsFile:
         A last line cut short by an interruption is taken off: its prompt is decoded again.
 
         Raises:
-            EvaluationError: the file is of another model or settings, or is no file of outputs.
+            EvaluationError: the file is of another model, settings or format, or is no file of outputs; nothing in it
+                was changed.
         """
         if path is None:
             return cls(None)
-        header = {"fedloom_outputs": 1, "model": model_id, "settings": asdict(settings)}
-        if not path.exists():
+        header = {_FORMAT: DECODED_OUTPUTS.number, "model": model_id, "settings": asdict(settings)}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole and _line(header).encode().startswith(content):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _append(path, [header])
+            path.write_text(_line(header), encoding="utf-8")
             return cls(path)
-        lines = _whole_lines(path)
-        if not lines:
-            _append(path, [header])
-            return cls(path)
-        try:
-            found, *rows = [json.loads(line) for line in lines]
-            outputs = {row["prompt"]: (row["output"], row["is_cut_off"]) for row in rows}
-        except (ValueError, KeyError, TypeError) as error:
-            raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+        found, outputs = _read(path, whole)
         if found != header:
             raise EvaluationError(f"{path} holds outputs of {found}, asked for {header}: choose another file")
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
         return cls(path, outputs)
 
     def append(self, rows: Sequence[tuple[str, str, bool]]) -> None:
@@ -84,14 +84,26 @@ def prompt_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def _whole_lines(path: Path) -> list[str]:
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.decode("utf-8").splitlines()
+def _read(path: Path, whole: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, bool]]]:
+    """Return the first line of a file of outputs, and what is decoded."""
+    try:
+        first, *lines = whole.decode("utf-8").splitlines()
+        header = json.loads(first)
+        number = header[_FORMAT]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+    DECODED_OUTPUTS.check(path, number, EvaluationError)
+    try:
+        rows = [json.loads(line) for line in lines]
+        return header, {row["prompt"]: (row["output"], row["is_cut_off"]) for row in rows}
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
+        file.writelines(map(_line, rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=True) + "\n"

@@ -13,6 +13,7 @@ from fedloom.assembly.inputs import Workshop
 from fedloom.config import Settings, every_variant
 from fedloom.errors import RunError
 from fedloom.experiment.session import RunSummary, run
+from fedloom.file_formats import COMPARISON
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.run_groups import table_of
 from fedloom.reporting.tables import Comparison, reference_among
@@ -78,7 +79,7 @@ def compare(
         stored.setdefault(summary.method, []).append(read_run(summary.folder))
     table = table_of(stored, reference)
     result = MethodsComparison(out, tuple(runs), table)
-    durable.write_json(out / "comparison.json", result.as_dict())
+    durable.write_json(out / "comparison.json", {"format_version": COMPARISON.number, **result.as_dict()})
     return result
 
 
@@ -101,3 +102,4 @@ def refuse_other_folder(out: Path) -> None:
             there = None
         if not isinstance(there, dict) or not {"folder", "table", "runs"} <= there.keys():
             raise RunError(f"{out / name} is not fedloom's and would be replaced: choose another --out")
+        COMPARISON.check(out / name, there.get("format_version", 1), RunError)  # the first files had no number

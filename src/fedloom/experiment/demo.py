@@ -17,6 +17,7 @@ from fedloom.evaluation.exact_match import METRIC, is_match, score_matches
 from fedloom.evaluation.intervals import ItemStatistics, paired_differences
 from fedloom.experiment.comparison import MethodsComparison, compare
 from fedloom.experiment.session import RunSummary
+from fedloom.file_formats import COMPARISON
 from fedloom.reporting.metrics import LOSS
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.report import write_report
@@ -139,7 +140,7 @@ def demonstrate(
     report = out / REPORT
     write_report([out], report)
     shown = Demonstration(comparison, comparison.table.only(*COLUMNS), reading, tuple(examples), report)
-    durable.write_json(out / "demo.json", shown.as_dict())
+    durable.write_json(out / "demo.json", {"format_version": COMPARISON.number, **shown.as_dict()})
     return shown
 
 
