@@ -24,7 +24,7 @@ from fedloom.methods.flora import FLoRA, Initialisation
 from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.zero_padding import ZeroPadding, fedit
-from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.reporting.memory import peaks_of_round
 from fedloom.split.local_parties import local_parties
 from fedloom.split.lockstep import SplitRecord, run_split
 from fedloom.split.parties import SplitParties
@@ -157,7 +157,7 @@ def split_metrics(record: SplitRecord, names: Sequence[str]) -> dict[str, Any]:
             "adapters": {"upload_bytes": up - moved_up, "download_bytes": down - moved_down},
         },
         "seconds": dict(record.seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **peaks_of_round(),
         "rank": record.state.global_adapter().ranks,
         "clients": [{"name": names[client.client], **asdict(client)} for client in clients],
     }

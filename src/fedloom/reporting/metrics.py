@@ -63,6 +63,15 @@ def _score(suite: str, name: str, title: str, unit: Unit = "") -> Metric:
 # is the distance of what was applied from the exact mean; whether it harms the model is for the loss to say.
 LOSS = Metric("loss_nats", "held-out loss [nats]", path=("eval", "loss_nats"))
 NOISE = Metric("aggregation_noise", "aggregation noise", path=("aggregation_noise",))
+DEVICE_PEAK = Metric(
+    "peak_device_memory_bytes",
+    "peak device memory",
+    unit="B",
+    path=("peak_device_memory_bytes",),
+    over_rounds="max",
+)
+# Of the process since its start, so a later run of one comparison never has less: shown, but no column.
+PEAK = Metric("peak_memory_bytes", "peak memory", "neither", "B", path=("peak_memory_bytes",), over_rounds="max")
 FIGURES = (
     LOSS,
     Metric("perplexity", "perplexity", digits=2, path=("eval", "perplexity")),
@@ -80,6 +89,7 @@ FIGURES = (
     NOISE,
     Metric("upload_bytes", "bytes up", unit="B", path=("upload_bytes",), over_rounds="sum"),
     Metric("download_bytes", "bytes down", unit="B", path=("download_bytes",), over_rounds="sum"),
+    DEVICE_PEAK,
     Metric("seconds", "time", unit="s", path=("seconds",), over_rounds="sum"),
 )
 """The figures of a run, in the order of a table's columns."""
@@ -93,6 +103,12 @@ CLIENT_FIGURES = (
     Metric("download_bytes", "bytes received", unit="B", path=("download_bytes",)),
 )
 """The figures of a client's entry in a round's record."""
+
+
+def was_left_out(client: Mapping[str, Any]) -> bool:
+    """Return whether a client's entry in a round's record tells of an update that was not used."""
+    return bool(client.get("reason"))
+
 
 _BY_KEY = {metric.key: metric for metric in FIGURES}
 _COSTS = {metric.key for metric in FIGURES if metric.over_rounds != "last"}

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.reporting.charts import Axis, Bar, axis_of, bar_chart, matrix_chart
-from fedloom.reporting.ledger import was_left_out
-from fedloom.reporting.metrics import CLIENT_FIGURES, Metric
+from fedloom.reporting.metrics import CLIENT_FIGURES, Metric, was_left_out
 from fedloom.reporting.page.parts import choice, figure, table
 from fedloom.reporting.run_groups import RunGroup, client_entries
 from fedloom.run_folder.reader import Holding
