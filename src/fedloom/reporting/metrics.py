@@ -114,11 +114,6 @@ _BY_KEY = {metric.key: metric for metric in FIGURES}
 _COSTS = {metric.key for metric in FIGURES if metric.over_rounds != "last"}
 
 
-def is_declared(key: str) -> bool:
-    """Tell whether a figure of a run is declared."""
-    return key in _BY_KEY
-
-
 def metric_of(key: str) -> Metric:
     """Return the declaration of a run's figure; one that is not declared is shown by its key and not judged."""
     return _BY_KEY.get(key) or Metric(key, key.replace("_", " ").replace(".", " · "), "neither")
