@@ -27,7 +27,7 @@ from fedloom.methods.server_steps import PlainStep
 from fedloom.methods.state_codec import state_files
 from fedloom.methods.strategy import Cohort
 from fedloom.models.families import resolve_targets
-from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.reporting.memory import peak_memory_bytes
 from fedloom.seeding import stream
 from fedloom.training.local import LocalTraining
 

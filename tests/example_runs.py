@@ -88,7 +88,7 @@ def example_record(method: str, n: int, rng: np.random.Generator) -> dict[str, A
             "loss_nats": loss,
             "perplexity": math.exp(loss),
             "num_tokens": 1000,
-            "exact_match": 0.6 - loss / 10,
+            "suites": {"exact-match": {"metrics": {"exact_match": {"value": 0.6 - loss / 10}}}},
             "loss_nats_of_group": {name: loss * (0.5 + k / 6) for k, name in enumerate(CATEGORIES)},
         },
         "aggregation_noise": {"fedit": 0.4, "zero-padding": 0.7, "flora": 0.0}.get(method),

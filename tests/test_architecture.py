@@ -24,6 +24,7 @@ ORDER = (
     "seeding",
     "wording",
     "names",
+    "file_formats",
     "embedded",
     "methods.traits",
     "methods.table",

@@ -6,6 +6,10 @@ from collections.abc import Iterable
 from typing import Literal
 
 Unit = Literal["", "%", "B", "s"]
+# Control characters by their pictures, and what no text may hold or what would turn its direction by the usual sign.
+_PICTURES = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421, 0x2028: 0x240A, 0x2029: 0x240A}
+_UNSEEN = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
+_SHOWN = _PICTURES | dict.fromkeys(_UNSEEN, 0xFFFD)
 
 
 def written(value: float, unit: Unit, digits: int = 3) -> str:
@@ -39,3 +43,8 @@ def written_bytes(num_bytes: float) -> str:
             break
         num_bytes /= 1000
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
+
+
+def visible(text: str) -> str:
+    """Return a text that stays one line and does nothing to a terminal, a page or a file: line ends show as ␊."""
+    return text.translate(_SHOWN)

@@ -47,7 +47,7 @@ def test_a_partition_of_other_data_is_refused(tmp_path: Path) -> None:
         (lambda d: d["clients"].clear(), "at least one client"),
         (lambda d: d["clients"][0].update(name="second"), "two share one"),
         (lambda d: d.pop("clients"), "clients"),
-        (lambda d: d.update(format="other"), "expected format"),
+        (lambda d: d.update(format="other"), "got format 'other'"),
     ],
 )
 def test_a_partition_file_that_was_changed_is_refused(tmp_path: Path, change: object, message: str) -> None:

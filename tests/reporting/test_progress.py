@@ -23,7 +23,7 @@ RECORD = {
     "round": 3,
     "train_loss_nats": 2.5,
     "eval": {"loss_nats": 2.25},
-    "clients": [{"client": 0, "status": "ok"}, {"client": 4, "status": "failed"}],
+    "clients": [{"client": 0, "reason": None}, {"client": 4, "reason": "not finite"}],
     "upload_bytes": 1000,
     "download_bytes": 500,
     "seconds": {"train": 2.0, "evaluate": 0.5},
@@ -113,6 +113,7 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 def test_reporting_does_not_load_torch() -> None:
     code = (
         "import sys, fedloom.reporting.progress, fedloom.run_folder.writer, fedloom.reporting.tables, "
-        "fedloom.reporting.ledger, fedloom.reporting.trackers\nassert 'torch' not in sys.modules"
+        "fedloom.reporting.memory, fedloom.reporting.metrics, fedloom.reporting.trackers\n"
+        "assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

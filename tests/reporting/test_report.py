@@ -12,6 +12,7 @@ import pytest
 
 from fedloom.errors import EvaluationError, RunError
 from fedloom.reporting.report import write_report
+from fedloom.reporting.run_groups import group_runs, result_table
 from fedloom.run_folder.reader import read_run
 
 MakeRun = Callable[..., Path]
@@ -28,6 +29,9 @@ class Checked(HTMLParser):
         self.open: list[str] = []
         self.sections: list[str] = []
         self.addresses: list[str] = []
+        self.rows: list[list[str]] = []
+        """The cells of the table of results."""
+        self.in_results = False
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         if tag not in self.VOID:
@@ -35,10 +39,21 @@ class Checked(HTMLParser):
         found = dict(attrs)
         if tag == "section":
             self.sections.append(str(found["id"]))
+        if tag == "table":
+            self.in_results = found.get("class") == "results"
+        if self.in_results and tag == "tr":
+            self.rows.append([])
+        if self.in_results and tag in {"th", "td"}:
+            self.rows[-1].append("")
         self.addresses += [str(found[name]) for name in ("src", "href", "action") if name in found]
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        self.in_results = self.in_results and tag != "table"
+
+    def handle_data(self, data: str) -> None:
+        if self.in_results:
+            self.rows[-1][-1] += data
 
 
 def read(page: Path) -> Checked:
@@ -92,6 +107,30 @@ def test_loss_against_bytes_is_left_out_where_nothing_crosses(make_run: MakeRun,
 def test_names_from_outside_are_text_and_not_markup(make_run: MakeRun, tmp_path: Path) -> None:
     write_report([make_run("fedit", path="<script>alert(1)</script>")], tmp_path / "report.html")
     assert "<script>alert" not in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        ["model.layers.*(q_proj|v_proj)"],
+        "**bold** | `code` || |",
+        "<b>&amp;</b>\" onclick='x'",
+        "two\nlines\r\n| and | a row |",
+        "\x00\x1b[31m\x1f\u2028",
+        "",
+        None,
+    ],
+    ids=repr,
+)
+def test_a_row_of_the_table_survives_any_label(value: object, make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("flora", seed=1, shape="plain"), make_run("flora", seed=2, shape=value), make_run("fedit")]
+    write_report(runs, tmp_path / "report.html")
+    page, groups = read(tmp_path / "report.html"), group_runs(map(read_run, runs))
+    table = result_table(groups, "fedit")
+    assert len(table.cells) == 3
+    wanted = [[method, *(text for text, _ in cells)] for method, cells in table.rows()]
+    assert page.rows == [["method", *(metric.title for metric in table.metrics)], *wanted]
+    assert all(len(row) == 8 for row in page.rows)
 
 
 def test_a_run_named_twice_counts_once(make_run: MakeRun, tmp_path: Path) -> None:

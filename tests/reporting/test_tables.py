@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
 
 from fedloom.errors import EvaluationError
-from fedloom.reporting.tables import Metric, compare, paired_difference, student_t975
-from fedloom.wording import written, written_bytes
+from fedloom.reporting.metrics import Metric
+from fedloom.reporting.tables import compare, paired_difference, student_t975
+from fedloom.wording import visible, written, written_bytes
 
 LOSS = Metric("loss_nats", "loss [nats]")
 EXACT = Metric("exact", "exact match", better="higher", unit="%")
@@ -86,6 +88,41 @@ def test_the_terminal_shows_the_same_values() -> None:
     console = Console(file=io.StringIO(), width=120)
     console.print(compare(RESULTS, [LOSS], reference="fedit").to_rich("Dolly"))
     assert "2.897 ± 0.995 ▲" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_table_can_be_cut_to_some_columns() -> None:
+    table = compare(RESULTS, [LOSS, EXACT], reference="fedit").only("exact", "absent")
+    assert table.metrics == (EXACT,)
+    assert "| flora | **30.0 % ± 28.3 %** |" in table.to_markdown()
+
+
+HOSTILE = "a|b **c** `d` <i>e</i> &amp; [bold]f[/bold] :cat: $g$\n| h |\x1b[31m\x00\u2028\ud800"
+
+
+def test_markdown_shows_any_label_in_its_own_cell() -> None:
+    table = compare({HOSTILE: RESULTS["fedit"], "flora": RESULTS["flora"]}, [LOSS, EXACT], reference=HOSTILE)
+    text = table.to_markdown()
+    text.encode()
+    head, rule, row, other, _, caption = text.splitlines()
+    for line in (head, rule, row, other):
+        assert len(re.findall(r"(?<!\\)\|", line)) == 4
+    assert re.findall(r"(?<!\\)[`<&$\[]", row + caption) == []
+    first = re.split(r"(?<!\\)\|", row)[1].strip()
+    assert re.sub(r"\\(.)", r"\1", first) == visible(HOSTILE)
+
+
+def test_the_terminal_shows_any_label_as_it_is_and_obeys_none() -> None:
+    console = Console(file=io.StringIO(), width=300)
+    console.print(compare({HOSTILE: RESULTS["fedit"], "b": RESULTS["flora"]}, [LOSS], HOSTILE).to_rich(HOSTILE))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    flat = "".join(text.split())
+    assert flat.count("".join(visible(HOSTILE).split())) == 3  # title, row, caption
+    assert not {"\x1b", "\x00"} & set(text)
+    assert LOSS.title in text
+
+
+def test_what_cannot_be_seen_is_shown() -> None:
+    assert visible("a\n\t\x00\x1b\x7f\x85\u2028\u202e\ud800é≤") == "a␊␉␀␛␡\ufffd␊\ufffd\ufffdé≤"
 
 
 def test_json_keeps_every_digit() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,6 +46,16 @@ def test_a_tracker_that_is_not_installed_names_its_extra(
     monkeypatch.setitem(sys.modules, extra, None)
     with pytest.raises(MissingExtraError, match=rf"pip install 'fedloom\[{extra}\]'"):
         tracker("project", "name", {})
+
+
+def test_weights_and_biases_learns_which_way_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    run = SimpleNamespace(define_metric=lambda name, summary: told.update({name: summary}))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: run))
+    WandbTracker("project", "name", {})
+    assert told["eval/loss_nats"] == "min,last"
+    assert told["eval/suites/e2e/metrics/BLEU/value"] == "max,last"
+    assert dict(scalars({"eval": {"suites": {"e2e": {"metrics": {"BLEU": {"value": 0.5}}}}}})).keys() <= told.keys()
 
 
 def test_mlflow_continues_a_resumed_run_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

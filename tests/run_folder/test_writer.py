@@ -204,21 +204,3 @@ def test_names_cannot_leave_the_folder(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="expected an entry of the run folder"):
             folder.write_json("notes.json", {})
         assert folder.last_round() is None
-
-
-def test_a_newer_format_is_refused(tmp_path: Path) -> None:
-    with_rounds(tmp_path, 1)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-    with pytest.raises(RunError, match="run format 99"), opened(tmp_path):
-        pass
-
-
-def test_a_session_on_other_versions_is_reported(tmp_path: Path) -> None:
-    with_rounds(tmp_path, 1)
-    manifest = json.loads((tmp_path / "manifest.json").read_text())
-    manifest["sessions"][0]["versions"]["torch"] = "1.0"
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    with opened(tmp_path) as folder:
-        assert folder.version_changes["torch"][0] == "1.0"
-        assert folder.version_changes.keys() == {"torch"}

@@ -22,7 +22,7 @@ from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
 from fedloom.methods.strategy import Cohort, Strategy
-from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.reporting.memory import peaks_of_round
 from fedloom.split.local_parties import local_parties
 from fedloom.split.lockstep import SplitRecord, run_split
 from fedloom.split.parties import SplitParties
@@ -144,7 +144,7 @@ def split_metrics(record: SplitRecord, method: str, names: Sequence[str]) -> dic
             "adapters": {"upload_bytes": up - moved_up, "download_bytes": down - moved_down},
         },
         "seconds": dict(record.seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **peaks_of_round(),
         "rank": record.state.global_adapter().ranks,
         "clients": [{"name": names[client.client], **client.as_dict()} for client in clients],
     }

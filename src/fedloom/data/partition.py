@@ -12,9 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.errors import PartitionError
+from fedloom.file_formats import PARTITION
 
 IntArray = npt.NDArray[np.int64]
-_FORMAT = "fedloom-partition-1"
+_FORMAT = "fedloom-partition-"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,7 @@ class Partition:
     def save(self, path: Path, data_sha256: str) -> None:
         """Write the partition as JSON, tied to the data whose hash is given; the file appears whole or not at all."""
         document = {
-            "format": _FORMAT,
+            "format": f"{_FORMAT}{PARTITION.number}",
             "data_sha256": data_sha256,
             "num_rows": self.num_rows,
             "how": dict(self.how),
@@ -112,15 +113,15 @@ class Partition:
         """Read a saved partition and check that it belongs to the data whose hash is given.
 
         Raises:
-            PartitionError: the file is missing or malformed, was made for other data, or is no exact cover.
+            PartitionError: the file is missing, malformed or of another format, was made for other data, or is no exact
+                cover.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as cause:
             raise PartitionError(f"{path}: expected a partition saved by fedloom, got {cause}") from cause
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
-        if found != _FORMAT:
-            raise PartitionError(f"{path}: expected format {_FORMAT!r}, got {found!r}")
+        PARTITION.check(path, _number_in(found), PartitionError)
         if document.get("data_sha256") != data_sha256:
             raise PartitionError(
                 f"{path}: made for data with hash {str(document.get('data_sha256'))[:12]}, these rows have "
@@ -135,6 +136,12 @@ class Partition:
                 f"{path}: expected {document.get('num_rows')} rows, its clients own {partition.num_rows}"
             )
         return partition
+
+
+def _number_in(format: object) -> object:
+    """Return the number of a format that is a partition's, anything else as it is."""
+    number = format.removeprefix(_FORMAT) if isinstance(format, str) and format.startswith(_FORMAT) else ""
+    return int(number) if number.isdecimal() and number.isascii() else format
 
 
 def _from_clients(clients: Sequence[Mapping[str, object]], how: Mapping[str, str | int | float]) -> Partition:

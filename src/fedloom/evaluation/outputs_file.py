@@ -13,8 +13,9 @@ from typing import Any
 
 from fedloom.data.json_rows import rows_of_lines
 from fedloom.errors import EvaluationError
+from fedloom.file_formats import DECODED_OUTPUTS
 
-_FORMAT = 2
+_FORMAT = "fedloom_outputs"
 
 
 @dataclass
@@ -31,31 +32,23 @@ class OutputsFile:
         A last line cut short by an interruption is taken off: its prompt is decoded again.
 
         Raises:
-            EvaluationError: the file is of another model or settings, or is no file of outputs.
+            EvaluationError: the file is of another model, settings or format, or is no file of outputs; nothing in it
+                was changed.
         """
         if path is None:
             return cls(None)
-        header = {"fedloom_outputs": _FORMAT, "model": model_id, "settings": asdict(settings)}
-        if not path.exists():
+        header = {_FORMAT: DECODED_OUTPUTS.number, "model": model_id, "settings": asdict(settings)}
+        content = path.read_bytes() if path.exists() else b""
+        whole = content[: content.rfind(b"\n") + 1]
+        if not whole and _line(header).encode().startswith(content):
             path.parent.mkdir(parents=True, exist_ok=True)
-            _append(path, [header])
+            path.write_text(_line(header), encoding="utf-8")
             return cls(path)
-        text = _whole_lines(path)
-        if not text:
-            _append(path, [header])
-            return cls(path)
-        try:
-            found, *rows = [row for _, row in rows_of_lines(path, text)]
-            outputs = {row["prompt"]: (row["output"], row["is_cut_off"]) for row in rows}
-        except (ValueError, KeyError) as error:
-            raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
-        if found.get("fedloom_outputs") != _FORMAT:
-            raise EvaluationError(
-                f"{path}: expected outputs of format {_FORMAT}, got format {found.get('fedloom_outputs')!r}, whose "
-                "prompts were tokenised otherwise than in training; remove the file to decode anew"
-            )
+        found, outputs = _read(path, whole)
         if found != header:
             raise EvaluationError(f"{path} holds outputs of {found}, asked for {header}: choose another file")
+        if len(whole) < len(content):
+            os.truncate(path, len(whole))
         return cls(path, outputs)
 
     def append(self, rows: Sequence[tuple[str, str, bool]]) -> None:
@@ -92,14 +85,25 @@ def prompt_key(prompt: str) -> str:
     return hashlib.sha256(prompt.encode()).hexdigest()[:16]
 
 
-def _whole_lines(path: Path) -> str:
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return whole.decode("utf-8")
+def _read(path: Path, whole: bytes) -> tuple[dict[str, Any], dict[str, tuple[str, bool]]]:
+    """Return the first line of a file of outputs, and what is decoded."""
+    try:
+        lines = rows_of_lines(path, whole.decode("utf-8"))
+        _, header = next(lines)
+        number = header[_FORMAT]
+    except (ValueError, KeyError, StopIteration) as error:
+        raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+    DECODED_OUTPUTS.check(path, number, EvaluationError)
+    try:
+        return header, {row["prompt"]: (row["output"], row["is_cut_off"]) for _, row in lines}
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=True) + "\n" for row in rows)
+        file.writelines(map(_line, rows))
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=True) + "\n"

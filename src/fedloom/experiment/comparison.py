@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +13,14 @@ from fedloom.assembly.inputs import Workshop
 from fedloom.config import Settings, every_variant
 from fedloom.errors import RunError
 from fedloom.experiment.session import RunSummary, run
+from fedloom.file_formats import COMPARISON
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.reporting.tables import Comparison, Metric, reference_among
-from fedloom.reporting.tables import compare as tabulate
+from fedloom.reporting.run_groups import table_of
+from fedloom.reporting.tables import Comparison, reference_among
 from fedloom.run_folder import durable
+from fedloom.run_folder.reader import StoredRun, read_run
 
 FILES = ("comparison.json", "demo.json")
-METRICS = (
-    Metric("loss_nats", "held-out loss"),
-    Metric("perplexity", "perplexity", digits=2),
-    Metric("aggregation_noise", "noise, last round", better="neither"),
-    Metric("upload_bytes", "bytes up", unit="B"),
-    Metric("download_bytes", "bytes down", unit="B"),
-    Metric("seconds", "time", unit="s"),
-)
 
 
 @dataclass(frozen=True)
@@ -80,9 +74,12 @@ def compare(
         method, seed = variant.method.name, variant.run.seed
         progress.note(f"run {len(runs) + 1} of {len(variants)}: {method}, seed {seed}")
         runs.append(run(variant, out / f"{method}-seed{seed}", fresh=fresh, progress=progress, workshop=workshop))
-    table = tabulate(_by_method(runs), (*METRICS[:2], *suite_metrics(runs), *METRICS[2:]), reference)
+    stored: dict[str, list[StoredRun]] = {}
+    for summary in runs:
+        stored.setdefault(summary.method, []).append(read_run(summary.folder))
+    table = table_of(stored, reference)
     result = MethodsComparison(out, tuple(runs), table)
-    durable.write_json(out / "comparison.json", result.as_dict())
+    durable.write_json(out / "comparison.json", {"format_version": COMPARISON.number, **result.as_dict()})
     return result
 
 
@@ -105,34 +102,4 @@ def refuse_other_folder(out: Path) -> None:
             there = None
         if not isinstance(there, dict) or not {"folder", "table", "runs"} <= there.keys():
             raise RunError(f"{out / name} is not fedloom's and would be replaced: choose another --out")
-
-
-def suite_metrics(runs: Sequence[RunSummary]) -> list[Metric]:
-    """Return a column for every score of every suite that a run has."""
-    names = dict.fromkeys(name for summary in runs for name in suite_values(summary))
-    return [Metric(name, name.partition(".")[2].replace("_", " "), better="higher", digits=4) for name in names]
-
-
-def suite_values(summary: RunSummary) -> dict[str, float]:
-    """Return a run's scores by ``suite.metric``."""
-    suites = summary.eval.get("suites", {})
-    return {
-        f"{suite}.{name}": found["value"]
-        for suite, scores in suites.items()
-        for name, found in scores["metrics"].items()
-    }
-
-
-def _by_method(runs: Sequence[RunSummary]) -> dict[str, dict[int, Mapping[str, float | None]]]:
-    results: dict[str, dict[int, Mapping[str, float | None]]] = {}
-    for summary in runs:
-        results.setdefault(summary.method, {})[summary.seed] = {
-            "loss_nats": summary.eval.get("loss_nats"),
-            "perplexity": summary.eval.get("perplexity"),
-            "aggregation_noise": summary.aggregation_noise,
-            "upload_bytes": summary.upload_bytes or None,
-            "download_bytes": summary.download_bytes or None,
-            "seconds": summary.seconds or None,
-            **suite_values(summary),
-        }
-    return results
+        COMPARISON.check(out / name, there.get("format_version", 1), RunError)  # the first files had no number

@@ -15,13 +15,14 @@ from fedloom.config import Settings
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.exact_match import METRIC, is_match, score_matches
 from fedloom.evaluation.intervals import ItemStatistics, paired_differences
-from fedloom.experiment.comparison import MethodsComparison, compare, suite_values
+from fedloom.experiment.comparison import MethodsComparison, compare
 from fedloom.experiment.session import RunSummary
+from fedloom.file_formats import COMPARISON
 from fedloom.methods import table as methods_table
+from fedloom.reporting.metrics import LOSS
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.report import write_report
-from fedloom.reporting.tables import Comparison, Metric
-from fedloom.reporting.tables import compare as tabulate
+from fedloom.reporting.tables import Comparison
 from fedloom.results.exact_answers import SUITE, AskedRow, asked_rows, kept_outputs
 from fedloom.results.state_scores import outputs_stem
 from fedloom.results.suites import suite_choice_of
@@ -37,13 +38,7 @@ SHOWN = methods_table.EXACT
 """The method whose answers are shown beside the base's."""
 NUM_EXAMPLES = 2
 REPORT = "report.html"
-METRICS = (
-    Metric("loss_nats", "held-out loss"),
-    Metric(METRIC, "exact match", better="higher", unit="%"),
-    Metric("upload_bytes", "bytes up", better="neither", unit="B"),
-    Metric("download_bytes", "bytes down", better="neither", unit="B"),
-    Metric("seconds", "time", better="neither", unit="s"),
-)
+COLUMNS = (LOSS.key, f"{SUITE}.{METRIC}", "upload_bytes", "download_bytes", "seconds")
 
 
 @dataclass(frozen=True)
@@ -138,15 +133,14 @@ def demonstrate(
     seed = settings.run.seed
     progress.note(f"{len(METHODS)} runs: {', '.join(METHODS)}")
     comparison = compare(settings, METHODS, (seed,), out, fresh=fresh, progress=progress)
-    table = tabulate({run.method: {seed: _figures(run)} for run in comparison.runs}, METRICS)
     asked, outputs = answers_of(settings, comparison.runs)
     outcomes = {run.method: _outcome(run, asked, outputs) for run in comparison.runs}
     reading = read_table(outcomes, len(asked), settings)
     examples = choose_examples(asked, outputs[BASE], outputs[SHOWN])
     report = out / REPORT
     write_report([out], report)
-    shown = Demonstration(comparison, table, reading, tuple(examples), report)
-    durable.write_json(out / "demo.json", shown.as_dict())
+    shown = Demonstration(comparison, comparison.table.only(*COLUMNS), reading, tuple(examples), report)
+    durable.write_json(out / "demo.json", {"format_version": COMPARISON.number, **shown.as_dict()})
     return shown
 
 
@@ -216,20 +210,10 @@ def _question(one: AskedRow) -> str:
     return " / ".join(part for part in one.prompt.splitlines() if part)
 
 
-def _figures(run: RunSummary) -> dict[str, float | None]:
-    return {
-        "loss_nats": run.eval.get("loss_nats"),
-        METRIC: suite_values(run).get(f"{SUITE}.{METRIC}"),
-        "upload_bytes": run.upload_bytes or None,
-        "download_bytes": run.download_bytes or None,
-        "seconds": run.seconds or None,
-    }
-
-
 def _outcome(run: RunSummary, asked: Sequence[AskedRow], outputs: Mapping[str, Sequence[str]]) -> Outcome:
     if run.method in outputs:
         return Outcome.of(run.eval["loss_nats"], outputs[run.method], asked)
-    return Outcome(run.eval["loss_nats"], suite_values(run)[f"{SUITE}.{METRIC}"])
+    return Outcome(run.eval["loss_nats"], run.eval["suites"][SUITE]["metrics"][METRIC]["value"])
 
 
 def _percent(outcome: Outcome) -> str:

@@ -19,7 +19,7 @@ from fedloom.federation.rounds import RoundRecord
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.methods.state import Update
-from fedloom.reporting.ledger import peak_memory_bytes
+from fedloom.reporting.memory import peaks_of_round
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import Holding, holdings_document
 
@@ -42,7 +42,7 @@ def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[s
         "upload_bytes": sum(client.upload_bytes for client in record.clients),
         "download_bytes": sum(client.download_bytes for client in record.clients),
         "seconds": dict(record.seconds),
-        "peak_memory_bytes": peak_memory_bytes(),
+        **peaks_of_round(),
         "rank": record.state.global_adapter().ranks,
         "clients": [{"name": names[client.client], **client.as_dict()} for client in record.clients],
     }

@@ -23,6 +23,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.models.load import Base
+from fedloom.reporting.memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 from fedloom.results.export import write_cards
@@ -53,6 +54,7 @@ class RunSummary:
     download_bytes: int
     seconds: float
     peak_memory_bytes: int
+    peak_device_memory_bytes: int | None
     aggregation_noise: float | None
     rank: int
 
@@ -71,7 +73,9 @@ class RunSummary:
             figures = ", ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items())
             lines.append(f"{suite}: {figures}")
         up, down = written_bytes(self.upload_bytes), written_bytes(self.download_bytes)
-        lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}")
+        device = self.peak_device_memory_bytes
+        of_device = "" if device is None else f", of the device {written_bytes(device)} in one round"
+        lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}{of_device}")
         if self.aggregation_noise is not None:
             lines.append(f"aggregation noise of the last round {self.aggregation_noise:.3g}")
         return lines
@@ -190,6 +194,7 @@ class Session:
         with ExitStack() as stack:
             trackers = AllTrackers(self._trackers(state.round))
             stack.callback(trackers.close)
+            reset_device_peak()
             for done in loop.rounds(self._evaluate):
                 self.folder.write_round(done.round, done.metrics, done.files, done.writers)
                 state = done.standing
@@ -274,6 +279,7 @@ class Session:
             download_bytes=sum(record["download_bytes"] for record in records),
             seconds=sum(sum(record["seconds"].values()) for record in records),
             peak_memory_bytes=max((record["peak_memory_bytes"] for record in records), default=0),
+            peak_device_memory_bytes=max((r.get("peak_device_memory_bytes") or 0 for r in records), default=0) or None,
             aggregation_noise=records[-1]["aggregation_noise"] if records else None,
             rank=max(state.shared.ranks.values(), default=0),
         )

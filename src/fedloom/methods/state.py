@@ -102,7 +102,9 @@ class ServerState:
 
     def global_adapter(self) -> Adapter:
         """Return all that training has added to the base, as one adapter."""
-        return total([self.side, self.start or Adapter()])
+        parts = [part for part in (self.side, self.start) if part]
+        # Stacked even where it is one part: a copy in one memory layout, on which later rounding depends.
+        return stack(parts, [1.0] * len(parts)) if parts else Adapter()
 
 
 @dataclass(frozen=True, eq=False)

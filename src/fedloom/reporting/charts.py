@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedloom.reporting.metrics import Metric
 from fedloom.reporting.svg import Scale, ScaleKind, element, fitted, path_data, spread, tick_text, ticks
 from fedloom.wording import Unit, written
 
@@ -24,6 +25,11 @@ class Axis:
     kind: ScaleKind = "linear"
     whole: bool = False
     digits: int = 3
+
+
+def axis_of(metric: Metric) -> Axis:
+    """Return the axis along which a metric is drawn."""
+    return Axis(metric.title, metric.unit, digits=metric.digits)
 
 
 @dataclass(frozen=True)

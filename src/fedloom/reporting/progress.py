@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, T
 from rich.progress import Progress as RichProgress
 from rich.text import Text
 
-from fedloom.reporting.ledger import was_left_out
+from fedloom.reporting.metrics import was_left_out
 from fedloom.wording import counted, written_bytes
 
 SECONDS_BETWEEN_NOTES = 10.0

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 from fedloom.errors import RunError
-from fedloom.reporting.ledger import total_cost
+from fedloom.reporting.metrics import DEVICE_PEAK, LOSS, PEAK, metric_of
 from fedloom.reporting.page import adapter, clients, costs, provenance, results
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
@@ -15,7 +15,7 @@ from fedloom.reporting.svg import element
 from fedloom.reporting.tables import reference_among
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import StoredRun, find_runs, read_run
-from fedloom.wording import written_bytes
+from fedloom.wording import written, written_bytes
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -148,21 +148,24 @@ def _about(groups: Sequence[RunGroup]) -> str:
     return " · ".join(part for part in parts if part)
 
 
+_TOTALS = ("upload_bytes", "download_bytes", "seconds")
+
+
 def _tiles(groups: Sequence[RunGroup]) -> str:
     table = result_table(groups)
     tiles = []
-    if any(metric.key == "loss_nats" for metric in table.metrics):
-        losses = {label: cells["loss_nats"] for label, cells in table.cells.items()}
+    if LOSS in table.metrics:
+        losses = {label: cells[LOSS.key] for label, cells in table.cells.items()}
         label, cell = min(((label, cell) for label, cell in losses.items() if cell), key=lambda item: item[1].mean)
-        tiles.append((f"{cell.mean:.4f}", "lowest held-out loss [nats]", label if len(groups) > 1 else ""))
-    cost = [total_cost(run.records) for group in groups for run in group.runs]
-    sent = sum(one.upload_bytes + one.download_bytes for one in cost)
-    tiles.append((written_bytes(sent), "crossed the wire", "as serialised, all runs"))
-    tiles.append(
-        (f"{sum(one.seconds for one in cost):,.0f} s", "of work", f"{len(cost)} runs" if len(cost) > 1 else "")
-    )
-    peak = max(one.peak_memory_bytes for one in cost)
-    tiles.append((written_bytes(peak), "peak memory", "of one process"))
+        lowest = written(cell.mean, LOSS.unit, LOSS.digits)
+        tiles.append((lowest, f"lowest {LOSS.title}", label if len(groups) > 1 else ""))
+    runs = [run for group in groups for run in group.runs]
+    up, down, seconds = ([metric_of(key).of_run(run.records) or 0.0 for run in runs] for key in _TOTALS)
+    tiles.append((written_bytes(sum(up) + sum(down)), "crossed the wire", "as serialised, all runs"))
+    tiles.append((f"{sum(seconds):,.0f} s", "of work", f"{len(runs)} runs" if len(runs) > 1 else ""))
+    for metric, note in ((PEAK, "of one process"), (DEVICE_PEAK, "of one round")):
+        if peaks := [peak for run in runs if (peak := metric.of_run(run.records))]:
+            tiles.append((written(max(peaks), metric.unit), metric.title, note))
     drawn = [
         element("div", element("b", text=value), element("span", text=name), element("small", text=note), class_="tile")
         for value, name, note in tiles

@@ -4,33 +4,19 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 from fedloom.methods import table
-from fedloom.reporting.ledger import total_cost
-from fedloom.reporting.tables import Better, Comparison, Metric, compare
+from fedloom.reporting.metrics import LOSS, Metric, figures_of, metrics_among
+from fedloom.reporting.tables import Comparison, compare
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.reader import StoredRun
-from fedloom.wording import Unit
+from fedloom.wording import visible
 
 _INDIVIDUAL = {"run.seed"}
-_HIGHER = ("exact", "accuracy", "bleu", "nist", "meteor", "rouge", "cider", "win")
-_SHARES = ("exact", "accuracy")
-_COUNTS = ("num_", "seconds")
-_SPREADS = ("loss_nats_sd",)
-TITLES = {
-    "loss_nats": "held-out loss [nats]",
-    "perplexity": "perplexity",
-    "train_loss_nats": "training loss [nats]",
-    "exact-match.exact_match": "exact match",
-    "upload_bytes": "up",
-    "download_bytes": "down",
-    "seconds": "time",
-    "aggregation_noise": "noise, last round",
-}
 
 
 @dataclass(frozen=True)
@@ -73,18 +59,29 @@ def group_runs(runs: Iterable[StoredRun]) -> list[RunGroup]:
 
 
 def _labels(runs: Sequence[StoredRun]) -> list[str]:
-    shared = Counter(run.method for run in runs)
-    labels = []
-    for run in runs:
-        same = [flatten(other.config) for other in runs if other.method == run.method]
-        mine = flatten(run.config)
-        told = [
-            f"{name.rpartition('.')[2]}={mine.get(name)}"
-            for name in mine
-            if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
-        ]
-        labels.append(f"{run.method} ({', '.join(told)})" if shared[run.method] > 1 and told else run.method)
-    return labels
+    """Return labels that are all different: settings by their last name, in full where that is not enough, or counted.
+
+    Tables and charts find a group by its label, so none may stand for two.
+    """
+    labels = [_label(run, runs, lambda name: name.rpartition(".")[2]) for run in runs]
+    shared = Counter(labels)
+    full = [_label(run, runs, str) if shared[label] > 1 else label for run, label in zip(runs, labels, strict=True)]
+    times, given = Counter(full), Counter[str]()
+    for index, label in enumerate(full):
+        given[label] += 1
+        full[index] = f"{label} #{given[label]}" if times[label] > 1 else label
+    return full
+
+
+def _label(run: StoredRun, runs: Sequence[StoredRun], called: Callable[[str], str]) -> str:
+    same = [flatten(other.config) for other in runs if other.method == run.method]
+    mine = flatten(run.config)
+    told = [
+        f"{called(name)}={mine[name]}"
+        for name in mine
+        if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
+    ]
+    return visible(f"{run.method} ({', '.join(told)})" if told else run.method)
 
 
 def curve(group: RunGroup, per_run: Mapping[int, Sequence[tuple[int, float, float]]]) -> Curve:
@@ -111,12 +108,12 @@ def loss_by_bytes(group: RunGroup) -> Curve:
     return curve(group, {i: [(n, sent, loss) for n, sent, loss in _losses(run)] for i, run in enumerate(group.runs)})
 
 
-def value_by_round(group: RunGroup, key: str) -> Curve:
-    """Return a number of the records against rounds, leaving out rounds without it."""
+def value_by_round(group: RunGroup, metric: Metric) -> Curve:
+    """Return a figure of the records against rounds, leaving out rounds without it."""
     return curve(
         group,
         {
-            i: [(r["round"], float(r["round"]), float(r[key])) for r in run.records if r.get(key) is not None]
+            i: [(r["round"], float(r["round"]), value) for r in run.records if (value := metric.of(r)) is not None]
             for i, run in enumerate(group.runs)
         },
     )
@@ -135,46 +132,24 @@ def rank_by_round(group: RunGroup) -> Curve:
 
 def _losses(run: StoredRun) -> list[tuple[int, float, float]]:
     """Return (round, bytes so far, loss); of a finished run the untouched base's loss comes first, at round 0."""
-    before = ((run.finished or {}).get("base_eval") or {}).get("loss_nats")
-    start = [] if before is None else [(0, 0.0, float(before))]
+    before = LOSS.of({"eval": (run.finished or {}).get("base_eval")})
+    start = [] if before is None else [(0, 0.0, before)]
     sent = accumulate((r.get("upload_bytes") or 0) + (r.get("download_bytes") or 0) for r in run.records)
     return start + [
-        (record["round"], float(total), float(record["eval"]["loss_nats"]))
+        (record["round"], float(total), loss)
         for record, total in zip(run.records, sent, strict=True)
-        if (record.get("eval") or {}).get("loss_nats") is not None
+        if (loss := LOSS.of(record)) is not None
     ]
 
 
 def results(run: StoredRun) -> dict[str, float]:
     """Return a run's final figures by key: the last evaluation's numbers, and what the run cost."""
-    figures = _figures(_final_evaluation(run))
-    cost = total_cost(run.records)
-    figures |= {"upload_bytes": cost.upload_bytes, "download_bytes": cost.download_bytes, "seconds": cost.seconds}
-    noises = [record["aggregation_noise"] for record in run.records if record.get("aggregation_noise") is not None]
-    return figures | ({"aggregation_noise": noises[-1]} if noises else {})
+    return figures_of(_final_evaluation(run), run.records)
 
 
 def _final_evaluation(run: StoredRun) -> Mapping[str, Any]:
     evaluations = run.evaluations()
     return (run.finished or {}).get("eval") or (evaluations[-1]["eval"] if evaluations else {})
-
-
-def _figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the losses, and each suite's scores by ``suite.metric``; neither counts nor what is told client by client.
-
-    Nothing of an interval, either: the table has its own, over seeds.
-    """
-    suites = {
-        f"{suite}.{name}": found["value"]
-        for suite, scores in evaluation.get("suites", {}).items()
-        for name, found in scores["metrics"].items()
-    }
-    numbers = {key: value for key, value in evaluation.items() if not key.startswith(_COUNTS) and key not in _SPREADS}
-    return {
-        key: float(value)
-        for key, value in {**numbers, **suites}.items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
 
 
 def by_group(groups: Sequence[RunGroup]) -> dict[str, dict[str, dict[str, float]]]:
@@ -205,28 +180,13 @@ def _of_groups(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def result_table(groups: Sequence[RunGroup], reference: str | None = None) -> Comparison:
     """Return the table of every group's final figures over its seeds."""
-    by_group = {group.label: {run.seed: results(run) for run in group.runs} for group in groups}
-    keys = {key: None for seeds in by_group.values() for row in seeds.values() for key in row}
-    last = ("upload_bytes", "download_bytes", "seconds", "aggregation_noise")
-    ordered = [key for key in keys if key not in last] + [key for key in last if key in keys]
-    return compare(by_group, [metric_of(key) for key in ordered], reference)
+    return table_of({group.label: group.runs for group in groups}, reference)
 
 
-def metric_of(key: str) -> Metric:
-    """Return how a figure is headed, written and judged, from its name."""
-    name = key.split(".")[-1]
-    title = TITLES.get(key, key.replace("_", " ").replace(".", " · "))
-    if key.endswith("_bytes"):
-        return Metric(key, title, "neither", "B")
-    if key == "seconds":
-        return Metric(key, title, "neither", "s")
-    better: Better = (
-        "higher" if name.startswith(_HIGHER) else "lower" if "loss" in name or "perplex" in name else "neither"
-    )
-    unit: Unit = "%" if name.startswith(_SHARES) else ""
-    return Metric(
-        key, title, better if key != "aggregation_noise" else "lower", unit, digits=4 if "loss" in name else 3
-    )
+def table_of(runs: Mapping[str, Sequence[StoredRun]], reference: str | None = None) -> Comparison:
+    """Return the table of final figures of runs by label, one run per seed; figures that no run has give no column."""
+    found = {label: {run.seed: results(run) for run in seeds} for label, seeds in runs.items()}
+    return compare(found, metrics_among(row for seeds in found.values() for row in seeds.values()), reference)
 
 
 def client_entries(run: StoredRun) -> list[Mapping[str, Any]]:

@@ -8,19 +8,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedloom.wording import Unit, written_bytes
+from fedloom.wording import Unit, visible, written_bytes
 
 ScaleKind = Literal["linear", "log"]
 
 
 def element(tag: str, *children: str, text: str = "", **attributes: Any) -> str:
-    """Return an element; ``class_`` and ``data_x`` stand for ``class`` and ``data-x``; None leaves an attribute out."""
+    """Return an element; ``class_`` and ``data_x`` stand for ``class`` and ``data-x``; None leaves an attribute out.
+
+    Text and attributes may hold anything: they are escaped, and control characters shown by their pictures.
+    """
     written = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(_number(value), quote=True)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(visible(_number(value)), quote=True)}"'
         for name, value in attributes.items()
         if value is not None
     )
-    content = html.escape(text) + "".join(children)
+    content = html.escape(visible(text)) + "".join(children)
     return f"<{tag}{written}>{content}</{tag}>"
 
 

@@ -9,33 +9,24 @@ are all the same (few seeds, a score that is counted) say nothing of the noise a
 from __future__ import annotations
 
 import math
+import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from rich.table import Table
+from rich.text import Text
 
 from fedloom.errors import EvaluationError
 from fedloom.methods.table import BASELINE
-from fedloom.wording import Unit, written
+from fedloom.reporting.metrics import Better, Metric
+from fedloom.wording import visible, written
 
-Better = Literal["lower", "higher", "neither"]
 Verdict = Literal["better", "worse", "within noise", "too few seeds", "not judged"]
 
 # Student's t at 0.975 for 1..9 degrees of freedom.
 _T975 = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A column: the key in the results, its heading, which way is better, and how it is written."""
-
-    key: str
-    title: str
-    better: Better = "lower"
-    unit: Unit = ""
-    digits: int = 3
 
 
 @dataclass(frozen=True)
@@ -65,25 +56,38 @@ class Comparison:
     reference: str | None
     cells: dict[str, dict[str, Cell | None]]
 
+    def rows(self) -> list[tuple[str, list[tuple[str, bool]]]]:
+        """Return, method by method, each cell's text and whether it is the best of its column."""
+        best = {metric.key: self.best(metric.key) for metric in self.metrics}
+        return [
+            (method, [(_cell_text(cells[m.key], m), best[m.key] == method) for m in self.metrics])
+            for method, cells in self.cells.items()
+        ]
+
     def to_rich(self, title: str | None = None) -> Table:
         """Return the table for a terminal; the best value of a column is bold."""
-        table = Table(title=title, caption=self.caption(), caption_justify="left")
+        # Text and not str: rich would read [brackets] and :names: in a str as markup.
+        head = None if title is None else Text(visible(title), style="table.title")
+        caption = Text(visible(self.caption()), style="table.caption")
+        table = Table(title=head, caption=caption, caption_justify="left")
         table.add_column("method")
         for metric in self.metrics:
-            table.add_column(metric.title, justify="right")
-        for method in self.cells:
-            styled = [f"[bold]{text}[/bold]" if best else text for text, best in self._row(method)]
-            table.add_row(method, *styled)
+            table.add_column(Text(visible(metric.title)), justify="right")
+        for method, cells in self.rows():
+            shown = (Text(text, style="bold" if is_best else "") for text, is_best in cells)
+            table.add_row(Text(visible(method)), *shown)
         return table
 
     def to_markdown(self) -> str:
         """Return the table as markdown; the best value of a column is bold."""
-        head = [["method", *(metric.title for metric in self.metrics)], ["---", *["---:"] * len(self.metrics)]]
+        titles = [_as_markdown(metric.title) for metric in self.metrics]
+        head = [["method", *titles], ["---", *["---:"] * len(titles)]]
         body = [
-            [method, *(f"**{text}**" if best else text for text, best in self._row(method))] for method in self.cells
+            [_as_markdown(method), *(f"**{text}**" if is_best else text for text, is_best in cells)]
+            for method, cells in self.rows()
         ]
         table = "\n".join(f"| {' | '.join(cells)} |" for cells in [*head, *body])
-        return f"{table}\n\n{self.caption()}\n"
+        return f"{table}\n\n{_as_markdown(self.caption())}\n"
 
     def to_json(self) -> dict[str, Any]:
         """Return every number, unrounded, in JSON's types."""
@@ -97,6 +101,13 @@ class Comparison:
         ]
         return {"reference": self.reference, "metrics": metrics, "methods": methods}
 
+    def only(self, *keys: str) -> Comparison:
+        """Return the table of these columns, in this order; a column that is not there stays out."""
+        metrics = {metric.key: metric for metric in self.metrics}
+        chosen = tuple(metrics[key] for key in keys if key in metrics)
+        cells = {method: {one.key: row[one.key] for one in chosen} for method, row in self.cells.items()}
+        return Comparison(chosen, self.reference, cells)
+
     def best(self, key: str) -> str | None:
         """Return the method whose mean of ``key`` is best, or None where no direction is better."""
         metric = next(metric for metric in self.metrics if metric.key == key)
@@ -104,12 +115,6 @@ class Comparison:
         if metric.better == "neither" or len(means) < 2 or any(math.isnan(mean) for mean in means.values()):
             return None
         return min(means, key=means.__getitem__) if metric.better == "lower" else max(means, key=means.__getitem__)
-
-    def _row(self, method: str) -> list[tuple[str, bool]]:
-        return [
-            (_cell_text(self.cells[method][metric.key], metric), self.best(metric.key) == method)
-            for metric in self.metrics
-        ]
 
     def caption(self) -> str:
         """Return what the numbers and marks mean, in one line."""
@@ -205,6 +210,11 @@ def _cell(
 
 def _by_seed(seeds: Mapping[int, Mapping[str, float | None]], key: str) -> dict[int, float]:
     return {seed: float(value) for seed, row in seeds.items() if (value := row.get(key)) is not None}
+
+
+def _as_markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is, within a table's cell too."""
+    return re.sub(r"([\\`*_|<>\[\]&~$])", r"\\\1", visible(text))
 
 
 def _cell_text(cell: Cell | None, metric: Metric) -> str:

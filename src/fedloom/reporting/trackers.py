@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.errors import MissingExtraError
+from fedloom.reporting.metrics import FIGURES
 from fedloom.run_folder.manifest import flatten
 
 
@@ -55,7 +56,10 @@ class TensorBoardTracker:
 
 
 class WandbTracker:
-    """Log to Weights & Biases; the run's folder name identifies it, so that a resumed run continues there."""
+    """Log to Weights & Biases; the run's folder name identifies it, so that a resumed run continues there.
+
+    Of every declared figure its summary holds the best round beside the last.
+    """
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
         try:
@@ -63,6 +67,10 @@ class WandbTracker:
         except ImportError as error:
             raise MissingExtraError("wandb", "logging to Weights & Biases") from error
         self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config))
+        for metric in FIGURES:
+            if metric.over_rounds == "last" and metric.better != "neither":
+                best = "min" if metric.better == "lower" else "max"
+                self._run.define_metric("/".join(metric.path), summary=f"{best},last")
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Log one step per round."""

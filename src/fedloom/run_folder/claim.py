@@ -12,8 +12,7 @@ from typing import Any
 from fedloom.errors import RunError
 from fedloom.run_folder import durable
 from fedloom.run_folder.manifest import (
-    FORMAT,
-    FORMAT_VERSION,
+    check_manifest,
     differences,
     new_manifest,
     resumed_manifest,
@@ -92,16 +91,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return the manifest of the run folder ``path``.
 
     Raises:
-        RunError: it is damaged, of something else, or of a newer format.
+        RunError: it is damaged, of something else, or of a format that this version does not read.
     """
-    manifest = durable.read_json(path / "manifest.json")
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RunError(f"{path} holds a manifest.json that is not fedloom's: choose another folder")
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise RunError(
-            f"{path} has run format {manifest['format_version']}, this fedloom reads up to {FORMAT_VERSION}: upgrade it"
-        )
-    return manifest
+    return check_manifest(path / "manifest.json", durable.read_json(path / "manifest.json"))
 
 
 def lock(path: Path) -> int:

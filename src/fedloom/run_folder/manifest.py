@@ -7,12 +7,14 @@ import functools
 import platform
 from collections.abc import Collection, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
+from fedloom.errors import RunError
+from fedloom.file_formats import RUN_FOLDER
 from fedloom.run_folder.durable import plain
 
 FORMAT = "fedloom-run"
-FORMAT_VERSION = 1
 _PACKAGES = ("fedloom", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
 _SHOWN_DIFFERENCES = 4
 
@@ -33,21 +35,42 @@ def new_manifest(identity: Mapping[str, Any]) -> dict[str, Any]:
     """Return the manifest of a run that starts now; ``identity`` holds seeds and hashes."""
     return {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
+        "format_version": RUN_FOLDER.number,
         "identity": plain(identity),
         "sessions": [_session(0)],
     }
 
 
 def resumed_manifest(manifest: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
-    """Return ``manifest`` with one more session: a run may be continued by other versions, and that is recorded."""
-    return {**manifest, "sessions": [*manifest["sessions"], _session(num_rounds_done)]}
+    """Return ``manifest`` with one more session: a run may be continued by other versions, and that is recorded.
+
+    What a later version adds is in its own format, so the folder has that from now on.
+    """
+    sessions = [*manifest["sessions"], _session(num_rounds_done)]
+    return {**manifest, "format_version": RUN_FOLDER.number, "sessions": sessions}
 
 
-def version_changes(manifest: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return package -> (version at the start, version of the last session) where they differ."""
-    first, last = manifest["sessions"][0]["versions"], manifest["sessions"][-1]["versions"]
-    return {name: (first.get(name, "absent"), last[name]) for name in last if first.get(name) != last[name]}
+def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
+    """Return what the file ``path`` holds, where it is the manifest of a run that this version reads.
+
+    Raises:
+        RunError: it is something else's, of another format, or damaged.
+    """
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise RunError(f"{path} is not fedloom's: choose another folder")
+    sessions = _sessions(manifest)
+    written_by = sessions[-1]["versions"].get("fedloom") if sessions else None
+    RUN_FOLDER.check(path, manifest.get("format_version"), RunError, written_by)
+    if not sessions or not isinstance(manifest.get("identity"), dict):
+        raise RunError(f"{path} is damaged: expected the run's identity and sessions; restore the file or start over")
+    return manifest
+
+
+def _sessions(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the sessions that say what they ran on."""
+    found = manifest.get("sessions")
+    sessions = found if isinstance(found, list) else []
+    return [one for one in sessions if isinstance(one, dict) and isinstance(one.get("versions"), dict)]
 
 
 def _session(num_rounds_done: int) -> dict[str, Any]:

@@ -60,17 +60,18 @@ def read_run(path: Path) -> StoredRun:
     """Read a run folder, finished or not.
 
     Raises:
-        RunError: there is no folder, it is not a run, or a file in it is damaged.
+        RunError: there is no folder, it is not a run or one of another format, or a file in it is damaged.
     """
     if not path.is_dir():
         raise RunError(f"{path} is not a folder: expected a run folder, as `fedloom run --out` makes it")
     if not (path / "manifest.json").exists():
         raise RunError(f"{path} is not a fedloom run: it has no manifest.json; name the folder of a run")
+    manifest = read_manifest(path)
     finished = path / "finished.json"
     return StoredRun(
         path=path,
         config=durable.read_json(path / "config.json"),
-        manifest=read_manifest(path),
+        manifest=manifest,
         records=tuple(_records(path)),
         holdings=_holdings(path / "holdings.json"),
         finished=durable.read_json(finished) if finished.exists() else None,

@@ -26,7 +26,6 @@ from typing import Any, Self
 from fedloom.errors import RunError
 from fedloom.run_folder import claim, durable
 from fedloom.run_folder.claim import ENTRIES, READY, RECORD, complete_lines, inside
-from fedloom.run_folder.manifest import version_changes
 
 MAY_CHANGE = ("federation.num_rounds", "run.keep_states", "run.trackers")
 _RETRY = "free space or mend the disk, then run the same command again"
@@ -107,11 +106,6 @@ class RunFolder:
         if not known.keys() >= identity.keys():
             self.manifest["identity"] = {**known, **durable.plain(identity)}
             self.write_json("manifest.json", self.manifest)
-
-    @property
-    def version_changes(self) -> dict[str, tuple[str, str]]:
-        """Return package -> (version at the start, version now) where they differ."""
-        return version_changes(self.manifest)
 
     # Rounds
 

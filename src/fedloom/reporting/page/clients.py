@@ -5,22 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.reporting.charts import Axis, Bar, bar_chart, matrix_chart
-from fedloom.reporting.ledger import was_left_out
+from fedloom.reporting.charts import Axis, Bar, axis_of, bar_chart, matrix_chart
+from fedloom.reporting.metrics import CLIENT_FIGURES, Metric, was_left_out
 from fedloom.reporting.page.parts import choice, figure, table
 from fedloom.reporting.run_groups import RunGroup, client_entries
 from fedloom.run_folder.reader import Holding
-from fedloom.wording import Unit, written
+from fedloom.wording import written
 
 MAX_BARS = 60
-CLIENT_VALUES: tuple[tuple[str, str, Unit], ...] = (
-    ("loss_nats", "training loss [nats]", ""),
-    ("num_rows", "rows", ""),
-    ("norm", "norm of the update", ""),
-    ("seconds", "seconds", "s"),
-    ("upload_bytes", "bytes sent up", "B"),
-    ("download_bytes", "bytes received", "B"),
-)
 
 
 def clients(groups: Sequence[RunGroup]) -> str:
@@ -28,28 +20,26 @@ def clients(groups: Sequence[RunGroup]) -> str:
     panels = []
     for group in groups:
         entries = client_entries(group.first)
-        for field, title, unit in CLIENT_VALUES:
-            if len(entries) > 1 and any(entry.get(field) for entry in entries):
-                panels.append(((title, group.label), _client_figure(group, entries, field, title, unit)))
+        shown = [metric for metric in CLIENT_FIGURES if len(entries) > 1 and any(metric.of(one) for one in entries)]
+        panels += [((metric.title, group.label), _client_figure(group, entries, metric)) for metric in shown]
     return choice(("Show", "of"), panels)
 
 
-def _client_figure(group: RunGroup, entries: Sequence[Mapping[str, Any]], field: str, title: str, unit: Unit) -> str:
+def _client_figure(group: RunGroup, entries: Sequence[Mapping[str, Any]], metric: Metric) -> str:
     names = {index: holding.name for index, holding in enumerate(group.first.holdings)}
     bars = []
     for entry in entries[:MAX_BARS]:
-        value, label = entry.get(field), _client_label(entry["client"], names)
+        value, label = metric.of(entry), _client_label(entry["client"], names)
         note = f"left out: {entry.get('reason')}" if was_left_out(entry) else "–" if value is None else ""
-        bars.append(Bar(label, [(title, group.colour, float(value or 0.0))], note[:40]))
-    digits = 0 if field == "num_rows" else 3
+        bars.append(Bar(label, [(metric.title, group.colour, value or 0.0)], note[:40]))
     note = f"{group.label}, seed {group.first.seed}, the last round each took part in"
     note += f"; the first {MAX_BARS} of {len(entries)} clients" if len(entries) > MAX_BARS else ""
-    rows = [[bar.label, bar.note or written(bar.parts[0][2], unit, digits)] for bar in bars]
+    rows = [[bar.label, bar.note or written(bar.parts[0][2], metric.unit, metric.digits)] for bar in bars]
     return figure(
-        f"By client: {title}",
-        bar_chart(title, Axis(title, unit, digits=digits), bars),
+        f"By client: {metric.title}",
+        bar_chart(metric.title, axis_of(metric), bars),
         note,
-        table(["client", title], rows),
+        table(["client", metric.title], rows),
     )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 
 from fedloom.reporting.run_groups import RunGroup
 from fedloom.reporting.svg import element
+from fedloom.wording import visible
 
 
 def section(name: str, title: str, text: str, *figures: str) -> str:
@@ -40,6 +42,7 @@ def choice(labels: Sequence[str], panels: Sequence[tuple[tuple[str, ...], str]])
 
     A panel's names say which entry of each list it belongs to.
     """
+    panels = [(tuple(map(visible, names)), content) for names, content in panels]
     if len(panels) < 2:
         return "".join(content for _, content in panels)
     selects = []
@@ -49,7 +52,7 @@ def choice(labels: Sequence[str], panels: Sequence[tuple[tuple[str, ...], str]])
         hidden = "hidden" if len(entries) < 2 else None
         selects.append(element("label", element("span", text=label), element("select", options), hidden=hidden))
     shown = [
-        element("div", content, class_="panel", data_names="\x1f".join(names), hidden="hidden" if index else None)
+        element("div", content, class_="panel", data_names=json.dumps(names), hidden="hidden" if index else None)
         for index, (names, content) in enumerate(panels)
     ]
     return element("div", element("div", *selects, class_="choose"), *shown, class_="choice")

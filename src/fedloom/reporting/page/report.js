@@ -27,7 +27,7 @@
     const selects = all(":scope > .choose select", choice);
     const show = () => {
       const names = selects.map((select) => select.value);
-      const score = (panel) => panel.dataset.names.split("\x1f").filter((name, i) => name === names[i]).length;
+      const score = (panel) => JSON.parse(panel.dataset.names).filter((name, i) => name === names[i]).length;
       const best = panels.reduce((one, other) => (score(other) > score(one) ? other : one));
       for (const panel of panels) panel.hidden = panel !== best;
     };

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fedloom.reporting.charts import Axis, Level, Line, line_chart
+from fedloom.reporting.charts import Axis, Level, Line, axis_of, line_chart
+from fedloom.reporting.metrics import LOSS, NOISE, Metric, metric_of
 from fedloom.reporting.page.parts import figure, table
 from fedloom.reporting.run_groups import (
     Curve,
@@ -13,16 +14,13 @@ from fedloom.reporting.run_groups import (
     by_group,
     loss_by_bytes,
     loss_by_round,
-    metric_of,
     rank_by_round,
     result_table,
     value_by_round,
 )
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import Metric
 from fedloom.wording import written
 
-LOSS = Axis("held-out loss [nats per token]", digits=4)
 ROUNDS = Axis("round", whole=True)
 
 
@@ -31,29 +29,19 @@ def methods(groups: Sequence[RunGroup], reference: str | None) -> str:
     comparison = result_table(groups, reference)
     if not comparison.metrics:
         return ""
-    head, *rows = [
-        [part.strip() for part in line.strip("|").split("|")] for line in _table_lines(comparison.to_markdown())
-    ]
-    cells = "".join(
+    rows = "".join(
         element(
             "tr",
-            element("th", element("span", class_="swatch"), element("span", text=row[0]), scope="row"),
-            *(
-                element("td", text=cell.strip("*"), class_="best" if cell.startswith("**") else None)
-                for cell in row[1:]
-            ),
+            element("th", element("span", class_="swatch"), element("span", text=label), scope="row"),
+            *(element("td", text=text, class_="best" if best else None) for text, best in cells),
             class_=f"s{group.colour % 8}",
         )
-        for row, group in zip(rows, groups, strict=True)
+        for (label, cells), group in zip(comparison.rows(), groups, strict=True)
     )
-    top = element("thead", element("tr", *(element("th", text=cell, scope="col") for cell in head)))
+    head = ["method", *(metric.title for metric in comparison.metrics)]
+    top = element("thead", element("tr", *(element("th", text=title, scope="col") for title in head)))
     note = element("p", text=comparison.caption(), class_="note")
-    return element("div", element("table", top, element("tbody", cells), class_="results"), class_="scroll") + note
-
-
-def _table_lines(markdown: str) -> list[str]:
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    return [lines[0], *lines[2:]]
+    return element("div", element("table", top, element("tbody", rows), class_="results"), class_="scroll") + note
 
 
 def losses(groups: Sequence[RunGroup]) -> str:
@@ -61,20 +49,18 @@ def losses(groups: Sequence[RunGroup]) -> str:
     by_round = [loss_by_round(group) for group in groups]
     by_bytes = [loss_by_bytes(group) for group in groups]
     sent = Axis("bytes sent so far, both ways, all clients", unit="B", kind=_kind_of(by_bytes))
-    against_rounds = _curves("Loss against rounds", by_round, ROUNDS, LOSS)
+    against_rounds = _curves("Loss against rounds", by_round, ROUNDS, axis_of(LOSS))
     if not any(x > 0 for one in by_bytes for x in one.xs):
         return against_rounds
-    return against_rounds + _curves("Loss against bytes", by_bytes, sent, LOSS)
+    return against_rounds + _curves("Loss against bytes", by_bytes, sent, axis_of(LOSS))
 
 
 def noise_and_rank(groups: Sequence[RunGroup]) -> str:
     """Return aggregation noise and the result's largest rank, by round."""
-    noise = [value_by_round(group, "aggregation_noise") for group in groups]
+    noise = [value_by_round(group, NOISE) for group in groups]
     rank = [rank_by_round(group) for group in groups]
-    noise_axis, rank_axis = Axis("‖applied − mean of products‖ / ‖mean‖", digits=4), Axis("largest rank", digits=0)
-    return _curves("Aggregation noise", noise, ROUNDS, noise_axis) + _curves(
-        "Rank of the result", rank, ROUNDS, rank_axis
-    )
+    drawn = _curves("Aggregation noise", noise, ROUNDS, axis_of(NOISE))
+    return drawn + _curves("Rank of the result", rank, ROUNDS, Axis("largest rank", digits=0))
 
 
 def groups_of_rows(groups: Sequence[RunGroup]) -> str:
