@@ -262,6 +262,7 @@ class Period:
             shapes=segment.shapes,
             ranks=parties.ranks,
             scales=parties.scales,
+            max_norm_ratio=self._plan.max_norm_ratio,
         )
         intake = Intake(plan, state, self.broadcasts[index])
         aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
