@@ -11,6 +11,7 @@ from tiny_models import seeded_model
 
 from fedloom import config
 from fedloom.config import Settings
+from fedloom.methods.table import traits_of
 from fedloom.seeding import stream
 
 CATEGORIES = ("colours", "numbers", "animals")
@@ -44,7 +45,7 @@ def settings_for(base_folder: Path, rows_file: Path) -> Callable[..., Settings]:
     """Return a function that makes settings: three clients of different ranks, two rounds of two steps."""
 
     def make(**overrides: object) -> Settings:
-        document = {
+        document: dict[str, dict[str, object]] = {
             "model": {"base": str(base_folder), "tokenizer": "bytes"},
             "data": {"path": str(rows_file), "shape": "dolly", "template": "plain", "eval_rows": 6},
             "partition": {"scheme": "category", "column": "category", "categories_per_client": 2},
@@ -55,6 +56,8 @@ def settings_for(base_folder: Path, rows_file: Path) -> Callable[..., Settings]:
         for name, value in overrides.items():
             table, key = name.split("__")
             document.setdefault(table, {})[key] = value
+        if not traits_of(str(document["method"]["name"])).is_trained:
+            del document["method"]["ranks"], document["federation"]["num_rounds"], document["training"]
         return config.resolve(document, "a test")
 
     return make

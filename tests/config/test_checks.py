@@ -11,6 +11,7 @@ from fedloom.config.setting import choices, conditions
 from fedloom.methods import table
 
 ENOUGH = {"training": {"local_steps": 1}}
+FROZEN, GRADIENT = {"client_half": "frozen"}, {"gradient_wire_dtype": "int8"}
 
 
 def found(**tables: object) -> list[str]:
@@ -23,7 +24,8 @@ def test_the_defaults_with_a_duration_fit_together() -> None:
 
 @pytest.mark.parametrize("method", table.shipped())
 def test_every_method_is_accepted_with_one_rank(method: str) -> None:
-    assert found(method={"name": method}) == []
+    training = ENOUGH["training"] if table.traits_of(method).is_trained else {}
+    assert found(method={"name": method}, training=training) == []
 
 
 def test_fedit_refuses_different_ranks_and_names_the_methods_that_take_them() -> None:
@@ -46,7 +48,7 @@ def test_fedit_accepts_a_list_of_equal_ranks() -> None:
     [
         {"method": {"name": "flora", "ranks": (4, 2)}},
         {"method": {"alpha": (4.0, 2.0)}},
-        {"devices": {"client_flops": (1.0, 2.0)}},
+        {"method": {"name": "splitlora"}, "devices": {"client_flops": (1.0, 2.0)}},
         {"method": {"name": "splitlora"}, "split": {"cut_layer": (1, 2)}},
     ],
     ids=str,
@@ -64,6 +66,12 @@ def test_a_list_per_client_is_as_long_as_there_are_clients(tables: dict[str, obj
         ({"method": {"name": "flora", "tolerance": 0.1}}, "method.tolerance"),
         ({"method": {"name": "centralised"}, "server": {"learning_rate": 2.0}}, "server.learning_rate"),
         ({"server": {"momentum": 0.9}}, "server.momentum"),
+        ({"method": {"name": "base"}}, "training.local_steps"),
+        ({"training": {}}, "training.local_steps"),
+        ({"method": {"name": "splitlora"}, "split": {**FROZEN, "aggregation": "flora"}}, "split.aggregation"),
+        ({"method": {"name": "splitlora"}, "split": {**FROZEN, "client_rank": 2}}, "split.client_rank"),
+        ({"method": {"name": "splitlora"}, "split": {**FROZEN, "error_feedback": "on"}}, "split.error_feedback"),
+        ({"method": {"name": "splitlora"}, "split": {**FROZEN, **GRADIENT}}, "split.gradient_wire_dtype"),
         ({"server": {"step": "momentum", "fedexp_cap": 3.0}}, "server.fedexp_cap"),
         ({"split": {"cut_layer": 2}}, "split.cut_layer"),
         ({"partition": {"concentration": 0.1}}, "partition.concentration"),
@@ -81,6 +89,10 @@ def test_a_list_per_client_is_as_long_as_there_are_clients(tables: dict[str, obj
 )
 def test_what_does_not_fit_together_is_refused(tables: dict[str, object], setting: str) -> None:
     assert found(**tables) == [setting]
+
+
+def test_gradients_come_back_from_the_tails_of_frozen_clients() -> None:
+    assert found(method={"name": "splitlora"}, split={**FROZEN, **GRADIENT, "labels": "client"}) == []
 
 
 def test_split_ranks_follow_the_method_that_aggregates_the_client_half() -> None:
@@ -113,6 +125,12 @@ HETERO = Settings.model_validate(
 @pytest.mark.parametrize("method", table.shipped())
 def test_an_experiment_stays_valid_under_every_method(method: str) -> None:
     assert problems(with_method(HETERO, method)) == []
+
+
+def test_a_recipe_of_the_untrained_base_has_no_duration_for_another_method() -> None:
+    base = with_method(HETERO, "base")
+    assert base.training == Settings().training
+    assert [problem.setting for problem in problems(with_method(base, "fedit"))] == ["training.local_steps"]
 
 
 def test_methods_of_one_rank_get_the_mean_rank_so_that_as_much_is_sent() -> None:

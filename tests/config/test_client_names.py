@@ -68,7 +68,7 @@ def test_as_many_names_as_clients_are_needed() -> None:
 
 
 def test_names_can_be_set_on_the_command_line_and_a_run_s_config_reads_back() -> None:
-    document = {"method": {"name": "flora"}, "training": {"local_steps": 1}}
+    document = {"method": {"name": "splitlora"}, "training": {"local_steps": 1}, "split": {"aggregation": "flora"}}
     settings = resolve(
         document, "recipe", ["method.ranks={north=16,south=8}", "devices.latency_ms={north=1,south=2.5}"]
     )

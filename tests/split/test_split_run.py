@@ -411,6 +411,13 @@ def test_too_few_clients_end_the_run_and_say_why(set_up: SetUp) -> None:
         run(parties)
 
 
+def test_an_update_far_above_the_last_periods_is_left_out(set_up: SetUp) -> None:
+    """Of the first period nothing is known; in the second every change is above a millionth of the first's."""
+    parties = set_up(max_norm_ratio=1e-6)[1]
+    with pytest.raises(TooFewClientsError, match=r"round 2: .*norm"):
+        run(parties)
+
+
 def test_a_cohort_is_drawn_for_each_period(set_up: SetUp) -> None:
     records = run(set_up(clients_per_round=2, num_rounds=6)[1])
     cohorts = [tuple(client.client for client in record.clients) for record in records]

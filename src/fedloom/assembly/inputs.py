@@ -127,8 +127,9 @@ class Workshop:
         self, settings: Settings, held_out_sha256: str | None, score: Callable[[], dict[str, Any]], anew: bool = False
     ) -> dict[str, Any]:
         """Return what ``score`` gives of the untouched base, once for the same rows and seed unless ``anew``."""
-        parts = (settings.model, settings.data, settings.evaluation)
-        key = " ".join([*(part.model_dump_json() for part in parts), str(settings.run.seed), str(held_out_sha256)])
+        parts = [part.model_dump_json() for part in (settings.model, settings.data)]
+        parts.append(settings.evaluation.model_dump_json(exclude={"every"}))
+        key = " ".join([*parts, str(settings.run.seed), str(held_out_sha256)])
         if anew or key not in self._base_scores:
             self._base_scores[key] = score()
         return self._base_scores[key]

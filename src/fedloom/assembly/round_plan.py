@@ -7,6 +7,7 @@ sends anything, both keep their optimiser and follow the schedule once over the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -83,7 +84,8 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         ranks=population.ranks,
         scales=population.scales,
         min_clients=min(federation.min_clients, population.clients_per_round),
-        max_norm_ratio=federation.max_norm_ratio,
+        # Where nothing crosses there is no server to leave an update out.
+        max_norm_ratio=math.inf if settings.traits.is_control else federation.max_norm_ratio,
         evaluate_every=settings.evaluation.every,
     )
 

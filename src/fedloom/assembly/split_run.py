@@ -93,6 +93,7 @@ def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
         micro_batches=split.micro_batches,
         clients_per_round=settings.cohort_size,
         min_clients=settings.federation.min_clients,
+        max_norm_ratio=settings.federation.max_norm_ratio,
     )
 
 

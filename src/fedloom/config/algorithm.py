@@ -22,8 +22,11 @@ from fedloom.config.setting import (
 )
 from fedloom.methods.table import BASELINE
 
-CUT = {"method.name": having("is_cut")}
+TRAINED = {"method.name": having("is_trained")}
+ROUNDS = {"method.name": having("runs_rounds")}
+SENT = {"method.name": having("sends_adapters")}
 STEPPED = {"method.name": having("aggregates")}
+CUT = {"method.name": having("is_cut")}
 
 
 class Method(Table):
@@ -31,14 +34,18 @@ class Method(Table):
 
     name: Annotated[str, having()] = setting(BASELINE, "The method; a control is a method too.")
     ranks: CountPerClient = setting(
-        8, "Rank of the adapters: one for all, or one per client, as a list or by name: `{north = 16, south = 8}`."
+        8,
+        "Rank of the adapters: one for all, or one per client, as a list or by name: `{north = 16, south = 8}`.",
+        when=TRAINED,
     )
     alpha: PositivePerClient | None = setting(
-        None, "LoRA's alpha: one for all, or one per client; left out: twice the rank."
+        None, "LoRA's alpha: one for all, or one per client; left out: twice the rank.", when=TRAINED
     )
-    scaling: Literal["alpha/r", "rslora"] = setting("alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).")
+    scaling: Literal["alpha/r", "rslora"] = setting(
+        "alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).", when=TRAINED
+    )
     weighting: Literal["rows", "tokens", "uniform", "norm"] = setting(
-        "rows", "Weight of a client in the mean; `norm` is HetLoRA's, for methods that know it."
+        "rows", "Weight of a client in the mean; `norm` is HetLoRA's, for methods that know it.", when=SENT
     )
     initialisation: Literal["independent", "shared"] = setting(
         "independent",
@@ -71,43 +78,50 @@ class Server(Table):
 class Federation(Table):
     """Who takes part, and how often."""
 
-    num_rounds: Count = setting(10, "Rounds of the run.")
+    num_rounds: Count = setting(10, "Rounds of the run.", when=TRAINED)
     num_clients: Count = setting(10, "Clients in the population.")
     clients_per_round: Count | Fraction | None = setting(
         None,
         "Clients drawn per round: a number, or a fraction with a decimal point (`1`: one, `1.0`: all); left out: all.",
+        when=TRAINED,
     )
-    min_clients: Count = setting(1, "Usable updates a round needs; with fewer the run ends, with nothing lost.")
+    min_clients: Count = setting(
+        1,
+        "Usable updates a round needs; with fewer the run ends, with nothing lost.",
+        when={"method.name": having("has_clients")},
+    )
     max_norm_ratio: Positive = setting(
-        100.0, "An update whose norm is above this multiple of the last round's median is left out."
+        100.0, "An update whose norm is above this multiple of the last round's median is left out.", when=SENT
     )
 
 
 class Training(Table):
     """What a client does in a round. Give exactly one of `local_steps` and `local_epochs`."""
 
-    local_steps: Count | None = setting(None, "Optimiser steps per client and round.")
-    local_epochs: Positive | None = setting(None, "Passes over the client's rows per round.")
-    batch_size: Count = setting(16, "Rows per optimiser step.")
+    local_steps: Count | None = setting(None, "Optimiser steps per client and round.", when=TRAINED)
+    local_epochs: Positive | None = setting(None, "Passes over the client's rows per round.", when=TRAINED)
+    batch_size: Count = setting(16, "Rows per optimiser step.", when=TRAINED)
     micro_batch_size: Count | None = setting(
-        None, "Rows per pass; left out: the whole batch. Changes memory, not the result."
+        None, "Rows per pass; left out: the whole batch. Changes memory, not the result.", when=ROUNDS
     )
-    learning_rate: Positive = setting(3e-4, "AdamW's peak learning rate.")
+    learning_rate: Positive = setting(3e-4, "AdamW's peak learning rate.", when=TRAINED)
     schedule: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "How the learning rate falls after warm-up."
+        "constant", "How the learning rate falls after warm-up.", when=TRAINED
     )
-    warmup_steps: Natural = setting(0, "Steps over which the learning rate rises from zero.")
+    warmup_steps: Natural = setting(0, "Steps over which the learning rate rises from zero.", when=TRAINED)
     schedule_span: Literal["round", "run"] = setting(
-        "round", "Whether warm-up and schedule start anew each round or run once over all rounds."
+        "round", "Whether warm-up and schedule start anew each round or run once over all rounds.", when=SENT
     )
-    weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.")
-    beta1: Decay = setting(0.9, "AdamW's first decay.")
-    beta2: Decay = setting(0.999, "AdamW's second decay.")
-    max_grad_norm: NonNegative = setting(1.0, "Clip a client's gradient to this norm; 0: do not clip.")
-    dropout: Decay = setting(0.0, "Dropout on the adapters' input.")
-    label_smoothing: Decay = setting(0.0, "Share of the target spread evenly over the vocabulary.")
+    weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.", when=TRAINED)
+    beta1: Decay = setting(0.9, "AdamW's first decay.", when=TRAINED)
+    beta2: Decay = setting(0.999, "AdamW's second decay.", when=TRAINED)
+    max_grad_norm: NonNegative = setting(1.0, "Clip a client's gradient to this norm; 0: do not clip.", when=TRAINED)
+    dropout: Decay = setting(0.0, "Dropout on the adapters' input.", when=TRAINED)
+    label_smoothing: Decay = setting(0.0, "Share of the target spread evenly over the vocabulary.", when=TRAINED)
     token_budget: Count = setting(
-        8192, "Tokens per pass over all clients trained together. Changes memory and speed, not the result."
+        8192,
+        "Tokens per pass over all clients trained together. Changes memory and speed, not the result.",
+        when=ROUNDS,
     )
 
 

@@ -31,7 +31,11 @@ def problems(settings: Settings) -> list[Problem]:
 
 def alternatives(settings: Settings) -> Iterator[Problem]:
     """Exactly one duration; at most one way to hold rows out."""
-    for names, least in ((DURATIONS, 1), (HOLD_OUTS, 0)):
+    # A method that trains nothing has no duration, and applicability refuses one. So a recipe's duration goes with the
+    # rest of [training] where an untrained variant is derived from it, and it is missed where a recipe of the untrained
+    # base is turned into another method's.
+    least_duration = 1 if settings.traits.is_trained else 0
+    for names, least in ((DURATIONS, least_duration), (HOLD_OUTS, 0)):
         given = [name for name in names if settings.value(name) is not None]
         wanted = ("exactly one of " if least else "at most one of ") + ", ".join(names)
         if len(given) > 1:
@@ -183,15 +187,22 @@ def suites(settings: Settings) -> Iterator[Problem]:
 
 
 def cuts(settings: Settings) -> Iterator[Problem]:
-    """A frozen client half has no adapters of its own to size."""
-    if settings.split.client_half == "frozen" and settings.split.client_rank is not None:
-        yield Problem(
-            "split.client_rank",
-            "no rank with split.client_half = frozen",
-            shown(settings.split.client_rank),
-            "leave it out, or set split.client_half = trained",
-            ("split.client_half",),
-        )
+    """A frozen client half has no adapters to size or aggregate; no gradients come back, unless from clients' tails."""
+    split = settings.split
+    if split.client_half != "frozen":
+        return
+    unused = ["client_rank", "aggregation"]
+    unused += ["gradient_wire_dtype", "error_feedback"] if split.labels == "server" else []
+    for key in unused:
+        value, default = getattr(split, key), type(split).model_fields[key].get_default()
+        if value != default:
+            yield Problem(
+                f"split.{key}",
+                f"split.{key} only with split.client_half = trained",
+                f"{shown(value)} with split.client_half = frozen",
+                "leave it out, or set split.client_half = trained",
+                ("split.client_half", "split.labels"),
+            )
 
 
 def devices(settings: Settings) -> Iterator[Problem]:

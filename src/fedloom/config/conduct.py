@@ -17,31 +17,37 @@ from fedloom.config.setting import (
     setting,
 )
 
+CUT = {"method.name": having("is_cut")}
+TRAINED = {"method.name": having("is_trained")}
 SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-number"]
 
 
 class Devices(Table):
-    """Devices and links of the cost model: one value for all clients, or one per client. They change no result."""
+    """Devices and links of a cut's cost model: one value for all clients, or one per client. They change no result."""
 
-    client_flops: PositivePerClient = setting(35.6e12, "Operations per second of a client.")
-    client_memory_gib: PositivePerClient = setting(24.0, "Memory of a client.")
-    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.")
-    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.")
-    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.")
-    server_flops: Positive = setting(312e12, "Operations per second of the server.")
-    utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.")
+    client_flops: PositivePerClient = setting(35.6e12, "Operations per second of a client.", when=CUT)
+    client_memory_gib: PositivePerClient = setting(24.0, "Memory of a client.", when=CUT)
+    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.", when=CUT)
+    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.", when=CUT)
+    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.", when=CUT)
+    server_flops: Positive = setting(312e12, "Operations per second of the server.", when=CUT)
+    utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.", when=CUT)
 
 
 class Wire(Table):
     """How adapters cross between client and server."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = setting("fp32", "Type of the adapters on the wire.")
+    dtype: Literal["fp32", "bf16", "fp16"] = setting(
+        "fp32", "Type of the adapters on the wire.", when={"method.name": having("sends_adapters")}
+    )
 
 
 class Evaluation(Table):
     """What is measured, and when."""
 
-    every: Natural = setting(1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.")
+    every: Natural = setting(
+        1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.", when=TRAINED
+    )
     batch_tokens: Count = setting(8192, "Tokens per evaluation pass.")
     suites: tuple[SuiteName, ...] = setting((), "Scores besides the held-out loss.")
     paths: dict[str, str] = setting({}, "Where a suite's data is: suite = path.")
@@ -65,7 +71,7 @@ class Run(Table):
         "Keep every client's upload as a PEFT folder.",
         when={"method.name": having("runs_rounds")},
     )
-    keep_states: bool = setting(False, "Keep the server's state of every round, not only of the last.")
+    keep_states: bool = setting(False, "Keep the server's state of every round, not only of the last.", when=TRAINED)
     trackers: tuple[Literal["wandb", "mlflow"], ...] = setting(
-        (), "Trackers besides TensorBoard, which is always written."
+        (), "Trackers besides TensorBoard, which is always written.", when=TRAINED
     )

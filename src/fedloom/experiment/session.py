@@ -125,7 +125,7 @@ def run(
         )
         if not (folder.path / "partition.json").exists():
             inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
-            ranks = dict(enumerate(placed.client_ranks))
+            ranks = dict(enumerate(placed.client_ranks)) if settings.traits.is_trained else {}
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )

@@ -276,6 +276,7 @@ class Period:
             shapes=segment.shapes,
             ranks=parties.ranks,
             scales=parties.scales,
+            max_norm_ratio=self._plan.max_norm_ratio,
         )
         work = plan.strategy.client.work(self.round)
         intake = Intake(plan, work, state, self.broadcasts[index])

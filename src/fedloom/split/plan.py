@@ -45,6 +45,7 @@ class SplitPlan:
         micro_batches: parts of a step's batch that are under way at the same time.
         clients_per_round: clients drawn for each aggregation period; None: all.
         min_clients: clients without which the run ends.
+        max_norm_ratio: an update whose norm is above this multiple of the last aggregation's median is left out.
     """
 
     seed: int
@@ -66,6 +67,7 @@ class SplitPlan:
     micro_batches: int = 1
     clients_per_round: int | None = None
     min_clients: int = 1
+    max_norm_ratio: float = 100.0
 
     @property
     def num_clients(self) -> int:
