@@ -1,4 +1,4 @@
-"""Operations on low-rank products that never form an out × in matrix where the ranks make that dearer.
+"""Operations on low-rank products that form no out × in matrix where the ranks make that more expensive.
 
 Letters: I in, O out, R rank. A weight always multiplies ``b``; ``a`` stays as it came.
 """
@@ -29,7 +29,7 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
     """Append zero slots up to ``rank``; the product stays the same."""
     missing = rank - pair.rank
     if missing < 0:
-        raise AdapterError(f"expected a rank of at least {pair.rank} to pad to, got {rank}")
+        raise AdapterError(f"rank: expected at least {pair.rank} to pad to, got {rank}; pad to a larger rank")
     return Pair(
         torch.nn.functional.pad(pair.b_OR, (0, missing)), torch.nn.functional.pad(pair.a_RI, (0, 0, 0, missing))
     )
@@ -106,7 +106,7 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     b, a = pair.b_OR.to(place, torch.float64), pair.a_RI.to(place, torch.float64)
     slot_norms = b.norm(dim=0) * a.norm(dim=1)
     if not torch.isfinite(slot_norms).all():
-        raise AdapterError("expected finite factors to compress, got NaN or infinity; leave them out")
+        raise AdapterError("expected finite factors to compress, got NaN or infinity; drop this adapter")
     u, sigma, vt = _svd_of_product(b, a)
     rounding = (torch.finfo(dtype).eps + pair.rank * EPS_64) * float(slot_norms.norm())
     kept = _rank_to_keep(sigma, rounding, rank, tolerance)
@@ -118,10 +118,13 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
 
 def _check_cut(rank: int | None, tolerance: float) -> None:
     if rank is not None and not (isinstance(rank, Integral) and rank >= 1):
-        raise AdapterError(f"rank: expected a whole number of 1 or more to compress to, got {rank!r}")
+        raise AdapterError(
+            f"rank: expected a whole number of 1 or more to compress to, got {rank!r}; choose another rank"
+        )
     if not (isinstance(tolerance, Real) and 0.0 <= tolerance < 1.0):
         raise AdapterError(
-            f"tolerance: expected a share of the energy to drop, at least 0 and below 1, got {tolerance!r}"
+            f"tolerance: expected a share of the energy to drop, at least 0 and below 1, got {tolerance!r}; "
+            "choose another tolerance"
         )
 
 
@@ -137,8 +140,8 @@ def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rank_to_keep(sigma: Tensor, rounding: float, rank: int | None, tolerance: float) -> int:
     energy = sigma.square()
-    left_out = energy.flip(0).cumsum(0).flip(0)
-    needed = int((left_out > max(tolerance * float(energy.sum()), rounding**2)).sum())
+    dropped = energy.flip(0).cumsum(0).flip(0)  # dropped[i]: the energy of σ_i and all smaller ones
+    needed = int((dropped > max(tolerance * float(energy.sum()), rounding**2)).sum())
     return needed if rank is None else min(needed, rank)
 
 
@@ -214,7 +217,7 @@ def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.
     Raises:
         AdapterError: as for :func:`compress_pair`, naming the module that is not finite.
     """
-    check_finite(adapter, "the adapter to compress", "leave it out")
+    check_finite(adapter, "the adapter to compress", "drop it")
     parts = {name: compress_pair(pair, rank=rank, tolerance=tolerance) for name, pair in adapter.items()}
     return Compressed(
         Adapter({name: part.pair for name, part in parts.items()}),
@@ -228,11 +231,14 @@ def _combine(adapters: Sequence[Adapter], rule: Callable[[Sequence[Pair]], Pair]
     for other in adapters[1:]:
         if other.keys() != first.keys():
             differing = sorted(other.keys() ^ first.keys())[0]
-            raise AdapterError(f"expected adapters of the same modules, {differing} is in one and not in the other")
+            raise AdapterError(
+                f"expected adapters of the same modules, {differing} is in one and not in the other; "
+                "train all of them with the same target modules"
+            )
         for name, shape in first.shapes.items():
             if other[name].shape != shape:
                 raise AdapterError(
                     f"{name}: expected one shape (out, in) in all adapters, got {shape} and {other[name].shape}; "
-                    "they are for different bases"
+                    "use adapters of one base"
                 )
     return Adapter({name: rule([adapter[name] for adapter in adapters]) for name in first})

@@ -64,7 +64,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """Stand in for one frozen ``nn.Linear``, ``Conv1D`` or quantised linear, with slots and a side adapter."""
+    """Replace one frozen ``nn.Linear``, ``Conv1D`` or quantised linear, with slots and a side adapter."""
 
     def __init__(self, base: nn.Module, route: Route) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class LoRALinear(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight to multiply with, (O, I): folded, transposed or dequantised as the base demands."""
+        """Return the weight to multiply with, (O, I): folded, transposed or dequantised as the base needs."""
         return self._folded_OI if self._folded_OI is not None else _dense_weight(self.base).to(dtype)
 
     def allocate(self) -> None:
@@ -101,7 +101,7 @@ class LoRALinear(nn.Module):
         return factors
 
     def set_side(self, pair: Pair | None) -> None:
-        """Add a frozen pair to the base: beside it as factors, or folded into a working copy of an fp32 weight."""
+        """Add a frozen pair to the base: as factors, or folded into a working copy of an fp32 weight."""
         self.side = self._folded_OI = None
         if pair is None or pair.rank == 0:
             return
@@ -136,7 +136,7 @@ def _shape_of(base: nn.Module) -> tuple[int, int]:
         return num_out, num_in
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features
-    raise ModelError(f"model.target_modules: expected linear layers, got a {type(base).__name__}")
+    raise ModelError(f"model.target_modules: expected linear layers, got a {type(base).__name__}; choose others")
 
 
 def _holds_full_precision(base: nn.Module) -> bool:

@@ -55,5 +55,7 @@ class Route:
             blocks.append((slot, slice(start, start + count), self.rows_of(slot)))
             start += count
         if start != num_tokens:
-            raise ModelError(f"expected {start} token rows as routed to the slots, got {num_tokens}")
+            raise ModelError(
+                f"expected {start} token rows as routed to the slots, got {num_tokens}; call route() again"
+            )
         return blocks

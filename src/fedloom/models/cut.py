@@ -32,7 +32,7 @@ def cuttable_parts(model: nn.Module) -> Family:
     try:
         return decoder_blocks(model)
     except ModelError as problem:
-        raise CutError(f"{problem}; another model cannot be cut, use a method that keeps it whole") from None
+        raise CutError(f"{problem}, or use a method that does not cut the model") from None
 
 
 def num_blocks(model: nn.Module) -> int:
@@ -41,7 +41,7 @@ def num_blocks(model: nn.Module) -> int:
 
 
 def check_cuts(cuts: Sequence[int], depth: int, tail_blocks: int = 0) -> None:
-    """Refuse a cut that leaves the client or the server without a block.
+    """Reject a cut that leaves the client or the server without a block.
 
     Raises:
         CutError: naming what is allowed.
@@ -49,13 +49,14 @@ def check_cuts(cuts: Sequence[int], depth: int, tail_blocks: int = 0) -> None:
     highest = depth - tail_blocks - 1
     if tail_blocks < 0 or highest < 1:
         raise CutError(
-            f"split.tail_blocks: expected 0 to {depth - 2} of this model's {depth} blocks, got {tail_blocks}"
+            f"split.tail_blocks: expected 0 to {depth - 2} of this model's {depth} blocks, got {tail_blocks}; "
+            "choose another number"
         )
     for cut_layer in cuts:
         if not 1 <= cut_layer <= highest:
             raise CutError(
                 f"split.cut_layer: expected 1 to {highest} (of {depth} blocks, {tail_blocks} are in the client's tail, "
-                f"and client and server need one each), got {cut_layer}"
+                f"and client and server need one each), got {cut_layer}; choose another cut"
             )
 
 
@@ -116,7 +117,7 @@ def cut(model: nn.Module, *boundaries: int) -> list[Part]:
     check_cuts(boundaries[:1], depth, depth - boundaries[-1] if len(boundaries) > 1 else 0)
     edges = [0, *boundaries, depth]
     if edges != sorted(edges):
-        raise CutError(f"split.cut_layer: expected ascending cuts, got {list(boundaries)}")
+        raise CutError(f"split.cut_layer: expected ascending cuts, got {list(boundaries)}; sort them")
     parts = [part_of(model, start, stop) for start, stop in itertools.pairwise(edges[:-1])]
     return [*parts, top_of(model, edges[-2])]
 
@@ -150,7 +151,7 @@ def top_of(model: nn.Module, start: int) -> Part:
 
 
 def absent(module: nn.Module) -> nn.Module:
-    """Return what stands in for a module ahead of the first block in a part that does not have that block."""
+    """Return the replacement of a module ahead of the first block in a part that does not have that block."""
     if isinstance(module, nn.Embedding):
         return NoEmbedding()
     return nn.Identity() if any(True for _ in module.parameters()) else module
@@ -169,7 +170,7 @@ def _leaf(name: str) -> str:
 
 
 def verify_cut(model: nn.Module, parts: Sequence[Part], num_tokens: int = 6) -> None:
-    """Run a probe through the uncut model and through its parts, and refuse a cut that changes the result.
+    """Run a probe through the uncut model and through its parts, and reject a cut that changes the result.
 
     Raises:
         CutError: if they differ, which means that this family's forward does something that the cut does not know.
@@ -184,7 +185,8 @@ def verify_cut(model: nn.Module, parts: Sequence[Part], num_tokens: int = 6) -> 
     error, size = float((hidden - expected_BTD).abs().max()), float(expected_BTD.abs().max())
     if not error <= 1e-4 * max(size, 1e-6):
         raise CutError(
-            f"model.base: {model_type(model)} cannot be cut, cut and uncut outputs differ by {error:.2g} of {size:.2g}"
+            f"model.base: {model_type(model)} cannot be cut, the outputs differ by {error:.2g} of {size:.2g}; "
+            "use a method that does not cut the model"
         )
 
 

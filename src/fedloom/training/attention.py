@@ -28,6 +28,8 @@ PACKED = "fedloom_packed"
 LAYOUT = "packed_layout"
 """The keyword argument that carries the ``Layout`` through a model to its attention."""
 
+_UNSUPPORTED = "which packed training does not support; choose another base"
+
 BUCKET_RATIO, BUCKET_SLACK = 1.12, 8
 """A bucket holds samples up to this ratio, plus this many tokens, longer than its shortest."""
 
@@ -133,14 +135,17 @@ def attend(
     """Compute causal attention inside each sample of a packed pass: (1, H, T, E) in, (1, T, H, E) out.
 
     Key and value heads may be fewer than query heads; ``sliding_window`` counts the token itself, ``softcap`` is c in
-    ``c·tanh(s / c)`` before the softmax. The base is frozen and in evaluation mode, so attention dropout is refused.
+    ``c·tanh(s / c)`` before the softmax. The base is frozen and in evaluation mode, so attention dropout is rejected.
 
     Raises:
         ModelError: for a feature that this attention does not have, by its name.
     """
     rows: Layout | None = kwargs.get(LAYOUT)
     if rows is None:
-        raise ModelError(f"model.base: {type(module).__name__} is not told how samples are packed")
+        raise ModelError(
+            f"model.base: expected {LAYOUT!r} in the packed forward of {type(module).__name__}, got none; "
+            "call the model through hidden_states"
+        )
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
     call = _Call(rows, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
     if not rows.buckets:
@@ -158,15 +163,15 @@ def _check_supported(
 ) -> None:
     kind = type(module).__name__
     if kwargs.get("s_aux") is not None:
-        raise ModelError(f"model.base: {kind} has attention sinks, which packed training does not support")
+        raise ModelError(f"model.base: {kind} has attention sinks, {_UNSUPPORTED}")
     if kwargs.get("position_bias") is not None or attention_mask is not None:
-        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, which packed training does not support")
+        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, {_UNSUPPORTED}")
     if not getattr(module, "is_causal", True):
-        raise ModelError(f"model.base: {kind} is not causal; expected a decoder")
+        raise ModelError(f"model.base: {kind} has attention that is not causal, {_UNSUPPORTED}")
     if dropout:
-        raise ModelError(f"model.base: {kind} drops attention ({dropout}); expected a base in evaluation mode")
+        raise ModelError(f"model.base: expected no attention dropout, {kind} has {dropout}; call model.eval() first")
     if sliding_window is None and _layer_type(module) not in (None, "full_attention"):
-        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, unknown to packed training")
+        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, {_UNSUPPORTED}")
 
 
 def _layer_type(module: nn.Module) -> str | None:

@@ -4,10 +4,10 @@ What a client ends with depends on its own rows, rank, start and streams only; w
 changes rounding at most. Per step and client the loss is the mean over all supervised tokens of the batch, however
 many micro-batches it is cut into.
 
-What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is handed in), the
+What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is given), the
 order of the rows (stream ``batches``), the dropout masks (stream ``dropout``), and with ``schedule_span = "round"``
-the learning-rate schedule with its warm-up. What persists: nothing but what the caller hands in again — ``start``
-and ``optimiser_state``; with ``schedule_span = "run"`` the schedule goes on from round to round.
+the learning-rate schedule with its warm-up. What persists: only what the caller passes in again, ``start``
+and ``optimiser_state``; with ``schedule_span = "run"`` the schedule continues from round to round.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ClientResult:
     tokens, of the passes it was in.
 
     A client whose loss is not finite takes that step and then stops: its losses and its adapter are not finite
-    either, so the check of updates leaves it out and says why.
+    either, so the check of updates drops it and gives the reason.
     """
 
     client: int
@@ -210,7 +210,7 @@ class _Client:
         return _MicroBatch(self, rows, tokens, targets, 1.0 / max(1, targets_of_batch))
 
     def add(self, sum_nats: float, seconds: float) -> None:
-        """Book what a pass gave for one of this client's micro-batches."""
+        """Record the loss and the time of one of this client's micro-batches."""
         self._batch_nats += sum_nats
         self._seconds += seconds
 
@@ -252,7 +252,7 @@ def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], se
     """Gather the gradients of every active client's next batch.
 
     The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one micro-batch
-    of a client at most, so that its stream of dropout masks is consumed in the same order whoever else trains.
+    of a client at most, so that its stream of dropout masks is consumed in the same order whoever trains with it.
     """
     waiting = [client.micro_batches() for client in active]
     for turn in range(max(len(parts) for parts in waiting)):
@@ -262,7 +262,7 @@ def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], se
 
 
 def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], label_smoothing: float) -> None:
-    """Run forward and backward over several clients' micro-batches, and book losses and time with each."""
+    """Run forward and backward over several clients' micro-batches, and record each one's losses and time."""
     begun = time.perf_counter()
     device = head.weight_VD.device
     batch = pack([row for part in parts for row in part.rows], device)

@@ -145,10 +145,10 @@ _VERIFIED: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
 
 
 def output_head(model: Any) -> OutputHead:
-    """Return a causal LM's output head, once its packed forward has been seen to give the model's own logits.
+    """Return a causal LM's output head, after checking that its packed forward gives the model's own logits.
 
-    The first call for a model runs two short samples packed, and each alone the model's own way; an unknown
-    transformation of the logits, or layers that mix samples, end there. An adapter must not be routed at that time.
+    The first call for a model runs two short samples packed, and each alone the model's own way; this
+    detects an unknown transformation of the logits, and layers that mix samples. No adapter may be routed then.
 
     Raises:
         ModelError: naming the family whose packed forward or head is not the model's own.
@@ -161,10 +161,10 @@ def output_head(model: Any) -> OutputHead:
 
 
 def _read_head(model: Any) -> OutputHead:
-    """Read what the families' configurations say: Gemma's softcap, Cohere's factor, Granite's divisor."""
+    """Read the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor."""
     layer, config = model.get_output_embeddings(), model.config
     if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
-        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}")
+        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
@@ -183,5 +183,6 @@ def _verify(model: Any, head: OutputHead) -> None:
         if not error <= tolerance:
             raise ModelError(
                 f"model.base: the packed forward of {model_type(model)!r} differs from the model's own by {error:.1e}, "
-                f"at most {tolerance:.0e} expected: {type(model).__name__} has layers or an output head not known here"
+                f"expected at most {tolerance:.0e}: {type(model).__name__} has unknown layers or an unknown head; "
+                "choose another base"
             )
