@@ -66,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run one command and return its exit code; without a command, show the help."""
     try:
-        returned = typer.main.get_command(app)(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
+        # standalone_mode=False: typer would print its own errors and exit, with other words and another exit code.
+        command = typer.main.get_command(app)
+        returned = command(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
     except FedloomError as error:
         return _refuse(str(error))
     except typer.TyperException as error:

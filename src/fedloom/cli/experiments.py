@@ -36,15 +36,16 @@ def load_settings(recipe: str | Path, overrides: Sequence[str] | None = None) ->
     given = (overrides,) if isinstance(overrides, str) else overrides or ()
     if is_file(recipe):
         return config.load(recipe, given)
-    return config.resolve(config.parse(recipes.read(str(recipe)), f"{recipe}.toml"), f"recipe {recipe}", given)
+    document = config.parse(recipes.read(str(recipe)), f"{recipe}.toml")
+    return config.resolve(document, f"recipe {recipe}", given)
 
 
 def is_file(recipe: str | Path) -> bool:
     """Tell a file from the name of a shipped recipe."""
     path = Path(recipe)
-    return str(recipe) not in recipes.names() and (
-        path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1
-    )
+    if str(recipe) in recipes.names():
+        return False
+    return path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1
 
 
 def default_folder(recipe: str) -> Path:
@@ -127,7 +128,8 @@ def compare(
     chosen = parse_methods(methods)
     numbers = [settings.run.seed] if seeds is None else parse_seeds(seeds)
     refuse_ignored(settings, config.every_variant(settings, chosen, numbers), overrides or ())
-    folder = out or default_folder(recipe).with_name(default_folder(recipe).name + "-compared")
+    alone = default_folder(recipe)
+    folder = out or alone.with_name(f"{alone.name}-compared")
     from fedloom import experiment
     from fedloom.reporting.progress import progress_for
 

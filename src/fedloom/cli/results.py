@@ -236,7 +236,8 @@ def generate(
             raise SettingsError(
                 f"--cut: expected --prompt TEXT at temperature 0, got {given}; change that, or drop --cut"
             )
-        print_result(split_conversation.generate_cut(opened, prompt, cut_layer, sampling, template), as_json=as_json)
+        answered = split_conversation.generate_cut(opened, prompt, cut_layer, sampling, template)
+        print_result(answered, as_json=as_json)
         return
     conversation = converse(opened, template=template, sampling=sampling, beside_base=base_too)
     if prompt is not None:

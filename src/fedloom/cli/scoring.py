@@ -88,10 +88,8 @@ def judge(
 
     if protocol not in list(judgement.Protocol):
         raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}; choose one of these")
-    bench, asked = (
-        judgement.Bench(questions, references, prompts, max_new_tokens, limit),
-        Endpoint(endpoint, judge_model),
-    )
+    bench = judgement.Bench(questions, references, prompts, max_new_tokens, limit)
+    asked = Endpoint(endpoint, judge_model)
     judgement.check(asked, bench)
     opened = opened_result.open_result(result, base=base, client=client)
     ours = judgement.only_adapter(opened)
@@ -104,7 +102,8 @@ def judge(
     else:
         rival = opened_result.open_result(Path(against), base=base)
         name = judgement.only_adapter(rival)
-        if (length := judgement.answer_tokens(rival, bench)) != judgement.answer_tokens(opened, bench):
+        length = judgement.answer_tokens(rival, bench)
+        if length != judgement.answer_tokens(opened, bench):
             say_length(length, max_new_tokens)
         first = (Path(against).name, judgement.answers_of(rival, name, bench, folder, say_decoding))
     judged = judgement.judge(

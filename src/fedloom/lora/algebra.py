@@ -30,9 +30,9 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
     missing = rank - pair.rank
     if missing < 0:
         raise AdapterError(f"rank: expected at least {pair.rank} to pad to, got {rank}; pad to a larger rank")
-    return Pair(
-        torch.nn.functional.pad(pair.b_OR, (0, missing)), torch.nn.functional.pad(pair.a_RI, (0, 0, 0, missing))
-    )
+    padded_b = torch.nn.functional.pad(pair.b_OR, (0, missing))
+    padded_a = torch.nn.functional.pad(pair.a_RI, (0, 0, 0, missing))
+    return Pair(padded_b, padded_a)
 
 
 def truncate_pair(pair: Pair, rank: int) -> Pair:
@@ -68,6 +68,8 @@ def norm_of_pair(pair: Pair) -> float:
 
 def norm_of_difference(left: Pair, right: Pair) -> float:
     """Return ``‖b a − b' a'‖`` through the triangular factors, free of the cancellation that Grams suffer."""
+    # The difference is itself a pair: both stacked, one with weight −1. ‖Q_b T_b T_aᵀ Q_aᵀ‖ = ‖T_b T_aᵀ‖, so only the
+    # small triangles are multiplied, and equal parts cancel before anything is squared.
     pair = stack_pairs([left.to(torch.float64), right.to(torch.float64)], [1.0, -1.0])
     if pair.rank >= min(pair.shape):
         return float(torch.linalg.matrix_norm(pair.delta()))
@@ -102,7 +104,7 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     _check_cut(rank, tolerance)
     dtype = torch.float64 if pair.b_OR.dtype == torch.float64 else torch.float32
     device = pair.b_OR.device
-    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     b, a = pair.b_OR.to(place, torch.float64), pair.a_RI.to(place, torch.float64)
     slot_norms = b.norm(dim=0) * a.norm(dim=1)
     if not torch.isfinite(slot_norms).all():
@@ -110,6 +112,7 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     u, sigma, vt = _svd_of_product(b, a)
     rounding = (torch.finfo(dtype).eps + pair.rank * EPS_64) * float(slot_norms.norm())
     kept = _rank_to_keep(sigma, rounding, rank, tolerance)
+    # The sign goes into both factors, so the product does not change; it makes the SVD unique.
     root = _signs(u[:, :kept]) * sigma[:kept].sqrt()
     balanced = Pair(u[:, :kept] * root, root[:, None] * vt[:kept])
     error = math.hypot(float(sigma[kept:].norm()), _rounding_of(balanced, sigma[:kept], dtype))
@@ -129,6 +132,7 @@ def _check_cut(rank: int | None, tolerance: float) -> None:
 
 
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # From this rank on the dense product is smaller than its factors, and one SVD of it is cheaper.
     if b.shape[1] >= min(b.shape[0], a.shape[1]):
         u, sigma, vt = torch.linalg.svd(b @ a, full_matrices=False)
         return u, sigma, vt
@@ -149,7 +153,9 @@ def _rounding_of(exact: Pair, sigma: Tensor, dtype: torch.dtype) -> float:
     """Return how far rounding its factors moves a balanced product, whose slots are orthogonal and of norm √σ."""
     moved_b = exact.b_OR - exact.b_OR.to(dtype)
     moved_a = exact.a_RI - exact.a_RI.to(dtype)
-    return float(torch.cat([moved_b.norm(dim=0), moved_a.norm(dim=1)]).mul_(sigma.sqrt().repeat(2)).norm())
+    moved = torch.cat([moved_b.norm(dim=0), moved_a.norm(dim=1)])
+    norms_of_other_factor = sigma.sqrt().repeat(2)
+    return float(moved.mul_(norms_of_other_factor).norm())
 
 
 def _signs(u: Tensor) -> Tensor:

@@ -91,17 +91,18 @@ class LoRAModel:
     def adapter(self, slot: int) -> Adapter:
         """Return a copy of a slot as effective pairs, fp32 (fp64 for an fp64 model), on the CPU."""
         rows, scale = self._route.rows_of(slot), self.slots[slot].scale
-        return Adapter(
-            {
-                name: Pair(
-                    (layer.bt_RO.detach()[rows].T * scale).contiguous().cpu(), layer.a_RI.detach()[rows].cpu().clone()
-                )
-                for name, layer in self.layers.items()
-            }
-        )
+        pairs = {}
+        for name, layer in self.layers.items():
+            b_OR = (layer.bt_RO.detach()[rows].T * scale).contiguous().cpu()
+            # On the CPU ``.cpu()`` copies nothing: without the clone the next step would change the returned adapter.
+            pairs[name] = Pair(b_OR, layer.a_RI.detach()[rows].cpu().clone())
+        return Adapter(pairs)
 
     def parameters(self, slot: int) -> list[nn.Parameter]:
         """Return a slot's factors as leaf views whose ``.grad`` are views too: any torch optimiser can own them."""
+        # Views, because a layer trains all its clients in one tensor (one product, one gradient), while an optimiser
+        # must own one client's factors only: its moments, its clipping and its decay must not touch the others'. A
+        # view of the weights and a view of the gradient give both without a copy in either direction.
         rows, views = self._route.rows_of(slot), []
         for layer in self.layers.values():
             for whole in (layer.a_RI, layer.bt_RO):
@@ -111,7 +112,7 @@ class LoRAModel:
         return views
 
     def zero_grad(self) -> None:
-        """Zero all slots' gradients in place."""
+        """Zero all slots' gradients in place: the optimisers' views must stay views of these tensors."""
         for layer in self.layers.values():
             for whole in (layer.a_RI, layer.bt_RO):
                 whole.grad.zero_()  # type: ignore[union-attr]

@@ -80,7 +80,10 @@ def save_peft(
         raise AdapterError(
             "expected an adapter with a module of rank 1 or more, got one that adds nothing; train it first"
         )
-    stored = {name: Pair(pair.b_OR.detach().cpu() / scale, pair.a_RI.detach().cpu()) for name, pair in pairs.items()}
+    # PEFT multiplies by lora_alpha / r when it loads; the file holds b without that scale.
+    stored = {}
+    for name, pair in pairs.items():
+        stored[name] = Pair(pair.b_OR.detach().cpu() / scale, pair.a_RI.detach().cpu())
     check_finite(stored, "the adapter to write", "train it at a lower learning rate, or write it in a wider dtype")
     ranks = {name: pair.rank for name, pair in pairs.items()}
     rank = max(ranks.values())
@@ -217,6 +220,7 @@ def _scale_of(config: Mapping[str, Any], module: str, rank: int, folder: Path) -
         if not isinstance(patterns, dict):
             raise AdapterError(f"{path}: expected {pattern} by module, got {_shortened(patterns)}; fetch it again")
         value = patterns.get(get_pattern_key(list(patterns), module), config.get(default))
+        # bool is a subclass of int
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise AdapterError(
                 f"{path}: expected {default} of {module} as a number, got {_shortened(value)}; fetch it again"

@@ -80,6 +80,9 @@ class Part(nn.Module):
         """
         if self.entry is None:
             return cast(Tensor, self.decoder(input_ids=inputs, **keywords).last_hidden_state)
+        # The forward gets the activations twice. As ``inputs_embeds`` they only give it shape, dtype and device:
+        # there the family scales or shifts embeddings, which the bottom part has already done. The entry block then
+        # puts the real activations in their place, with their graph, so that gradients reach the client.
         self.entry.hidden_BTD = inputs
         try:
             return cast(Tensor, self.decoder(inputs_embeds=inputs.detach(), **keywords).last_hidden_state)
@@ -127,6 +130,8 @@ def part_of(model: nn.Module, start: int, stop: int) -> Part:
     family = cuttable_parts(model)
     top = top_of(model, start)
     blocks = cast(nn.ModuleList, top.decoder._modules[_leaf(family.blocks)])
+    # Absent blocks stay in the list as blocks that pass their input through: the family's forward indexes layer types,
+    # rotary tables and cache slots by a block's position, which must be that of the uncut model.
     for index in range(stop, len(blocks)):
         blocks[index] = Passed()
     for name in family.after:
@@ -138,6 +143,8 @@ def top_of(model: nn.Module, start: int) -> Part:
     """Make the part from block ``start`` to the final norm, sharing its modules with ``model``."""
     family = cuttable_parts(model)
     body = _decoder(model, family)
+    # A shallow copy with a module table of its own: children can be replaced here without touching the model, and all
+    # others, with their parameters and any adapter that wraps them, are the model's own.
     shell = copy.copy(body)
     shell.__dict__["_modules"] = dict(body._modules)
     blocks = nn.ModuleList(list(_block_list(model, family)))
@@ -146,7 +153,8 @@ def top_of(model: nn.Module, start: int) -> Part:
     for index in range(start):
         blocks[index] = entry if index == 0 and entry is not None else Passed()
     if entry is not None:
-        shell._modules.update({_leaf(name): absent(model.get_submodule(name)) for name in family.before})
+        for name in family.before:
+            shell._modules[_leaf(name)] = absent(model.get_submodule(name))
     return Part(shell, entry, start, len(blocks))
 
 
@@ -154,7 +162,9 @@ def absent(module: nn.Module) -> nn.Module:
     """Return the replacement of a module ahead of the first block in a part that does not have that block."""
     if isinstance(module, nn.Embedding):
         return NoEmbedding()
-    return nn.Identity() if any(True for _ in module.parameters()) else module
+    # Without parameters it is the rotary embedding: every part needs it, and computes it from the positions.
+    has_parameters = any(True for _ in module.parameters())
+    return nn.Identity() if has_parameters else module
 
 
 def _block_list(model: nn.Module, family: Family) -> nn.ModuleList:
@@ -213,4 +223,4 @@ class NoEmbedding(nn.Module):
     """An absent embedding (tokens or learned positions), which adds nothing."""
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros(())  # broadcasts to any shape, so it need not know batch, length or width

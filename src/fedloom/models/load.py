@@ -96,7 +96,8 @@ def _resolve(name_or_path: str, revision: str | None) -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith((".", "/")) or folder.exists():
+    looks_like_path = name_or_path.startswith((".", "/")) or folder.exists()
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
         raise ModelError(
             f"model.base: expected a folder or a hub name, got {name_or_path!r}, which does not exist; check the path"
         )

@@ -147,7 +147,8 @@ def export_merged(
     layers = dict(lora.layers)
     _refuse_tied(lora.unwrap(), layers)
     merged = {name: _merged(layer.base, kept[name].delta(), target) for name, layer in layers.items()}
-    cast_error = float(torch.tensor([error for _, error in merged.values()], dtype=torch.float64).norm())
+    errors = torch.tensor([error for _, error in merged.values()], dtype=torch.float64)
+    cast_error = float(errors.norm())
     written = str(target).removeprefix("torch.")
     exported = Exported(to, "merged model", written, kept.ranks, norm(adapter), rank_error, cast_error)
 
@@ -172,7 +173,8 @@ def write_cards(run: Path) -> None:
     for name, adapter in found.adapters.items():
         folder = _adapter_folder(run, name)
         written = Exported(folder, "adapter", "float32", adapter.ranks, norm(adapter), 0.0, 0.0)
-        card = adapter_card(replace(found, adapters={name: adapter}), written.lines(), written.is_exact)
+        alone = replace(found, adapters={name: adapter})
+        card = adapter_card(alone, written.lines(), written.is_exact)
         with durable.explained(str(folder / CARD), "free space, then run the same command again"):
             durable.write_bytes(folder / CARD, card.encode())
 
@@ -221,6 +223,7 @@ def _merged(base: nn.Module, delta_OI: Tensor, target: torch.dtype) -> tuple[Ten
             f"the merged model: expected finite weights, got some beyond the range of {target}; "
             "choose --dtype bfloat16 or float32"
         )
+    # What the cast of W alone loses is the target type's doing, not the merge's, and is not counted.
     lost = cast.double() - weight.to(target).double() - delta.double()
     return cast.contiguous(), float(lost.norm())
 
@@ -231,7 +234,8 @@ def _adapter_folder(run: Path, name: str) -> Path:
 
 def _is_conv1d(found: Found) -> bool:
     """Tell whether the adapter's own files say that its base holds transposed weights."""
-    folder = found.path if found.run is None else _adapter_folder(found.path, next(iter(found.adapters)))
+    name = next(iter(found.adapters))
+    folder = found.path if found.run is None else _adapter_folder(found.path, name)
     return bool(durable.read_json(folder / "adapter_config.json").get("fan_in_fan_out"))
 
 
@@ -258,6 +262,7 @@ def _refuse_quantized_base(base: Base) -> None:
 
 
 def _refuse_tied(model: Any, layers: Mapping[str, LoRALinear]) -> None:
+    # Tied modules share one tensor object, so identity finds them; equal values would not mean that they are tied.
     targets = {id(layer.base.weight): name for name, layer in layers.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)

@@ -7,7 +7,7 @@ replaced by another location. The weights of the base never change: an adapter i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def of_client(found: Found, client: int | None) -> Found:
         return found
     name = f"client-{client}"
     if name in found.adapters:
-        return Found(found.path, {name: found.adapters[name]}, found.base_name, found.settings, found.run, found.notes)
+        return replace(found, adapters={name: found.adapters[name]})
     if RESULT in found.adapters or not found.adapters:
         raise RunError(f"--client {client}: {found.path} has no adapter per client; drop --client")
     known = ", ".join(name.removeprefix("client-") for name in found.adapters)
@@ -143,7 +143,9 @@ def load_base_of(
     if found.settings is not None:
         model = found.settings.model
         options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}
-        options |= {"device": device or model.device} | ({} if base else {"revision": model.revision})
+        options |= {"device": device or model.device}
+        if not base:  # the run's revision belongs to the run's base, not to another one
+            options |= {"revision": model.revision}
     try:
         loaded = load_base(name, **(options | changes))
     except MissingExtraError:

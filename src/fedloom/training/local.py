@@ -133,14 +133,13 @@ def train_cohort(
         AdapterError: if a start does not fit the model or its task's rank.
     """
     device = next(lora.model.parameters()).device
-    lora.open(
-        [
-            Slot(t.rank, t.scale, settings.dropout, torch_stream(seed, "dropout", round, t.client, device=device))
-            for t in tasks
-        ]
-    )
+    slots = []
+    for task in tasks:
+        masks = torch_stream(seed, "dropout", round, task.client, device=device)
+        slots.append(Slot(task.rank, task.scale, settings.dropout, masks))
+    lora.open(slots)
     try:
-        lora.route_all(None)
+        lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head = output_head(lora.model)
         clients = [_Client(lora, slot, task, settings, seed, round) for slot, task in enumerate(tasks)]
         while active := [client for client in clients if not client.is_done]:
@@ -172,14 +171,16 @@ class _Client:
     def __init__(
         self, lora: LoRAModel, slot: int, task: ClientTask, settings: LocalTraining, seed: int, number: int
     ) -> None:
-        self.slot, self.task, self._lora, self._settings = slot, task, lora, settings
+        self.slot, self.task = slot, task
+        self._lora, self._settings = lora, settings
         lora.load(slot, task.start)
-        self._start = lora.adapter(slot)
+        self._start = lora.adapter(slot)  # read back: the slot may round the start, and change_norm must not see that
         rng = stream(seed, "batches", number, task.client)
         self._batches = list(
             batches(len(task.rows), settings.batch_size, rng, steps=settings.steps, epochs=settings.epochs)
         )
-        first, total = first_step(settings.schedule_span, number, settings.total_rounds, len(self._batches))
+        steps_per_round = len(self._batches)
+        first, total = first_step(settings.schedule_span, number, settings.total_rounds, steps_per_round)
         factor = schedule(settings.schedule, settings.warmup_steps, total)
         factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
         self._optimiser = ClientOptimiser(factors, settings.adamw, factor, first=first, state=task.optimiser_state)
@@ -286,9 +287,9 @@ def _factor_names(lora: LoRAModel) -> list[str]:
 
 
 def _change_norm(before: Adapter, after: Adapter) -> float:
-    squares = [
-        (new - old).double().square().sum()
-        for name in before
-        for old, new in ((before[name].a_RI, after[name].a_RI), (before[name].b_OR, after[name].b_OR))
-    ]
+    squares = []
+    for name in before:
+        old, new = before[name], after[name]
+        squares.append((new.a_RI - old.a_RI).double().square().sum())
+        squares.append((new.b_OR - old.b_OR).double().square().sum())
     return math.sqrt(float(torch.stack(squares).sum()))

@@ -143,6 +143,7 @@ class ClientOptimiser:
                     shapes = f"{tuple(parameter.shape)}, got {tuple(moment.shape)}"
                     raise AdapterError(f"{name}.{key}: expected an optimiser state of shape {shapes}; {_OWN_STATE}")
             self._adamw.state[parameter] = {
+                # fused AdamW keeps its step count as an fp32 tensor on the parameter's device
                 "step": state[f"{name}.step"].to(parameter.device, torch.float32, copy=True),
                 **{key: moment.to(parameter, copy=True) for key, moment in moments.items()},
             }
