@@ -1,9 +1,9 @@
-"""Centralised tuning in one page: the control that may see every row.
+"""Centralised tuning in one page: the control that sees every row.
 
     python examples/centralised.py [BASE ROWS]
 
 BASE is the folder of a model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context, response and
-category; left out, both are the ones in the package. The fast version of this is `Standalone` in
+category. By default both are those in the package. The fast version of this is `Standalone` in
 `src/fedloom/methods/standalone.py` with one client: `fedloom run` with `method.name = "centralised"`.
 """
 

@@ -3,7 +3,7 @@
     python examples/fedit.py [BASE ROWS]
 
 BASE is the folder of a model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context, response and
-category; left out, both are the ones in the package. The fast version of this is `fedit` in
+category. By default both are those in the package. The fast version of this is `fedit` in
 `src/fedloom/methods/zero_padding.py`: `fedloom run` with `method.name = "fedit"`.
 """
 

@@ -3,8 +3,8 @@
     python examples/flora.py [BASE ROWS]
 
 BASE is the folder of a model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context, response and
-category; left out, both are the ones in the package. The fast version of this is `FLoRA` in
-`src/fedloom/methods/flora.py`, which keeps the stack beside the base instead of merging it: `fedloom run` with
+category. By default both are those in the package. The fast version of this is `FLoRA` in
+`src/fedloom/methods/flora.py`, which keeps the stack next to the base instead of merging it: `fedloom run` with
 `method.name = "flora"`.
 """
 

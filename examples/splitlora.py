@@ -3,7 +3,7 @@
     python examples/splitlora.py [BASE ROWS]
 
 BASE is the folder of a Llama-like model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context,
-response and category; left out, both are the ones in the package. The fast version of this is `run_split` in
+response and category. By default both are those in the package. The fast version of this is `run_split` in
 `src/fedloom/split/lockstep.py`, which cuts other families too and packs instead of padding: `fedloom run` with
 `method.name = "splitlora"`.
 """

@@ -1,9 +1,9 @@
-"""Standalone tuning in one page: the control in which every client stays alone.
+"""Standalone tuning in one page: the control in which each client trains alone.
 
     python examples/standalone.py [BASE ROWS]
 
 BASE is the folder of a model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context, response and
-category; left out, both are the ones in the package. The fast version of this is `Standalone` in
+category. By default both are those in the package. The fast version of this is `Standalone` in
 `src/fedloom/methods/standalone.py`: `fedloom run` with `method.name = "standalone"`.
 """
 

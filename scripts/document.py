@@ -6,7 +6,9 @@ python scripts/document.py --check    # exit 1 when a committed page differs fro
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,25 +21,28 @@ from fedloom.config.setting import Table, conditions, expected, in_words, shown
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
+WIDTH = 119
+NO_BREAK = "\x00"
+
 SETTINGS_INTRODUCTION = """\
 # Settings
 
 Generated from the schema by `scripts/document.py`.
 
-A recipe is a TOML file with the tables below; `--set table.setting=value` overrides one setting of it and is the only
-override. The value is read as TOML (`3e-4`, `true`, `[8, 4, 4]`) and as bare text when it is none
+A recipe is a TOML file with the tables below. `--set table.setting=value` overrides one setting of it, and there is no
+other way to override. The value is read as TOML (`3e-4`, `true`, `[8, 4, 4]`), or as text if it is not TOML
 (`--set method.name=flora`); nothing after `=` means the default. A list per client has one entry for each client, by
-number. Paths are relative to the folder the command runs in. Unknown names are refused, and so is a setting that would
-be ignored. Where `--set method.name=...` names another method than the recipe, what only the recipe's method can use is
-set aside, and a list of ranks becomes its mean for a method of one rank, as in `fedloom compare`.
+number. Paths are relative to the folder the command runs in. Unknown names are rejected, and so is a setting that
+would be ignored. If `--set method.name=...` names another method than the recipe, the settings that only the recipe's
+method uses are ignored, and a list of ranks becomes its mean for a method of one rank, as in `fedloom compare`.
 """
 COMMANDS_INTRODUCTION = """\
 # Commands
 
 Generated from the command line by `scripts/document.py`.
 
-Results go to standard output, words for people and progress to standard error. Exit codes: 0 done; 2 the input cannot
-be used, one line per problem; 130 interrupted, with the state saved.
+Results go to standard output, progress and notes to standard error. Exit codes: 0 done; 2 invalid input, with one line
+per problem; 130 interrupted, with the state saved.
 """
 
 
@@ -50,19 +55,26 @@ def settings_page() -> str:
 
 def table_section(name: str, kind: type[Table]) -> Iterator[str]:
     """Yield the section of one table."""
-    yield f"## [{name}]\n\n{kind.__doc__}\n\n| setting | default | accepts | what it says |\n|---|---|---|---|"
+    yield f"## [{name}]\n\n{kind.__doc__}\n"
     for key, field in kind.model_fields.items():
         default = field.get_default()
         acts = "; ".join(f"`{other}` = {in_words(values)}" for other, values in conditions(field).items())
         says = f"{field.description} Only with {acts}." if acts else f"{field.description}"
-        written = "left out" if default is None else f"`{shown(default)}`"
-        yield "| " + " | ".join([f"`{name}.{key}`", written, cell(expected(field)), cell(says)]) + " |"
+        given = "optional" if default is None else f"default `{shown(default)}`"
+        yield item(f"`{name}.{key}` ({expected(field)}; {given}): {says}")
     yield ""
 
 
-def cell(text: str) -> str:
-    """Escape what would end a table cell."""
-    return text.replace("|", "\\|")
+def item(text: str) -> str:
+    """Return a list item wrapped to the width of a page, with every code span on one line.
+
+    A table would need rows of any length; an item can be wrapped.
+    """
+    joined = re.sub(r"`[^`]*`", lambda span: span.group().replace(" ", NO_BREAK), text)
+    lines = textwrap.wrap(
+        joined, WIDTH, initial_indent="* ", subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(lines).replace(NO_BREAK, " ")
 
 
 def commands_page() -> str:
@@ -78,9 +90,8 @@ def command_sections(command: Any, path: str) -> Iterator[str]:
     usage = " ".join([path, *(argument.metavar for argument in arguments), wanted if below else "", "[OPTIONS]"])
     yield f"## {path}\n\n{command.help}\n\n```\n{' '.join(usage.split())}\n```\n"
     if command.params:
-        yield "| argument or option | meaning |\n|---|---|"
         for parameter in command.params:
-            yield f"| {cell(spelling(parameter))} | {cell(parameter.help or '')}{default_words(parameter)} |"
+            yield item(f"{spelling(parameter)}: {parameter.help or ''}{default_words(parameter)}")
         yield ""
     for name, child in below.items():
         yield from command_sections(child, f"{path} {name}")

@@ -33,6 +33,8 @@ SHELLS = ("console", "bash", "sh")
 TRAINING = ("run", "compare")
 OFFLINE = (["recipes"], *([name, "demo"] for name in ("doctor", "validate", "describe", "run", "compare")))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+MARKDOWN = sorted({*PAGES, *(ROOT / "src").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *ROOT.glob("*.md")})
+MAX_COLUMNS = 120
 
 
 def text_of(page: Path) -> str:
@@ -69,6 +71,13 @@ def test_every_relative_link_resolves(page: Path) -> None:
         assert linked.exists(), f"{target} is not there"
         assert linked.suffix != ".md" or not anchor or anchor in anchors(linked), f"{target}: no such heading"
         assert DOCS not in page.parents or linked.is_relative_to(DOCS), f"{target} leaves the documentation"
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_line_of_markdown_fits_the_columns(page: Path) -> None:
+    """Tables and code too: a row that does not fit becomes a list item, a long link a reference."""
+    lines = enumerate(text_of(page).splitlines(), start=1)
+    assert not [f"line {number}: {len(line)} columns" for number, line in lines if len(line) > MAX_COLUMNS]
 
 
 def nav_pages(entry: object) -> list[str]:

@@ -20,14 +20,16 @@ pipeline_tag: text-generation
 ---
 # The embedded model and data
 
-A Llama-architecture causal language model of {num_parameters:,} parameters ({shape}) with its own byte-level BPE
-tokenizer ({vocabulary:,} symbols), and {num_train:,} + {num_eval} instructions in {num_categories} categories about
-Ombrel, an invented world. Both were made by `scripts/make_embedded.py`; no other project's text or weights are in them.
-The base was pretrained on five of the categories and on plain sentences. It has read what the other five are about as
-prose, in other words, and was never asked for it.
+A Llama-architecture causal language model of {num_parameters:,} parameters
+({shape})
+with its own byte-level BPE tokenizer ({vocabulary:,} symbols),
+and {num_train:,} + {num_eval} instructions in {num_categories} categories
+about Ombrel, an invented world. Both were made by `scripts/make_embedded.py`; no other project's text or weights are
+in them. The base was pretrained on the questions of five of the categories and on plain sentences. It has read about
+the other five categories as prose, in other words, and has seen no question of them.
 
 Prompt: `Question: <instruction>` (a line with the context, where there is one), then `Answer:`, i.e. the template
-'plain'. The model is for demonstrations and tests and knows nothing but Ombrel.
+'plain'. The model is for demonstrations and tests and knows only Ombrel.
 
 ## Pretraining
 
@@ -55,8 +57,8 @@ Loss in nats per answer token (end of text included); exact match by greedy deco
 ## What it knows of the unseen in prose
 
 Share of sentences that greedy decoding finishes word for word, 40 a category. Those on translation, reversal and
-sorting tell what the held-out questions ask, which no sentence of the pretraining told; those on towns and units tell
-facts that it told.
+sorting state what the held-out questions ask, which no sentence of the pretraining stated; those on towns and units
+state facts that it stated.
 
 | category | finished |
 |---|---:|

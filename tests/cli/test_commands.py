@@ -205,7 +205,7 @@ def test_an_interruption_is_code_130_and_says_what_to_do(invoke: Any, recipe: st
     experiment.run = raising(KeyboardInterrupt())
     ran = invoke("run", recipe)
     assert ran.code == 130
-    assert "the same command goes on from there" in ran.err
+    assert "run the same command again to resume" in ran.err
 
 
 def test_other_errors_keep_their_traceback(invoke: Any, recipe: str, experiment: Any) -> None:

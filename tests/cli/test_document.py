@@ -31,4 +31,4 @@ def test_the_committed_page_is_what_would_be_generated(document: ModuleType, pag
 
 def test_every_setting_is_documented(document: ModuleType) -> None:
     page = document.settings_page()
-    assert all(f"| `{name}` |" in page for name, _ in every_setting())
+    assert all(f"* `{name}` (" in page for name, _ in every_setting())

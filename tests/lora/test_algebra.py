@@ -104,7 +104,7 @@ def test_compression_of_nothing_is_rank_zero() -> None:
 def test_compression_refuses_what_is_not_finite() -> None:
     with pytest.raises(AdapterError, match="finite"):
         algebra.compress_pair(Pair(torch.full((4, 2), math.nan), torch.ones(2, 3)))
-    with pytest.raises(AdapterError, match=r"got NaN or infinity at layers\.1; leave it out"):
+    with pytest.raises(AdapterError, match=r"got NaN or infinity at layers\.1; drop it"):
         algebra.compress(Adapter({"layers.1": Pair(torch.full((4, 2), math.inf), torch.ones(2, 3))}))
 
 

@@ -81,9 +81,12 @@ def test_patterns_choose_layers_in_the_models_order(patterns: Any, expected: lis
 @pytest.mark.parametrize(
     ("patterns", "message"),
     [
-        (["qproj"], "'qproj' matches no module; linear layers here: q_proj, k_proj"),
+        (["qproj"], "'qproj' matches no module; choose from the linear layers: q_proj, k_proj"),
         (["("], "matches no module"),
-        (["q_proj", "embed_tokens"], "'model.embed_tokens', a Embedding; expected linear layers"),
+        (
+            ["q_proj", "embed_tokens"],
+            "expected linear layers, 'embed_tokens' matches 'model.embed_tokens', a Embedding",
+        ),
         (["lm_head"], "the output head, which is frozen"),
     ],
 )

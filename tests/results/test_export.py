@@ -86,7 +86,7 @@ def test_a_card_gives_the_loss_of_the_file_or_says_that_it_is_the_runs(
     flora: Path, settings_for: Make, tmp_path: Path
 ) -> None:
     export_adapter(flora, tmp_path / "low", rank=1)
-    assert "| held-out loss of the run's own adapter, before what this file leaves out |" in card_of(tmp_path / "low")
+    assert "| held-out loss of the run's own adapter, before compression or rounding |" in card_of(tmp_path / "low")
     run(settings_for(method__name="standalone"), tmp_path / "alone")
     export_adapter(tmp_path / "alone", tmp_path / "own", client=1)
     own = json.loads((tmp_path / "alone/finished.json").read_text())["eval"]["loss_nats_of_client"]["1"]
@@ -129,7 +129,7 @@ def test_the_largest_rank_is_lossless_and_one_above_it_is_refused(flora: Path, t
     lost = distance(load_peft(flora / "adapter"), load_peft(tmp_path / "out"))
     assert exported.rank_error == pytest.approx(lost, abs=1e-8 * exported.norm)
     assert lost < 1e-7 * exported.norm
-    with pytest.raises(AdapterError, match=f"expected 1 to {largest}, the largest rank that is there, got 60"):
+    with pytest.raises(AdapterError, match=f"expected 1 to {largest}, the largest rank of the adapter, got 60; choose"):
         export_adapter(flora, tmp_path / "more", rank=60)
     assert not (tmp_path / "more").exists()
 
@@ -142,7 +142,7 @@ def test_small_singular_values_of_a_wide_module_are_exported_too(tmp_path: Path)
     assert distance(load_peft(tmp_path / "all"), Adapter({"layer": wide})) < 1e-6
     exported = export_adapter(tmp_path / "adapter", tmp_path / "most", rank=11)
     assert exported.rank_error == pytest.approx(float(sigma[11:].norm()), rel=1e-5)
-    assert "the rank leaves out 0.116% of the update" in exported.rank_line()
+    assert "the rank drops 0.116% of the update" in exported.rank_line()
 
 
 @pytest.mark.parametrize("rank", [0, 2.5])

@@ -304,7 +304,7 @@ def test_answers_for_a_judge_leave_their_questions_half_the_context(
     assert context is not None
     arguments = ["judge", str(finished), "--endpoint", judge_url, "--judge", "m", "--questions", str(questions)]
     assert exit_code([*arguments, "--max-new-tokens", str(context)]) == 0
-    told = f"note: answers have {context // 2} tokens at most, half the base's context, not {context}"
+    told = f"note: answers have at most {context // 2} tokens (half the base's context), not {context}"
     assert capsys.readouterr().err.count(told) == 1
 
 

@@ -42,7 +42,7 @@ def test_no_step_of_a_run_has_a_rate_of_zero() -> None:
 def test_a_schedule_over_the_round_starts_anew_and_one_over_the_run_goes_on() -> None:
     assert first_step("round", 3, 5, 10) == (0, 10)
     assert first_step("run", 3, 5, 10) == (20, 50)
-    with pytest.raises(SettingsError, match="5 rounds has no round 6"):
+    with pytest.raises(SettingsError, match="expected a round from 1 to 5 of the run, got 6; raise"):
         first_step("run", 6, 5, 10)
 
 

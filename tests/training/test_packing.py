@@ -116,7 +116,7 @@ def test_the_own_attention_comes_back_after_an_error(tiny: Callable[..., Any]) -
 
 def test_a_forward_without_layout_is_refused_by_name(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
-    with packed_attention(model), pytest.raises(ModelError, match="LlamaAttention is not told how samples are packed"):
+    with packed_attention(model), pytest.raises(ModelError, match="in the packed forward of LlamaAttention, got none"):
         model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
 
 

@@ -1,7 +1,7 @@
 """The commands together, and what an exit code means.
 
-0 done; 2 the user's input, one line per problem after ``error:``; 130 interrupted, with the state saved. Anything else
-that goes wrong is our mistake and keeps its traceback.
+0 done; 2 the user's input, one line per problem after ``error:``; 130 interrupted, with the state saved. Any other
+exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -66,17 +66,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def exit_code(arguments: list[str]) -> int:
     """Run one command and return its exit code; without a command, show the help."""
     try:
-        returned = typer.main.get_command(app)(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
+        # standalone_mode=False: typer would print its own errors and exit, with other words and another exit code.
+        command = typer.main.get_command(app)
+        returned = command(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
     except FedloomError as error:
         return _refuse(str(error))
     except typer.TyperException as error:
-        return _refuse(
-            f"{error.format_message().rstrip('.')}; fedloom --help, or --help after a command, shows what is accepted"
-        )
+        return _refuse(f"{error.format_message().rstrip('.')}; see fedloom --help, or --help after the command")
     except (KeyboardInterrupt, typer.Abort):
         returned = INTERRUPTED
     if returned == INTERRUPTED:
-        print("interrupted; what was finished is saved, and the same command goes on from there", file=sys.stderr)
+        print("interrupted; completed work is saved, run the same command again to resume", file=sys.stderr)
     return returned if isinstance(returned, int) else DONE
 
 

@@ -39,19 +39,20 @@ def load_settings(recipe: str | Path, overrides: Sequence[str] | None = None) ->
     given = (overrides,) if isinstance(overrides, str) else overrides or ()
     if is_file(recipe):
         return config.load(recipe, given)
-    return config.resolve(config.parse(recipes.read(str(recipe)), f"{recipe}.toml"), f"recipe {recipe}", given)
+    document = config.parse(recipes.read(str(recipe)), f"{recipe}.toml")
+    return config.resolve(document, f"recipe {recipe}", given)
 
 
 def is_file(recipe: str | Path) -> bool:
     """Tell a file from the name of a shipped recipe."""
     path = Path(recipe)
-    return str(recipe) not in recipes.names() and (
-        path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1
-    )
+    if str(recipe) in recipes.names():
+        return False
+    return path.suffix in (".toml", ".json") or path.exists() or len(path.parts) > 1
 
 
 def default_folder(recipe: str) -> Path:
-    """Return where a recipe's run goes unless told otherwise."""
+    """Return the default folder of a recipe's run."""
     return RUNS / Path(recipe).stem if is_file(recipe) else RUNS / recipe
 
 
@@ -70,7 +71,7 @@ def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonO
 
 
 def summary(settings: Settings) -> str:
-    """Say in a line what would run."""
+    """Return one line about what would run."""
     ranks = settings.method.ranks
     written = f"rank {ranks}" if isinstance(ranks, int) else f"ranks {', '.join(map(str, values_of(ranks)))}"
     clients = f"{settings.cohort_size} of {settings.federation.num_clients} clients a round"
@@ -95,7 +96,7 @@ def run(
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train. The same command again goes on where it stopped."""
+    """Train. The same command again resumes an interrupted run."""
     settings = load_settings(recipe, overrides)
     folder = out or default_folder(recipe)
     from fedloom import experiment
@@ -104,7 +105,7 @@ def run(
     with progress_for() as progress:
         result = experiment.run(settings, folder, fresh=fresh, progress=progress)
     print_result(result, as_json=as_json)
-    say(f"run folder: {folder}; for a page about it: fedloom report {folder}")
+    say(f"run folder: {folder}; for a report: fedloom report {folder}")
 
 
 def compare(
@@ -120,7 +121,7 @@ def compare(
     seeds: Annotated[
         str | None,
         typer.Option(
-            "--seeds", metavar="1,2,...", help="Seeds, separated by commas; left out: run.seed.", show_default=False
+            "--seeds", metavar="1,2,...", help="Seeds, separated by commas. Default: run.seed.", show_default=False
         ),
     ] = None,
     reference: ReferenceOption = None,
@@ -134,7 +135,8 @@ def compare(
     chosen = parse_methods(methods)
     numbers = [settings.run.seed] if seeds is None else parse_seeds(seeds)
     refuse_ignored(settings, config.every_variant(settings, chosen, numbers), overrides or ())
-    folder = out or default_folder(recipe).with_name(default_folder(recipe).name + "-compared")
+    alone = default_folder(recipe)
+    folder = out or alone.with_name(f"{alone.name}-compared")
     from fedloom import experiment
     from fedloom.reporting.progress import progress_for
 
@@ -143,7 +145,7 @@ def compare(
             settings, chosen, numbers, folder, reference=reference, fresh=fresh, progress=progress
         )
     print_result(result, as_json=as_json)
-    say(f"comparison folder: {folder}; for a page about it: fedloom report {folder}")
+    say(f"comparison folder: {folder}; for a report: fedloom report {folder}")
 
 
 def parse_methods(text: str) -> list[str]:
@@ -164,13 +166,13 @@ def parse_seeds(text: str) -> list[int]:
     """Read a list of seeds.
 
     Raises:
-        SettingsError: one of them is no integer ≥ 0, or is named twice.
+        SettingsError: one of them is not an integer ≥ 0, or is named twice.
     """
     try:
         seeds = [int(seed) for seed in text.split(",")]
         check_seeds(seeds)
     except ValueError:
-        raise SettingsError(f"--seeds: expected integers ≥ 0, got {text!r}; e.g. --seeds 1,2,3") from None
+        raise SettingsError(f"--seeds: expected integers ≥ 0, got {text!r}; write them as in --seeds 1,2,3") from None
     except SettingsError as error:
         raise SettingsError(f"--{error}") from None
     return seeds

@@ -18,18 +18,18 @@ SetOption = Annotated[
     typer.Option(
         "--set",
         metavar="TABLE.SETTING=VALUE",
-        help="Override one setting; repeat for more. Nothing after `=` means its default.",
+        help="Override one setting; may be repeated. Nothing after `=` means its default.",
         show_default=False,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of going on with what is there.")]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 ReferenceOption = Annotated[
     str | None,
     typer.Option(
         "--reference",
         metavar="METHOD",
-        help=f"Method that the others are set against, over seeds; default: {BASELINE} where it is one of several.",
+        help=f"Method to compare the others with, over seeds. Default: {BASELINE}, if it is one of several.",
         show_default=False,
     ),
 ]
@@ -38,13 +38,13 @@ ComparisonOption = Annotated[
     typer.Option(
         "--out",
         metavar="FOLDER",
-        help="Folder to write; left out: `runs/` and the recipe's name with `-compared`.",
+        help="Folder to write. Default: `runs/` and the recipe's name with `-compared`.",
         show_default=False,
     ),
 ]
 OutOption = Annotated[
     Path | None,
     typer.Option(
-        "--out", metavar="FOLDER", help="Folder to write; left out: `runs/` and the recipe's name.", show_default=False
+        "--out", metavar="FOLDER", help="Folder to write. Default: `runs/` and the recipe's name.", show_default=False
     ),
 ]

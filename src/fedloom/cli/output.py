@@ -1,4 +1,4 @@
-"""Where output goes: results to standard output, words for people to standard error."""
+"""Where output goes: results to standard output, notes to standard error."""
 
 from __future__ import annotations
 
@@ -33,5 +33,5 @@ def print_json(value: object) -> None:
 
 
 def say(message: str) -> None:
-    """Tell a person something."""
+    """Print a note to standard error."""
     print(message, file=sys.stderr)

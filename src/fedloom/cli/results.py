@@ -1,4 +1,4 @@
-"""evaluate, generate, export, doctor: what a run, or any adapter, came to, and what would run here."""
+"""evaluate, generate, export, doctor: use the result of a run, or any adapter; see what would run here."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BaseOption = Annotated[
     typer.Option(
         "--base",
         metavar="FOLDER",
-        help="The base model, folder or hub name; left out: the one that the run or the adapter names.",
+        help="Base model, folder or hub name. Default: the one named by the run or the adapter.",
         show_default=False,
     ),
 ]
@@ -40,20 +40,20 @@ TokenizerOption = Annotated[
     typer.Option(
         "--tokenizer",
         metavar="FOLDER",
-        help="Tokenizer folder, hub name or `bytes`; left out: the run's, or the base's own.",
+        help="Tokenizer folder, hub name or `bytes`. Default: the run's, or the base's own.",
         show_default=False,
     ),
 ]
 ClientOption = Annotated[
     int | None,
-    typer.Option("--client", metavar="K", help="One client's own adapter, of a standalone run.", show_default=False),
+    typer.Option("--client", metavar="K", help="Use this client's own adapter (standalone runs).", show_default=False),
 ]
 RankOption = Annotated[
     int | None,
     typer.Option(
         "--rank",
         metavar="N",
-        help="Compress to this rank, the same for every module; left out: the ranks that are there.",
+        help="Compress every module to this rank. Default: keep the adapter's ranks.",
         show_default=False,
     ),
 ]
@@ -66,7 +66,7 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="FILE",
-            help="Rows to predict or to ask: a file, folder or hub name; left out: the run's own held-out rows. "
+            help="Rows to score: a file, folder or hub name. Default: the run's held-out rows. "
             "For e2e the references, for mmlu its folder, for multiple-choice a JSONL file of questions.",
             show_default=False,
         ),
@@ -79,36 +79,38 @@ def evaluate(
         typer.Option(
             "--shape",
             metavar="SHAPE",
-            help="How a row becomes prompt and answer, or `text` for a file that is one text; left out: as in the run.",
+            help="How a row becomes prompt and answer, or `text` for a file of plain text. Default: as in the run.",
             show_default=False,
         ),
     ] = None,
     template: Annotated[
         str | None,
-        typer.Option(
-            "--template", metavar="NAME", help="Prompt template; left out: as in the run.", show_default=False
-        ),
+        typer.Option("--template", metavar="NAME", help="Prompt template. Default: as in the run.", show_default=False),
     ] = None,
     max_length: Annotated[
         int | None,
-        typer.Option("--max-length", metavar="N", min=2, help="Tokens per row at most.", show_default=False),
+        typer.Option("--max-length", metavar="N", min=2, help="Largest number of tokens per row.", show_default=False),
     ] = None,
     overlong: Annotated[
         str | None,
         typer.Option(
             "--overlong",
             metavar="POLICY",
-            help="What becomes of a longer row: error, drop or truncate.",
+            help="What to do with longer rows: error, drop or truncate.",
             show_default=False,
         ),
     ] = None,
     suite: Annotated[
         str | None,
-        typer.Option("--suite", metavar="NAME", help=f"Score instead by one of {', '.join(get_args(SuiteName))}."),
+        typer.Option(
+            "--suite", metavar="NAME", help=f"Score by a suite instead: one of {', '.join(get_args(SuiteName))}."
+        ),
     ] = None,
     lm_eval: Annotated[
         str | None,
-        typer.Option("--lm-eval", metavar="A,B,...", help="Tasks of lm-evaluation-harness instead (extra lm-eval)."),
+        typer.Option(
+            "--lm-eval", metavar="A,B,...", help="Run tasks of lm-evaluation-harness instead (extra lm-eval)."
+        ),
     ] = None,
     shots: Annotated[
         int | None,
@@ -116,7 +118,7 @@ def evaluate(
             "--shots",
             metavar="N",
             min=0,
-            help="Examples before a question; left out: evaluation.shots of the run, with --lm-eval each task's own.",
+            help="Examples before a question. Default: the run's evaluation.shots; with --lm-eval, each task's.",
         ),
     ] = None,
     limit: Annotated[
@@ -125,7 +127,7 @@ def evaluate(
             "--limit",
             metavar="N",
             min=1,
-            help="Items at most; left out: evaluation.limit of the run, with --lm-eval all.",
+            help="Largest number of items. Default: the run's evaluation.limit; with --lm-eval, all.",
         ),
     ] = None,
     answering: Annotated[
@@ -133,14 +135,12 @@ def evaluate(
         typer.Option(
             "--answering",
             metavar="KIND",
-            help="A choice's likelihood: `letter`, or `text` per byte; left out: evaluation.answering of the run.",
+            help="A choice's likelihood: `letter`, or `text` per byte. Default: the run's evaluation.answering.",
         ),
     ] = None,
     beams: Annotated[
         int | None,
-        typer.Option(
-            "--beams", metavar="N", min=1, help="Beams when decoding for e2e; left out: evaluation.beams of the run."
-        ),
+        typer.Option("--beams", metavar="N", min=1, help="Beams for e2e. Default: the run's evaluation.beams."),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -148,14 +148,14 @@ def evaluate(
             "--max-new-tokens",
             metavar="N",
             min=1,
-            help="Tokens decoded per item at most; left out: evaluation.max_new_tokens of the run.",
+            help="Largest number of tokens per answer. Default: the run's evaluation.max_new_tokens.",
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure held-out loss and perplexity of a run or of any adapter, or its scores, beside its base.
 
-    An option that would change nothing is refused.
+    An option that would have no effect is rejected.
     """
     from fedloom.results import held_out, opened_result, suite_scores
 
@@ -189,25 +189,26 @@ def generate(
     ] = None,
     interactive: Annotated[bool, typer.Option("--interactive", help="Ask line by line until the input ends.")] = False,
     base_too: Annotated[
-        bool, typer.Option("--base-too/--only", help="Show the base's answer too, or leave it out.")
+        bool, typer.Option("--base-too/--only", help="Show the base's answer too, or only the result's.")
     ] = True,
     max_new_tokens: Annotated[
-        int, typer.Option("--max-new-tokens", metavar="N", help="Tokens per answer at most.")
+        int, typer.Option("--max-new-tokens", metavar="N", help="Largest number of tokens per answer.")
     ] = 128,
     temperature: Annotated[
-        float, typer.Option("--temperature", metavar="T", help="Draw at this temperature; 0: the likeliest token.")
+        float,
+        typer.Option("--temperature", metavar="T", help="Sample at this temperature; 0: always the likeliest token."),
     ] = 0.0,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the draws.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the sampling.")] = 0,
     cut_layer: Annotated[
         int | None,
-        typer.Option("--cut", metavar="N", help="Decode with the model cut after N blocks, and count what crosses."),
+        typer.Option("--cut", metavar="N", help="Decode with the model cut after N blocks, and count the bytes sent."),
     ] = None,
     template: Annotated[
         str | None,
         typer.Option(
             "--template",
             metavar="NAME",
-            help="Prompt template, or `none` for the prompt as typed; left out: as in the run.",
+            help="Prompt template, or `none` for the prompt as typed. Default: as in the run.",
             show_default=False,
         ),
     ] = None,
@@ -216,10 +217,10 @@ def generate(
     client: ClientOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a run or any adapter something, and its base beside it."""
+    """Show the answer of a run or any adapter to a prompt, beside its base's."""
     if interactive == (prompt is not None):
         raise SettingsError(
-            "expected either --prompt TEXT or --interactive, got " + ("both" if interactive else "neither")
+            f"expected either --prompt TEXT or --interactive, got {'both' if interactive else 'neither'}; give one"
         )
     from fedloom.results.conversation import Sampling, converse
     from fedloom.results.opened_result import open_result
@@ -231,17 +232,21 @@ def generate(
         from fedloom.results import split_conversation
 
         if prompt is None or temperature > 0.0:
-            raise SettingsError("--cut: expected --prompt TEXT at temperature 0, got another way of asking; change it")
-        print_result(split_conversation.generate_cut(opened, prompt, cut_layer, sampling, template), as_json=as_json)
+            given = "--interactive" if prompt is None else f"--temperature {temperature}"
+            raise SettingsError(
+                f"--cut: expected --prompt TEXT at temperature 0, got {given}; change that, or drop --cut"
+            )
+        answered = split_conversation.generate_cut(opened, prompt, cut_layer, sampling, template)
+        print_result(answered, as_json=as_json)
         return
     conversation = converse(opened, template=template, sampling=sampling, beside_base=base_too)
     if prompt is not None:
         print_result(conversation.ask(prompt), as_json=as_json)
         return
-    kept = "it remembers what was said" if conversation.wording.is_dialogue else "every line is a question of its own"
+    kept = "earlier lines are kept" if conversation.wording.is_dialogue else "every line is a question of its own"
     say(f"{conversation.wording.description}; {kept}; end with Ctrl-D")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as the arguments come: bytes that are no text are told below
+        sys.stdin.reconfigure(errors="surrogateescape")  # as in sys.argv: invalid bytes are reported by ask()
     for line in sys.stdin:
         if line.strip():
             print_result(conversation.ask(line.strip()), as_json=as_json)
@@ -259,7 +264,7 @@ def export(
         typer.Option(
             "--dtype",
             metavar="TYPE",
-            help="float32, bfloat16 or float16; left out: float32 for an adapter, the base's own for a merged model.",
+            help="float32, bfloat16 or float16. Default: float32 for an adapter, the base's own for a merged model.",
             show_default=False,
         ),
     ] = None,
@@ -272,7 +277,8 @@ def export(
 
     if base is not None and not merge:
         raise SettingsError(
-            "--base: it is read to merge into, an adapter keeps the base it names; add --merge or leave it"
+            "--base is used only with --merge (an exported adapter keeps the base recorded in it): "
+            "add --merge or drop --base"
         )
     if merge:
         written = export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
@@ -289,9 +295,9 @@ def doctor(
     overrides: SetOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Show what this machine has, and what of a recipe would and would not run here, and why.
+    """Show what this machine has, and whether a recipe would run here; if not, why.
 
-    The exit code is 2 where the recipe would not run.
+    The exit code is 2 if the recipe would not run.
     """
     settings = None if recipe is None else _settings_without_files(recipe, overrides or ())
     from fedloom.preview.diagnosis import diagnose
@@ -305,7 +311,7 @@ def doctor(
 
 
 def _settings_without_files(recipe: str, overrides: Sequence[str]) -> Settings:
-    """Load a recipe without asking whether the files it names are here: that is the doctor's own question.
+    """Load a recipe without checking that its files exist: the doctor checks them itself.
 
     Raises:
         SettingsError: a line per problem.

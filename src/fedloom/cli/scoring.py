@@ -1,4 +1,4 @@
-"""score and judge: anybody's outputs against references, two results before a judge."""
+"""score and judge: the outputs of any system against references, two results before a judge."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedloom.errors import SettingsError
 if TYPE_CHECKING:
     from fedloom.evaluation.judge.asking import CallEstimate
 
-app = typer.Typer(help="Score anybody's outputs; no model needed.", no_args_is_help=True)
+app = typer.Typer(help="Score the outputs of any system; no model needed.", no_args_is_help=True)
 
 
 @app.command("e2e")
@@ -40,7 +40,9 @@ def judge(
         str,
         typer.Option("--endpoint", metavar="URL", help="A server with OpenAI's chat protocol, e.g. https://host/v1."),
     ],
-    judge_model: Annotated[str, typer.Option("--judge", metavar="MODEL", help="The model asked there.")],
+    judge_model: Annotated[
+        str, typer.Option("--judge", metavar="MODEL", help="Name of the judge model on that server.")
+    ],
     questions: Annotated[
         Path,
         typer.Option("--questions", metavar="FILE", help="JSON lines with question_id, turns (or text), category."),
@@ -54,40 +56,40 @@ def judge(
         typer.Option("--references", metavar="FILE", help="Reference answers, for MT-bench's math, reasoning, coding."),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option("--prompts", metavar="FILE", help="Judge prompts in FastChat's form; left out: ours.")
+        Path | None, typer.Option("--prompts", metavar="FILE", help="Judge prompts in FastChat's form. Default: ours.")
     ] = None,
-    limit: Annotated[int | None, typer.Option("--limit", metavar="N", min=1, help="Questions at most.")] = None,
+    limit: Annotated[
+        int | None, typer.Option("--limit", metavar="N", min=1, help="Largest number of questions.")
+    ] = None,
     max_new_tokens: Annotated[
         int,
         typer.Option(
             "--max-new-tokens",
             metavar="N",
             min=1,
-            help="Tokens per answer at most; never over half the base's context.",
+            help="Largest number of tokens per answer; never over half the base's context.",
         ),
     ] = 256,
     client: Annotated[int | None, typer.Option("--client", metavar="K", help="A client's own adapter.")] = None,
     base: Annotated[str | None, typer.Option("--base", metavar="FOLDER", help="The base model.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", metavar="DIR", help="Where answers and verdicts are kept.", show_default=False),
+        typer.Option("--out", metavar="DIR", help="Folder for answers and verdicts.", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Let a judge compare a result's answers with another's, or with the base's.
 
-    The key is FEDLOOM_JUDGE_KEY of the environment, else OPENAI_API_KEY; a server on this machine may need none.
+    The key is read from the variable FEDLOOM_JUDGE_KEY, else OPENAI_API_KEY; a server on this machine may need none.
     """
     from fedloom.evaluation.judge.endpoint import Endpoint
     from fedloom.results import judgement, opened_result
     from fedloom.results.held_out import BASE
 
     if protocol not in list(judgement.Protocol):
-        raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}")
-    bench, asked = (
-        judgement.Bench(questions, references, prompts, max_new_tokens, limit),
-        Endpoint(endpoint, judge_model),
-    )
+        raise SettingsError(f"--protocol: expected fedit or mt-bench, got {protocol!r}; choose one of these")
+    bench = judgement.Bench(questions, references, prompts, max_new_tokens, limit)
+    asked = Endpoint(endpoint, judge_model)
     judgement.check(asked, bench)
     opened = opened_result.open_result(result, base=base, client=client)
     ours = judgement.only_adapter(opened)
@@ -100,7 +102,8 @@ def judge(
     else:
         rival = opened_result.open_result(Path(against), base=base)
         name = judgement.only_adapter(rival)
-        if (length := judgement.answer_tokens(rival, bench)) != judgement.answer_tokens(opened, bench):
+        length = judgement.answer_tokens(rival, bench)
+        if length != judgement.answer_tokens(opened, bench):
             say_length(length, max_new_tokens)
         first = (Path(against).name, judgement.answers_of(rival, name, bench, folder, say_decoding))
     judged = judgement.judge(
@@ -117,7 +120,7 @@ def judge(
 
 
 def default_folder(result: Path) -> Path:
-    """Return where a judge's answers and verdicts are kept: in a run, or beside a PEFT folder."""
+    """Return the default folder of a judge's answers and verdicts: in a run, or next to a PEFT folder."""
     from fedloom.run_folder.claim import EVALUATION
 
     is_run = (result / "manifest.json").exists()
@@ -125,18 +128,18 @@ def default_folder(result: Path) -> Path:
 
 
 def say_length(num_tokens: int, asked: int) -> None:
-    """Tell that answers are shorter than asked for."""
+    """Note that answers are shorter than the limit asked for."""
     if num_tokens < asked:
-        say(f"note: answers have {num_tokens} tokens at most, half the base's context, not {asked}")
+        say(f"note: answers have at most {num_tokens} tokens (half the base's context), not {asked}")
 
 
 def say_decoding(name: str, done: int, total: int, seconds_left: float) -> None:
-    """Tell how far decoding is."""
+    """Print the progress of decoding."""
     say(f"{name}: {done} of {total} answers, {seconds_left:.0f} s left")
 
 
 def say_estimate(estimate: CallEstimate) -> None:
-    """Tell what the judge will cost before the first call."""
+    """Print what the judge will cost, before the first call."""
     say(
         f"{estimate.num_calls} calls to make, {estimate.num_cached} verdicts cached; about {estimate.prompt_tokens:,} "
         f"prompt tokens, at most {estimate.completion_tokens_at_most:,} completion tokens"

@@ -1,4 +1,4 @@
-"""demo, report: the first five minutes, and the page about any runs."""
+"""demo, report: every method on the embedded data, and the report of any runs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def demo(
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run every method on the model and data in the package, offline, and show what came of it.
+    """Run every method on the model and data in the package, offline, and show the results.
 
-    The same command again goes on where it stopped.
+    The same command again resumes an interrupted demo.
     """
     from fedloom.experiment.demo import demonstrate
     from fedloom.reporting.progress import progress_for
@@ -36,7 +36,7 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN...", help="Run folders, or folders of runs as `compare` makes them.", show_default=False
+            metavar="RUN...", help="Run folders, or folders of runs as written by `compare`.", show_default=False
         ),
     ],
     out: Annotated[
@@ -44,7 +44,7 @@ def report(
         typer.Option(
             "--out",
             metavar="FILE",
-            help="File to write; left out: `report.html` in the folder named, of several in this folder.",
+            help="File to write. Default: `report.html` in the given folder, or here for several.",
             show_default=False,
         ),
     ] = None,
@@ -66,7 +66,7 @@ def report_file(runs: list[Path], out: Path | None) -> Path:
     """Return the file to write.
 
     Raises:
-        RunError: a file that is no report of ours is there.
+        RunError: the file exists and is not an earlier report.
     """
     place = out or (runs[0] if len(runs) == 1 else Path())
     file = place / REPORT if out is None or place.is_dir() else place

@@ -1,4 +1,4 @@
-"""leakage: what a server could read of the clients' text."""
+"""leakage: how much of the clients' text a server could read."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from fedloom.errors import SettingsError
 def leakage(
     result: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
     public: Annotated[
-        str, typer.Option("--public", metavar="FILE", help="Public text or rows that an attacker learns from.")
+        str, typer.Option("--public", metavar="FILE", help="Public text or rows to train the attacker on.")
     ],
     cuts: Annotated[
-        str | None, typer.Option("--cuts", metavar="1,2,...", help="Cuts to measure; left out: the run's own.")
+        str | None, typer.Option("--cuts", metavar="1,2,...", help="Cuts to measure. Default: the run's own.")
     ] = None,
     shape: Annotated[
         str | None,
-        typer.Option("--shape", metavar="SHAPE", help="Shape of public rows, or `text`; left out: the run's."),
+        typer.Option("--shape", metavar="SHAPE", help="Shape of the public rows, or `text`. Default: the run's."),
     ] = None,
     steps: Annotated[int, typer.Option("--steps", metavar="N", min=1, help="Steps of the attacker's training.")] = 600,
     base: Annotated[str | None, typer.Option("--base", metavar="FOLDER", help="The base model.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Train an inversion of the cut on public text, and report how many private tokens it reads."""
+    """Train an attacker on public text, and report how many private tokens it reads at a cut."""
     from fedloom.results import leaks, opened_result
     from fedloom.split.leakage import AttackSettings
 
     opened = opened_result.open_result(result, base=base)
     layers = None if cuts is None else parse_cuts(cuts)
 
-    def told(cut_layer: int, step: int, loss_nats: float) -> None:
+    def report(cut_layer: int, step: int, loss_nats: float) -> None:
         if step % 100 == 0:
             say(f"cut {cut_layer}: step {step} of {steps}, loss {loss_nats:.3f}")
 
     found = leaks.leakage(
-        opened, public, cut_layers=layers, shape=shape, settings=AttackSettings(steps=steps), on_step=told
+        opened, public, cut_layers=layers, shape=shape, settings=AttackSettings(steps=steps), on_step=report
     )
     print_result(found, as_json=as_json)
 
@@ -49,9 +49,11 @@ def parse_cuts(text: str) -> tuple[int, ...]:
     """Read a list of cuts.
 
     Raises:
-        SettingsError: one of them is no integer.
+        SettingsError: one of them is not an integer.
     """
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise SettingsError(f"--cuts: expected integers separated by commas, got {text!r}; e.g. --cuts 1,2,3") from None
+        raise SettingsError(
+            f"--cuts: expected integers separated by commas, got {text!r}; write them as in --cuts 1,2,3"
+        ) from None

@@ -1,4 +1,4 @@
-"""Operations on low-rank products that never form an out × in matrix where the ranks make that dearer.
+"""Operations on low-rank products that form no out × in matrix where the ranks make that more expensive.
 
 Letters: I in, O out, R rank. A weight always multiplies ``b``; ``a`` stays as it came.
 """
@@ -29,10 +29,10 @@ def pad_pair(pair: Pair, rank: int) -> Pair:
     """Append zero slots up to ``rank``; the product stays the same."""
     missing = rank - pair.rank
     if missing < 0:
-        raise AdapterError(f"expected a rank of at least {pair.rank} to pad to, got {rank}")
-    return Pair(
-        torch.nn.functional.pad(pair.b_OR, (0, missing)), torch.nn.functional.pad(pair.a_RI, (0, 0, 0, missing))
-    )
+        raise AdapterError(f"rank: expected at least {pair.rank} to pad to, got {rank}; pad to a larger rank")
+    padded_b = torch.nn.functional.pad(pair.b_OR, (0, missing))
+    padded_a = torch.nn.functional.pad(pair.a_RI, (0, 0, 0, missing))
+    return Pair(padded_b, padded_a)
 
 
 def truncate_pair(pair: Pair, rank: int) -> Pair:
@@ -54,6 +54,8 @@ def norm_of_pair(pair: Pair) -> float:
 
 def norm_of_difference(left: Pair, right: Pair) -> float:
     """Return ``‖b a − b' a'‖`` through the triangular factors, free of the cancellation that Grams suffer."""
+    # The difference is itself a pair: both stacked, one with weight −1. ‖Q_b T_b T_aᵀ Q_aᵀ‖ = ‖T_b T_aᵀ‖, so only the
+    # small triangles are multiplied, and equal parts cancel before anything is squared.
     pair = stack_pairs([left.to(torch.float64), right.to(torch.float64)], [1.0, -1.0])
     if pair.rank >= min(pair.shape):
         return float(torch.linalg.matrix_norm(pair.delta()))
@@ -88,14 +90,15 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
     _check_cut(rank, tolerance)
     dtype = torch.float64 if pair.b_OR.dtype == torch.float64 else torch.float32
     device = pair.b_OR.device
-    place = torch.device("cpu") if device.type == "mps" else device  # which has no float64
+    place = torch.device("cpu") if device.type == "mps" else device  # mps has no float64
     b, a = pair.b_OR.to(place, torch.float64), pair.a_RI.to(place, torch.float64)
     slot_norms = b.norm(dim=0) * a.norm(dim=1)
     if not torch.isfinite(slot_norms).all():
-        raise AdapterError("expected finite factors to compress, got NaN or infinity; leave them out")
+        raise AdapterError("expected finite factors to compress, got NaN or infinity; drop this adapter")
     u, sigma, vt = _svd_of_product(b, a)
     rounding = (torch.finfo(dtype).eps + pair.rank * EPS_64) * float(slot_norms.norm())
     kept = _rank_to_keep(sigma, rounding, rank, tolerance)
+    # The sign goes into both factors, so the product does not change; it makes the SVD unique.
     root = _signs(u[:, :kept]) * sigma[:kept].sqrt()
     balanced = Pair(u[:, :kept] * root, root[:, None] * vt[:kept])
     error = math.hypot(float(sigma[kept:].norm()), _rounding_of(balanced, sigma[:kept], dtype))
@@ -104,14 +107,18 @@ def compress_pair(pair: Pair, *, rank: int | None = None, tolerance: float = 0.0
 
 def _check_cut(rank: int | None, tolerance: float) -> None:
     if rank is not None and not (isinstance(rank, Integral) and rank >= 1):
-        raise AdapterError(f"rank: expected a whole number of 1 or more to compress to, got {rank!r}")
+        raise AdapterError(
+            f"rank: expected a whole number of 1 or more to compress to, got {rank!r}; choose another rank"
+        )
     if not (isinstance(tolerance, Real) and 0.0 <= tolerance < 1.0):
         raise AdapterError(
-            f"tolerance: expected a share of the energy to drop, at least 0 and below 1, got {tolerance!r}"
+            f"tolerance: expected a share of the energy to drop, at least 0 and below 1, got {tolerance!r}; "
+            "choose another tolerance"
         )
 
 
 def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    # From this rank on the dense product is smaller than its factors, and one SVD of it is cheaper.
     if b.shape[1] >= min(b.shape[0], a.shape[1]):
         u, sigma, vt = torch.linalg.svd(b @ a, full_matrices=False)
         return u, sigma, vt
@@ -123,8 +130,8 @@ def _svd_of_product(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rank_to_keep(sigma: Tensor, rounding: float, rank: int | None, tolerance: float) -> int:
     energy = sigma.square()
-    left_out = energy.flip(0).cumsum(0).flip(0)
-    needed = int((left_out > max(tolerance * float(energy.sum()), rounding**2)).sum())
+    dropped = energy.flip(0).cumsum(0).flip(0)  # dropped[i]: the energy of σ_i and all smaller ones
+    needed = int((dropped > max(tolerance * float(energy.sum()), rounding**2)).sum())
     return needed if rank is None else min(needed, rank)
 
 
@@ -132,7 +139,9 @@ def _rounding_of(exact: Pair, sigma: Tensor, dtype: torch.dtype) -> float:
     """Return how far rounding its factors moves a balanced product, whose slots are orthogonal and of norm √σ."""
     moved_b = exact.b_OR - exact.b_OR.to(dtype)
     moved_a = exact.a_RI - exact.a_RI.to(dtype)
-    return float(torch.cat([moved_b.norm(dim=0), moved_a.norm(dim=1)]).mul_(sigma.sqrt().repeat(2)).norm())
+    moved = torch.cat([moved_b.norm(dim=0), moved_a.norm(dim=1)])
+    norms_of_other_factor = sigma.sqrt().repeat(2)
+    return float(moved.mul_(norms_of_other_factor).norm())
 
 
 def _signs(u: Tensor) -> Tensor:
@@ -223,7 +232,7 @@ def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.
     Raises:
         AdapterError: as for :func:`compress_pair`, naming the module that is not finite.
     """
-    check_finite(adapter, "the adapter to compress", "leave it out")
+    check_finite(adapter, "the adapter to compress", "drop it")
     parts = {name: compress_pair(pair, rank=rank, tolerance=tolerance) for name, pair in adapter.items()}
     return Compressed(
         Adapter({name: part.pair for name, part in parts.items()}),

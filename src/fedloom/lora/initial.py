@@ -52,7 +52,7 @@ def fresh_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, *
 
 
 def check_rank(shapes: Mapping[str, tuple[int, int]], rank: int) -> None:
-    """Refuse a rank that the smallest module cannot hold."""
+    """Reject a rank that the smallest module cannot hold."""
     module, (num_out, num_in) = min(shapes.items(), key=lambda item: min(item[1]))
     if not 1 <= rank <= min(num_out, num_in):
         raise AdapterError(

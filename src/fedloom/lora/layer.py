@@ -21,7 +21,7 @@ __all__ = ["LoRAModel", "Slot", "check_covers", "check_fits"]
 
 
 class LoRAModel:
-    """A frozen causal LM whose target modules carry slots for adapters and one side adapter for everybody.
+    """A frozen causal LM whose target modules carry slots for adapters and one side adapter for all of them.
 
     The model is wrapped in place, once; its own weights are never written. ``open`` makes room for a cohort,
     ``route`` says whose tokens the next passes hold, ``adapter`` reads a slot back as effective pairs.
@@ -82,7 +82,8 @@ class LoRAModel:
                 pair = adapter[name]
                 if pair.rank != self.slots[slot].rank:
                     raise AdapterError(
-                        f"expected rank {self.slots[slot].rank} in slot {slot}, got {pair.rank} for {name}"
+                        f"expected rank {self.slots[slot].rank} in slot {slot}, got {pair.rank} for {name}; "
+                        "open the slot with the adapter's rank"
                     )
                 layer.a_RI[rows].copy_(pair.a_RI)
                 layer.bt_RO[rows].copy_(pair.b_OR.T).div_(scale)
@@ -90,17 +91,18 @@ class LoRAModel:
     def adapter(self, slot: int) -> Adapter:
         """Return a copy of a slot as effective pairs, fp32 (fp64 for an fp64 model), on the CPU."""
         rows, scale = self._route.rows_of(slot), self.slots[slot].scale
-        return Adapter(
-            {
-                name: Pair(
-                    (layer.bt_RO.detach()[rows].T * scale).contiguous().cpu(), layer.a_RI.detach()[rows].cpu().clone()
-                )
-                for name, layer in self.layers.items()
-            }
-        )
+        pairs = {}
+        for name, layer in self.layers.items():
+            b_OR = (layer.bt_RO.detach()[rows].T * scale).contiguous().cpu()
+            # On the CPU ``.cpu()`` copies nothing: without the clone the next step would change the returned adapter.
+            pairs[name] = Pair(b_OR, layer.a_RI.detach()[rows].cpu().clone())
+        return Adapter(pairs)
 
     def parameters(self, slot: int) -> list[nn.Parameter]:
         """Return a slot's factors as leaf views whose ``.grad`` are views too: any torch optimiser can own them."""
+        # Views, because a layer trains all its clients in one tensor (one product, one gradient), while an optimiser
+        # must own one client's factors only: its moments, its clipping and its decay must not touch the others'. A
+        # view of the weights and a view of the gradient give both without a copy in either direction.
         rows, views = self._route.rows_of(slot), []
         for layer in self.layers.values():
             for whole in (layer.a_RI, layer.bt_RO):
@@ -110,18 +112,18 @@ class LoRAModel:
         return views
 
     def zero_grad(self) -> None:
-        """Zero all slots' gradients in place."""
+        """Zero all slots' gradients in place: the optimisers' views must stay views of these tensors."""
         for layer in self.layers.values():
             for whole in (layer.a_RI, layer.bt_RO):
                 whole.grad.zero_()  # type: ignore[union-attr]
 
     def set_side(self, side: Adapter | None) -> None:
-        """Put a frozen adapter of any ranks beside the base, replacing the previous one.
+        """Add a frozen adapter of any ranks to the base, replacing the previous one.
 
         A module that the adapter does not cover gets nothing.
 
         Raises:
-            AdapterError: if it covers a module that is no target, or of another shape.
+            AdapterError: if it covers a module that is not a target, or has another shape.
         """
         side = side or Adapter()
         check_covers(side, self.shapes)
@@ -149,7 +151,8 @@ class LoRAModel:
             base = self.model.get_submodule(name)
         except AttributeError:
             raise ModelError(
-                f"model.target_modules: expected a module of {type(self.model).__name__}, got {name!r}"
+                f"model.target_modules: expected a module of {type(self.model).__name__}, got {name!r}; "
+                "choose modules of this base"
             ) from None
         layer = LoRALinear(base, self._route)
         parent, _, leaf = name.rpartition(".")
@@ -158,7 +161,7 @@ class LoRAModel:
 
 
 def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter whose modules or shapes are not exactly those given.
+    """Reject an adapter whose modules or shapes are not exactly those given.
 
     Raises:
         AdapterError: naming the first module that differs.
@@ -166,11 +169,14 @@ def check_fits(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
     check_covers(adapter, shapes)
     lacking = sorted(shapes.keys() - adapter.keys())
     if lacking:
-        raise AdapterError(f"expected an adapter of {len(shapes)} modules of this base, it lacks module {lacking[0]}")
+        raise AdapterError(
+            f"expected an adapter of {len(shapes)} modules of this base, it lacks module {lacking[0]}; "
+            "use an adapter of these modules"
+        )
 
 
 def check_covers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Refuse an adapter that has a foreign module, or one of another shape.
+    """Reject an adapter that has a foreign module, or one of another shape.
 
     Raises:
         AdapterError: naming the first such module.
@@ -178,9 +184,11 @@ def check_covers(adapter: Adapter, shapes: Mapping[str, tuple[int, int]]) -> Non
     for name, pair in adapter.items():
         if name not in shapes:
             raise AdapterError(
-                f"expected an adapter of {len(shapes)} modules of this base, it has the foreign module {name}"
+                f"expected an adapter of {len(shapes)} modules of this base, it has the foreign module {name}; "
+                "load it on the base it was trained on"
             )
         if pair.shape != shapes[name]:
             raise AdapterError(
-                f"{name}: expected an adapter of shape {shapes[name]}, got {pair.shape}; it is for another base"
+                f"{name}: expected an adapter of shape {shapes[name]}, got {pair.shape}; "
+                "it is for another base: load it on its own"
             )

@@ -43,6 +43,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # A dropped x is masked again here instead of being kept: the mask is drawn once, the product is cheap.
         x, a, bt, *middles = ctx.saved_tensors
         layer, grad = ctx.layer, grads[0].contiguous()
         grad_x = None
@@ -50,7 +51,8 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad @ layer.weight_OI(grad.dtype)
             if layer.side is not None:
                 grad_x.addmm_(grad @ layer.side.b_OR, layer.side.a_RI)
-        grad_a, grad_bt = torch.zeros_like(a, dtype=layer.a_RI.dtype), torch.zeros_like(bt, dtype=layer.bt_RO.dtype)
+        grad_a = torch.zeros_like(a, dtype=layer.a_RI.dtype)
+        grad_bt = torch.zeros_like(bt, dtype=layer.bt_RO.dtype)
         for (slot, tokens, rows), mask, middle in zip(ctx.blocks, ctx.masks, middles, strict=True):
             seen = x[tokens] if mask is None else x[tokens] * mask
             grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
@@ -64,7 +66,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """Stand in for one frozen ``nn.Linear``, ``Conv1D`` or quantised linear, with slots and a side adapter."""
+    """Replace one frozen ``nn.Linear``, ``Conv1D`` or quantised linear, with slots and a side adapter."""
 
     def __init__(self, base: nn.Module, route: Route) -> None:
         super().__init__()
@@ -86,8 +88,10 @@ class LoRALinear(nn.Module):
         return self.base.weight  # type: ignore[return-value]
 
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
-        """Return the weight to multiply with, (O, I): folded, transposed or dequantised as the base demands."""
-        return self._folded_OI if self._folded_OI is not None else _dense_weight(self.base).to(dtype)
+        """Return the weight to multiply with, (O, I): folded, transposed or dequantised as the base needs."""
+        if self._folded_OI is not None:
+            return self._folded_OI
+        return _dense_weight(self.base).to(dtype)
 
     def allocate(self) -> None:
         """Make zeroed factors and gradients for the open slots."""
@@ -97,20 +101,23 @@ class LoRALinear(nn.Module):
     def _trainable(self, width: int) -> nn.Parameter:
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
         factors = nn.Parameter(torch.zeros(self.route.total_rank, width, device=self.weight.device, dtype=dtype))
+        # Allocated now, so that the optimisers' parameters can be views of it: see LoRAModel.parameters.
         factors.grad = torch.zeros_like(factors)
         return factors
 
     def set_side(self, pair: Pair | None) -> None:
-        """Add a frozen pair to the base: beside it as factors, or folded into a working copy of an fp32 weight."""
+        """Add a frozen pair to the base: as factors, or folded into a working copy of an fp32 weight."""
         self.side = self._folded_OI = None
         if pair is None or pair.rank == 0:
             return
         pair = pair.to(self.weight.device)
         share = pair.num_parameters / (self.out_features * self.in_features)
         if _holds_full_precision(self.base) and share > FOLD_WHEN_SIDE_COSTS:
+            # A new tensor from the base's own weight each time: folding on top of a fold would gather rounding.
             weight = _dense_weight(self.base)
             self._folded_OI = torch.addmm(weight, pair.b_OR.to(weight.dtype), pair.a_RI.to(weight.dtype))
         else:
+            # A quantised weight has an integer dtype; its products are computed in bfloat16.
             compute = self.weight.dtype if self.weight.dtype.is_floating_point else torch.bfloat16
             self.side = pair.to(compute)
 
@@ -136,7 +143,7 @@ def _shape_of(base: nn.Module) -> tuple[int, int]:
         return num_out, num_in
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features
-    raise ModelError(f"model.target_modules: expected linear layers, got a {type(base).__name__}")
+    raise ModelError(f"model.target_modules: expected linear layers, got a {type(base).__name__}; choose others")
 
 
 def _holds_full_precision(base: nn.Module) -> bool:

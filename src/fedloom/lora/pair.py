@@ -35,7 +35,8 @@ class Pair:
         b, a = self.b_OR, self.a_RI
         if b.ndim != 2 or a.ndim != 2 or b.shape[1] != a.shape[0]:
             raise AdapterError(
-                f"expected factors (out, r) and (r, in) of one rank, got {tuple(b.shape)} and {tuple(a.shape)}"
+                f"expected factors (out, r) and (r, in) of one rank, got {tuple(b.shape)} and {tuple(a.shape)}; "
+                "check their order and shapes"
             )
 
     @property
@@ -159,12 +160,14 @@ class Adapter(Mapping[str, Pair]):
         modules = sorted({key.rsplit(".", 1)[0] for key in tensors})
         missing = [f"{m}.{f}" for m in modules for f in "ba" if f"{m}.{f}" not in tensors]
         if missing:
-            raise AdapterError(f"expected both factors of every module, missing {missing[0]}; the file is incomplete")
+            raise AdapterError(
+                f"expected both factors of every module, {missing[0]} is missing; fetch or write the file again"
+            )
         return cls({name: Pair(tensors[f"{name}.b"], tensors[f"{name}.a"]) for name in modules})
 
 
 def check_finite(adapter: Mapping[str, Pair], what: str, remedy: str) -> None:
-    """Refuse an adapter that holds a number that is not finite; ``what`` it is and the ``remedy`` are for people.
+    """Reject an adapter that holds a number that is not finite; ``what`` it is and the ``remedy`` are for people.
 
     Raises:
         AdapterError: naming the first such module.

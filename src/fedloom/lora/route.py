@@ -43,17 +43,15 @@ class Route:
         Raises:
             ModelError: if the segments do not add up to the tokens that arrived.
         """
-        segments = self.segments
-        if not segments:
-            return (
-                []
-                if self.everything_to is None
-                else [(self.everything_to, slice(0, num_tokens), self.rows_of(self.everything_to))]
-            )
+        if not self.segments:
+            slot = self.everything_to
+            return [] if slot is None else [(slot, slice(0, num_tokens), self.rows_of(slot))]
         blocks, start = [], 0
-        for slot, count in segments:
+        for slot, count in self.segments:
             blocks.append((slot, slice(start, start + count), self.rows_of(slot)))
             start += count
         if start != num_tokens:
-            raise ModelError(f"expected {start} token rows as routed to the slots, got {num_tokens}")
+            raise ModelError(
+                f"expected {start} token rows as routed to the slots, got {num_tokens}; call route() again"
+            )
         return blocks

@@ -32,7 +32,7 @@ def cuttable_parts(model: nn.Module) -> Family:
     try:
         return decoder_blocks(model)
     except ModelError as problem:
-        raise CutError(f"{problem}; another model cannot be cut, use a method that keeps it whole") from None
+        raise CutError(f"{problem}, or use a method that does not cut the model") from None
 
 
 def num_blocks(model: nn.Module) -> int:
@@ -41,7 +41,7 @@ def num_blocks(model: nn.Module) -> int:
 
 
 def check_cuts(cuts: Sequence[int], depth: int, tail_blocks: int = 0) -> None:
-    """Refuse a cut that leaves the client or the server without a block.
+    """Reject a cut that leaves the client or the server without a block.
 
     Raises:
         CutError: naming what is allowed.
@@ -49,13 +49,14 @@ def check_cuts(cuts: Sequence[int], depth: int, tail_blocks: int = 0) -> None:
     highest = depth - tail_blocks - 1
     if tail_blocks < 0 or highest < 1:
         raise CutError(
-            f"split.tail_blocks: expected 0 to {depth - 2} of this model's {depth} blocks, got {tail_blocks}"
+            f"split.tail_blocks: expected 0 to {depth - 2} of this model's {depth} blocks, got {tail_blocks}; "
+            "choose another number"
         )
     for cut_layer in cuts:
         if not 1 <= cut_layer <= highest:
             raise CutError(
                 f"split.cut_layer: expected 1 to {highest} (of {depth} blocks, {tail_blocks} are in the client's tail, "
-                f"and client and server need one each), got {cut_layer}"
+                f"and client and server need one each), got {cut_layer}; choose another cut"
             )
 
 
@@ -79,6 +80,9 @@ class Part(nn.Module):
         """
         if self.entry is None:
             return cast(Tensor, self.decoder(input_ids=inputs, **keywords).last_hidden_state)
+        # The forward gets the activations twice. As ``inputs_embeds`` they only give it shape, dtype and device:
+        # there the family scales or shifts embeddings, which the bottom part has already done. The entry block then
+        # puts the real activations in their place, with their graph, so that gradients reach the client.
         self.entry.hidden_BTD = inputs
         try:
             return cast(Tensor, self.decoder(inputs_embeds=inputs.detach(), **keywords).last_hidden_state)
@@ -116,7 +120,7 @@ def cut(model: nn.Module, *boundaries: int) -> list[Part]:
     check_cuts(boundaries[:1], depth, depth - boundaries[-1] if len(boundaries) > 1 else 0)
     edges = [0, *boundaries, depth]
     if edges != sorted(edges):
-        raise CutError(f"split.cut_layer: expected ascending cuts, got {list(boundaries)}")
+        raise CutError(f"split.cut_layer: expected ascending cuts, got {list(boundaries)}; sort them")
     parts = [part_of(model, start, stop) for start, stop in itertools.pairwise(edges[:-1])]
     return [*parts, top_of(model, edges[-2])]
 
@@ -126,6 +130,8 @@ def part_of(model: nn.Module, start: int, stop: int) -> Part:
     family = cuttable_parts(model)
     top = top_of(model, start)
     blocks = cast(nn.ModuleList, top.decoder._modules[_leaf(family.blocks)])
+    # Absent blocks stay in the list as blocks that pass their input through: the family's forward indexes layer types,
+    # rotary tables and cache slots by a block's position, which must be that of the uncut model.
     for index in range(stop, len(blocks)):
         blocks[index] = Passed()
     for name in family.after:
@@ -137,6 +143,8 @@ def top_of(model: nn.Module, start: int) -> Part:
     """Make the part from block ``start`` to the final norm, sharing its modules with ``model``."""
     family = cuttable_parts(model)
     body = _decoder(model, family)
+    # A shallow copy with a module table of its own: children can be replaced here without touching the model, and all
+    # others, with their parameters and any adapter that wraps them, are the model's own.
     shell = copy.copy(body)
     shell.__dict__["_modules"] = dict(body._modules)
     blocks = nn.ModuleList(list(_block_list(model, family)))
@@ -145,15 +153,18 @@ def top_of(model: nn.Module, start: int) -> Part:
     for index in range(start):
         blocks[index] = entry if index == 0 and entry is not None else Passed()
     if entry is not None:
-        shell._modules.update({_leaf(name): absent(model.get_submodule(name)) for name in family.before})
+        for name in family.before:
+            shell._modules[_leaf(name)] = absent(model.get_submodule(name))
     return Part(shell, entry, start, len(blocks))
 
 
 def absent(module: nn.Module) -> nn.Module:
-    """Return what stands in for a module ahead of the first block in a part that does not have that block."""
+    """Return the replacement of a module ahead of the first block in a part that does not have that block."""
     if isinstance(module, nn.Embedding):
         return NoEmbedding()
-    return nn.Identity() if any(True for _ in module.parameters()) else module
+    # Without parameters it is the rotary embedding: every part needs it, and computes it from the positions.
+    has_parameters = any(True for _ in module.parameters())
+    return nn.Identity() if has_parameters else module
 
 
 def _block_list(model: nn.Module, family: Family) -> nn.ModuleList:
@@ -169,7 +180,7 @@ def _leaf(name: str) -> str:
 
 
 def verify_cut(model: nn.Module, parts: Sequence[Part], num_tokens: int = 6) -> None:
-    """Run a probe through the uncut model and through its parts, and refuse a cut that changes the result.
+    """Run a probe through the uncut model and through its parts, and reject a cut that changes the result.
 
     Raises:
         CutError: if they differ, which means that this family's forward does something that the cut does not know.
@@ -184,7 +195,8 @@ def verify_cut(model: nn.Module, parts: Sequence[Part], num_tokens: int = 6) -> 
     error, size = float((hidden - expected_BTD).abs().max()), float(expected_BTD.abs().max())
     if not error <= 1e-4 * max(size, 1e-6):
         raise CutError(
-            f"model.base: {model_type(model)} cannot be cut, cut and uncut outputs differ by {error:.2g} of {size:.2g}"
+            f"model.base: {model_type(model)} cannot be cut, the outputs differ by {error:.2g} of {size:.2g}; "
+            "use a method that does not cut the model"
         )
 
 
@@ -211,4 +223,4 @@ class NoEmbedding(nn.Module):
     """An absent embedding (tokens or learned positions), which adds nothing."""
 
     def forward(self, *_: Any, **__: Any) -> Tensor:
-        return torch.zeros(())
+        return torch.zeros(())  # broadcasts to any shape, so it need not know batch, length or width

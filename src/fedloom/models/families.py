@@ -1,6 +1,6 @@
 """Where the parts of a decoder are, family by family, and which modules LoRA adapts.
 
-The table is data: a new family is a new line. What it says is checked against the model each time it is used, so a
+The table is data: a new family is a new line. It is checked against the model each time it is used, so a
 renamed module is an error and never a silent skip.
 """
 
@@ -23,10 +23,10 @@ ALL_LINEAR = "all-linear"
 
 @dataclass(frozen=True)
 class Family:
-    """Module names of one decoder family, and the modules that LoRA adapts unless told otherwise.
+    """Module names of one decoder family, and the modules that LoRA adapts by default.
 
     ``before`` are the modules ahead of the first block (the token embeddings first), ``after`` those behind the last
-    one and ahead of ``head``. Modules that only some sizes of a family have are named too and left out where absent.
+    one and ahead of ``head``. Modules that only some sizes of a family have are listed too, and ignored where absent.
     """
 
     before: tuple[str, ...]
@@ -67,6 +67,8 @@ FAMILIES: dict[str, Family] = {
 }
 """Decoder families by transformers' ``model_type``."""
 
+_UNLIKE_TABLE = "found another layout; choose another base, or correct its line in fedloom.models.families"
+
 
 def model_type(model: nn.Module) -> str:
     """Return transformers' name of a model's family, e.g. ``llama``."""
@@ -88,7 +90,9 @@ def decoder_blocks(model: nn.Module) -> Family:
     kind = model_type(model)
     family = FAMILIES.get(kind)
     if family is None:
-        raise ModelError(f"model.base: expected one of the families {', '.join(sorted(FAMILIES))}, got {kind!r}")
+        raise ModelError(
+            f"model.base: expected one of the families {', '.join(sorted(FAMILIES))}, got {kind!r}; choose another base"
+        )
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     present = Family(
         before=tuple(name for name in family.before if modules.get(name) is not None),
@@ -106,15 +110,19 @@ def _check_parts(model: Any, kind: str, parts: Family, modules: dict[str, Any]) 
     blocks = modules.get(parts.blocks)
     num_blocks = model.config.num_hidden_layers
     if not isinstance(blocks, nn.ModuleList) or len(blocks) != num_blocks:
-        raise ModelError(f"model.base: expected {num_blocks} blocks at {parts.blocks!r} of this {kind}")
+        raise ModelError(
+            f"model.base: expected {num_blocks} blocks at {parts.blocks!r} of this {kind}, {_UNLIKE_TABLE}"
+        )
     if not parts.before or modules[parts.before[0]] is not model.get_input_embeddings():
-        raise ModelError(f"model.base: expected the embeddings of this {kind} at one of {FAMILIES[kind].before}")
+        raise ModelError(
+            f"model.base: expected the embeddings of this {kind} at one of {FAMILIES[kind].before}, {_UNLIKE_TABLE}"
+        )
     if modules.get(parts.head) is not model.get_output_embeddings():
-        raise ModelError(f"model.base: expected the output head of this {kind} at {parts.head!r}")
+        raise ModelError(f"model.base: expected the output head of this {kind} at {parts.head!r}, {_UNLIKE_TABLE}")
 
 
 def default_targets(model_type: str) -> tuple[str, ...]:
-    """Return the modules that LoRA adapts in a family unless told otherwise.
+    """Return the modules that LoRA adapts in a family by default.
 
     Query and value projections, as in the papers; the fused projection where a family has one (``c_attn`` in GPT-2).
 
@@ -124,7 +132,7 @@ def default_targets(model_type: str) -> tuple[str, ...]:
     if model_type not in FAMILIES:
         raise ModelError(
             f"model.target_modules: no default is known for {model_type!r} (known: {', '.join(sorted(FAMILIES))}); "
-            f"name the modules, or say {ALL_LINEAR!r}"
+            f"name the modules, or use {ALL_LINEAR!r}"
         )
     return FAMILIES[model_type].targets
 
@@ -186,14 +194,22 @@ def _match(pattern: str, leaves: dict[str, nn.Module], head: nn.Module | None) -
 def _check_matches(pattern: str, matches: Sequence[str], leaves: dict[str, nn.Module], head: nn.Module | None) -> None:
     if not matches:
         linear = ", ".join(_last_names(name for name, module in leaves.items() if _is_linear(module)))
-        raise ModelError(f"model.target_modules: {pattern!r} matches no module; linear layers here: {linear}")
+        raise ModelError(
+            f"model.target_modules: {pattern!r} matches no module; choose from the linear layers: {linear}"
+        )
     for name in matches:
         module = leaves[name]
         if module is head:
-            raise ModelError(f"model.target_modules: {pattern!r} matches {name!r}, the output head, which is frozen")
+            raise ModelError(
+                f"model.target_modules: {pattern!r} matches {name!r}, the output head, which is frozen; "
+                "narrow the pattern"
+            )
         if not _is_linear(module):
             kind = type(module).__name__
-            raise ModelError(f"model.target_modules: {pattern!r} matches {name!r}, a {kind}; expected linear layers")
+            raise ModelError(
+                f"model.target_modules: expected linear layers, {pattern!r} matches {name!r}, a {kind}; "
+                "narrow the pattern"
+            )
 
 
 def _last_names(names: Iterable[str]) -> list[str]:

@@ -62,7 +62,7 @@ def load_base(
     """Load a causal LM, frozen and in evaluation mode: a folder, a hub name, or ``embedded``, the package's own.
 
     Weights are read from safetensors only. ``tokenizer`` is a folder, a hub name or ``bytes``; None takes the base's
-    own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first of cuda, mps, cpu that is there. With
+    own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first available of cuda, mps, cpu. With
     ``quantization`` the linear layers are held in 4 or 8 bits and ``dtype`` is that of the activations.
 
     Raises:
@@ -84,7 +84,7 @@ def load_base(
     if len(loaded) > model.config.get_text_config().vocab_size:
         raise ModelError(
             f"model.tokenizer: expected at most {model.config.vocab_size} tokens, the vocabulary of {name_or_path}, "
-            f"got {len(loaded)}; choose the base's own"
+            f"got {len(loaded)}; use the base's own"
         )
     model.requires_grad_(False).eval()
     digest = _identity([folder / "config.json", *weights])
@@ -96,8 +96,11 @@ def _resolve(name_or_path: str, revision: str | None) -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) or name_or_path.startswith((".", "/")) or folder.exists():
-        raise ModelError(f"model.base: expected a folder or a hub name, got {name_or_path!r}, which is not there")
+    looks_like_path = name_or_path.startswith((".", "/")) or folder.exists()
+    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
+        raise ModelError(
+            f"model.base: expected a folder or a hub name, got {name_or_path!r}, which does not exist; check the path"
+        )
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
@@ -106,7 +109,8 @@ def _resolve(name_or_path: str, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.base: {name_or_path!r} is no folder here and could not be fetched from the hub: {reason}"
+            f"model.base: {name_or_path!r} is not a folder and could not be fetched from the hub: {reason}; "
+            "check the name and the connection"
         ) from error
 
 
@@ -117,19 +121,26 @@ def _read_config(folder: Path) -> Any:
 
     path = folder / "config.json"
     if not path.is_file():
-        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, found none in {folder}")
+        raise ModelError(
+            f"model.base: expected a Hugging Face folder with config.json, found none in {folder}; check the path"
+        )
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         config = AutoConfig.from_pretrained(folder)
     except (ValueError, AttributeError, KeyError, OSError) as error:
-        raise ModelError(f"model.base: {path} is not a model's configuration: {str(error).splitlines()[0]}") from error
+        reason = str(error).splitlines()[0]
+        raise ModelError(
+            f"model.base: {path} is not a model's configuration: {reason}; fetch the model again"
+        ) from error
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(f"model.base: expected a causal language model, {folder} holds a {kind!r}")
+        raise ModelError(
+            f"model.base: expected a causal language model, {folder} holds a {kind!r}; choose another base"
+        )
     return config
 
 
 def _check_weights(folder: Path) -> list[Path]:
-    """Return the weight files, each checked to be whole, and all shards of an index checked to be there."""
+    """Return the weight files, each checked to be whole, and all shards of an index checked to exist."""
     index = folder / "model.safetensors.index.json"
     named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
     missing = sorted(name for name in named if not (folder / name).is_file())
@@ -138,8 +149,8 @@ def _check_weights(folder: Path) -> list[Path]:
     files = sorted(folder / name for name in named) if named else sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelError(
-            f"model.base: expected weights as *.safetensors in {folder}, found none; other formats are not read, "
-            "convert them with transformers' save_pretrained"
+            f"model.base: expected weights as *.safetensors in {folder}, found none; "
+            "convert other formats with transformers' save_pretrained"
         )
     for file in files:
         try:
@@ -151,10 +162,10 @@ def _check_weights(folder: Path) -> list[Path]:
 
 
 def _choose_device(device: str) -> torch.device:
-    """Return the device of that name, or the best one that is there.
+    """Return the device of that name, or the best available one.
 
     Raises:
-        ModelError: if it is not there.
+        ModelError: if it is not available.
     """
     present = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if device == "auto":
@@ -163,7 +174,9 @@ def _choose_device(device: str) -> torch.device:
     too_high = kind == "cuda" and index.isdigit() and int(index) >= torch.cuda.device_count()
     if not present.get(kind, False) or too_high or (index and not index.isdigit()):
         here = ", ".join(name for name, there in present.items() if there)
-        raise ModelError(f"model.device: expected auto or a device of this machine ({here}), got {device!r}")
+        raise ModelError(
+            f"model.device: expected auto or a device of this machine ({here}), got {device!r}; choose one of these"
+        )
     return torch.device(device)
 
 
@@ -195,7 +208,7 @@ def _load_model(
             )
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}") from error
+        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; fetch the model again") from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")

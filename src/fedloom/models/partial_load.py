@@ -54,7 +54,7 @@ def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype) 
 
     path = Path(folder)
     if not (path / "config.json").is_file():
-        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}")
+        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}; check the path")
     config = AutoConfig.from_pretrained(path)
     with init_empty_weights(include_buffers=False):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -69,7 +69,7 @@ def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype) 
 
 
 def _check_part(start: int, stop: int | None, depth: int) -> None:
-    """Refuse a bottom or middle without a block, and a top that would be the whole model."""
+    """Reject a bottom or middle without a block, and a top that would be the whole model."""
     if stop is None:
         check_cuts((start,), depth + 1)
     elif start == 0:
@@ -101,22 +101,26 @@ def _fill(model: Any, folder: Path, tied: dict[str, str], dtype: torch.dtype) ->
     """Read every parameter that is left from the checkpoint; return the bytes read."""
     where, prefix, read_bytes = _index(folder), f"{model.base_model_prefix}.", 0
     for name, _ in list(model.named_parameters(remove_duplicate=False)):
-        spellings = [s for key in (name, tied.get(name, name)) for s in (key, key.removeprefix(prefix))]
+        # A file may lack the prefix of the causal LM (``model.``), and hold a tied weight under its other name.
+        names = (name, tied.get(name, name))
+        spellings = [spelling for key in names for spelling in (key, key.removeprefix(prefix))]
         stored = next((s for s in spellings if s in where), None)
         if stored is None:
-            raise ModelError(f"model.base: expected a tensor {name} in {folder}, it is incomplete; fetch it again")
+            raise ModelError(f"model.base: expected the tensor {name} in {folder}, found none; fetch the model again")
         tensor = _read(where[stored], stored)
         read_bytes += tensor.nbytes
         parent, _, leaf = name.rpartition(".")
-        model.get_submodule(parent)._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        parameter = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        model.get_submodule(parent)._parameters[leaf] = parameter  # a meta tensor cannot be copied into, only replaced
     return read_bytes
 
 
 def _index(folder: Path) -> dict[str, Path]:
-    """Map tensor names to files: by the index of a sharded checkpoint, or by the headers of what is there."""
+    """Map tensor names to files: by the index of a sharded checkpoint, or by the headers of the files."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+        files: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        return {name: folder / file for name, file in files.items()}
     where = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:

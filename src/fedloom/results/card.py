@@ -1,4 +1,4 @@
-"""The card of an exported result: what it is made of, the figures it reached, and how to load it."""
+"""The card of an exported result: how it was made, its figures, and how to load it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def merged_card(found: Found, losses: Sequence[str], is_exact: bool) -> str:
 
 
 def _base_of(found: Found) -> tuple[str, bool]:
-    """Return the base's name for strangers, and whether the hub knows it: a folder goes by its own name alone."""
+    """Return the base's public name, and whether it is on the hub: a folder goes by its own name alone."""
     name = str(found.base_name)
     if embedded.base_path(name) == embedded.model_path() or Path(name) == embedded.model_path():
         return embedded.NAME, False
@@ -112,7 +112,7 @@ def _figures(found: Found, is_exact: bool) -> Iterator[tuple[str, object]]:
     of_client = after.get("loss_nats_of_client") or {}
     if after:
         loss = of_client.get(name.removeprefix("client-"), after["loss_nats"])
-        whose = "" if is_exact else " of the run's own adapter, before what this file leaves out"
+        whose = "" if is_exact else " of the run's own adapter, before compression or rounding"
         yield f"held-out loss{whose}", f"{loss:.4f} nats per token"
         yield "held-out loss of the base", f"{before['loss_nats']:.4f} nats per token"
         yield "held-out", f"{after['num_rows']:,} rows, {after['num_loss_tokens']:,} tokens to predict"

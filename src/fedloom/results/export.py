@@ -25,8 +25,8 @@ from fedloom.run_folder.reader import ADAPTER
 
 CARD = "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-WORTH_A_WORD = 0.01
-"""The share lost to rounding above which the remedy is named."""
+WORTH_A_NOTE = 0.01
+"""The share lost to rounding above which --dtype float32 is suggested."""
 ROUNDING = 1e-6
 """The share below which a difference is float32's rounding."""
 
@@ -39,8 +39,8 @@ class Exported:
         form: ``adapter`` or ``merged model``.
         ranks: rank of each module that is adapted.
         norm: Frobenius norm of all that training added.
-        rank_error: Frobenius distance of what is written, before the cast, from what training added; 0 where it is
-            written as it is, and mere rounding (below 1e-6 of the norm) where the rank holds all of it.
+        rank_error: Frobenius distance of what is written, before the cast, from what training added: 0 without a
+            rank, and only rounding (below 1e-6 of the norm) if the rank is large enough for all of it.
         cast_error: Frobenius norm of what rounding to ``dtype`` loses of it.
     """
 
@@ -59,7 +59,7 @@ class Exported:
 
     @property
     def is_exact(self) -> bool:
-        """Whether nothing of the update was left out, and nothing rounded off that float32 holds."""
+        """Whether the file holds the whole update, as exactly as float32 can."""
         return self.share(self.rank_error) <= ROUNDING and self.cast_error == 0.0
 
     def share(self, error: float) -> float:
@@ -67,24 +67,24 @@ class Exported:
         return error / self.norm if self.norm > 0.0 else 0.0
 
     def lines(self) -> list[str]:
-        """Say what was written and what it lost."""
+        """Return what was written and what it lost."""
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         lines = [f"{self.folder}: {self.form}, {len(self.ranks)} modules of {ranks}, {self.dtype}", self.rank_line()]
         return [*lines, self.cast_line()] if self.cast_error > 0.0 else lines
 
     def rank_line(self) -> str:
-        """Say what the rank costs."""
+        """Return what the rank costs."""
         if self.rank_error == 0.0:
-            return "lossless in rank: nothing is left out"
+            return "lossless in rank: nothing is dropped"
         if (share := self.share(self.rank_error)) <= ROUNDING:
-            return f"lossless in rank: nothing is left out but rounding ({share:.1e} of the update)"
-        return f"the rank leaves out {self.share(self.rank_error):.3%} of the update (‖error‖ {self.rank_error:.4g})"
+            return f"lossless in rank: nothing is dropped but rounding ({share:.1e} of the update)"
+        return f"the rank drops {self.share(self.rank_error):.3%} of the update (‖error‖ {self.rank_error:.4g})"
 
     def cast_line(self) -> str:
-        """Say what rounding costs."""
+        """Return what rounding costs."""
         share = self.share(self.cast_error)
-        advice = "; --dtype float32 keeps it" if share > WORTH_A_WORD else ""
+        advice = "; --dtype float32 keeps it" if share > WORTH_A_NOTE else ""
         return f"rounding to {self.dtype} loses {share:.3%} of it (‖error‖ {self.cast_error:.4g}){advice}"
 
 
@@ -98,7 +98,7 @@ def export_adapter(
 
     Raises:
         RunError: the run has not finished, has an adapter per client and none is chosen, or ``to`` holds files.
-        AdapterError: there is nothing to export, or ``rank`` is not a whole number from 1 to what is there.
+        AdapterError: there is nothing to export, or ``rank`` is not a whole number from 1 to the largest rank.
     """
     found, to = _chosen(Path(source), client), Path(to)
     adapter = _only_adapter(found)
@@ -133,7 +133,7 @@ def export_merged(
     Raises:
         RunError: as for :func:`export_adapter`.
         AdapterError: as for :func:`export_adapter`.
-        ModelError: the base is not at hand, is quantized, or ties a target's weights to another module's.
+        ModelError: the base cannot be loaded, is quantized, or ties a target's weights to another module's.
     """
     found, to = _chosen(Path(source), client), Path(to)
     _refuse_quantized(found)
@@ -147,7 +147,8 @@ def export_merged(
     layers = dict(lora.layers)
     _refuse_tied(lora.unwrap(), layers)
     merged = {name: _merged(layer.base, kept[name].delta(), target) for name, layer in layers.items()}
-    cast_error = float(torch.tensor([error for _, error in merged.values()], dtype=torch.float64).norm())
+    errors = torch.tensor([error for _, error in merged.values()], dtype=torch.float64)
+    cast_error = float(errors.norm())
     written = str(target).removeprefix("torch.")
     exported = Exported(to, "merged model", written, kept.ranks, norm(adapter), rank_error, cast_error)
 
@@ -172,7 +173,8 @@ def write_cards(run: Path) -> None:
     for name, adapter in found.adapters.items():
         folder = _adapter_folder(run, name)
         written = Exported(folder, "adapter", "float32", adapter.ranks, norm(adapter), 0.0, 0.0)
-        card = adapter_card(replace(found, adapters={name: adapter}), written.lines(), written.is_exact)
+        alone = replace(found, adapters={name: adapter})
+        card = adapter_card(alone, written.lines(), written.is_exact)
         with durable.explained(str(folder / CARD), "free space, then run the same command again"):
             durable.write_bytes(folder / CARD, card.encode())
 
@@ -187,7 +189,10 @@ def _chosen(source: Path, client: int | None) -> Found:
 def _only_adapter(found: Found) -> Adapter:
     """Return the adapter to export, at the rank it truly has."""
     if not found.adapters:
-        raise AdapterError(f"{found.path}: expected a result that changes the base, this run adds nothing to it")
+        raise AdapterError(
+            f"{found.path}: expected a result that changes the base, this run adds nothing to it; "
+            "choose a run that trains"
+        )
     if len(found.adapters) > 1:
         raise RunError(
             f"{found.path}: each of its {len(found.adapters)} clients has its own adapter; choose one with --client K"
@@ -202,7 +207,9 @@ def _at_rank(adapter: Adapter, rank: int | None) -> tuple[Adapter, float]:
     kept = compress(adapter, rank=rank)
     largest = max(kept.adapter.ranks.values())
     if rank > largest:
-        raise AdapterError(f"--rank: expected 1 to {largest}, the largest rank that is there, got {rank}")
+        raise AdapterError(
+            f"--rank: expected 1 to {largest}, the largest rank of the adapter, got {rank}; choose one of these"
+        )
     return pad(kept.adapter, rank), kept.error
 
 
@@ -216,6 +223,7 @@ def _merged(base: nn.Module, delta_OI: Tensor, target: torch.dtype) -> tuple[Ten
             f"the merged model: expected finite weights, got some beyond the range of {target}; "
             "choose --dtype bfloat16 or float32"
         )
+    # What the cast of W alone loses is the target type's doing, not the merge's, and is not counted.
     lost = cast.double() - weight.to(target).double() - delta.double()
     return cast.contiguous(), float(lost.norm())
 
@@ -226,33 +234,35 @@ def _adapter_folder(run: Path, name: str) -> Path:
 
 def _is_conv1d(found: Found) -> bool:
     """Tell whether the adapter's own files say that its base holds transposed weights."""
-    folder = found.path if found.run is None else _adapter_folder(found.path, next(iter(found.adapters)))
+    name = next(iter(found.adapters))
+    folder = found.path if found.run is None else _adapter_folder(found.path, name)
     return bool(durable.read_json(folder / "adapter_config.json").get("fan_in_fan_out"))
 
 
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
-        raise ModelError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+        raise ModelError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}; choose one of these")
     return DTYPES[name]
 
 
 def _refuse_quantized(found: Found) -> None:
     if found.settings is not None and found.settings.model.quantization != "none":
         raise ModelError(
-            f"{found.path}: its base is quantized to {found.settings.model.quantization}, and weights so coarse cannot "
-            "take in the update; export the adapter instead (without --merge) and serve it beside the quantized base"
+            f"{found.path}: its base is quantized to {found.settings.model.quantization}, too coarse to merge an "
+            "update into; export the adapter instead (without --merge) and serve it beside the quantized base"
         )
 
 
 def _refuse_quantized_base(base: Base) -> None:
     if getattr(base.model.config, "quantization_config", None) is not None:
         raise ModelError(
-            f"{base.name} is stored quantized, and weights so coarse cannot take in the update; export the adapter "
+            f"{base.name} is stored quantized, too coarse to merge an update into; export the adapter "
             "instead (without --merge) and serve it beside the base"
         )
 
 
 def _refuse_tied(model: Any, layers: Mapping[str, LoRALinear]) -> None:
+    # Tied modules share one tensor object, so identity finds them; equal values would not mean that they are tied.
     targets = {id(layer.base.weight): name for name, layer in layers.items()}
     for name, module in model.named_modules(remove_duplicate=False):
         weight = getattr(module, "weight", None)
@@ -266,11 +276,11 @@ def _refuse_tied(model: Any, layers: Mapping[str, LoRALinear]) -> None:
 
 def _refuse_files(to: Path) -> None:
     if to.exists() and not (to.is_dir() and not any(to.iterdir())):
-        raise RunError(f"--to {to}: expected a new or an empty folder, there are files; choose another folder")
+        raise RunError(f"--to {to}: expected a new or an empty folder, found files; choose another folder")
 
 
 def _publish(to: Path, write: Callable[[Path], None]) -> None:
-    """Fill a folder beside ``to`` and rename it: ``to`` is there whole or not at all."""
+    """Fill a folder next to ``to`` and rename it: ``to`` exists complete or not at all."""
     _refuse_files(to)
     with durable.explained(str(to), "free space or choose another folder"):
         to.parent.mkdir(parents=True, exist_ok=True)

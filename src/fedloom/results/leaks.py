@@ -1,4 +1,4 @@
-"""How much of the clients' text a server could read from what crosses the cut of a run."""
+"""How much of the clients' text a server could read from the activations of a run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Leakages:
             shares = (r.recovered, r.recovered_in_full, r.nearest_embedding, r.commonest_token)
             read, full, nearest, common = (f"{100 * share:.1f} %" for share in shares)
             lines.append(f"{r.cut_layer:>4} {read:>12} {full:>13} {nearest:>18} {common:>16}")
-        return [*lines, "the text stays on the device; these shares of it can be read from what leaves"]
+        return [*lines, "the text stays with the client; these shares of it can be read from its activations"]
 
 
 def leakage(
@@ -72,7 +72,9 @@ def leakage(
     """
     run = opened.settings
     if run is None:
-        raise EvaluationError(f"{opened.found.path}: expected a run, whose rows are private, got a PEFT adapter alone")
+        raise EvaluationError(
+            f"{opened.found.path}: expected a run with rows of its own, got a PEFT adapter; give a run folder"
+        )
     cuts = cut_layers or tuple(sorted(set(values_of(run.split.cut_layer))))
     wire = wire_dtype or run.split.wire_dtype
     check_cuts(cuts, num_blocks(opened.lora.model))
@@ -85,7 +87,7 @@ def leakage(
     for cut_layer in cuts:
         bottom = cut(lora.model, cut_layer)[0]
 
-        def told(step: int, loss_nats: float, cut_layer: int = cut_layer) -> None:
+        def report(step: int, loss_nats: float, cut_layer: int = cut_layer) -> None:
             on_step(cut_layer, step, loss_nats)
 
         reports.append(
@@ -97,7 +99,7 @@ def leakage(
                 wire_dtype=wire,
                 seed=run.run.seed,
                 settings=settings,
-                on_step=told,
+                on_step=report,
             )
         )
     return Leakages(opened.found.path, wire, tuple(reports))

@@ -1,13 +1,13 @@
-"""Open what training left behind, a run folder or any PEFT folder, over its base.
+"""Open a result, that is, a run folder or any PEFT folder, over its base.
 
-A run's base is the one its settings name, checked by hash; a PEFT folder's is the one it names itself. Either may be
-given another place. The weights of the base are never written: an adapter is put beside them and taken away again.
+A run's base is the one its settings name, checked by hash; a PEFT folder's is the one it names itself. Either can be
+replaced by another location. The weights of the base never change: an adapter is added next to them and removed again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,12 @@ from fedloom.models.load import Base, load_base
 from fedloom.run_folder.reader import ADAPTER, StoredRun, missing_adapters, read_run
 
 RESULT = "result"
-"""Name of the adapter that everybody shares; where each client has its own they are ``client-0``, ``client-1``, ..."""
+"""Name of the shared adapter; if each client has its own, they are ``client-0``, ``client-1``, ..."""
 
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What lies in a folder, read without loading a base.
+    """The contents of a result's folder, read without loading a base.
 
     ``adapters`` is empty where training added nothing (the method ``base``); ``settings`` and ``run`` are None for a
     PEFT folder; ``notes`` are for people.
@@ -84,7 +84,7 @@ def open_result(
     Raises:
         RunError: there is nothing of the kind, or the run has not completed a round.
         AdapterError: the adapter is corrupt, or for another base.
-        ModelError: the base is not at hand, or is not the one that the run trained on.
+        ModelError: the base cannot be loaded, or is not the one that the run trained on.
     """
     found = of_client(find_result(Path(path)), client)
     loaded = load_base_of(found, base, tokenizer, device)
@@ -106,43 +106,47 @@ def find_result(path: Path) -> Found:
         return Found(path, {RESULT: load_peft(path)}, base_name_of(path))
     raise RunError(
         f"{path}: expected a run (manifest.json) or a PEFT adapter ({CONFIG_NAME}), found {_listed(path)}; "
-        "name the folder itself"
+        "give the folder of the run or adapter itself"
     )
 
 
 def of_client(found: Found, client: int | None) -> Found:
-    """Keep the adapter of one client; None keeps what is there.
+    """Keep the adapter of one client; None keeps all adapters.
 
     Raises:
-        RunError: there is one adapter for everybody, or none of that client.
+        RunError: the adapter is shared, or that client has none.
     """
     if client is None:
         return found
     name = f"client-{client}"
     if name in found.adapters:
-        return Found(found.path, {name: found.adapters[name]}, found.base_name, found.settings, found.run, found.notes)
+        return replace(found, adapters={name: found.adapters[name]})
     if RESULT in found.adapters or not found.adapters:
-        raise RunError(f"--client {client}: {found.path} has no adapter per client; leave --client out")
+        raise RunError(f"--client {client}: {found.path} has no adapter per client; drop --client")
     known = ", ".join(name.removeprefix("client-") for name in found.adapters)
-    raise RunError(f"--client {client}: expected one of {known}, the clients of {found.path}, got {client}")
+    raise RunError(
+        f"--client {client}: expected one of {known}, the clients of {found.path}, got {client}; choose one of these"
+    )
 
 
 def load_base_of(
     found: Found, base: str | Path | None, tokenizer: str | Path | None, device: str | None = None, **changes: Any
 ) -> Base:
-    """Load the base of a result; ``changes`` replace what the run's settings say of dtype and quantization.
+    """Load the base of a result; ``changes`` override the run's dtype and quantization.
 
     Raises:
-        ModelError: it is not at hand, or has another hash than the one that the run trained on.
+        ModelError: it cannot be loaded, or has another hash than the one that the run trained on.
     """
     name = base or found.base_name
     if name is None:
-        raise ModelError(f"{found.path}: the adapter does not name its base; name it with --base FOLDER_OR_HUB_NAME")
+        raise ModelError(f"{found.path}: the adapter does not name its base; give it with --base FOLDER_OR_HUB_NAME")
     options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": "auto", "device": device or "auto"}
     if found.settings is not None:
         model = found.settings.model
         options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}
-        options |= {"device": device or model.device} | ({} if base else {"revision": model.revision})
+        options |= {"device": device or model.device}
+        if not base:  # the run's revision belongs to the run's base, not to another one
+            options |= {"revision": model.revision}
     try:
         loaded = load_base(name, **(options | changes))
     except MissingExtraError:
@@ -152,7 +156,7 @@ def load_base_of(
             raise
         raise ModelError(
             f"{found.path}: its base {found.base_name!r} cannot be loaded from here: {error}; "
-            "if it lies elsewhere, name it with --base FOLDER"
+            "if it is elsewhere, give it with --base FOLDER"
         ) from error
     _check_identity(found, loaded)
     return loaded
@@ -171,13 +175,13 @@ def wrap(found: Found, base: Base) -> LoRAModel:
             check_covers(adapter, lora.shapes)
     except (ModelError, AdapterError) as error:
         raise AdapterError(
-            f"{found.path}: the adapter is for another base than {base.name}: {error}; name its own with --base FOLDER"
+            f"{found.path}: the adapter is for another base than {base.name}: {error}; give its own with --base FOLDER"
         ) from error
     return lora
 
 
 def unfinished_note(run: StoredRun) -> str:
-    """Say how far a run is, and how to finish it."""
+    """Return how far a run is, and how to finish it."""
     planned = run.config.get("federation", {}).get("num_rounds", "?")
     return (
         f"{run.path} has not finished (round {len(run.records)} of {planned}); finish it with: "
@@ -207,7 +211,7 @@ def _finished_adapters(folder: Path) -> dict[str, Adapter]:
 
 
 def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
-    """Return what the last completed round left."""
+    """Return the adapters after the last complete round."""
     folder = run.path / "rounds" / str(run.records[-1]["round"]) if run.records else None
     if folder is None or not (folder / TENSORS).is_file():
         raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
@@ -226,7 +230,7 @@ def _check_identity(found: Found, base: Base) -> None:
     if trained_on is not None and trained_on != base.revision_hash:
         raise ModelError(
             f"{found.path}: expected the base it was trained on (sha256 {trained_on[:12]}), got {base.name} "
-            f"(sha256 {base.revision_hash[:12]}); name the right one with --base FOLDER"
+            f"(sha256 {base.revision_hash[:12]}); give the right one with --base FOLDER"
         )
 
 

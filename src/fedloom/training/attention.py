@@ -28,6 +28,8 @@ PACKED = "fedloom_packed"
 LAYOUT = "packed_layout"
 """The keyword argument that carries the ``Layout`` through a model to its attention."""
 
+_UNSUPPORTED = "which packed training does not support; choose another base"
+
 BUCKET_RATIO, BUCKET_SLACK = 1.12, 8
 """A bucket holds samples up to this ratio, plus this many tokens, longer than its shortest."""
 
@@ -67,7 +69,8 @@ class Layout:
         """
         key = (sliding_window, like.dtype)
         if key not in self._masks:
-            unseen = torch.full((max(self.lengths),) * 2, -math.inf, dtype=like.dtype, device=like.device)
+            longest = max(self.lengths)
+            unseen = torch.full((longest, longest), -math.inf, dtype=like.dtype, device=like.device)
             behind = 0.0 if sliding_window is None else unseen.tril(-sliding_window)
             self._masks[key] = unseen.triu(1) + behind
         return self._masks[key][:length, :length]
@@ -86,7 +89,9 @@ def bucketed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") 
     buckets, kept_rows = [], []
     for members in _similar(lengths):
         length = lengths[members[-1]]
-        steps, own = torch.arange(length)[None], torch.tensor([lengths[i] for i in members])[:, None]
+        steps = torch.arange(length)[None]
+        own = torch.tensor([lengths[i] for i in members])[:, None]
+        # Padding repeats a sample's last token: a real row, so no NaN can arise, and causal attention hides it.
         rows = starts[members][:, None] + torch.minimum(steps, own - 1)
         kept = (steps < own).flatten().nonzero()[:, 0]
         kept_rows.append(rows.flatten()[kept])
@@ -133,19 +138,24 @@ def attend(
     """Compute causal attention inside each sample of a packed pass: (1, H, T, E) in, (1, T, H, E) out.
 
     Key and value heads may be fewer than query heads; ``sliding_window`` counts the token itself, ``softcap`` is c in
-    ``c·tanh(s / c)`` before the softmax. The base is frozen and in evaluation mode, so attention dropout is refused.
+    ``c·tanh(s / c)`` before the softmax. The base is frozen and in evaluation mode, so attention dropout is rejected.
 
     Raises:
         ModelError: for a feature that this attention does not have, by its name.
     """
     rows: Layout | None = kwargs.get(LAYOUT)
     if rows is None:
-        raise ModelError(f"model.base: {type(module).__name__} is not told how samples are packed")
+        raise ModelError(
+            f"model.base: expected {LAYOUT!r} in the packed forward of {type(module).__name__}, got none; "
+            "call the model through hidden_states"
+        )
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
-    call = _Call(rows, query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = _Call(rows, scale, sliding_window, softcap)
     if not rows.buckets:
         parts = [torch.split(t, list(rows.lengths), dim=2) for t in (query, key, value)]
-        return torch.cat([call(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)], dim=1), None
+        attended = [call(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)]
+        return torch.cat(attended, dim=1), None
     return _attend_in_buckets(call, query, key, value, rows), None
 
 
@@ -158,15 +168,15 @@ def _check_supported(
 ) -> None:
     kind = type(module).__name__
     if kwargs.get("s_aux") is not None:
-        raise ModelError(f"model.base: {kind} has attention sinks, which packed training does not support")
+        raise ModelError(f"model.base: {kind} has attention sinks, {_UNSUPPORTED}")
     if kwargs.get("position_bias") is not None or attention_mask is not None:
-        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, which packed training does not support")
+        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, {_UNSUPPORTED}")
     if not getattr(module, "is_causal", True):
-        raise ModelError(f"model.base: {kind} is not causal; expected a decoder")
+        raise ModelError(f"model.base: {kind} has attention that is not causal, {_UNSUPPORTED}")
     if dropout:
-        raise ModelError(f"model.base: {kind} drops attention ({dropout}); expected a base in evaluation mode")
+        raise ModelError(f"model.base: expected no attention dropout, {kind} has {dropout}; call model.eval() first")
     if sliding_window is None and _layer_type(module) not in (None, "full_attention"):
-        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, unknown to packed training")
+        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, {_UNSUPPORTED}")
 
 
 def _layer_type(module: nn.Module) -> str | None:
@@ -180,11 +190,11 @@ def _attend_in_buckets(call: _Call, query: Tensor, key: Tensor, value: Tensor, r
     by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
     kept = []
     for bucket in rows.buckets:
-        q, k, v = (
-            t.index_select(0, bucket.gather).view(bucket.num_samples, bucket.length, *t.shape[1:]).transpose(1, 2)
-            for t in by_token
-        )
-        kept.append(call(q, k, v).transpose(1, 2).flatten(0, 1).index_select(0, bucket.kept))
+        gathered = [t.index_select(0, bucket.gather) for t in by_token]
+        shape = (bucket.num_samples, bucket.length)
+        q, k, v = (t.view(*shape, *t.shape[1:]).transpose(1, 2) for t in gathered)
+        attended = call(q, k, v).transpose(1, 2).flatten(0, 1)
+        kept.append(attended.index_select(0, bucket.kept))
     return torch.cat(kept)[rows.restore][None]
 
 
@@ -213,6 +223,7 @@ class _Call:
         """Attend by two products and a softmax: softcapping needs it, and in half precision a CPU is faster so."""
         n, heads, length, width = query.shape
         key, value = key.flatten(0, 1), value.flatten(0, 1)
+        # The query heads that share a key head are stacked as more rows of one product: no copies of keys are made.
         stacked = (query * self.scaling).reshape(key.shape[0], -1, width)
         scores = torch.bmm(stacked, key.transpose(1, 2)).view(n, heads, length, length)
         if self.softcap is not None:

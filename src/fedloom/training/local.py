@@ -4,10 +4,10 @@ What a client ends with depends on its own rows, rank, start and streams only; w
 changes rounding at most. Per step and client the loss is the mean over all supervised tokens of the batch, however
 many micro-batches it is cut into.
 
-What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is handed in), the
+What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is given), the
 order of the rows (stream ``batches``), the dropout masks (stream ``dropout``), and with ``schedule_span = "round"``
-the learning-rate schedule with its warm-up. What persists: nothing but what the caller hands in again — ``start``
-and ``optimiser_state``; with ``schedule_span = "run"`` the schedule goes on from round to round.
+the learning-rate schedule with its warm-up. What persists: only what the caller passes in again, ``start``
+and ``optimiser_state``; with ``schedule_span = "run"`` the schedule continues from round to round.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class ClientResult:
     to the effective factors, where the task measures it.
 
     A client whose loss is not finite takes that step and then stops: its losses and its adapter are not finite
-    either, so the check of updates leaves it out and says why.
+    either, so the check of updates drops it and gives the reason.
     """
 
     client: int
@@ -134,14 +134,13 @@ def train_cohort(
         AdapterError: if a start does not fit the model or its task's rank.
     """
     device = next(lora.model.parameters()).device
-    lora.open(
-        [
-            Slot(t.rank, t.scale, settings.dropout, torch_stream(seed, "dropout", round, t.client, device=device))
-            for t in tasks
-        ]
-    )
+    slots = []
+    for task in tasks:
+        masks = torch_stream(seed, "dropout", round, task.client, device=device)
+        slots.append(Slot(task.rank, task.scale, settings.dropout, masks))
+    lora.open(slots)
     try:
-        lora.route_all(None)
+        lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head = output_head(lora.model)
         clients = [_Client(lora, slot, task, settings, seed, round) for slot, task in enumerate(tasks)]
         while active := [client for client in clients if not client.is_done]:
@@ -173,13 +172,15 @@ class _Client:
     def __init__(
         self, lora: LoRAModel, slot: int, task: ClientTask, settings: LocalTraining, seed: int, number: int
     ) -> None:
-        self.slot, self.task, self._lora, self._settings = slot, task, lora, settings
+        self.slot, self.task = slot, task
+        self._lora, self._settings = lora, settings
         lora.load(slot, task.start)
-        self._start = lora.adapter(slot)
+        self._start = lora.adapter(slot)  # read back: the slot may round the start, and change_norm must not see that
         rng = stream(seed, "batches", number, task.client)
         steps, epochs = (1, None) if task.measures_gradient else (settings.steps, settings.epochs)
         self._batches = list(batches(len(task.rows), settings.batch_size, rng, steps=steps, epochs=epochs))
-        first, total = first_step(settings.schedule_span, number, settings.total_rounds, len(self._batches))
+        steps_per_round = len(self._batches)
+        first, total = first_step(settings.schedule_span, number, settings.total_rounds, steps_per_round)
         factor = schedule(settings.schedule, settings.warmup_steps, total)
         self._factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
         trained = {name: factor for name, factor in self._factors.items() if factor_of(name) in task.trains}
@@ -215,7 +216,7 @@ class _Client:
         return _MicroBatch(self, rows, tokens, targets, 1.0 / max(1, targets_of_batch))
 
     def add(self, sum_nats: float, seconds: float) -> None:
-        """Book what a pass gave for one of this client's micro-batches."""
+        """Record the loss and the time of one of this client's micro-batches."""
         self._batch_nats += sum_nats
         self._seconds += seconds
 
@@ -276,7 +277,7 @@ def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], se
     """Gather the gradients of every active client's next batch.
 
     The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one micro-batch
-    of a client at most, so that its stream of dropout masks is consumed in the same order whoever else trains.
+    of a client at most, so that its stream of dropout masks is consumed in the same order whoever trains with it.
     """
     waiting = [client.micro_batches() for client in active]
     for turn in range(max(len(parts) for parts in waiting)):
@@ -286,7 +287,7 @@ def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], se
 
 
 def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], label_smoothing: float) -> None:
-    """Run forward and backward over several clients' micro-batches, and book losses and time with each."""
+    """Run forward and backward over several clients' micro-batches, and record each one's losses and time."""
     begun = time.perf_counter()
     device = head.weight_VD.device
     batch = pack([row for part in parts for row in part.rows], device)
@@ -315,9 +316,9 @@ def factor_of(name: str) -> str:
 
 
 def _change_norm(before: Adapter, after: Adapter) -> float:
-    squares = [
-        (new - old).double().square().sum()
-        for name in before
-        for old, new in ((before[name].a_RI, after[name].a_RI), (before[name].b_OR, after[name].b_OR))
-    ]
+    squares = []
+    for name in before:
+        old, new = before[name], after[name]
+        squares.append((new.a_RI - old.a_RI).double().square().sum())
+        squares.append((new.b_OR - old.b_OR).double().square().sum())
     return math.sqrt(float(torch.stack(squares).sum()))

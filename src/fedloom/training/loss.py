@@ -44,7 +44,9 @@ class OutputHead:
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
         if self.scale != 1.0:
             logits_SV = logits_SV * self.scale
-        return logits_SV if self.softcap is None else self.softcap * torch.tanh(logits_SV / self.softcap)
+        if self.softcap is None:
+            return logits_SV
+        return self.softcap * torch.tanh(logits_SV / self.softcap)
 
     def pull_back(self, grad_SV: Tensor, logits_SV: Tensor | None) -> Tensor:
         """Return the gradient (S, D) at the hidden states; changes ``grad_SV``."""
@@ -90,6 +92,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_SD: Tensor, head: OutputHead, targets_S: Tensor, weights_S: Tensor, smoothing: float
     ) -> tuple[Tensor, Tensor]:
+        # The gradient is computed in the forward pass, while a chunk's logits exist: backward would need all again.
         grad_SD = torch.empty_like(hidden_SD)
         nats_S = torch.empty(targets_S.shape, dtype=_accumulator(hidden_SD.dtype), device=hidden_SD.device)
         loss = nats_S.new_zeros(())
@@ -121,6 +124,7 @@ def _loss_and_gradient(
     top_C1 = logits_CV.amax(1, keepdim=True)
     of_target_C1 = logits_CV.gather(1, target_C1)
     mean_C1 = logits_CV.mean(1, keepdim=True) if smoothing else of_target_C1
+    # In place where possible, since a chunk of logits is the largest tensor here; pull_back needs the softcapped ones.
     shifted_CV = logits_CV - top_C1 if head.softcap is not None else logits_CV.sub_(top_C1)
     share_CV = shifted_CV.exp_()
     total_C1 = share_CV.sum(1, keepdim=True)
@@ -137,7 +141,8 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(hidden_SD: Tensor, head: OutputHead) -> Iterator[slice]:
-    size = max(16, CHUNK_LOGITS.get(hidden_SD.device.type, 1 << 24) // head.weight_VD.shape[0])
+    logits_at_a_time = CHUNK_LOGITS.get(hidden_SD.device.type, 1 << 24)
+    size = max(16, logits_at_a_time // head.weight_VD.shape[0])
     return (slice(start, start + size) for start in range(0, hidden_SD.shape[0], size))
 
 
@@ -145,10 +150,10 @@ _VERIFIED: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
 
 
 def output_head(model: Any) -> OutputHead:
-    """Return a causal LM's output head, once its packed forward has been seen to give the model's own logits.
+    """Return a causal LM's output head, after checking that its packed forward gives the model's own logits.
 
-    The first call for a model runs two short samples packed, and each alone the model's own way; an unknown
-    transformation of the logits, or layers that mix samples, end there. An adapter must not be routed at that time.
+    The first call for a model runs two short samples packed, and each alone the model's own way; this
+    detects an unknown transformation of the logits, and layers that mix samples. No adapter may be routed then.
 
     Raises:
         ModelError: naming the family whose packed forward or head is not the model's own.
@@ -161,10 +166,10 @@ def output_head(model: Any) -> OutputHead:
 
 
 def _read_head(model: Any) -> OutputHead:
-    """Read what the families' configurations say: Gemma's softcap, Cohere's factor, Granite's divisor."""
+    """Read the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor."""
     layer, config = model.get_output_embeddings(), model.config
     if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
-        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}")
+        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
@@ -173,15 +178,18 @@ def _read_head(model: Any) -> OutputHead:
 @torch.no_grad()
 def _verify(model: Any, head: OutputHead) -> None:
     vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
+    # Two samples of different lengths, tokens spread by a prime: packing that mixes samples or positions shows.
     ids = [np.arange(1, n + 1, dtype=np.int32) * 37 % vocabulary for n in PROBE_LENGTHS]
     batch = pack([(row, np.ones(len(row), dtype=np.bool_)) for row in ids], device)
     packed = torch.split(head.logits(hidden_states(model, batch)), list(batch.lengths))
     tolerance = 1e-3 if head.weight_VD.dtype in (torch.float32, torch.float64) else 5e-2
     for logits_TV, row in zip(packed, ids, strict=True):
-        own_TV = model(input_ids=torch.from_numpy(row).long().to(device)[None], use_cache=False).logits[0]
+        row_BT = torch.from_numpy(row).long().to(device)[None]
+        own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
         error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
         if not error <= tolerance:
             raise ModelError(
                 f"model.base: the packed forward of {model_type(model)!r} differs from the model's own by {error:.1e}, "
-                f"at most {tolerance:.0e} expected: {type(model).__name__} has layers or an output head not known here"
+                f"expected at most {tolerance:.0e}: {type(model).__name__} has unknown layers or an unknown head; "
+                "choose another base"
             )

@@ -16,11 +16,12 @@ Schedule = Literal["constant", "linear", "cosine"]
 ScheduleSpan = Literal["round", "run"]
 
 _STATES = ("step", "exp_avg", "exp_avg_sq")
+_OWN_STATE = "use the state of this client, at this rank"
 
 
 @dataclass(frozen=True)
 class AdamWSettings:
-    """AdamW's numbers; ``max_grad_norm`` bounds the norm of one client's whole gradient, None leaves it."""
+    """AdamW's numbers; ``max_grad_norm`` bounds the norm of one client's whole gradient, None means no clipping."""
 
     learning_rate: float
     betas: tuple[float, float] = (0.9, 0.999)
@@ -56,7 +57,7 @@ def schedule(kind: Schedule, warmup_steps: int, total_steps: int) -> Callable[[i
 def first_step(span: ScheduleSpan, round: int, total_rounds: int, steps_per_round: int) -> tuple[int, int]:
     """Return (index of a round's first step, total steps) on the schedule; rounds count from 1.
 
-    Over a ``round`` every round starts at 0; over the ``run`` round n goes on where round n − 1 stopped.
+    Over a ``round`` every round starts at 0; over the ``run`` round n continues where round n − 1 stopped.
 
     Raises:
         SettingsError: if the round is outside the run.
@@ -67,7 +68,8 @@ def first_step(span: ScheduleSpan, round: int, total_rounds: int, steps_per_roun
         case "run":
             if not 1 <= round <= total_rounds:
                 raise SettingsError(
-                    f"training.schedule_span: a schedule over the run of {total_rounds} rounds has no round {round}"
+                    f"training.schedule_span: expected a round from 1 to {total_rounds} of the run, got {round}; "
+                    "raise federation.num_rounds"
                 )
             return (round - 1) * steps_per_round, total_rounds * steps_per_round
         case _:
@@ -96,7 +98,7 @@ class ClientOptimiser:
     ) -> None:
         self._factors, self._settings, self._factor = dict(factors), settings, factor
         self._next = first
-        # one fused kernel per client; it exists for the CPU and CUDA alike
+        # Fused: one kernel per client instead of one per factor; it exists for the CPU and for CUDA.
         self._adamw = torch.optim.AdamW(
             self._factors.values(),
             lr=settings.learning_rate,
@@ -131,14 +133,17 @@ class ClientOptimiser:
         expected = {f"{name}.{key}" for name in self._factors for key in _STATES}
         if state.keys() != expected:
             name = sorted(state.keys() ^ expected)[0]
-            raise AdapterError(f"expected an optimiser state of this client's factors; {name!r} is foreign or missing")
+            raise AdapterError(
+                f"expected an optimiser state of this client's factors, {name!r} is foreign or missing; {_OWN_STATE}"
+            )
         for name, parameter in self._factors.items():
             moments = {key: state[f"{name}.{key}"] for key in _STATES[1:]}
             for key, moment in moments.items():
                 if moment.shape != parameter.shape:
                     shapes = f"{tuple(parameter.shape)}, got {tuple(moment.shape)}"
-                    raise AdapterError(f"{name}.{key}: expected an optimiser state of shape {shapes}")
+                    raise AdapterError(f"{name}.{key}: expected an optimiser state of shape {shapes}; {_OWN_STATE}")
             self._adamw.state[parameter] = {
+                # fused AdamW keeps its step count as an fp32 tensor on the parameter's device
                 "step": state[f"{name}.step"].to(parameter.device, torch.float32, copy=True),
                 **{key: moment.to(parameter, copy=True) for key, moment in moments.items()},
             }

@@ -59,7 +59,7 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> PackedBatch
     ids_T = np.concatenate([ids for ids, _ in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
     supervised_T = np.concatenate([supervised for _, supervised in rows])
-    supervised_T[starts] = False
+    supervised_T[starts] = False  # a sample's first token has none before it: predicting it would read the last sample
     row_of_token_T = np.repeat(np.arange(len(rows)), lengths)
     (target_at_S,) = np.nonzero(supervised_T)
 
