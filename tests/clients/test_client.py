@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,9 +21,9 @@ from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.server import BroadcastForm, ServerRules, broadcasts_for, news_for
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf, EveryRound, Moments, Payload, Rounding, Work
-from fedloom.methods.flora import FLoRA
-from fedloom.methods.server_steps import MomentumStep, PlainStep
+from fedloom.methods.server_steps import MomentumStep, PlainStep, ServerStep
 from fedloom.methods.side import digest, grown
 from fedloom.methods.state import Aggregate, Broadcast, Failure, News, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
@@ -34,6 +35,7 @@ from fedloom.training.stats import TrainingStats
 
 SHAPES = {"layers.0.q": (40, 30), "layers.1.v": (24, 30)}
 RANKS = {0: 3, 1: 2, 2: 1}
+Setup = tuple[Strategy, ServerRules]
 COHORT = Cohort(SHAPES, 3, RANKS.__getitem__, seed=1)
 NO_ROWS = TokenSet.from_rows([])
 
@@ -113,13 +115,17 @@ class TrainsB(ZeroPadding):
         return replace(mean, start=state.start.with_factors(mean.start.as_tensors(frozenset("b"))))
 
 
-METHODS: dict[str, Callable[[], tuple[Strategy, ServerRules]]] = {
-    "flora": lambda: (FLoRA(COHORT), ServerRules(PlainStep())),
-    "flora, compressed": lambda: (FLoRA(COHORT), ServerRules(PlainStep(), BroadcastForm.COMPRESSED, 0.1)),
-    "zero-padding": lambda: (ZeroPadding(COHORT), ServerRules(PlainStep())),
-    "zero-padding with momentum": lambda: (ZeroPadding(COHORT), ServerRules(MomentumStep(1.2))),
+def made(name: str, form: BroadcastForm = BroadcastForm.STACK, step: ServerStep | None = None) -> Setup:
+    return table.make(name, COHORT), ServerRules(
+        step or PlainStep(), form, 0.1 if form is not BroadcastForm.STACK else 0.0
+    )
+
+
+METHODS: dict[str, Callable[[], Setup]] = {
+    **{name: partial(made, name) for name in table.shipped("aggregates")},
+    **{f"{name} with momentum": partial(made, name, step=MomentumStep(1.2)) for name in table.shipped("aggregates")},
+    **{f"{name}, compressed": partial(made, name, BroadcastForm.COMPRESSED) for name in table.shipped("grows_side")},
     "b alone": lambda: (TrainsB(COHORT), ServerRules(PlainStep())),
-    "b alone with momentum": lambda: (TrainsB(COHORT), ServerRules(MomentumStep(1.2))),
 }
 
 
