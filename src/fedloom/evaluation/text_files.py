@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from fedloom.errors import EvaluationError
 
@@ -19,3 +21,18 @@ def read_utf8(path: Path) -> str:
         raise EvaluationError(f"{path}: expected UTF-8 text, got {cause}; convert the file") from cause
     except OSError as cause:
         raise EvaluationError(f"{path}: expected a file that can be read, got {cause.strerror}") from cause
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return the value of JSON text.
+
+    Raises:
+        EvaluationError: it is none, holds half a character, or is nested too deeply.
+    """
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as cause:
+        reason = "it is nested too deeply" if isinstance(cause, RecursionError) else cause
+        raise EvaluationError(f"{where}: expected JSON ({reason}); correct it") from cause
+    return value

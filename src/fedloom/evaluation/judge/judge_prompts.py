@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.judge.endpoint import Message
-from fedloom.evaluation.text_files import read_utf8
+from fedloom.evaluation.text_files import parse_json, read_utf8
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,18 @@ class JudgePrompt:
         """Return the conversation to send; braces in the fields stay as they are.
 
         Raises:
-            EvaluationError: the template asks for a field there is no value for.
+            EvaluationError: the template asks for a field there is no value for, or for more than a field's text.
         """
         try:
-            content = self.template.format(**fields)
-        except (KeyError, IndexError, ValueError) as error:
-            raise EvaluationError(f"the judge's template asks for {error}, known are {sorted(fields)}") from error
+            parts = list(Formatter().parse(self.template))
+        except ValueError as error:
+            raise EvaluationError(f"the judge's template cannot be read ({error}): double every other brace") from error
+        content = ""
+        for text, name, specification, conversion in parts:
+            if name is not None and (name not in fields or specification or conversion):
+                asked = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
+                raise EvaluationError(f"the judge's template asks for {asked!r}, known are {sorted(fields)}")
+            content += text + (fields[name] if name is not None else "")
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": content}]
 
@@ -88,11 +94,12 @@ def read_prompts(file: Path) -> Mapping[str, JudgePrompt]:
     for number, line in enumerate(read_utf8(file).split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-            prompts[row["name"]] = JudgePrompt(row.get("system_prompt") or "", row["prompt_template"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EvaluationError(f"{file}, line {number}: expected name and prompt_template ({error})") from error
+        row = parse_json(line, f"{file}, line {number}")
+        row = row if isinstance(row, dict) else {}
+        name, template, system = row.get("name"), row.get("prompt_template"), row.get("system_prompt") or ""
+        if not isinstance(name, str) or not isinstance(template, str) or not isinstance(system, str):
+            raise EvaluationError(f"{file}, line {number}: expected name and prompt_template, as texts")
+        prompts[name] = JudgePrompt(system, template)
     return prompts
 
 
