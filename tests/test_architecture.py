@@ -16,9 +16,9 @@ SOURCE = ROOT / "src" / "fedloom"
 
 # A module imports only from packages earlier in this list, and from its own.
 ORDER = (
+    "wording",
     "errors",
     "seeding",
-    "wording",
     "embedded",
     "config",
     "data",

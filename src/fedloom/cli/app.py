@@ -14,6 +14,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.cli import experiments, results, scoring, shipped, showing, splitting
+from fedloom.cli.output import say
 from fedloom.errors import FedloomError
 
 DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
@@ -76,11 +77,11 @@ def exit_code(arguments: list[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         returned = INTERRUPTED
     if returned == INTERRUPTED:
-        print("interrupted; what was finished is saved, and the same command goes on from there", file=sys.stderr)
+        say("interrupted; what was finished is saved, and the same command goes on from there")
     return returned if isinstance(returned, int) else DONE
 
 
 def _refuse(message: str) -> int:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    for line in message.split("\n"):
+        say(f"error: {line}")
     return USER_INPUT

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
+from fedloom.wording import printable
+
 
 class Result(Protocol):
     """What a command prints: plain values for programs, lines for people."""
@@ -24,14 +26,19 @@ def print_result(result: Result, *, as_json: bool) -> None:
         print_json(result.as_dict())
     else:
         for line in result.lines():
-            print(line)
+            print_line(line)
 
 
 def print_json(value: object) -> None:
     """Print plain values as indented JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_line(text: str) -> None:
+    """Print text to standard output; names, rows and replies in it do nothing to a terminal."""
+    print(printable(text))
 
 
 def say(message: str) -> None:
     """Tell a person something."""
-    print(message, file=sys.stderr)
+    print(printable(message), file=sys.stderr)

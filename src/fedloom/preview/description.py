@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fedloom import embedded
 from fedloom.assembly.round_plan import CONTROLS
 from fedloom.config import Settings
+from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.messages import WireDtype, encode_broadcast, encode_update
 from fedloom.lora.initial import check_rank
@@ -130,11 +131,15 @@ def _skeleton(settings: Settings) -> Any:
     """Return the base with its shapes and without its numbers."""
     try:
         config = AutoConfig.from_pretrained(
-            str(embedded.base_path(settings.model.base)), revision=settings.model.revision
+            str(embedded.base_path(settings.model.base)),
+            revision=settings.model.revision,
+            trust_remote_code=settings.model.trust_remote_code,
         )
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
     except (OSError, ValueError) as error:
+        if (refusal := own_code_refusal(error, settings.model.base)) is not None:
+            raise refusal from error
         reason = str(error).splitlines()[0]
         raise ModelError(
             f"model.base: expected a causal LM's configuration, got {settings.model.base!r}: {reason}"

@@ -6,6 +6,7 @@ given another place. The weights of the base are never written: an adapter is pu
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 from fedloom import config
 from fedloom.config import Settings
+from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
@@ -131,6 +133,9 @@ def load_base_of(
 ) -> Base:
     """Load the base of a result; ``changes`` replace what the run's settings say of dtype and quantization.
 
+    A folder may be a stranger's, so nothing in it can allow the base's own code: only the environment does, by
+    FEDLOOM_TRUST_REMOTE_CODE.
+
     Raises:
         ModelError: it is not at hand, or has another hash than the one that the run trained on.
     """
@@ -138,6 +143,7 @@ def load_base_of(
     if name is None:
         raise ModelError(f"{found.path}: the adapter does not name its base; name it with --base FOLDER_OR_HUB_NAME")
     options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": "auto", "device": device or "auto"}
+    options["trust_remote_code"] = bool(os.environ.get(TRUST_VARIABLE))
     if found.settings is not None:
         model = found.settings.model
         options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}

@@ -28,7 +28,7 @@ from fedloom.run_folder import claim, durable
 from fedloom.run_folder.claim import ENTRIES, READY, RECORD, complete_lines, inside
 from fedloom.run_folder.manifest import version_changes
 
-MAY_CHANGE = ("federation.num_rounds", "run.keep_states", "run.trackers")
+MAY_CHANGE = ("federation.num_rounds", "run.keep_states", "run.trackers", "model.trust_remote_code")
 _RETRY = "free space or mend the disk, then run the same command again"
 
 Writer = Callable[[Path], None]
