@@ -1,11 +1,13 @@
 """The commands together, and what an exit code means.
 
-0 done; 2 the user's input, one line per problem after ``error:``; 130 interrupted, with the state saved. Anything else
-that goes wrong is our mistake and keeps its traceback.
+0 done; 2 the user's input, or what the operating system refused: one line per problem after ``error:``; 130
+interrupted, with the state saved. Anything else that goes wrong is our mistake and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -14,7 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.cli import experiments, results, scoring, shipped, showing, splitting
-from fedloom.cli.output import say
+from fedloom.cli.output import output_explained, say
 from fedloom.errors import FedloomError
 
 DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
@@ -66,19 +68,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_code(arguments: list[str]) -> int:
     """Run one command and return its exit code; without a command, show the help."""
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()  # closed: there is nobody to tell anything
+    if sys.stdout is None:
+        return _refuse("standard output is closed: expected a place for the result; send it to a file or to /dev/null")
     try:
         returned = typer.main.get_command(app)(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
+        with output_explained():
+            sys.stdout.flush()
     except FedloomError as error:
         return _refuse(str(error))
     except typer.TyperException as error:
         return _refuse(
             f"{error.format_message().rstrip('.')}; fedloom --help, or --help after a command, shows what is accepted"
         )
+    except OSError as error:
+        return _refuse(_system_refusal(error))
     except (KeyboardInterrupt, typer.Abort):
         returned = INTERRUPTED
     if returned == INTERRUPTED:
         say("interrupted; what was finished is saved, and the same command goes on from there")
     return returned if isinstance(returned, int) else DONE
+
+
+def _system_refusal(error: OSError) -> str:
+    """Return one line about what the operating system refused, wherever that was."""
+    reason = (error.strerror or str(error) or type(error).__name__).lower()
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if names:
+        return (
+            f"{' and '.join(names)}: expected a file or folder to use, got: {reason}; check its name, rights and space"
+        )
+    return f"the system refused: {reason}; mend that and run the same command again"
 
 
 def _refuse(message: str) -> int:

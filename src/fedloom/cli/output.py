@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
+from fedloom.errors import FedloomError
 from fedloom.wording import printable
 
 
@@ -36,9 +39,31 @@ def print_json(value: object) -> None:
 
 def print_line(text: str) -> None:
     """Print text to standard output; names, rows and replies in it do nothing to a terminal."""
-    print(printable(text))
+    with output_explained():
+        print(printable(text), flush=True)
+
+
+@contextlib.contextmanager
+def output_explained() -> Iterator[None]:
+    """Say that standard output takes no more; a reader that has seen enough (``| head``) is no mistake.
+
+    Raises:
+        FedloomError: it is full or broken.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what is left there would make Python stumble at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FedloomError(
+            f"standard output: expected a place for the result, got: {(error.strerror or str(error)).lower()}; "
+            "free space, or send it elsewhere"
+        ) from error
 
 
 def say(message: str) -> None:
     """Tell a person something."""
-    print(printable(message), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full or closed log ends no run
+        print(printable(message), file=sys.stderr)

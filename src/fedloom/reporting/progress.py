@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -120,7 +121,8 @@ class PlainProgress(SilentProgress):
     def note(self, message: str) -> None:
         """Print one line."""
         self._last_note = self._clock()
-        print(printable(message), file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a full or closed log ends no run
+            print(printable(message), file=self._stream, flush=True)
 
 
 class LiveProgress(SilentProgress):

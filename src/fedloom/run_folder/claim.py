@@ -256,7 +256,7 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged: expected one JSON record per line, got {error}; restore the file"
         ) from error
