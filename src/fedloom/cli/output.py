@@ -40,7 +40,7 @@ def print_json(value: object) -> None:
 def print_line(text: str) -> None:
     """Print text to standard output; names, rows and replies in it do nothing to a terminal."""
     with output_explained():
-        print(printable(text), flush=True)
+        print(printable(text))
 
 
 @contextlib.contextmanager

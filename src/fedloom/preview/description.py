@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby, repeat
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
@@ -29,6 +31,10 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
 TRAINING_BYTES = 16
 """Per trained number: fp32 factor, gradient, and AdamW's two moments."""
+MEASURED_NUMBERS = 2**26
+"""Numbers in a message that is written to be measured."""
+LISTED_CLIENTS = 100
+"""Clients that have a line each."""
 ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 """Widths that a block keeps for its backward pass without attention matrices, an estimate."""
 
@@ -71,11 +77,16 @@ class Description:
             f"{'client':>6}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}  {'later down':>12}",
         ]
         ranks = self.settings["method"]["ranks"]
-        for k, trained in enumerate(self.num_trained_parameters):
-            rank = ranks if isinstance(ranks, int) else ranks[k]
-            sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
-            up, first, down = (written_bytes(size) if size else "–" for size in sizes)
-            lines.append(f"{k:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+        ranks_K = repeat(ranks) if isinstance(ranks, int) else ranks
+        sizes = (self.upload_bytes, self.first_download_bytes, self.download_bytes)
+        rows = enumerate(zip(ranks_K, self.num_trained_parameters, *sizes, strict=False))
+        # Of a population too large for a line each, neighbours of the same sizes share one.
+        alike = groupby(rows, key=itemgetter(1) if len(self.num_trained_parameters) > LISTED_CLIENTS else None)
+        for _, neighbours in alike:
+            (k, (rank, trained, *of_messages)), *others = neighbours
+            up, first, down = (written_bytes(size) if size else "–" for size in of_messages)
+            name = f"{k}–{others[-1][0]}" if others else str(k)
+            lines.append(f"{name:>6}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
@@ -108,9 +119,10 @@ def describe(settings: Settings) -> Description:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
     ranks = settings.client_ranks
-    for rank in ranks:
+    for rank in set(ranks):
         check_rank(lora.shapes, rank)
-    trained = tuple(rank * sum(sum(shape) for shape in lora.shapes.values()) for rank in ranks)
+    num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
+    trained = tuple(rank * num_per_rank for rank in ranks)
     up, first, down = _messages(settings, lora, ranks)
     return Description(
         settings=settings.as_dict(),
@@ -156,13 +168,19 @@ def _messages(
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
     fresh = settings.method.name == "flora"
     stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
+    # A stack of more numbers than that is measured in part: what is beyond adds their bytes, and digits to the header.
+    num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
+    measured = max(1, MEASURED_NUMBERS // num_per_rank)
     for rank in sorted(set(ranks)):
         adapter, nothing_new = _zeros(lora, rank), Adapter()
         start = None if fresh else adapter
-        news = _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed") if fresh else nothing_new
+        compressed = settings.method.broadcast == "compressed"
+        news = _zeros(lora, min(stacked, measured), fitted=compressed) if fresh else nothing_new
+        beyond = max(stacked - measured, 0) * num_per_rank * wire.torch.itemsize if fresh and not compressed else 0
         up = len(encode_update(Update(1, 0, adapter, 1, 1, 1, 1, 0.0, 0.0, 0.0), wire))
         broadcasts = [Broadcast(1, 0, rank, 1.0, Adapter(), part, 0, start, (1, 0)) for part in (nothing_new, news)]
-        sizes[rank] = (up, *(len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts))  # type: ignore[assignment]
+        first, later = (len(encode_broadcast(broadcast, wire)) for broadcast in broadcasts)
+        sizes[rank] = (up, first, later + beyond)
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
 
 
