@@ -6,20 +6,23 @@ import errno
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from fedloom import load_settings
+from fedloom import embedded, load_settings
 from fedloom.cli.app import exit_code
 from fedloom.cli.output import say
 from fedloom.data.partition import Partition
 from fedloom.data.templates import load_template
-from fedloom.errors import DataError, PartitionError, RunError, SettingsError
+from fedloom.errors import DataError, ModelError, PartitionError, RunError, SettingsError
+from fedloom.models.load import load_base
 from fedloom.reporting.progress import PlainProgress
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import complete_lines
@@ -162,6 +165,27 @@ def test_a_template_that_is_no_text_is_named(tmp_path: Path, content: bytes) -> 
     (tmp_path / "own.toml").write_bytes(content)
     with pytest.raises(DataError, match=r"own\.toml: expected (UTF-8 text|TOML)"):
         load_template(tmp_path / "own.toml")
+
+
+@pytest.mark.parametrize("placeholder", ["{instruction:d}", "{instruction:>999999999}", "{instruction!r}"])
+def test_a_template_asks_for_a_fields_text_and_no_more(tmp_path: Path, placeholder: str) -> None:
+    own = (resources.files("fedloom.data") / "wording" / "alpaca.toml").read_text(encoding="utf-8")
+    (tmp_path / "own.toml").write_text(own.replace("{instruction}", placeholder), encoding="utf-8")
+    with pytest.raises(DataError, match=r"own\.toml, entry \w+: expected placeholders by name only"):
+        load_template(tmp_path / "own.toml")
+
+
+@pytest.mark.parametrize("value", ["x", [1], {}, None, 1.5])
+def test_a_configuration_of_wrong_types_is_named(
+    tmp_path: Path, value: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(embedded.model_path(), base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"hidden_size": value}))
+    with pytest.raises(ModelError, match=r"config\.json is not a model's configuration"):
+        load_base(base, device="cpu")
+    assert "model.base" in refused(capsys, "describe", "demo", "--set", f"model.base={base}")
 
 
 @pytest.mark.parametrize("content", [b"\xff\n", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", b'{"round": 1\n'])

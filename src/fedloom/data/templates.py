@@ -186,9 +186,12 @@ def _checked(place: str, entries: dict[str, object], expected: dict[str, set[str
 
 def _placeholders(place: str, key: str, value: str) -> set[str]:
     try:
-        return {name for _, name, _, _ in string.Formatter().parse(value) if name is not None}
+        fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
     except ValueError as cause:
         raise DataError(f"{place}, entry {key}: {cause}; write {{{{ and }}}} for plain braces") from cause
+    if any(specification or conversion for _, _, specification, conversion in fields):
+        raise DataError(f"{place}, entry {key}: expected placeholders by name only, got a format (: or !); remove it")
+    return {name for _, name, _, _ in fields if name is not None}
 
 
 def _braced(names: set[str]) -> str:

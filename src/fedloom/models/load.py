@@ -117,6 +117,7 @@ def _resolve(name_or_path: str, revision: str | None, trust_remote_code: bool) -
 
 def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     """Return the model's configuration, checked to be a causal LM's."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -127,13 +128,19 @@ def _read_config(folder: Path, trust_remote_code: bool) -> Any:
         given = json.loads(path.read_text(encoding="utf-8"))
         kind, has_code = given.get("model_type"), trust_remote_code and "auto_map" in given
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, AttributeError, KeyError, OSError) as error:
+    except (ValueError, AttributeError, KeyError, RecursionError, OSError, StrictDataclassError) as error:
         if (refusal := own_code_refusal(error, folder)) is not None:
             raise refusal from error
-        raise ModelError(f"model.base: {path} is not a model's configuration: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model.base: {path} is not a model's configuration: {first_line(error)}") from error
     if not has_code and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(f"model.base: expected a causal language model, {folder} holds a {kind!r}")
     return config
+
+
+def first_line(error: Exception) -> str:
+    """Return the line of an error that says what is wrong: a validator's first only names the check."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "expected" in line), lines[0] if lines else type(error).__name__)
 
 
 def _check_weights(folder: Path) -> list[Path]:

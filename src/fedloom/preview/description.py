@@ -11,6 +11,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
@@ -24,6 +25,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.state import Broadcast, Update
 from fedloom.models.families import resolve_targets
+from fedloom.models.load import first_line
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.wording import written_bytes
 
@@ -149,10 +151,10 @@ def _skeleton(settings: Settings) -> Any:
         )
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         if (refusal := own_code_refusal(error, settings.model.base)) is not None:
             raise refusal from error
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise ModelError(
             f"model.base: expected a causal LM's configuration, got {settings.model.base!r}: {reason}"
         ) from error
