@@ -17,12 +17,18 @@
     └── MissingExtraError    an optional dependency that is not installed       (ImportError)
 
 A message says what was expected, what came, where, and what to do, in one line. The command line prints it
-after ``error:`` and exits with code 2; any other exception keeps its traceback.
+after ``error:`` and exits with code 2; any other exception keeps its traceback. Names and rows that a message quotes
+are other people's text: what a terminal would obey is spelt out.
 """
+
+from fedloom.wording import printable
 
 
 class FedloomError(Exception):
     """Base of every error raised on purpose."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class SettingsError(FedloomError, ValueError):

@@ -58,4 +58,5 @@ COMPARISON = FileFormat("comparison", 1, "choose another --out")
 PARTITION = FileFormat("partition", 1, "make a new partition")
 DECODED_OUTPUTS = FileFormat("file of decoded outputs", 2, "remove it to decode anew", oldest=2)
 """1: decoded from prompts tokenised otherwise than in training; not read, outputs may differ."""
-VERDICT_CACHE = FileFormat("cache of verdicts", 1, "choose another file")
+VERDICT_CACHE = FileFormat("cache of verdicts", 2, "choose another file")
+"""1: without a hash over each verdict; read, and given one. 2: with it."""

@@ -1,7 +1,8 @@
-"""Numbers in words: units, bytes and plurals, written the same way everywhere."""
+"""Numbers in words, written the same way everywhere, and foreign text made fit to print."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Literal
 
@@ -10,6 +11,16 @@ Unit = Literal["", "%", "B", "s"]
 _PICTURES = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421, 0x2028: 0x240A, 0x2029: 0x240A}
 _UNSEEN = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
 _SHOWN = _PICTURES | dict.fromkeys(_UNSEEN, 0xFFFD)
+# C0 and C1 but for tab and line end, line separators, what turns the direction of writing, and lone surrogates.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return text that no terminal takes for a command: control characters are spelt out, as in ``\\u001b``.
+
+    Names of files, rows and replies are other people's text. JSON stays the same JSON.
+    """
+    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def written(value: float, unit: Unit, digits: int = 3) -> str:

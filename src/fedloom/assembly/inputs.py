@@ -83,6 +83,7 @@ class Workshop:
                 device=model.device,
                 quantization=model.quantization,
                 revision=model.revision,
+                trust_remote_code=model.trust_remote_code,
             )
             targets = resolve_targets(base.model, model.target_modules)
             self._base, self._base_key = (base, LoRAModel(base.model, targets)), key

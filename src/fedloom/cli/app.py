@@ -1,11 +1,13 @@
 """The commands together, and what an exit code means.
 
-0 done; 2 the user's input, one line per problem after ``error:``; 130 interrupted, with the state saved. Any other
-exception is a bug and keeps its traceback.
+0 done; 2 the user's input, or what the operating system refused: one line per problem after ``error:``; 130
+interrupted, with the state saved. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
 
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -14,6 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.cli import experiments, results, scoring, shipped, showing, splitting
+from fedloom.cli.output import output_explained, say
 from fedloom.errors import FedloomError
 
 DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
@@ -65,22 +68,41 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_code(arguments: list[str]) -> int:
     """Run one command and return its exit code; without a command, show the help."""
+    if sys.stderr is None:
+        sys.stderr = io.StringIO()  # closed: there is nobody to tell anything
+    if sys.stdout is None:
+        return _refuse("standard output is closed: expected a place for the result; send it to a file or to /dev/null")
     try:
         # standalone_mode=False: typer would print its own errors and exit, with other words and another exit code.
         command = typer.main.get_command(app)
         returned = command(arguments or ["--help"], prog_name="fedloom", standalone_mode=False)
+        with output_explained():
+            sys.stdout.flush()
     except FedloomError as error:
         return _refuse(str(error))
     except typer.TyperException as error:
         return _refuse(f"{error.format_message().rstrip('.')}; see fedloom --help, or --help after the command")
+    except OSError as error:
+        return _refuse(_system_refusal(error))
     except (KeyboardInterrupt, typer.Abort):
         returned = INTERRUPTED
     if returned == INTERRUPTED:
-        print("interrupted; completed work is saved, run the same command again to resume", file=sys.stderr)
+        say("interrupted; completed work is saved, run the same command again to resume")
     return returned if isinstance(returned, int) else DONE
 
 
+def _system_refusal(error: OSError) -> str:
+    """Return one line about what the operating system refused, wherever that was."""
+    reason = (error.strerror or str(error) or type(error).__name__).lower()
+    names = [os.fsdecode(name) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+    if names:
+        return (
+            f"{' and '.join(names)}: expected a file or folder to use, got: {reason}; check its name, rights and space"
+        )
+    return f"the system refused: {reason}; mend that and run the same command again"
+
+
 def _refuse(message: str) -> int:
-    for line in message.splitlines():
-        print(f"error: {line}", file=sys.stderr)
+    for line in message.split("\n"):
+        say(f"error: {line}")
     return USER_INPUT

@@ -18,7 +18,7 @@ from fedloom.cli.options import (
     ReferenceOption,
     SetOption,
 )
-from fedloom.cli.output import print_json, print_result, say
+from fedloom.cli.output import print_json, print_line, print_result, say
 from fedloom.config import Settings
 from fedloom.config.comparison import check_methods, check_seeds, refuse_ignored
 from fedloom.config.setting import values_of
@@ -67,7 +67,7 @@ def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonO
     if as_json:
         print_json({"recipe": recipe, "valid": True, "problems": [], "settings": settings.as_dict()})
     else:
-        print(f"{recipe} is valid: {summary(settings)}")
+        print_line(f"{recipe} is valid: {summary(settings)}")
 
 
 def summary(settings: Settings) -> str:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
+
+from fedloom.errors import FedloomError
+from fedloom.wording import printable
 
 
 class Result(Protocol):
@@ -24,14 +29,41 @@ def print_result(result: Result, *, as_json: bool) -> None:
         print_json(result.as_dict())
     else:
         for line in result.lines():
-            print(line)
+            print_line(line)
 
 
 def print_json(value: object) -> None:
     """Print plain values as indented JSON."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    print_line(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_line(text: str) -> None:
+    """Print text to standard output; names, rows and replies in it do nothing to a terminal."""
+    with output_explained():
+        print(printable(text))
+
+
+@contextlib.contextmanager
+def output_explained() -> Iterator[None]:
+    """Say that standard output takes no more; a reader that has seen enough (``| head``) is no mistake.
+
+    Raises:
+        FedloomError: it is full or broken.
+    """
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        with contextlib.suppress(OSError):  # what is left there would make Python stumble at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise FedloomError(
+            f"standard output: expected a place for the result, got: {(error.strerror or str(error)).lower()}; "
+            "free space, or send it elsewhere"
+        ) from error
 
 
 def say(message: str) -> None:
     """Print a note to standard error."""
-    print(message, file=sys.stderr)
+    with contextlib.suppress(OSError):  # a full or closed log ends no run
+        print(printable(message), file=sys.stderr)

@@ -80,7 +80,7 @@ def judge(
 ) -> None:
     """Let a judge compare a result's answers with another's, or with the base's.
 
-    The key is read from the variable FEDLOOM_JUDGE_KEY, else OPENAI_API_KEY; a server on this machine may need none.
+    The key is read from the variable FEDLOOM_JUDGE_KEY; that of OPENAI_API_KEY is sent to OpenAI and this machine only.
     """
     from fedloom.evaluation.judge.endpoint import Endpoint
     from fedloom.results import judgement, opened_result
@@ -139,7 +139,9 @@ def say_decoding(name: str, done: int, total: int, seconds_left: float) -> None:
 
 
 def say_estimate(estimate: CallEstimate) -> None:
-    """Print what the judge will cost, before the first call."""
+    """Print what the judge will cost, and through which proxy, before the first call."""
+    if estimate.proxy is not None:
+        say(f"note: calls go through the proxy {estimate.proxy}; set NO_PROXY to the judge's host to go without")
     say(
         f"{estimate.num_calls} calls to make, {estimate.num_cached} verdicts cached; about {estimate.prompt_tokens:,} "
         f"prompt tokens, at most {estimate.completion_tokens_at_most:,} completion tokens"

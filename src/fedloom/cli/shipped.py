@@ -9,7 +9,7 @@ import typer
 
 from fedloom import recipes
 from fedloom.cli.options import JsonOption
-from fedloom.cli.output import print_json, say
+from fedloom.cli.output import print_json, print_line, say
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -24,14 +24,14 @@ def list_recipes(context: typer.Context, as_json: JsonOption = False) -> None:
         print_json([recipe.as_dict() for recipe in found])
         return
     for recipe in found:
-        print(recipe.name)
+        print_line(recipe.name)
         for label, text in (
             ("claims", recipe.claim),
             ("expect", recipe.expect),
             ("run", recipe.command),
             ("small", recipe.small),
         ):
-            print(f"  {label:<7} {text}")
+            print_line(f"  {label:<7} {text}")
 
 
 @app.command("copy")
@@ -44,5 +44,5 @@ def copy_recipe(
 ) -> None:
     """Copy a shipped recipe to a new file, to edit."""
     file = recipes.copy(name, to)
-    print(file)
+    print_line(str(file))
     say(f"edit it, then: fedloom validate {file}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedloom.cli.options import FreshOption, JsonOption, ReferenceOption
-from fedloom.cli.output import print_json, print_result
+from fedloom.cli.output import print_json, print_line, print_result
 from fedloom.errors import RunError
 
 REPORT = "report.html"
@@ -59,7 +59,7 @@ def report(
     if as_json:
         print_json({"report": str(file), "runs": [str(run) for run in runs]})
     else:
-        print(file)
+        print_line(str(file))
 
 
 def report_file(runs: list[Path], out: Path | None) -> Path:

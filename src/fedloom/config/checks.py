@@ -20,13 +20,27 @@ DURATIONS = ("training.local_steps", "training.local_epochs")
 ALTERNATIVES = (DURATIONS, HOLD_OUTS)
 
 DEVICE = re.compile(r"auto|cpu|mps|cuda(:\d+)?")
+LARGEST, LARGEST_POPULATION, LARGEST_SEED = 10**9, 10**6, 2**63
 COLUMN_SCHEMES = ("dirichlet", "shards", "category")
 
 
 def problems(settings: Settings) -> list[Problem]:
     """Return everything that does not fit together."""
+    if beyond := list(sizes(settings)):
+        return beyond  # other checks would count up to them
     checks = (alternatives, applicability, lists, ranks, weighting, numbers, columns, batches, suites, cuts, devices)
     return [problem for check in checks for problem in check(settings)]
+
+
+def sizes(settings: Settings) -> Iterator[Problem]:
+    """Numbers that no run could reach are refused at once; a device's own speed and memory may be any."""
+    limits = {"federation.num_clients": LARGEST_POPULATION, "run.seed": LARGEST_SEED}
+    for name, _ in every_setting():
+        value, limit = settings.value(name), limits.get(name, LARGEST)
+        numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, int | float)]
+        largest = max(map(abs, numbers), default=0)
+        if largest > limit and not name.startswith("devices."):
+            yield Problem(name, f"at most {limit:,}", f"{largest:,}", "lower it, or leave it out for its default")
 
 
 def alternatives(settings: Settings) -> Iterator[Problem]:

@@ -30,6 +30,9 @@ class Model(Table):
         "none", "Load the base quantized (extra `quantized`); the adapters stay in full precision."
     )
     revision: Name | None = setting(None, "Commit, tag or branch of a base from the hub; left out: its main branch.")
+    trust_remote_code: bool = setting(
+        False, "Run the Python code that comes with a base or tokenizer; otherwise one that needs its own is refused."
+    )
     target_modules: tuple[Name, ...] | None = setting(
         None, "Names or patterns of the adapted layers; left out: the defaults of the model's family."
     )

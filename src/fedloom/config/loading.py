@@ -46,6 +46,10 @@ def read(path: Path) -> Document:
         raise SettingsError(f"{path}: expected a recipe (a TOML file), got {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: expected UTF-8 text, got other bytes; name a TOML file") from error
+    except ValueError as error:
+        raise SettingsError(
+            f"{path}: expected the name of a recipe, got one with a NUL character; name a file"
+        ) from error
     return parse(text, str(path))
 
 
@@ -58,8 +62,9 @@ def parse(text: str, source: str) -> Document:
     kind = "JSON" if source.endswith(".json") else "TOML"
     try:
         document = json.loads(text) if kind == "JSON" else tomllib.loads(text)
-    except ValueError as error:
-        raise SettingsError(f"{source}: expected {kind}, got a syntax error: {error}; correct the file") from error
+    except (ValueError, RecursionError) as error:
+        reason = "too many brackets in one another" if isinstance(error, RecursionError) else f"a syntax error: {error}"
+        raise SettingsError(f"{source}: expected {kind}, got {reason}; correct the file") from error
     if not isinstance(document, dict):
         raise SettingsError(
             f"{source}: expected tables of settings, got {type(document).__name__}; see docs/settings.md"
@@ -149,7 +154,7 @@ def parse_value(text: str) -> Any:
         return None
     try:
         parsed = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return text
     value = parsed["value"]
     return value if len(parsed) == 1 and isinstance(value, bool | int | float | str | list | dict) else text

@@ -25,7 +25,17 @@ from fedloom.wording import either
 
 
 def _expand_home(text: str) -> str:
-    return str(Path(text).expanduser()) if text.startswith("~") else text
+    """Return a path with its ``~`` replaced.
+
+    Raises:
+        ValueError: there is no such home, or the name can be no file's.
+    """
+    if "\0" in text:
+        raise ValueError("a name holds no NUL character")
+    try:
+        return str(Path(text).expanduser()) if text.startswith("~") else text
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
 
 
 Count = Annotated[int, Ge(1)]

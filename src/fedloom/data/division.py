@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, assert_never
 
+import numpy as np
+
 from fedloom.data.partition import Partition
 from fedloom.data.schemes import by_category, by_length, by_power_law, by_size, dirichlet, iid, natural, shards
 from fedloom.data.sources import Rows
@@ -48,8 +50,22 @@ def divide(division: Division, rows: Rows, tokens: TokenSet, *, seed: int) -> Pa
     """Split ``rows`` (those that were kept, in the order of ``tokens``) as ``division`` says.
 
     Raises:
-        PartitionError: the rows cannot be split that way, or the scheme needs a column or a number of clients.
+        PartitionError: the rows cannot be split that way, a client gets fewer than ``min_rows``, or the scheme needs a
+            column or a number of clients.
     """
+    partition = _divided(division, rows, tokens, seed)
+    sizes = np.diff(partition.starts)
+    short = np.flatnonzero(sizes < division.min_rows)
+    if short.size:
+        raise PartitionError(
+            f"partition.min_rows: expected {division.min_rows} rows for every client, partition.scheme "
+            f"{division.scheme} leaves {short.size} of {len(sizes)} with fewer (client {partition.names[short[0]]}: "
+            f"{sizes[short[0]]}); lower it, lower federation.num_clients, or use more rows"
+        )
+    return partition
+
+
+def _divided(division: Division, rows: Rows, tokens: TokenSet, seed: int) -> Partition:
     if len(rows) != len(tokens):
         raise PartitionError(
             f"expected the rows that were encoded, got {len(rows)} rows and {len(tokens)} encoded ones"

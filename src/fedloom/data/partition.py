@@ -118,7 +118,7 @@ class Partition:
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as cause:
+        except (OSError, ValueError, RecursionError) as cause:
             raise PartitionError(f"{path}: expected a partition saved by fedloom, got {cause}") from cause
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         PARTITION.check(path, _number_in(found), PartitionError)
@@ -129,7 +129,7 @@ class Partition:
             )
         try:
             partition = _from_clients(document["clients"], document["how"])
-        except (KeyError, TypeError, ValueError) as cause:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as cause:
             raise PartitionError(f"{path}: {cause}") from cause
         if partition.num_rows != document.get("num_rows"):
             raise PartitionError(

@@ -127,15 +127,24 @@ def load_template(name_or_path: str | Path) -> Template:
     if name in shipped_templates():
         text = (resources.files("fedloom.data") / "wording" / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
-        text = Path(name).read_text(encoding="utf-8-sig")
+        text = _read(Path(name))
     else:
         known = ", ".join((AUTO, CHAT, *shipped_templates()))
         raise DataError(f"data.template: expected one of {known}, or a TOML file; got {name!r}")
     try:
         entries = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as cause:
+    except (tomllib.TOMLDecodeError, RecursionError) as cause:
         raise DataError(f"{name}: expected TOML, got {cause}") from cause
     return _build(name, entries)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
+    except OSError as cause:
+        raise DataError(f"{file}: expected a template that can be read, got {cause.strerror}; check it") from cause
 
 
 def default_template(shape: Shape) -> str:
@@ -177,9 +186,12 @@ def _checked(place: str, entries: dict[str, object], expected: dict[str, set[str
 
 def _placeholders(place: str, key: str, value: str) -> set[str]:
     try:
-        return {name for _, name, _, _ in string.Formatter().parse(value) if name is not None}
+        fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
     except ValueError as cause:
         raise DataError(f"{place}, entry {key}: {cause}; write {{{{ and }}}} for plain braces") from cause
+    if any(specification or conversion for _, _, specification, conversion in fields):
+        raise DataError(f"{place}, entry {key}: expected placeholders by name only, got a format (: or !); remove it")
+    return {name for _, name, _, _ in fields if name is not None}
 
 
 def _braced(names: set[str]) -> str:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import MissingExtraError, ModelError
 
 if TYPE_CHECKING:
@@ -16,14 +17,18 @@ BYTES = "bytes"
 _USUAL_ENDS_OF_TEXT = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>")
 
 
-def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(
+    name_or_path: str | Path, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or hub name; ``bytes`` is the one whose 256 ids are the bytes.
 
     A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names, else the only usual one
-    in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say what it is for).
+    in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say what it is for). Code of its own is run
+    only with ``trust_remote_code``.
 
     Raises:
-        ModelError: there is no tokenizer, it gives no character offsets, or its end of text is unknown.
+        ModelError: there is no tokenizer, it needs code that is not trusted, it gives no character offsets, or its end
+            of text is unknown.
         MissingExtraError: the folder holds only a SentencePiece model and that library is absent.
     """
     if str(name_or_path) == BYTES:
@@ -32,8 +37,12 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
 
     _check_sentencepiece(Path(name_or_path))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(name_or_path), revision=revision or "main", trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as cause:
+        if (refusal := own_code_refusal(cause, name_or_path)) is not None:
+            raise refusal from cause
         detail = (str(cause).splitlines() or ["no detail"])[0]
         raise ModelError(
             f"{name_or_path}: expected a tokenizer (tokenizer.json) in this folder or hub name, got {detail}; "

@@ -37,7 +37,7 @@ class MethodsComparison:
 
     def lines(self) -> list[str]:
         """Return the table for people."""
-        console = Console(width=150)
+        console = Console(width=150, color_system=None)
         with console.capture() as capture:
             console.print(self.table.to_rich())
         return capture.get().rstrip().splitlines()

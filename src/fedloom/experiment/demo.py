@@ -97,7 +97,7 @@ class Demonstration:
 
     def lines(self) -> list[str]:
         """Return everything for people."""
-        console = Console(width=100)
+        console = Console(width=100, color_system=None)
         with console.capture() as capture:
             console.print(self.table.to_rich())
         examples = [line for example in self.examples for line in example.lines()]

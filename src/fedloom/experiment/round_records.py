@@ -23,6 +23,8 @@ from fedloom.reporting.memory import peaks_of_round
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import Holding, holdings_document
 
+_RETRY = "the rounds before are kept: free space or mend the disk, then run the same command again"
+
 
 def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[str, Any]:
     """Return a round as plain values, units in the names."""
@@ -69,8 +71,14 @@ class UpdateKeeper:
         self._numbers: dict[int, dict[str, Any]] = {}
 
     def keep(self, update: Update) -> None:
-        """Write one upload."""
-        self._save(update.adapter, self._folder / str(update.client), self._scale_of(update.client))
+        """Write one upload.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        folder = self._folder / str(update.client)
+        with durable.explained(f"the upload of client {update.client} in {self._folder.parent}", _RETRY):
+            self._save(update.adapter, folder, self._scale_of(update.client))
         self._numbers[update.client] = numbers_of(update)
 
     def move_into(self, destination: Path, clients: Sequence[ClientRecord]) -> None:
@@ -90,7 +98,8 @@ def update_keeper(
 ) -> Iterator[UpdateKeeper]:
     """Yield a keeper whose uploads wait in the run's folder, under a name that the next start clears away."""
     waiting = durable.temporary_name(run)
-    waiting.mkdir()
+    with durable.explained(str(run), _RETRY):
+        waiting.mkdir()
     try:
         yield UpdateKeeper(waiting, save, scale_of)
     finally:

@@ -29,6 +29,7 @@ from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTr
 from fedloom.results.export import write_cards
 from fedloom.results.state_scores import evaluate_state, score_state
 from fedloom.results.suites import suite_choice_of
+from fedloom.run_folder import durable
 from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
 from fedloom.run_folder.reader import ADAPTER, missing_adapters
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
@@ -124,7 +125,8 @@ def run(
             held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.__dict__,
         )
         if not (folder.path / "partition.json").exists():
-            inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
+            with durable.explained(str(folder.path / "partition.json"), "free space, then run the same command again"):
+                inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
             ranks = dict(enumerate(placed.client_ranks)) if settings.traits.is_trained else {}
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fedloom import embedded
+from fedloom.data.own_code import own_code_refusal
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import MissingExtraError, ModelError
 
@@ -32,6 +33,7 @@ _DTYPES: dict[str, torch.dtype | str] = {
 _QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
 _SNAPSHOT = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+_CODE = ["*.py"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,16 +60,18 @@ def load_base(
     device: str = "auto",
     quantization: Quantization = "none",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Base:
     """Load a causal LM, frozen and in evaluation mode: a folder, a hub name, or ``embedded``, the package's own.
 
     Weights are read from safetensors only. ``tokenizer`` is a folder, a hub name or ``bytes``; None takes the base's
     own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first available of cuda, mps, cpu. With
     ``quantization`` the linear layers are held in 4 or 8 bits and ``dtype`` is that of the activations.
+    Python code that comes with a base or tokenizer is run only with ``trust_remote_code``; nothing is ever asked.
 
     Raises:
         ModelError: if there is no such model, dtype or quantization, it is incomplete or corrupt, it is not a causal
-            LM, or it has no tokenizer.
+            LM, it has no tokenizer, or it needs code of its own that is not trusted.
         MissingExtraError: if ``quantization`` is asked for without bitsandbytes.
     """
     if dtype not in _DTYPES or quantization not in _QUANTIZATIONS:
@@ -75,12 +79,12 @@ def load_base(
             f"load_base: expected dtype {', '.join(_DTYPES)} and quantization {', '.join(_QUANTIZATIONS)}, got "
             f"{dtype!r} and {quantization!r}; name one of each"
         )
-    folder = _resolve(str(embedded.base_path(name_or_path)), revision)
-    config = _read_config(folder)
+    folder = _resolve(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
+    config = _read_config(folder, trust_remote_code)
     weights = _check_weights(folder)
     place = _choose_device(device)
-    loaded = _load_tokenizer(folder, tokenizer)
-    model = _load_model(folder, config, _DTYPES[dtype], place, quantization)
+    loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
+    model = _load_model(folder, config, _DTYPES[dtype], place, quantization, trust_remote_code)
     if len(loaded) > model.config.get_text_config().vocab_size:
         raise ModelError(
             f"model.tokenizer: expected at most {model.config.vocab_size} tokens, the vocabulary of {name_or_path}, "
@@ -91,7 +95,7 @@ def load_base(
     return Base(model, loaded, str(name_or_path), digest, model.dtype, place)
 
 
-def _resolve(name_or_path: str, revision: str | None) -> Path:
+def _resolve(name_or_path: str, revision: str | None, trust_remote_code: bool) -> Path:
     """Return the folder of a base, fetching a hub name's snapshot if it is not cached."""
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
@@ -105,7 +109,8 @@ def _resolve(name_or_path: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=_SNAPSHOT))
+        wanted = [*_SNAPSHOT, *(_CODE if trust_remote_code else ())]
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
@@ -114,8 +119,9 @@ def _resolve(name_or_path: str, revision: str | None) -> Path:
         ) from error
 
 
-def _read_config(folder: Path) -> Any:
+def _read_config(folder: Path, trust_remote_code: bool) -> Any:
     """Return the model's configuration, checked to be a causal LM's."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -125,18 +131,26 @@ def _read_config(folder: Path) -> Any:
             f"model.base: expected a Hugging Face folder with config.json, found none in {folder}; check the path"
         )
     try:
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, AttributeError, KeyError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        given = json.loads(path.read_text(encoding="utf-8"))
+        kind, has_code = given.get("model_type"), trust_remote_code and "auto_map" in given
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, AttributeError, KeyError, RecursionError, OSError, StrictDataclassError) as error:
+        if (refusal := own_code_refusal(error, folder)) is not None:
+            raise refusal from error
         raise ModelError(
-            f"model.base: {path} is not a model's configuration: {reason}; fetch the model again"
+            f"model.base: {path} is not a model's configuration: {first_line(error)}; fetch the model again"
         ) from error
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if not has_code and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise ModelError(
             f"model.base: expected a causal language model, {folder} holds a {kind!r}; choose another base"
         )
     return config
+
+
+def first_line(error: Exception) -> str:
+    """Return the line of an error that says what is wrong: a validator's first only names the check."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "expected" in line), lines[0] if lines else type(error).__name__)
 
 
 def _check_weights(folder: Path) -> list[Path]:
@@ -180,17 +194,22 @@ def _choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def _load_tokenizer(folder: Path, tokenizer: str | Path | None) -> Any:
+def _load_tokenizer(folder: Path, tokenizer: str | Path | None, trust_remote_code: bool) -> Any:
     if tokenizer is None and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise ModelError(
             f"model.base: {folder} has no tokenizer; set model.tokenizer to a folder or hub name, or to 'bytes' if its "
             "token ids are bytes"
         )
-    return load_tokenizer(folder if tokenizer is None else tokenizer)
+    return load_tokenizer(folder if tokenizer is None else tokenizer, trust_remote_code=trust_remote_code)
 
 
 def _load_model(
-    folder: Path, config: Any, dtype: torch.dtype | str, device: torch.device, quantization: Quantization
+    folder: Path,
+    config: Any,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    quantization: Quantization,
+    trust_remote_code: bool,
 ) -> Any:
     """Read the weights into the model, all of them.
 
@@ -204,9 +223,18 @@ def _load_model(
     try:
         with _bars_on_terminals_only():
             model, report = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, use_safetensors=True, output_loading_info=True, **placed, **extra
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+                **placed,
+                **extra,
             )
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        if (refusal := own_code_refusal(error, folder)) is not None:
+            raise refusal from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; fetch the model again") from error
     if report["missing_keys"]:

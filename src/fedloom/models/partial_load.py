@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
 
@@ -28,36 +29,45 @@ class PartialBase:
     loaded_bytes: int
 
 
-def load_bottom(folder: str | Path, cut_layer: int, *, dtype: torch.dtype = torch.float32) -> PartialBase:
+def load_bottom(
+    folder: str | Path, cut_layer: int, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PartialBase:
     """Load the embeddings and the blocks before ``cut_layer``: what a client holds.
 
     Raises:
         CutError: if the model cannot be cut there.
-        ModelError: if a tensor of this part is not in the folder.
+        ModelError: if a tensor of this part is not in the folder, or the model needs code that is not trusted.
     """
-    return _load(folder, 0, cut_layer, dtype)
+    return _load(folder, 0, cut_layer, dtype, trust_remote_code)
 
 
-def load_middle(folder: str | Path, start: int, stop: int, *, dtype: torch.dtype = torch.float32) -> PartialBase:
+def load_middle(
+    folder: str | Path, start: int, stop: int, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PartialBase:
     """Load blocks ``start`` to ``stop`` only: what the server of a U-shape holds."""
-    return _load(folder, start, stop, dtype)
+    return _load(folder, start, stop, dtype, trust_remote_code)
 
 
-def load_top(folder: str | Path, start: int, *, dtype: torch.dtype = torch.float32) -> PartialBase:
+def load_top(
+    folder: str | Path, start: int, *, dtype: torch.dtype = torch.float32, trust_remote_code: bool = False
+) -> PartialBase:
     """Load the blocks from ``start``, the final norm and the head: a server's part, or a client's tail in a U-shape."""
-    return _load(folder, start, None, dtype)
+    return _load(folder, start, None, dtype, trust_remote_code)
 
 
-def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype) -> PartialBase:
+def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype, trust_remote_code: bool) -> PartialBase:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}; check the path")
-    config = AutoConfig.from_pretrained(path)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise own_code_refusal(error, path) or error from None
     depth = num_blocks(model)
     _check_part(start, stop, depth)
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})

@@ -176,7 +176,10 @@ def sampled_work(settings: Settings) -> tuple[int, Work]:
     chosen = np.sort(stream(settings.run.seed, "describe").permutation(len(rows))[:SAMPLED_ROWS])
     tokens = encode(
         read_records(rows.select(chosen), data.shape, data.columns),
-        load_tokenizer(settings.model.tokenizer or embedded.base_path(settings.model.base)),
+        load_tokenizer(
+            settings.model.tokenizer or embedded.base_path(settings.model.base),
+            trust_remote_code=settings.model.trust_remote_code,
+        ),
         template=data.template or AUTO,
         max_length=data.max_length,
         loss_on=data.loss_on,

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from statistics import fmean
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
@@ -17,6 +20,7 @@ from fedloom.assembly.round_plan import strategy_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
+from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.messages import encode_broadcast, encode_update
@@ -26,6 +30,7 @@ from fedloom.lora.pair import BOTH, Adapter, Pair
 from fedloom.methods.state import Broadcast, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.models.families import resolve_targets
+from fedloom.models.load import first_line
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.training.stats import TrainingStats
 from fedloom.wording import written_bytes
@@ -34,6 +39,10 @@ _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
 TRAINING_BYTES = 16
 """Per trained number: fp32 factor, gradient, and AdamW's two moments."""
+MEASURED_NUMBERS = 2**26
+"""Numbers in a message that is written to be measured."""
+LISTED_CLIENTS = 100
+"""Clients that have a line each."""
 ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 """Widths that a block keeps for its backward pass without attention matrices, an estimate."""
 
@@ -82,11 +91,15 @@ class Description:
             f"{'client':>{width}}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}"
             f"  {'later down':>12}",
         ]
-        for k, trained in enumerate(self.num_trained_parameters):
-            rank = self.client_ranks[k]
-            sizes = (self.upload_bytes[k], self.first_download_bytes[k], self.download_bytes[k])
-            up, first, down = (written_bytes(size) if size else "–" for size in sizes)
-            lines.append(f"{clients[k]:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
+        sizes = (self.upload_bytes, self.first_download_bytes, self.download_bytes)
+        rows = enumerate(zip(self.client_ranks, self.num_trained_parameters, *sizes, strict=True))
+        # Of a population too large for a line each, neighbours of the same sizes share one.
+        alike = groupby(rows, key=itemgetter(1) if len(self.num_trained_parameters) > LISTED_CLIENTS else None)
+        for _, neighbours in alike:
+            (k, (rank, trained, *of_messages)), *others = neighbours
+            up, first, down = (written_bytes(size) if size else "–" for size in of_messages)
+            name = f"{clients[k]}–{clients[others[-1][0]]}" if others else clients[k]
+            lines.append(f"{name:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
             lines.append("which client has which of the named values is known once the rows are read")
         if any(self.upload_bytes):
@@ -124,9 +137,10 @@ def describe(settings: Settings) -> Description:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
     ranks = settings.client_ranks
-    for rank in ranks:
+    for rank in set(ranks):
         check_rank(lora.shapes, rank)
-    trained = tuple(rank * sum(sum(shape) for shape in lora.shapes.values()) for rank in ranks)
+    num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
+    trained = tuple(rank * num_per_rank for rank in ranks)
     up, first, down = _messages(settings, lora, ranks)
     return Description(
         settings=written.as_dict(),
@@ -149,12 +163,16 @@ def _skeleton(settings: Settings) -> Any:
     """Return the base with its shapes and without its numbers."""
     try:
         config = AutoConfig.from_pretrained(
-            str(embedded.base_path(settings.model.base)), revision=settings.model.revision
+            str(embedded.base_path(settings.model.base)),
+            revision=settings.model.revision,
+            trust_remote_code=settings.model.trust_remote_code,
         )
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
+    except (OSError, ValueError, StrictDataclassError) as error:
+        if (refusal := own_code_refusal(error, settings.model.base)) is not None:
+            raise refusal from error
+        reason = first_line(error)
         raise ModelError(
             f"model.base: expected a causal LM's configuration, got {settings.model.base!r}: {reason}"
         ) from error
@@ -173,7 +191,9 @@ def _messages(
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
     strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
     state, works = ServerState(start=_zeros(lora, max(ranks))), [strategy.client.work(round) for round in (1, 2)]
-    later = News(1, 2, (_addition(settings, lora, ranks),)) if settings.traits.grows_side else News(1, 2)
+    num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
+    parts, beyond = _addition(settings, lora, ranks, num_per_rank)
+    later = News(1, 2, parts)
     for client, rank in enumerate(ranks):
         if rank in sizes:
             continue
@@ -184,16 +204,27 @@ def _messages(
         first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
         others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
-        sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down))
+        sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
 
 
-def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> Adapter:
-    """Return what a round adds to the side: the cohort's stack, and the mean beside it where a start is averaged."""
+def _addition(
+    settings: Settings, lora: LoRAModel, ranks: tuple[int, ...], num_per_rank: int
+) -> tuple[tuple[Adapter, ...], int]:
+    """Return what a round adds to the side, and bytes beyond it where only a part of a large stack is measured.
+
+    That is the cohort's stack, and the mean beside it where a start is averaged.
+    """
+    if not settings.traits.grows_side:
+        return (), 0
     stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
-    if settings.traits.starts_fresh:
-        return _zeros(lora, stacked, fitted=settings.method.broadcast == "compressed")
-    return _zeros(lora, stacked + max(ranks), fitted=True)
+    if not settings.traits.starts_fresh:
+        return (_zeros(lora, stacked + max(ranks), fitted=True),), 0
+    if settings.method.broadcast == "compressed":
+        return (_zeros(lora, stacked, fitted=True),), 0
+    measured = min(stacked, max(1, MEASURED_NUMBERS // num_per_rank))
+    beyond = (stacked - measured) * num_per_rank * WireDtype(settings.wire.dtype).torch.itemsize
+    return (_zeros(lora, measured),), beyond
 
 
 def _zeros(lora: LoRAModel, rank: int, *, fitted: bool = False) -> Adapter:

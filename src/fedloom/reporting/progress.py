@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ from rich.progress import Progress as RichProgress
 from rich.text import Text
 
 from fedloom.reporting.metrics import was_left_out
-from fedloom.wording import counted, written_bytes
+from fedloom.wording import counted, printable, written_bytes
 
 SECONDS_BETWEEN_NOTES = 10.0
 
@@ -120,7 +121,8 @@ class PlainProgress(SilentProgress):
     def note(self, message: str) -> None:
         """Print one line."""
         self._last_note = self._clock()
-        print(message, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a full or closed log ends no run
+            print(printable(message), file=self._stream, flush=True)
 
 
 class LiveProgress(SilentProgress):
@@ -182,11 +184,11 @@ class LiveProgress(SilentProgress):
 
     def scored(self, what: str, done: int, total: int, seconds_left: float) -> None:
         """Show the bar of items while some are left."""
-        self._bars.update(self._items, completed=done, total=total, detail=what, visible=done < total)
+        self._bars.update(self._items, completed=done, total=total, detail=printable(what), visible=done < total)
 
     def note(self, message: str) -> None:
         """Print one line above the bars."""
-        self._bars.console.print(message, markup=False, highlight=False)
+        self._bars.console.print(printable(message), markup=False, highlight=False)
 
 
 class TimeLeftColumn(ProgressColumn):

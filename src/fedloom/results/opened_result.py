@@ -6,6 +6,7 @@ replaced by another location. The weights of the base never change: an adapter i
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from fedloom import config
 from fedloom.assembly.round_state import read_round, standing_of
 from fedloom.config import Settings
+from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
@@ -134,6 +136,9 @@ def load_base_of(
 ) -> Base:
     """Load the base of a result; ``changes`` override the run's dtype and quantization.
 
+    A folder may be a stranger's, so nothing in it can allow the base's own code: only the environment does, by
+    FEDLOOM_TRUST_REMOTE_CODE.
+
     Raises:
         ModelError: it cannot be loaded, or has another hash than the one that the run trained on.
     """
@@ -141,6 +146,7 @@ def load_base_of(
     if name is None:
         raise ModelError(f"{found.path}: the adapter does not name its base; give it with --base FOLDER_OR_HUB_NAME")
     options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": "auto", "device": device or "auto"}
+    options["trust_remote_code"] = bool(os.environ.get(TRUST_VARIABLE))
     if found.settings is not None:
         model = found.settings.model
         options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}

@@ -100,9 +100,10 @@ def lock(path: Path) -> int:
     """Hold the folder ``path`` for this process and return the descriptor; the lock ends with the process.
 
     Raises:
-        RunError: another process holds it.
+        RunError: another process holds it, or the lock or an entry of the run is a link to something else.
     """
-    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    _refuse_links(path)
+    descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -112,6 +113,23 @@ def lock(path: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
+
+
+def _refuse_links(path: Path) -> None:
+    """Check that nothing of the run is a link: what is written there would change what the link leads to.
+
+    Raises:
+        RunError: an entry is one, or the lock is another name of some file, or no file at all.
+    """
+    for name in (LOCK, *ENTRIES):
+        entry = path / name
+        if entry.is_symlink():
+            raise RunError(
+                f"{entry} is a link: expected a run's own file or folder; remove it or choose another folder"
+            )
+    lock = path / LOCK
+    if lock.exists() and (not lock.is_file() or lock.stat().st_nlink > 1):
+        raise RunError(f"{lock} is no file of its own: expected a run's lock; remove it or choose another folder")
 
 
 def recover(path: Path) -> None:
@@ -230,7 +248,7 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")[:-1]
     try:
         return [json.loads(line) for line in lines]
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(
             f"{path} is damaged: expected one JSON record per line, got {error}; restore the file"
         ) from error

@@ -11,6 +11,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ from fedloom.errors import FedloomError, RunError
 TEMPORARY = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENAMETOOLONG, errno.ENOTDIR, errno.EEXIST}
+_REFUSED |= {errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def temporary_name(parent: Path) -> Path:
@@ -56,13 +59,17 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        RunError: the file is absent or is not JSON.
+        RunError: the file is absent, cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(f"{path} is missing: expected a JSON file of a fedloom run") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise RunError(
+            f"{path}: expected a file that can be read, got {error.strerror or error}; restore it or start over"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path} is damaged: expected JSON, got {error}; restore the file or start over") from error
 
 
@@ -151,8 +158,8 @@ def explained(what: str, remedy: str) -> Iterator[None]:
 
 def _disk_reason(error: Exception) -> str | None:
     """Return why the disk refused, or None for any other error. Rust writers pass the cause on as text only."""
-    if "os error 28" in str(error) or getattr(error, "errno", None) in _FULL:
+    in_text = _RUST_ERROR.search(str(error))
+    number = int(in_text[1]) if in_text else error.errno if isinstance(error, OSError) else None
+    if number in _FULL:
         return "the disk is full"
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        return (error.strerror or str(error)).lower()
-    return None
+    return os.strerror(number).lower() if number in _REFUSED and number is not None else None

@@ -17,12 +17,13 @@ _CHARACTERS_PER_TOKEN = 4  # a usual figure for English; only the estimate befor
 
 @dataclass(frozen=True)
 class CallEstimate:
-    """What a run will ask for: calls beyond the cached ones, and about how many tokens they hold."""
+    """What a run will ask for: calls beyond the cached ones, about how many tokens they hold, and any proxy between."""
 
     num_calls: int
     num_cached: int
     prompt_tokens: int
     completion_tokens_at_most: int
+    proxy: str | None = None
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def ask_all(
         todo = {key: messages for key, messages in zip(keys, asked, strict=True) if key not in replies}
         num_cached = len(asked) - len(todo)
         if on_estimate is not None:
-            on_estimate(_estimate(list(todo.values()), num_cached, judging))
+            on_estimate(_estimate(endpoint, list(todo.values()), num_cached, judging))
         fresh = _ask_judge(endpoint, todo, num_scores, cache, judging, on_progress)
     replies |= fresh
     verdicts = [parse_scores(replies[key][-1].text, num_scores) for key in keys]
@@ -153,6 +154,9 @@ def _key(endpoint: Endpoint, messages: list[Message], num_scores: int, judging: 
     )
 
 
-def _estimate(todo: Sequence[list[Message]], num_cached: int, judging: Judging) -> CallEstimate:
+def _estimate(endpoint: Endpoint, todo: Sequence[list[Message]], num_cached: int, judging: Judging) -> CallEstimate:
     characters = sum(len(message["content"]) for messages in todo for message in messages)
-    return CallEstimate(len(todo), num_cached, characters // _CHARACTERS_PER_TOKEN, len(todo) * judging.max_tokens)
+    most_tokens = len(todo) * judging.max_tokens
+    return CallEstimate(
+        len(todo), num_cached, characters // _CHARACTERS_PER_TOKEN, most_tokens, endpoint.proxy_name if todo else None
+    )

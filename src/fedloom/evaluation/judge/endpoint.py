@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from fedloom.errors import EndpointError
+from fedloom.evaluation.judge.judge_key import (
+    OPENAI_VARIABLE,
+    OWN_VARIABLE,
+    authorization,
+    is_this_machine,
+    key_variable,
+    shown,
+    without_keys,
+)
+from fedloom.evaluation.judge.proxies import proxy_for
 
-KEY_VARIABLES = ("FEDLOOM_JUDGE_KEY", "OPENAI_API_KEY")
+if TYPE_CHECKING:
+    from fedloom.evaluation.judge.exchange import Answer
+
+MAX_ANSWER_BYTES = 2**20
 Message = dict[str, str]  # role, content
 
 
@@ -35,9 +44,9 @@ class Reply:
 class Endpoint:
     """A server and the model asked there. The key is read from the environment at each call and kept nowhere.
 
-    A call is tried ``attempts`` times: after a refused connection, a time-out, HTTP 408, 409, 429 or 5xx, or an answer
-    that is none. Waits double from ``first_wait_seconds``; a ``Retry-After`` of the server is obeyed, up to
-    ``longest_wait_seconds``.
+    A call is tried ``attempts`` times: after a refused connection, HTTP 408, 409, 429 or 5xx, an answer that is none,
+    is larger than ``max_answer_bytes`` or is not whole within ``timeout_seconds``. Waits double from
+    ``first_wait_seconds``; a ``Retry-After`` of the server is obeyed, up to ``longest_wait_seconds``.
     """
 
     url: str
@@ -46,6 +55,7 @@ class Endpoint:
     attempts: int = 6
     first_wait_seconds: float = 1.0
     longest_wait_seconds: float = 120.0
+    max_answer_bytes: int = MAX_ANSWER_BYTES
     sleep: Callable[[float], None] = field(default=time.sleep, repr=False, compare=False)
 
     @property
@@ -54,6 +64,16 @@ class Endpoint:
         url = self.url.rstrip("/")
         return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
 
+    @property
+    def proxy_name(self) -> str | None:
+        """Return the proxy that calls go through, without its password, or None.
+
+        Raises:
+            EndpointError: the environment sets a proxy that none can go through.
+        """
+        proxy = proxy_for(self.address)
+        return proxy.name if proxy else None
+
     def chat(self, messages: Sequence[Message], *, temperature: float = 0.0, max_tokens: int = 1024) -> Reply:
         """Send a conversation and return the reply.
 
@@ -61,12 +81,14 @@ class Endpoint:
             EndpointError: the server refuses the key or the request; or it was down, slow, busy or talked nonsense in
                 all attempts.
         """
+        from fedloom.evaluation.judge.exchange import PassingTroubleError
+
+        self.check()
         body = {"model": self.model, "messages": list(messages), "temperature": temperature, "max_tokens": max_tokens}
-        request = self._request(json.dumps(body).encode())
         for attempt in range(self.attempts):
             try:
-                return self._ask(request)
-            except _Passing as trouble:
+                return self._ask(json.dumps(body).encode())
+            except PassingTroubleError as trouble:
                 if attempt + 1 == self.attempts:
                     raise EndpointError(f"{self.address}: {trouble}, {self.attempts} times: {trouble.advice}") from None
                 self.sleep(min(self.longest_wait_seconds, trouble.wait or self.first_wait_seconds * 2**attempt))
@@ -76,89 +98,98 @@ class Endpoint:
         """Raise, without a call, where none could be made.
 
         Raises:
-            EndpointError: the address is none of a web server, or the key would go there unencrypted.
+            EndpointError: the address is none of a web server, holds a password, or would get the key unencrypted; the
+                key or the proxy of the environment cannot be used.
         """
-        parts = urlsplit(self.address)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise EndpointError(f"expected an endpoint like https://host/v1, got {self.url!r}; correct it")
-        if (variable := key_variable()) and parts.scheme == "http" and not _is_this_machine(parts.hostname):
+        import httpx2
+
+        try:
+            parts = urlsplit(self.address)
+            is_address = parts.scheme in {"http", "https"} and bool(httpx2.URL(self.address).host)
+            is_address = is_address and parts.port != 0
+        except (ValueError, UnicodeError, httpx2.InvalidURL):
+            raise self._no_address() from None
+        if "@" in parts.netloc:
+            raise EndpointError(
+                f"the endpoint at {parts.hostname}: expected no user or password in the address, got one; "
+                f"set {OWN_VARIABLE} instead"
+            )
+        if not is_address:
+            raise self._no_address()
+        if (variable := key_variable(self._host)) and parts.scheme == "http" and not is_this_machine(self._host):
             raise EndpointError(
                 f"{self.address} is not encrypted and would lay open the key of {variable}: use https, or unset it"
             )
+        authorization(self._host)
+        proxy_for(self.address)
 
-    def _request(self, body: bytes) -> urllib.request.Request:
-        self.check()
-        headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if (variable := key_variable()) is not None:
-            headers["Authorization"] = f"Bearer {os.environ[variable]}"
-        return urllib.request.Request(self.address, data=body, headers=headers, method="POST")
+    @property
+    def _host(self) -> str:
+        return urlsplit(self.address).hostname or ""
 
-    def _ask(self, request: urllib.request.Request) -> Reply:
+    def _no_address(self) -> EndpointError:
+        return EndpointError(f"expected an endpoint like https://host/v1, got {self.url!r}; correct it")
+
+    def _ask(self, body: bytes) -> Reply:
+        from fedloom.evaluation.judge.exchange import Limits, PassingTroubleError, post
+
+        headers = {"Content-Type": "application/json", "Accept": "application/json", "Accept-Encoding": "identity"}
+        headers |= authorization(self._host)
+        limits = Limits(self.timeout_seconds, self.max_answer_bytes)
+        answer = post(self.address, body, headers, proxy_for(self.address), limits)
+        if not 200 <= answer.status < 300:
+            raise self._refusal(answer)
         try:
-            with _OPENER.open(request, timeout=self.timeout_seconds) as response:
-                return _reply(response.read())
-        except urllib.error.HTTPError as error:
-            raise self._refusal(error) from None
-        except TimeoutError:
-            raise _Passing(f"no answer within {self.timeout_seconds:g} s", "raise the time-out") from None
-        except (urllib.error.URLError, HTTPException, OSError) as error:
-            reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise _Passing(f"no answer within {self.timeout_seconds:g} s", "raise the time-out") from None
-            raise _Passing(f"cannot be reached ({reason})", "is the server up, and the address right?") from None
+            return _reply(answer.body)
+        except _NotAReplyError:
+            start = shown(answer.body.decode("utf-8", "replace"), 80)
+            raise PassingTroubleError(
+                f"no chat reply in its answer ({start!r})", "does it speak OpenAI's chat protocol?"
+            ) from None
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    def _refusal(self, answer: Answer) -> Exception:
         """Return what an HTTP status means: worth another try, or final."""
-        detail = _scrubbed(error.read(500).decode("utf-8", "replace"))
-        if error.code in {401, 403}:
-            variable = key_variable()
-            origin = f"the key of {variable}" if variable else f"calls without a key: set {KEY_VARIABLES[0]}"
-            return EndpointError(f"{self.address} refuses {origin} (HTTP {error.code}): {detail}")
-        if error.code in {408, 409, 429} or error.code >= 500:
-            wait = _retry_after(error.headers.get("Retry-After"))
-            return _Passing(f"HTTP {error.code} ({detail})", "try later, or lower the concurrency", wait)
-        return EndpointError(f"{self.address} refuses the request for {self.model!r} (HTTP {error.code}): {detail}")
+        from fedloom.evaluation.judge.exchange import PassingTroubleError
+
+        status, detail = answer.status, shown(answer.body.decode("utf-8", "replace"), 300)
+        if status in {401, 403}:
+            variable = key_variable(self._host)
+            unsent = f"; {OPENAI_VARIABLE} is sent to OpenAI only" if os.environ.get(OPENAI_VARIABLE) else ""
+            origin = f"the key of {variable}" if variable else f"calls without a key: set {OWN_VARIABLE}{unsent}"
+            return EndpointError(f"{self.address} refuses {origin} (HTTP {status}): {detail}")
+        if status in {408, 409, 429} or status >= 500:
+            wait = _retry_after(answer.headers.get("Retry-After"))
+            return PassingTroubleError(f"HTTP {status} ({detail})", "try later, or lower the concurrency", wait)
+        if 300 <= status < 400:
+            target = shown(answer.headers.get("Location", "nowhere"), 200)
+            detail = f"it redirects to {target}, and no call follows, since it would carry the key there"
+        return EndpointError(f"{self.address} refuses the request for {self.model!r} (HTTP {status}): {detail}")
 
 
-def key_variable() -> str | None:
-    """Return the name of the environment variable that holds the key, if one does."""
-    return next((name for name in KEY_VARIABLES if os.environ.get(name)), None)
-
-
-class _Passing(Exception):  # noqa: N818
-    """Trouble that another try may not have."""
-
-    def __init__(self, what: str, advice: str, wait: float | None = None) -> None:
-        super().__init__(what)
-        self.advice = advice
-        self.wait = wait
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """Follow nobody: a redirect would carry the key to another host."""
-
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
+class _NotAReplyError(ValueError):
+    """An answer that is no chat completion."""
 
 
 def _reply(content: bytes) -> Reply:
+    """Read a chat completion: its text, without any key, and its counts of tokens.
+
+    Raises:
+        _NotAReplyError: it is none.
+    """
     try:
         answer = json.loads(content)
         text = answer["choices"][0]["message"]["content"]
         usage = answer.get("usage") or {}
-        return Reply(_text(text), int(usage.get("prompt_tokens") or 0), int(usage.get("completion_tokens") or 0))
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        start = _scrubbed(content[:80].decode("utf-8", "replace"))
-        raise _Passing(f"no chat reply in its answer ({start!r})", "does it speak OpenAI's chat protocol?") from None
+        counts = [usage.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
+        raise _NotAReplyError from error
+    if not isinstance(text, str) or not all(_is_count(count) for count in counts):
+        raise _NotAReplyError
+    return Reply(without_keys(text.encode("utf-8", "replace").decode()), *counts)
 
 
-def _text(content: Any) -> str:
-    if not isinstance(content, str):
-        raise TypeError("the message has no text")
-    return content
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**53
 
 
 def _retry_after(value: str | None) -> float | None:
@@ -171,20 +202,5 @@ def _retry_after(value: str | None) -> float | None:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         return None
-
-
-def _scrubbed(text: str) -> str:
-    """Return one line of text without any key: some servers repeat it in their refusals."""
-    for variable in KEY_VARIABLES:
-        if key := os.environ.get(variable):
-            text = text.replace(key, "…")
-    return " ".join(text.split())
-
-
-def _is_this_machine(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from string import Formatter
 
 from fedloom.data.json_rows import read_json_lines
 from fedloom.errors import EvaluationError
@@ -23,12 +24,18 @@ class JudgePrompt:
         """Return the conversation to send; braces in the fields stay as they are.
 
         Raises:
-            EvaluationError: the template asks for a field there is no value for.
+            EvaluationError: the template asks for a field there is no value for, or for more than a field's text.
         """
         try:
-            content = self.template.format(**fields)
-        except (KeyError, IndexError, ValueError) as error:
-            raise EvaluationError(f"the judge's template asks for {error}, known are {sorted(fields)}") from error
+            parts = list(Formatter().parse(self.template))
+        except ValueError as error:
+            raise EvaluationError(f"the judge's template cannot be read ({error}): double every other brace") from error
+        content = ""
+        for text, name, specification, conversion in parts:
+            if name is not None and (name not in fields or specification or conversion):
+                asked = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
+                raise EvaluationError(f"the judge's template asks for {asked!r}, known are {sorted(fields)}")
+            content += text + (fields[name] if name is not None else "")
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": content}]
 
@@ -85,11 +92,13 @@ def read_prompts(file: Path) -> Mapping[str, JudgePrompt]:
         raise EvaluationError(f"no judge prompts at {file}: expected JSON lines with name and prompt_template")
     prompts = dict(OWN_PROMPTS)
     for number, row in read_json_lines(file):
-        if not {"name", "prompt_template"} <= row.keys():
+        name, template, system = row.get("name"), row.get("prompt_template"), row.get("system_prompt") or ""
+        if not isinstance(name, str) or not isinstance(template, str) or not isinstance(system, str):
             raise EvaluationError(
-                f"{file} line {number}: expected the keys name and prompt_template, got {', '.join(row)}; add them"
+                f"{file} line {number}: expected the keys name and prompt_template as texts, got {', '.join(row)}; "
+                "add or correct them"
             )
-        prompts[row["name"]] = JudgePrompt(row.get("system_prompt") or "", row["prompt_template"])
+        prompts[name] = JudgePrompt(system, template)
     return prompts
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from fedloom.data.json_rows import read_json_lines
 from fedloom.data.token_rows import PromptTokens
@@ -32,10 +32,8 @@ def read_judge_questions(file: Path) -> list[JudgeQuestion]:
     Raises:
         EvaluationError: the file is absent or empty, a line is no question, or an id comes twice.
     """
-    questions = [
-        JudgeQuestion(str(row["question_id"]), tuple(row.get("turns") or [row["text"]]), str(row.get("category", "")))
-        for row in _rows(file, "questions", {"question_id"}, ({"turns"}, {"text"}))
-    ]
+    rows = _rows(file, "questions", {"question_id"}, ({"turns"}, {"text"}))
+    questions = [_question(f"{file}, line {number}", row) for number, row in rows]
     if len({question.id for question in questions}) < len(questions):
         raise EvaluationError(f"{file}: two questions have one question_id")
     return questions
@@ -48,7 +46,7 @@ def read_answers(file: Path) -> dict[str, tuple[str, ...]]:
         EvaluationError: the file is absent or empty, or a line is no answer.
     """
     rows = _rows(file, "answers", {"question_id"}, ({"choices"}, {"text"}))
-    return {str(row["question_id"]): _turns(row, file) for row in rows}
+    return {_id(f"{file}, line {number}", row): _answers(f"{file}, line {number}", row) for number, row in rows}
 
 
 def write_answers(file: Path, answers: Answers, model_id: str) -> None:
@@ -114,7 +112,8 @@ def check_answers(questions: Sequence[JudgeQuestion], answers: Answers, whose: s
             )
 
 
-def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]]) -> list[dict[str, Any]]:
+def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]]) -> list[tuple[int, dict[str, Any]]]:
+    """Return the objects of a file of JSON lines, each with the number of its line."""
     if not file.is_file():
         raise EvaluationError(f"no {what} at {file}: check the path")
     rows = []
@@ -125,15 +124,38 @@ def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]])
                 f"{file} line {number}: expected the keys {', '.join(sorted(required))} and {alternatives}, "
                 f"got {', '.join(row)}; add what is missing"
             )
-        rows.append(row)
+        rows.append((number, row))
     if not rows:
         raise EvaluationError(f"{file} holds no {what}")
     return rows
 
 
-def _turns(row: Mapping[str, Any], file: Path) -> tuple[str, ...]:
+def _question(where: str, row: Mapping[str, Any]) -> JudgeQuestion:
+    turns = row["turns"] if row.get("turns") is not None or "text" not in row else [row["text"]]
+    category = "" if row.get("category") is None else row["category"]
+    if not _are_texts(turns) or not all(turn.strip() for turn in turns):
+        raise EvaluationError(f"{where}: expected turns, a list of one or more texts that are not empty")
+    if not isinstance(category, str):
+        raise EvaluationError(f"{where}: expected text for category, got {type(category).__name__}")
+    return JudgeQuestion(_id(where, row), tuple(turns), category)
+
+
+def _answers(where: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     try:
         turns = row["choices"][0]["turns"] if "choices" in row else [row["text"]]
-        return tuple(map(str, turns))
-    except (KeyError, IndexError, TypeError) as error:
-        raise EvaluationError(f"{file}: question {row['question_id']} has no choices[0].turns") from error
+    except (KeyError, IndexError, TypeError):
+        turns = None
+    if not _are_texts(turns):
+        raise EvaluationError(f"{where}: expected choices[0].turns, a list of one or more texts, or text")
+    return tuple(turns)
+
+
+def _id(where: str, row: Mapping[str, Any]) -> str:
+    found = row["question_id"]
+    if isinstance(found, bool) or not isinstance(found, str | int):
+        raise EvaluationError(f"{where}: expected a number or text for question_id, got {type(found).__name__}")
+    return str(found)
+
+
+def _are_texts(turns: Any) -> TypeGuard[list[str]]:
+    return isinstance(turns, list) and bool(turns) and all(isinstance(turn, str) for turn in turns)
