@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from fedloom.errors import EvaluationError, MissingExtraError
-from fedloom.evaluation import e2e, meteor
+from fedloom.evaluation.e2e import meteor
 from fedloom.evaluation.e2e.bleu import bleu, bleu_and_nist_statistics
 from fedloom.evaluation.e2e.e2e_files import matched_texts, read_outputs, read_references
 from fedloom.evaluation.e2e.rouge import rouge_l
-from fedloom.evaluation.e2e.scorer import available_metrics, score_e2e
+from fedloom.evaluation.e2e.scorer import METRICS, available_metrics, score_e2e
 from fedloom.evaluation.e2e.tokenisers import mteval_words, ptb_words
 from fedloom.evaluation.intervals import paired_differences
 
@@ -44,8 +44,8 @@ def test_eight_systems_score_as_the_official_scorer_says(data_dir: Path) -> None
 def test_the_official_scorers_example_gives_its_five_figures(data_dir: Path) -> None:
     folder = data_dir / "e2e" / "example-inputs"
     references = read_references(folder / "devel-conc.txt")
-    scores = score_e2e(references.texts, read_outputs(folder / "baseline-output.txt").texts, metrics=e2e.METRICS)
-    assert [f"{scores.estimates[name].value:.4f}" for name in e2e.METRICS] == [
+    scores = score_e2e(references.texts, read_outputs(folder / "baseline-output.txt").texts, metrics=METRICS)
+    assert [f"{scores.estimates[name].value:.4f}" for name in METRICS] == [
         "0.7203",
         "7.8212",
         "0.4801",

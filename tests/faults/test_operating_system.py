@@ -27,6 +27,8 @@ from fedloom.reporting.progress import PlainProgress
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import complete_lines
 
+MANIFEST = {"format": "fedloom-run", "format_version": 1, "identity": {}, "sessions": [{"versions": {}}]}
+
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """Run a command that must end in one line; return it."""
@@ -120,7 +122,7 @@ def test_a_folder_in_place_of_a_file_is_named(
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
     if name != "manifest.json":
-        (tmp_path / "manifest.json").write_text('{"format": "fedloom-run", "format_version": 1}')
+        (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     assert name in refused(capsys, command, tmp_path, *(["--prompt", "x"] if command == "generate" else []))
 
 

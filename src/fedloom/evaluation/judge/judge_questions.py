@@ -33,7 +33,7 @@ def read_judge_questions(file: Path) -> list[JudgeQuestion]:
         EvaluationError: the file is absent or empty, a line is no question, or an id comes twice.
     """
     rows = _rows(file, "questions", {"question_id"}, ({"turns"}, {"text"}))
-    questions = [_question(f"{file}, line {number}", row) for number, row in rows]
+    questions = [_question(f"{file} line {number}", row) for number, row in rows]
     if len({question.id for question in questions}) < len(questions):
         raise EvaluationError(f"{file}: two questions have one question_id")
     return questions
@@ -46,7 +46,7 @@ def read_answers(file: Path) -> dict[str, tuple[str, ...]]:
         EvaluationError: the file is absent or empty, or a line is no answer.
     """
     rows = _rows(file, "answers", {"question_id"}, ({"choices"}, {"text"}))
-    return {_id(f"{file}, line {number}", row): _answers(f"{file}, line {number}", row) for number, row in rows}
+    return {_id(f"{file} line {number}", row): _answers(f"{file} line {number}", row) for number, row in rows}
 
 
 def write_answers(file: Path, answers: Answers, model_id: str) -> None:
