@@ -8,10 +8,9 @@ in one process, the engine lets them share the base and train in one pass betwee
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from fedloom.clients.held_sides import HeldSides
@@ -159,21 +158,3 @@ def _payload(work: Work, start: Adapter, result: ClientResult) -> dict[str, Tens
         case Payload.GRADIENT:
             assert result.gradient is not None
             return result.gradient.as_tensors(work.sends)
-
-
-def one_side(assignments: Sequence[Assignment]) -> Adapter:
-    """Return the side that all of a cohort train beside.
-
-    Raises:
-        ValueError: if there are several; a cohort is of one round.
-    """
-    first = assignments[0].side
-    for other in assignments[1:]:
-        if other.side is not first and not _equal(other.side, first):
-            raise ValueError("expected one side for all clients of a round")
-    return first
-
-
-def _equal(left: Adapter, right: Adapter) -> bool:
-    ours, theirs = left.as_tensors(), right.as_tensors()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
