@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest_plugins = ["small_settings", "example_runs"]
+pytest_plugins = ["small_settings", "example_runs", "installed_methods"]
 
 
 @pytest.fixture(scope="session")

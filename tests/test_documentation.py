@@ -136,9 +136,11 @@ def test_every_command_parses(page: Path) -> None:
 
 @every_page
 def test_every_recipe_and_override_of_a_command_is_valid(
-    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., None]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name == "adding-a-method.md":
+        install("my_fedex", blocks(page, "python")[0], "my-fedex = my_fedex:METHOD")
     (tmp_path / "e2e-dataset").mkdir()
     (tmp_path / "e2e-dataset/trainset.csv").write_text("mr,ref\n", encoding="utf-8")
     for position, recipe in enumerate(blocks(DOCS / "quickstart.md", "toml")):

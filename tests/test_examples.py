@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -13,7 +14,11 @@ from torch import Tensor
 from fedloom import embedded
 from fedloom.lora.algebra import truncate
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.fedex import FedEx
+from fedloom.methods.ffa_lora import FFALoRA
+from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA
+from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.state import Update
 from fedloom.methods.strategy import Cohort
 from fedloom.methods.zero_padding import ZeroPadding, fedit
@@ -88,8 +93,58 @@ def test_the_flora_example_stacks_to_the_library_s_product() -> None:
     torch.testing.assert_close(b @ a, applied[MODULE].delta())
 
 
+def test_the_fedex_lora_example_adds_what_the_mean_misses_as_the_library_does() -> None:
+    ranks, script = [2, 2, 2], example("fedex_lora")
+    strategy = FedEx(cohort(ranks))
+    aggregate = strategy.aggregate(strategy.initial(), updates(ranks))
+    averaged = script.averaged(named(ranks), NUM_ROWS)
+    assert aggregate.start is not None
+    torch.testing.assert_close(averaged[B], aggregate.start[MODULE].b_OR)
+    torch.testing.assert_close(averaged[A], aggregate.start[MODULE].a_RI)
+    missed = script.missed(named(ranks), NUM_ROWS, averaged)[MODULE]
+    torch.testing.assert_close(missed, aggregate.side[MODULE].delta())
+
+
+def test_the_flexlora_example_decomposes_as_the_library_does() -> None:
+    ranks, script = [3, 2, 1], example("flexlora")
+    strategy = FlexLoRA(cohort(ranks))
+    start = strategy.aggregate(strategy.initial(), updates(ranks)).start
+    decomposed = script.decomposed(named(ranks), NUM_ROWS, max(ranks))
+    assert start is not None
+    for rank in ranks:  # a singular vector's sign is free, so products are compared
+        b, a = (script.cut(name, decomposed[name], rank) for name in (B, A))
+        torch.testing.assert_close(b @ a, truncate(start, rank)[MODULE].delta())
+
+
+def test_the_ffa_lora_example_averages_b_as_the_library_does() -> None:
+    ranks = [2, 2, 2]
+    strategy = FFALoRA(cohort(ranks))
+    start = strategy.aggregate(strategy.initial(), updates(ranks)).start
+    uploads = [{B: upload[B]} for upload in named(ranks)]
+    assert start is not None
+    torch.testing.assert_close(example("ffa_lora").averaged(uploads, NUM_ROWS), {B: start[MODULE].b_OR})
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_rolora_example_averages_by_turns_as_the_library_does(number: int) -> None:
+    ranks, script = [2, 2, 2], example("rolora")
+    strategy = RoLoRA(cohort(ranks))
+    before = replace(strategy.initial(), round=number - 1)
+    after = strategy.aggregate(before, updates(ranks)).start
+    uploads = [
+        {name: factor for name, factor in upload.items() if script.turn(number) in name} for upload in named(ranks)
+    ]
+    assert before.start is not None
+    assert after is not None
+    factors = {B: before.start[MODULE].b_OR, A: before.start[MODULE].a_RI} | script.averaged(uploads, NUM_ROWS)
+    torch.testing.assert_close(factors, {B: after[MODULE].b_OR, A: after[MODULE].a_RI})
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["fedit", "zero_padding", "flora", "centralised", "standalone"])
+@pytest.mark.parametrize(
+    "name",
+    ["fedit", "zero_padding", "flora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "centralised", "standalone"],
+)
 def test_an_example_runs_and_its_loss_falls(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -17,9 +17,11 @@ NAMES = {
     "Adapter",
     "FedloomError",
     "LoRAModel",
+    "Method",
     "Pair",
     "RowChoice",
     "Sampling",
+    "Traits",
     "__version__",
     "aggregate",
     "compare",
@@ -33,9 +35,11 @@ NAMES = {
     "load_peft",
     "load_settings",
     "open_result",
+    "register_method",
     "run",
     "save_peft",
     "score_suite",
+    "unregister_method",
 }
 
 
@@ -52,7 +56,8 @@ def test_a_name_that_is_none_is_an_attribute_error() -> None:
 
 def test_only_the_names_that_are_used_load_torch() -> None:
     program = (
-        "import sys, fedloom; dir(fedloom); fedloom.FedloomError; fedloom.load_settings; print('torch' in sys.modules)"
+        "import sys, fedloom; dir(fedloom); fedloom.FedloomError; fedloom.load_settings; "
+        "fedloom.Method; fedloom.Traits; fedloom.register_method; print('torch' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from fedloom.lora.pair import Adapter, Pair
     from fedloom.lora.peft_files import load_peft, save_peft
     from fedloom.methods.combination import aggregate
+    from fedloom.methods.table import Method, register_method, unregister_method
+    from fedloom.methods.traits import Traits
     from fedloom.models.load import load_base
     from fedloom.preview.description import describe
     from fedloom.results.conversation import Sampling, generate
@@ -49,9 +51,11 @@ _HOMES = {
     "Adapter": "lora.pair",
     "FedloomError": "errors",
     "LoRAModel": "lora.layer",
+    "Method": "methods.table",
     "Pair": "lora.pair",
     "RowChoice": "results.held_out",
     "Sampling": "results.conversation",
+    "Traits": "methods.traits",
     "aggregate": "methods.combination",
     "compare": "experiment.comparison",
     "compress": "lora.algebra",
@@ -64,18 +68,22 @@ _HOMES = {
     "load_peft": "lora.peft_files",
     "load_settings": "cli.experiments",
     "open_result": "results.opened_result",
+    "register_method": "methods.table",
     "run": "experiment.session",
     "save_peft": "lora.peft_files",
     "score_suite": "results.suite_scores",
+    "unregister_method": "methods.table",
 }
 
 __all__ = [
     "Adapter",
     "FedloomError",
     "LoRAModel",
+    "Method",
     "Pair",
     "RowChoice",
     "Sampling",
+    "Traits",
     "__version__",
     "aggregate",
     "compare",
@@ -89,9 +97,11 @@ __all__ = [
     "load_peft",
     "load_settings",
     "open_result",
+    "register_method",
     "run",
     "save_peft",
     "score_suite",
+    "unregister_method",
 ]
 
 

@@ -65,7 +65,7 @@ def test_the_nearest_setting_is_suggested(typed: str, meant: str) -> None:
 def test_the_nearest_table_and_the_nearest_choice_are_suggested() -> None:
     table, choice = sorted(problems("method.name=zeropadding", fedration={}))
     assert table.endswith("did you mean [federation]?")
-    assert choice.endswith('did you mean "zero-padding"?')
+    assert "did you mean zero-padding?" in choice
 
 
 def test_words_of_other_tools_lead_to_settings_that_exist() -> None:

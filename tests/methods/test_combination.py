@@ -154,11 +154,11 @@ def test_a_method_of_ones_own_is_combined_by_its_own_strategy() -> None:
         assert cohort.max_rank == cohort.rank_of(1) == 2
         return replace(zero_padding(cohort, options), name="mine")  # type: ignore[type-var]
 
-    table.register(Method(Traits("mine", "ours"), only_the_first))
+    table.register_method(Method(Traits("mine", "ours"), only_the_first))
     try:
         found = aggregate([adapter(), adapter(value=3.0)], method="mine")
     finally:
-        table.unregister("mine")
+        table.unregister_method("mine")
     assert found["layer"].b_OR.unique().tolist() == [2.0]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -25,28 +23,9 @@ CONTROL = {"kind": Kind.CONTROL, "aggregates_split": False, "combines": False}
 
 @pytest.fixture
 def registered() -> Iterator[str]:
-    table.register(MINE)
+    table.register_method(MINE)
     yield "mine"
-    table.unregister("mine")
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """Return a function that installs a package of one module with entry points."""
-
-    def put(package: str, code: str, *entries: str) -> None:
-        (tmp_path / f"{package}.py").write_text(code)
-        folder = tmp_path / f"{package}-1.0.dist-info"
-        folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (folder / "entry_points.txt").write_text("[fedloom.methods]\n" + "\n".join(entries) + "\n")
-        table._installed.cache_clear()
-
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield put
-    table._installed.cache_clear()
-    for module in [name for name in sys.modules if name.startswith("foreign_")]:
-        del sys.modules[module]
+    table.unregister_method("mine")
 
 
 def written(name: str, traits: str = "") -> str:
@@ -89,23 +68,23 @@ def test_a_registered_method_is_a_method_everywhere_in_this_process(registered: 
     assert with_method(hetero, "mine").method.ranks == 3
     cut = {"method": {"name": "splitlora"}, "split": {"aggregation": "mine"}}
     assert config.resolve({**ENOUGH, **cut}, "a test").split.aggregation == "mine"
-    with pytest.raises(SettingsError, match=r'"rolora", "mine", "splitlora".*got "floara".*did you mean "flora"'):
+    with pytest.raises(SettingsError, match=r'"rolora", "mine", "splitlora".*got "floara".*did you mean flora\?'):
         config.resolve({**ENOUGH, "method": {"name": "floara"}}, "a test")
 
 
 @pytest.mark.usefixtures("registered")
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(MethodError, match=r"registered already: call unregister\('mine'\) first"):
-        table.register(MINE)
+    with pytest.raises(MethodError, match=r"registered already: call unregister_method\('mine'\) first"):
+        table.register_method(MINE)
     with pytest.raises(MethodError, match="method fedit: expected a new name"):
-        table.register(replace(MINE, traits=replace(MINE.traits, name="fedit")))
+        table.register_method(replace(MINE, traits=replace(MINE.traits, name="fedit")))
     with pytest.raises(MethodError, match="expected one registered in this process"):
-        table.unregister("fedit")
+        table.unregister_method("fedit")
 
 
 def test_what_is_no_method_is_refused() -> None:
     with pytest.raises(MethodError, match=r"expected a Method\(traits, make\) to register, got str"):
-        table.register("mine")  # type: ignore[arg-type]
+        table.register_method("mine")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -134,12 +113,12 @@ def test_a_method_that_runs_in_rounds_says_what_makes_it(make: str | None) -> No
 
 @pytest.mark.parametrize("make", ["no_such_module:make", "fedloom.methods.makers:no_such_name"])
 def test_what_makes_a_method_is_looked_for_when_one_is_run(make: str) -> None:
-    table.register(replace(MINE, make=make))
+    table.register_method(replace(MINE, make=make))
     try:
         with pytest.raises(MethodError, match=f"method mine: expected {make} to make its strategy"):
             table.make("mine", COHORT)
     finally:
-        table.unregister("mine")
+        table.unregister_method("mine")
 
 
 def test_an_installed_method_is_found_by_its_entry_point(install: Callable[..., None]) -> None:
@@ -170,6 +149,8 @@ def test_a_broken_package_is_named_and_harms_no_other_method(
     with pytest.raises(MethodError, match=f"method theirs of the package foreign_bad cannot be used: {fault}"):
         table.get("theirs")
     assert len(table.faults()) == 1
+    with pytest.raises(SettingsError, match=f"method.name: .* of the package foreign_bad cannot be used: {fault}"):
+        config.resolve({**ENOUGH, "method": {"name": "theirs"}}, "a test")
 
 
 def test_a_package_cannot_take_the_name_of_a_shipped_method(install: Callable[..., None]) -> None:

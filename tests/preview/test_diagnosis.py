@@ -89,3 +89,21 @@ def test_the_command_exits_with_2_where_the_recipe_would_not_run(
     printed = json.loads(capsys.readouterr().out)
     assert printed["machine"]["devices"][0] == "cpu"
     assert printed["findings"] == []
+
+
+def test_an_own_method_is_listed_and_a_broken_one_is_named_with_what_to_do(install: Callable[..., None]) -> None:
+    assert not this_machine().methods
+    assert not this_machine().faults
+    install(
+        "foreign_good",
+        "from fedloom import Method, Traits\n"
+        "METHOD = Method(Traits('theirs', 'from a package'), 'fedloom.methods.makers:flora')\n",
+        "theirs = foreign_good:METHOD",
+    )
+    install("foreign_bad", "METHOD = 3", "broken = foreign_bad:METHOD")
+    lines = diagnose().lines()
+    assert "methods besides the shipped ones: theirs" in lines
+    assert (
+        "method broken of the package foreign_bad cannot be used: expected foreign_bad:METHOD to be a Method, got int; "
+        "correct its entry point"
+    ) in lines

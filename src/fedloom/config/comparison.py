@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedloom.config.loading import check
-from fedloom.config.problems import nearest
 from fedloom.config.schema import Settings
 from fedloom.config.variants import with_method, with_seed
 from fedloom.errors import SettingsError
@@ -56,7 +55,7 @@ def check_methods(methods: Sequence[str]) -> None:
     for name in methods or ("",):
         if not table.has(name):
             known = table.names()
-            advice = nearest(name, known)
+            advice = table.remedy(name, known)
             raise SettingsError(f"methods: expected names from {', '.join(known)}, got {name!r}; {advice}")
     _check_distinct("methods", methods)
 

@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from fedloom.config.schema import every_setting, tables
-from fedloom.config.setting import choices, expected, shown
+from fedloom.config.setting import MethodsHaving, choices, expected, shown
 from fedloom.errors import SettingsError
+from fedloom.methods import table as methods
 
 NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 KNOWN_ELSEWHERE = {
@@ -108,6 +109,8 @@ def _unknown_table(table: str, value: object) -> Problem:
 def _remedy(field: FieldInfo, value: object) -> str:
     accepts = expected(field)
     if isinstance(value, str):
+        if any(isinstance(part, MethodsHaving) for part in field.metadata):
+            return methods.remedy(value, choices(field))
         if "a list" in accepts and "," in value:
             items = [item.strip(" []'\"") for item in value.split(",")]
             return (
@@ -117,12 +120,6 @@ def _remedy(field: FieldInfo, value: object) -> str:
         if close:
             return f"did you mean {shown([close[0]] if accepts.startswith('a list') else close[0])}?"
     return "give such a value, or leave the setting out for its default"
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """Say which of a closed set of names was probably meant."""
-    close = difflib.get_close_matches(name, names, 1, 0.5)
-    return f"did you mean {close[0]}?" if close else "name one of them"
 
 
 def suggestion(name: str) -> str:

@@ -48,7 +48,8 @@ def aggregate(
     """
     shares = _shares(len(adapters), weights)
     if not table.has(method, "combines"):
-        raise AdapterError(f"method: expected one of {', '.join(table.names('combines'))}, got {method!r}; name one")
+        known = table.names("combines")
+        raise AdapterError(f"method: expected one of {', '.join(known)}, got {method!r}; {table.remedy(method, known)}")
     for position, adapter in enumerate(adapters):
         if not adapter:
             raise AdapterError(

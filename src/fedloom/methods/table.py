@@ -6,7 +6,7 @@ when one is run. Three ways into the table:
 * shipped: a line below;
 * installed: an entry point of the group ``fedloom.methods`` whose name is the method's and whose object is a
   :class:`Method`;
-* registered: a call of :func:`register`, e.g. in a notebook, for this process alone.
+* registered: a call of :func:`register_method`, e.g. in a notebook, for this process alone.
 
 Imports no torch. The packages' entry points are looked up when a name is not a shipped one, or when all are listed.
 """
@@ -14,7 +14,7 @@ Imports no torch. The packages' entry points are looked up when a name is not a 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module, metadata
@@ -172,7 +172,7 @@ _SHIPPED: dict[str, Method] = {
 _LOCAL: dict[str, Method] = {}
 
 
-def register(method: Method) -> None:
+def register_method(method: Method) -> None:
     """Add a method for this process, e.g. from a notebook.
 
     It works in everything that runs in this process. Engines that start others need it installed: give its package
@@ -185,13 +185,13 @@ def register(method: Method) -> None:
         raise MethodError(f"expected a Method(traits, make) to register, got {type(method).__name__}; make one")
     name = method.traits.name
     if name in _LOCAL:
-        raise MethodError(f"method {name} is registered already: call unregister({name!r}) first, or rename it")
+        raise MethodError(f"method {name} is registered already: call unregister_method({name!r}) first, or rename it")
     if name in _SHIPPED or name in _installed().methods:
         raise MethodError(f"method {name}: expected a new name, fedloom or a package has a method of that name; rename")
     _LOCAL[name] = replace(method, is_local=True)
 
 
-def unregister(name: str) -> None:
+def unregister_method(name: str) -> None:
     """Take a registered method out again.
 
     Raises:
@@ -206,16 +206,20 @@ def get(name: str) -> Method:
     """Return a method.
 
     Raises:
-        MethodError: there is none of that name, or its package is broken.
+        MethodError: there is none of that name that can be used.
     """
-    found = _SHIPPED.get(name) or _LOCAL.get(name) or _installed().methods.get(name)
-    if found is not None:
+    if (found := _found(name)) is not None:
         return found
+    raise MethodError(f"expected a method of {', '.join(names())}, got {name!r}; {remedy(name, names())}")
+
+
+def remedy(name: str, among: Iterable[str]) -> str:
+    """Say what to do about a name that is not ``among`` the methods asked for: why an installed one cannot be used."""
     if name in _installed().faults:
-        raise MethodError(_installed().faults[name])
-    close = difflib.get_close_matches(name, names(), 1, 0.5)
-    advice = f"did you mean {close[0]}?" if close else "name one of them, or register yours first"
-    raise MethodError(f"expected a method of {', '.join(names())}, got {name!r}; {advice}")
+        return _installed().faults[name]
+    close = difflib.get_close_matches(name, list(among), 1, 0.5)
+    nearest = f"did you mean {close[0]}?" if close else "name one of them"
+    return nearest if has(name) else f"{nearest} A method of your own must be registered or installed first"
 
 
 def traits_of(name: str) -> Traits:
@@ -229,11 +233,8 @@ def traits_of(name: str) -> Traits:
 
 def has(name: str, trait: str | None = None) -> bool:
     """Tell whether there is a method of that name, and with that trait where one is asked for."""
-    try:
-        traits = traits_of(name)
-    except MethodError:
-        return False
-    return trait is None or bool(getattr(traits, trait))
+    found = _found(name)
+    return found is not None and (trait is None or bool(getattr(found.traits, trait)))
 
 
 def names(trait: str | None = None) -> tuple[str, ...]:
@@ -269,6 +270,10 @@ def make(name: str, cohort: Any, options: MethodOptions | None = None) -> Any:
 def faults() -> tuple[str, ...]:
     """Return a line for every installed method that cannot be used."""
     return tuple(_installed().faults.values())
+
+
+def _found(name: str) -> Method | None:
+    return _SHIPPED.get(name) or _LOCAL.get(name) or _installed().methods.get(name)
 
 
 def _ordered(methods: tuple[Method, ...], trait: str | None) -> tuple[str, ...]:

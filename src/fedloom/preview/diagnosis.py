@@ -17,6 +17,7 @@ import torch
 from fedloom import embedded
 from fedloom.config import Settings, files
 from fedloom.errors import FedloomError
+from fedloom.methods import table
 from fedloom.models.load import Quantization
 from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import describe
@@ -47,7 +48,13 @@ class Finding:
 
 @dataclass(frozen=True)
 class Machine:
-    """What this machine has; ``extras`` name the packages that are missing."""
+    """What this machine has.
+
+    Attributes:
+        extras: by name, its packages that are missing.
+        methods: the methods of installed packages, and those registered in this process.
+        faults: a line for every installed method that cannot be used.
+    """
 
     versions: Mapping[str, str]
     devices: tuple[str, ...]
@@ -56,6 +63,8 @@ class Machine:
     num_cores: int
     num_threads: int
     extras: Mapping[str, tuple[str, ...]]
+    methods: tuple[str, ...] = ()
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,9 @@ class Diagnosis:
             f"extra {name}: " + (f"missing {', '.join(missing)}; pip install 'fedloom[{name}]'" if missing else "there")
             for name, missing in machine.extras.items()
         ]
+        if machine.methods:
+            lines.append(f"methods besides the shipped ones: {', '.join(machine.methods)}")
+        lines += machine.faults
         if self.recipe is None:
             return lines
         lines += ["", f"{self.recipe}: {self.summary}"]
@@ -127,6 +139,8 @@ def this_machine() -> Machine:
         num_cores=os.cpu_count() or 1,
         num_threads=torch.get_num_threads(),
         extras=_extras(),
+        methods=tuple(name for name in table.names() if name not in table.shipped()),
+        faults=table.faults(),
     )
 
 

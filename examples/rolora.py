@@ -1,0 +1,105 @@
+"""RoLoRA in one page: B and A trained by turns, the mean of either (arXiv 2502.01755, algorithm 1).
+
+    python examples/rolora.py [BASE ROWS]
+
+BASE is the folder of a model with q_proj and v_proj, ROWS a JSON-lines file of instruction, context, response and
+category. By default both are those in the package. The fast version of this is `RoLoRA` in
+`src/fedloom/methods/rolora.py`: `fedloom run` with `method.name = "rolora"`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fedloom import embedded
+
+NUM_CLIENTS, NUM_ROUNDS, LOCAL_STEPS, BATCH_SIZE = 10, 3, 10, 8
+CLIENTS_PER_ROUND, RANK, LEARNING_RATE, SEED = 5, 8, 3e-3, 1
+
+
+def turn(number: int) -> str:
+    """Return the factor that a round trains: B in odd rounds, A in even ones."""
+    return "lora_B" if number % 2 else "lora_A"
+
+
+def averaged(uploads: list[dict[str, Tensor]], num_rows: list[int]) -> dict[str, Tensor]:
+    """Return the mean of every factor that was sent, with p_k = n_k / Σ n."""
+    shares = [count / sum(num_rows) for count in num_rows]
+    return {name: sum(p * upload[name] for p, upload in zip(shares, uploads, strict=True)) for name in uploads[0]}
+
+
+def tokenised(path: str, base: str) -> list[tuple[list[int], list[int]]]:
+    """Return (ids, labels) of every row, sorted by category; the prompt is not learned."""
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    rows = []
+    for row in sorted(map(json.loads, lines), key=lambda row: str(row.get("category"))):
+        asked = "\n".join(filter(None, [row["instruction"], row.get("context")]))
+        prompt = tokenizer(f"Question: {asked}\nAnswer:")["input_ids"]
+        answer = [*tokenizer(f" {row['response']}", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        rows.append((prompt + answer, [-100] * len(prompt) + answer))
+    return rows
+
+
+def loss_on(model: torch.nn.Module, rows: list[tuple[list[int], list[int]]]) -> Tensor:
+    """Return the mean loss over the rows' answers; padding comes last, where a causal model cannot see it."""
+    longest = max(len(ids) for ids, _ in rows)
+    ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in rows])
+    labels = torch.tensor([labels + [-100] * (longest - len(labels)) for _, labels in rows])
+    return model(input_ids=ids, labels=labels).loss
+
+
+def main(base_path: str, rows_path: str) -> list[float]:
+    """Run every round and return the held-out losses, the base's first."""
+    rows = tokenised(rows_path, base_path)
+    held_out, rows = rows[::40], [row for position, row in enumerate(rows) if position % 40]
+    size = len(rows) // NUM_CLIENTS
+    clients = [rows[k * size : (k + 1) * size] for k in range(NUM_CLIENTS)]
+    draw = torch.Generator().manual_seed(SEED)
+
+    base = AutoModelForCausalLM.from_pretrained(base_path, dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=["q_proj", "v_proj"]))
+    factors = {name: factor for name, factor in model.named_parameters() if factor.requires_grad}
+
+    # the global adapter: A random, B zero
+    adapter = {name: torch.zeros_like(factor) for name, factor in factors.items()}
+    for name, factor in adapter.items():
+        if "lora_A" in name:
+            factor.uniform_(-(factor.shape[1] ** -0.5), factor.shape[1] ** -0.5, generator=draw)
+
+    losses = [loss_on(base, held_out).item()]
+    for number in range(1, NUM_ROUNDS + 1):
+        uploads, num_rows = [], []
+        trained = {name: factor for name, factor in factors.items() if turn(number) in name}
+        for name, factor in factors.items():
+            factor.requires_grad_(name in trained)
+        for client in torch.randperm(NUM_CLIENTS, generator=draw)[:CLIENTS_PER_ROUND].tolist():
+            for name, factor in factors.items():
+                factor.data.copy_(adapter[name])
+            optimiser = torch.optim.AdamW(trained.values(), lr=LEARNING_RATE, weight_decay=0.0)
+            for _ in range(LOCAL_STEPS):
+                chosen = torch.randperm(len(clients[client]), generator=draw)[:BATCH_SIZE].tolist()
+                loss_on(model, [clients[client][row] for row in chosen]).backward()
+                optimiser.step()
+                optimiser.zero_grad()
+            uploads.append({name: factor.detach().clone() for name, factor in trained.items()})
+            num_rows.append(len(clients[client]))
+
+        adapter |= averaged(uploads, num_rows)
+
+        for name, factor in factors.items():
+            factor.data.copy_(adapter[name])
+        losses.append(loss_on(model, held_out).item())
+        print(f"round {number}: held-out loss {losses[-1]:.4f} nats (base {losses[0]:.4f})")
+    return losses
+
+
+if __name__ == "__main__":
+    main(*(sys.argv[1:] or [str(embedded.model_path()), str(embedded.data_path())]))
