@@ -11,6 +11,7 @@ import pytest
 
 from fedloom import config, embedded
 from fedloom.config import Settings
+from fedloom.data.token_rows import PromptTokens
 from fedloom.experiment.demo import (
     METHODS,
     Example,
@@ -24,7 +25,7 @@ from fedloom.reporting.progress import PlainProgress
 from fedloom.results.exact_answers import AskedRow
 
 Make = Callable[..., Settings]
-ROWS = [AskedRow(f"{number}?", "yes", {}) for number in range(400)]
+ROWS = [AskedRow(PromptTokens(f"{number}?", ()), "yes", {}) for number in range(400)]
 
 
 def outcome(loss_nats: float, num_right: int, start: int = 0) -> Outcome:
@@ -37,7 +38,7 @@ GOOD, POOR = outcome(1.5, 200), outcome(3.0, 120)
 
 
 def asked(category: str, answer: str) -> AskedRow:
-    return AskedRow(f"Question: which {category}?\nAnswer:", answer, {"category": category})
+    return AskedRow(PromptTokens(f"Question: which {category}?\nAnswer:", ()), answer, {"category": category})
 
 
 def read(outcomes: dict[str, Outcome]) -> str:

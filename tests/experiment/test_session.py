@@ -18,14 +18,17 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.numpy import load_file
+from safetensors.torch import save
 from transformers import AutoModelForCausalLM
 
 from fedloom.assembly.inputs import Workshop
+from fedloom.assembly.round_state import CLIENTS, FORMER_OPTIMISERS
+from fedloom.clients.memory import decode_memories, encode_memories
 from fedloom.config import Settings
 from fedloom.errors import DataError, FedloomError, PartitionError, RunError, SettingsError
 from fedloom.experiment import compare, describe, run
 from fedloom.experiment.session import RunSummary
-from fedloom.methods.state_codec import NUMBERS, OPTIMISERS, TENSORS, read_optimisers, read_state, state_files
+from fedloom.methods.state_codec import NUMBERS, TENSORS, read_state, state_files
 from fedloom.reporting.progress import PlainProgress
 from fedloom.training.scoring import row_losses
 
@@ -149,7 +152,7 @@ def test_a_run_gets_more_rounds_but_never_fewer(settings_for: Make, tmp_path: Pa
 
 def test_a_run_that_failed_in_its_first_round_gives_way_to_other_settings(settings_for: Make, tmp_path: Path) -> None:
     with pytest.raises(FedloomError, match=r"mend the cause and run again$"):
-        run(settings_for(training__learning_rate=1e38), tmp_path / "run")
+        run(settings_for(training__learning_rate=1e-300), tmp_path / "run")
     summary = run(settings_for(partition__categories_per_client=1), tmp_path / "run")
     assert summary.num_rounds == 2
 
@@ -332,8 +335,32 @@ def test_a_state_survives_its_files_to_the_last_bit(settings_for: Make, tmp_path
     files = {name: (folder / name).read_bytes() for name in (TENSORS, NUMBERS)}
     assert state_files(read_state(files[TENSORS], files[NUMBERS])) == files
     run(of_method(settings_for, "standalone"), tmp_path / "alone")
-    optimisers = read_optimisers((tmp_path / "alone/rounds/2" / OPTIMISERS).read_bytes())
-    assert sorted(optimisers) == [0, 1, 2]
+    round_folder = tmp_path / "alone/rounds/2"
+    memories = decode_memories((round_folder / CLIENTS).read_bytes())
+    assert sorted(memories) == [0, 1, 2]
+    assert all(memory.own and memory.moments for memory in memories.values())
+    assert encode_memories(memories) == (round_folder / CLIENTS).read_bytes()
+
+
+def test_own_adapters_and_moments_of_an_earlier_format_are_read(settings_for: Make, tmp_path: Path) -> None:
+    """Format 1 kept own adapters in the server's file, moments in one of their own; such a run is resumed as it was."""
+    for name in ("now", "before"):
+        run(of_method(settings_for, "standalone"), tmp_path / name)
+    folder = tmp_path / "before/rounds/2"
+    memories = decode_memories((folder / CLIENTS).read_bytes())
+    own = {f"own/{client}/{key}": t for client, memory in memories.items() for key, t in memory.own.items()}
+    moments = {f"{client}/{key}": t for client, memory in memories.items() for key, t in memory.moments.items()}
+    numbers = json.loads((folder / NUMBERS).read_text()) | {"own": sorted(memories)}
+    (folder / TENSORS).write_bytes(save(own))
+    (folder / NUMBERS).write_text(json.dumps(numbers))
+    (folder / FORMER_OPTIMISERS).write_bytes(save(moments))
+    (folder / CLIENTS).unlink()
+    manifest = tmp_path / "before/manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": 1}))
+    for name in ("now", "before"):
+        run(of_method(settings_for, "standalone", federation__num_rounds=3), tmp_path / name)
+    files = [sorted((tmp_path / name / "adapter").rglob("*.safetensors")) for name in ("now", "before")]
+    assert [f.read_bytes() for f in files[0]] == [f.read_bytes() for f in files[1]]
 
 
 def write_sites(folder: Path, rows: Path) -> None:
