@@ -1,4 +1,4 @@
-"""What a judge is told: our wording, or any file in the format of FastChat's ``judge_prompts.jsonl``."""
+"""What a judge is asked: our wording, or any file in the format of FastChat's ``judge_prompts.jsonl``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ class JudgePrompt:
         try:
             content = self.template.format(**fields)
         except (KeyError, IndexError, ValueError) as error:
-            raise EvaluationError(f"the judge's template asks for {error}, known are {sorted(fields)}") from error
+            raise EvaluationError(
+                f"the judge's template: expected fields from {', '.join(sorted(fields))}, got {error}; correct the "
+                "template"
+            ) from error
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": content}]
 
@@ -79,10 +82,12 @@ def read_prompts(file: Path) -> Mapping[str, JudgePrompt]:
     """Return our prompts with those of ``file`` in their place, by name.
 
     Raises:
-        EvaluationError: the file is absent or a line lacks ``name`` or ``prompt_template``.
+        EvaluationError: the file is missing or a line lacks ``name`` or ``prompt_template``.
     """
     if not file.is_file():
-        raise EvaluationError(f"no judge prompts at {file}: expected JSON lines with name and prompt_template")
+        raise EvaluationError(
+            f"{file}: expected a file of JSON lines with name and prompt_template, found none; check the path"
+        )
     prompts = dict(OWN_PROMPTS)
     for number, row in read_json_lines(file):
         if not {"name", "prompt_template"} <= row.keys():
@@ -102,6 +107,6 @@ def parse_scores(reply: str, expected: int) -> tuple[float, ...] | None:
 
 
 def reminder(expected: int) -> Message:
-    """Return what a judge is told whose reply held no scores."""
+    """Return the reminder to a judge whose reply held no scores."""
     example = " ".join(["[[5]]"] * expected)
     return {"role": "user", "content": f"Your reply holds no verdict in the format asked for. Write only: {example}"}

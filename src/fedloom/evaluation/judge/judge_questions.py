@@ -30,14 +30,14 @@ def read_judge_questions(file: Path) -> list[JudgeQuestion]:
     """Read ``question_id``, ``turns`` (or ``text``) and ``category`` from JSON lines.
 
     Raises:
-        EvaluationError: the file is absent or empty, a line is no question, or an id comes twice.
+        EvaluationError: the file is missing or empty, a line is not a question, or an id comes twice.
     """
     questions = [
         JudgeQuestion(str(row["question_id"]), tuple(row.get("turns") or [row["text"]]), str(row.get("category", "")))
         for row in _rows(file, "questions", {"question_id"}, ({"turns"}, {"text"}))
     ]
     if len({question.id for question in questions}) < len(questions):
-        raise EvaluationError(f"{file}: two questions have one question_id")
+        raise EvaluationError(f"{file}: expected every question_id once, one comes twice; rename one")
     return questions
 
 
@@ -45,7 +45,7 @@ def read_answers(file: Path) -> dict[str, tuple[str, ...]]:
     """Read ``question_id`` and ``choices[0].turns`` (or ``text``) from JSON lines: answers, or references.
 
     Raises:
-        EvaluationError: the file is absent or empty, or a line is no answer.
+        EvaluationError: the file is missing or empty, or a line is not an answer.
     """
     rows = _rows(file, "answers", {"question_id"}, ({"choices"}, {"text"}))
     return {str(row["question_id"]): _turns(row, file) for row in rows}
@@ -104,7 +104,7 @@ def answer_turns(
 def check_answers(questions: Sequence[JudgeQuestion], answers: Answers, whose: str) -> None:
     """Raise unless every question has an answer for each of its turns."""
     if not questions:
-        raise EvaluationError("there is no question to judge: check the file of questions")
+        raise EvaluationError("expected at least one question to judge, got none: check the file of questions")
     for question in questions:
         found = len(answers.get(question.id, ()))
         if found < len(question.turns):
@@ -116,7 +116,7 @@ def check_answers(questions: Sequence[JudgeQuestion], answers: Answers, whose: s
 
 def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]]) -> list[dict[str, Any]]:
     if not file.is_file():
-        raise EvaluationError(f"no {what} at {file}: check the path")
+        raise EvaluationError(f"{file}: expected a file of {what}, found none; check the path")
     rows = []
     for number, row in read_json_lines(file):
         if not required <= row.keys() or not any(names <= row.keys() for names in one_of):
@@ -127,7 +127,7 @@ def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]])
             )
         rows.append(row)
     if not rows:
-        raise EvaluationError(f"{file} holds no {what}")
+        raise EvaluationError(f"{file}: expected at least one of the {what}, found none; fill the file or name another")
     return rows
 
 
@@ -136,4 +136,6 @@ def _turns(row: Mapping[str, Any], file: Path) -> tuple[str, ...]:
         turns = row["choices"][0]["turns"] if "choices" in row else [row["text"]]
         return tuple(map(str, turns))
     except (KeyError, IndexError, TypeError) as error:
-        raise EvaluationError(f"{file}: question {row['question_id']} has no choices[0].turns") from error
+        raise EvaluationError(
+            f"{file}, question {row['question_id']}: expected a list at choices[0].turns, got none; add it"
+        ) from error

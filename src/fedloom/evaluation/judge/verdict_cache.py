@@ -1,4 +1,4 @@
-"""Replies of a judge, kept on disk: a repeated run costs nothing, an interrupted one goes on."""
+"""Replies of a judge, kept on disk: a repeated run costs nothing, an interrupted one resumes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class VerdictCache:
         """Open the cache, or begin it where there is no file.
 
         Raises:
-            EvaluationError: the file is of another format, or no cache of verdicts; nothing was changed.
+            EvaluationError: the file is of another format, or is not a cache of verdicts; nothing was changed.
         """
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +32,9 @@ class VerdictCache:
             self._database = sqlite3.connect(path or ":memory:")
             self._begin_or_check(path)
         except sqlite3.Error as error:
-            raise EvaluationError(f"{path} is no cache of verdicts ({error}): choose another file") from error
+            raise EvaluationError(
+                f"{path}: expected a cache of verdicts, got another file ({error}): choose another file"
+            ) from error
 
     def _begin_or_check(self, path: Path | None) -> None:
         tables = {name for (name,) in self._database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
