@@ -11,6 +11,7 @@ import pytest
 
 from fedloom import config, embedded
 from fedloom.config import Settings
+from fedloom.data.token_rows import PromptTokens
 from fedloom.experiment.demo import (
     METHODS,
     Example,
@@ -37,7 +38,7 @@ GOOD, POOR = outcome(1.5, 200), outcome(3.0, 120)
 
 
 def asked(category: str, answer: str) -> AskedRow:
-    return AskedRow(f"Question: which {category}?\nAnswer:", answer, {"category": category})
+    return AskedRow(PromptTokens(f"Question: which {category}?\nAnswer:", ()), answer, {"category": category})
 
 
 def read(outcomes: dict[str, Outcome]) -> str:
@@ -49,7 +50,7 @@ def test_the_sentence_names_the_federated_method_of_the_lowest_loss_and_judges_i
     assert said == (
         "After 6 rounds flora has a held-out loss of 1.50 nats per token, the untouched base 3.00, and answers 50 % of "
         "400 questions word for word, the base 30 % (below flora by more than noise); fedit has 3.00 and 30 % "
-        "(below flora by more than noise); all of one seed, so another may order the methods otherwise."
+        "(below flora by more than noise); all from one seed; another may order the methods differently."
     )
 
 
