@@ -157,7 +157,7 @@ def test_every_participant_is_updated_exactly_once_a_step_and_sent_as_it_is_afte
     parties.clients.end = end
     record = run(parties)[-1]
     assert len(steps) == 3 * (3 + 1)
-    assert [client.num_steps for client in record.clients] == [3, 3, 3]
+    assert [client.stats.num_steps for client in record.clients] == [3, 3, 3]
     for after, update in zip(held, sent, strict=True):
         assert_identical(update, after)
 
@@ -326,7 +326,7 @@ def test_deeper_clients_and_the_server_share_a_module_by_the_rows_they_stand_for
 
     parties.clients.end = end
     record = run(parties)[-1]
-    tokens = [client.num_loss_tokens for client in record.clients]
+    tokens = [client.stats.num_loss_tokens for client in record.clients]
     merged = record.state.global_adapter()
     module = "model.layers.1.self_attn.q_proj"
     parts = [(-1, tokens[0]), (1, tokens[1]), (2, tokens[2])]
@@ -361,7 +361,7 @@ def with_nan(message: SplitMessage) -> SplitMessage:
 CASES = {
     "vanishes": (lambda message: None, "vanished"),
     "fails": (lambda message: Failure(message.client, "out of memory"), "out of memory"),
-    "sends NaN": (with_nan, "not finite"),
+    "sends NaN": (with_nan, "got NaN or infinity"),
     "sends another shape": (lambda m: replace(m, matrix=Encoded(m.matrix.values_TD[:, :8])), "expected"),
 }
 
@@ -401,7 +401,7 @@ def test_gradients_that_are_not_finite_stop_their_client_alone(set_up: SetUp) ->
     send = parties.clients.gradients
     parties.clients.gradients = lambda messages: send([with_nan(m) if m.client == 0 else m for m in messages])
     (record,) = run(parties)
-    assert "gradients are not finite" in record.clients[0].reason
+    assert "expected finite gradients, got NaN" in record.clients[0].reason
     assert record.state.global_adapter().is_finite()
 
 
