@@ -227,7 +227,7 @@ def test_a_run_names_the_version_that_wrote_it(tmp_path: Path) -> None:
 def test_a_manifest_without_its_parts_is_damaged(change: dict[str, object], tmp_path: Path) -> None:
     file = made(KINDS["run folder"], tmp_path / "x")
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(RunError, match=r"manifest\.json is damaged"):
+    with pytest.raises(RunError, match=r"manifest\.json: expected the run's identity .*, found a damaged file"):
         read_run(tmp_path / "x")
 
 

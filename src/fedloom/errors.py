@@ -9,11 +9,11 @@
     │   └── CutError         a place where a model cannot be cut in two         (ValueError)
     ├── AdapterError         an adapter that is corrupt or does not fit         (ValueError)
     ├── UpdateError          a message between client and server cannot be used (ValueError)
-    │   └── BehindError      news that do not go on from the side a client holds (ValueError)
+    │   └── BehindError      news that do not continue the side a client holds  (ValueError)
     ├── RunError             a run folder that cannot be created or resumed     (RuntimeError)
     │   └── TooFewClientsError   fewer usable updates than the set minimum      (RuntimeError)
     ├── EvaluationError      outputs, references or questions that do not fit   (ValueError)
-    │   └── EndpointError    a judge's endpoint that is down, slow or refuses   (ConnectionError)
+    │   └── EndpointError    a judge's endpoint that is down, slow or rejects   (ConnectionError)
     └── MissingExtraError    an optional dependency that is not installed       (ImportError)
 
 A message says what was expected, what came, where, and what to do, in one line. The command line prints it
@@ -64,10 +64,12 @@ class UpdateError(FedloomError, ValueError):
 
 
 class BehindError(UpdateError):
-    """News that do not go on from the side that a client holds; ``held`` is the version it holds."""
+    """News that do not continue the side that a client holds; ``held`` is the version it holds."""
 
     def __init__(self, held: int, what: str) -> None:
-        super().__init__(f"expected news that go on from what this client holds, got others: {what}; send it the whole")
+        super().__init__(
+            f"expected news that continue what this client holds, got others: {what}; send it the whole side"
+        )
         self.held = held
 
 
@@ -84,12 +86,12 @@ class EvaluationError(FedloomError, ValueError):
 
 
 class EndpointError(EvaluationError, ConnectionError):
-    """A judge's endpoint that is down, slow or refuses."""
+    """A judge's endpoint that is down, slow or rejects a request."""
 
 
 class MissingExtraError(FedloomError, ImportError):
     """An optional dependency that is not installed."""
 
     def __init__(self, extra: str, purpose: str) -> None:
-        super().__init__(f"{purpose} needs the extra '{extra}': pip install 'fedloom[{extra}]'")
+        super().__init__(f"{purpose} needs the extra '{extra}'; install it: pip install 'fedloom[{extra}]'")
         self.extra = extra

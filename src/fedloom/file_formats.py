@@ -1,4 +1,4 @@
-"""The formats of the files that outlive a process: one number each, and one way to refuse a file of another.
+"""The formats of the files that outlive a process: one number each, and one way to reject a file of another.
 
 A number goes up when what is written changes so that earlier versions would misread it. The oldest number that is
 still read goes up only where a reader for it was dropped; the last version that has one is then named here.

@@ -77,9 +77,9 @@ def test_nothing_a_folder_without_runs_and_a_run_without_rounds_are_refused(
     (tmp_path / "empty").mkdir()
     (run_folder / "metrics.jsonl").write_text("", encoding="utf-8")
     for path, said in (
-        (tmp_path / "nowhere", "is not a folder"),
-        (tmp_path / "empty", "holds no fedloom run"),
-        (run_folder, "no round is complete"),
+        (tmp_path / "nowhere", "found no folder; check the path"),
+        (tmp_path / "empty", "found no run in it"),
+        (run_folder, "expected a completed round, got none"),
     ):
         ran = invoke("report", str(path))
         assert (ran.code, ran.out, len(ran.err.splitlines())) == (2, "", 1)

@@ -49,9 +49,9 @@ def test_an_unknown_name_is_refused_with_the_nearest_client_and_a_missing_one_is
         resolve_names(settings, ["north", "south"])
     lines = str(caught.value).splitlines()
     assert lines == [
-        'method.ranks: expected a value for each client (north, south), got one for "sout", which is no client; '
+        'method.ranks: expected a value for each client (north, south), got one for "sout", which is not a client; '
         "did you mean south?",
-        'method.alpha: expected a value for each client (north, south), got one for "west", which is no client; '
+        'method.alpha: expected a value for each client (north, south), got one for "west", which is not a client; '
         "remove it or correct its name",
     ]
     with pytest.raises(SettingsError, match="got none for east, west; add what is missing"):

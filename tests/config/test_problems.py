@@ -40,7 +40,7 @@ def test_a_line_says_expected_received_where_and_what_to_do() -> None:
     (line,) = problems("training.batch_size=0")
     assert line == (
         "training.batch_size: expected an integer ≥ 1, got 0, in --set; "
-        "give such a value, or leave the setting out for its default"
+        "give such a value, or drop the setting for its default"
     )
 
 

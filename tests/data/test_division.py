@@ -29,10 +29,13 @@ def test_natural_clients_are_the_files_or_the_values_of_a_column() -> None:
 @pytest.mark.parametrize(
     ("division", "message"),
     [
-        (Division(Scheme.IID), "needs federation.num_clients"),
-        (Division(Scheme.DIRICHLET, 3), r"needs partition.column; set it .*\('category', 'site'\)"),
-        (Division(Scheme.DIRICHLET, 3, column="topic"), "no column 'topic'; it has category, site"),
-        (Division(Scheme.NATURAL, 3), "the data name 2 clients"),
+        (Division(Scheme.IID), "federation.num_clients: expected a number .*, got none"),
+        (
+            Division(Scheme.DIRICHLET, 3),
+            r"partition.column: expected a column .*, got none; set it to one of 'category', 'site\'",
+        ),
+        (Division(Scheme.DIRICHLET, 3, column="topic"), "expected a column 'topic', found category, site"),
+        (Division(Scheme.NATURAL, 3), "expected 2, as many as the data name, got 3"),
     ],
 )
 def test_what_is_missing_is_named(division: Division, message: str) -> None:

@@ -99,7 +99,7 @@ def test_a_chat_template_that_refuses_the_turns_is_named() -> None:
 
 
 def test_chat_without_a_chat_template_is_refused() -> None:
-    with pytest.raises(DataError, match="'chat' needs a tokenizer with a chat template"):
+    with pytest.raises(DataError, match="expected a tokenizer with a chat template for 'chat'"):
         encode(read_records(rows_of(qa("a", "b"))), TOKENIZER, template="chat")
 
 

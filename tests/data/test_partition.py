@@ -33,7 +33,7 @@ def test_a_saved_partition_keeps_the_order_of_its_clients(tmp_path: Path) -> Non
 
 def test_a_partition_of_other_data_is_refused(tmp_path: Path) -> None:
     PARTITION.save(tmp_path / "partition.json", "a" * 64)
-    with pytest.raises(PartitionError, match=r"made for data with hash aaaaaaaaaaaa, these rows have bbbbbbbbbbbb; "):
+    with pytest.raises(PartitionError, match=r"\(sha256 aaaaaaaaaaaa\), got rows with bbbbbbbbbbbb; "):
         Partition.load(tmp_path / "partition.json", "b" * 64)
 
 

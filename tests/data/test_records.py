@@ -109,7 +109,7 @@ def test_a_row_that_does_not_fit_is_named(row: dict[str, Any], shape: str, messa
     [
         ("text", "expected a list of turns, got str"),
         ([{"from": "human", "value": "x"}], "turn 1: expected 'role' and 'content', found 'from', 'value'"),
-        ([{"role": "wizard", "content": "x"}], "turn 1: expected 'role' among system.*got 'wizard'"),
+        ([{"role": "wizard", "content": "x"}], "turn 1: expected 'role' to be one of system.*got 'wizard'"),
     ],
 )
 def test_turns_that_do_not_fit_are_named(turns: object, message: str) -> None:

@@ -140,9 +140,12 @@ def test_natural_clients_keep_their_order_whatever_rows_are_drawn_and_in_which_o
         (lambda: dirichlet("ab" * 5, 4, concentration=1.0, min_rows=3, seed=1), "expected at least 12 rows"),
         (lambda: dirichlet("ab" * 5, 4, concentration=0.0, seed=1), "partition.concentration: expected a positive"),
         (lambda: shards("ab" * 3, 4, seed=1), "expected at least 8 rows"),
-        (lambda: by_category("abcd", 1, categories_per_client=2, seed=1), "cannot hold all 4 categories"),
+        (
+            lambda: by_category("abcd", 1, categories_per_client=2, seed=1),
+            "got num_clients = 1 with 2 of the 4 categories each",
+        ),
         (lambda: by_category("ab", 1, categories_per_client=3, seed=1), "expected 1 to 2"),
-        (lambda: natural("aab", 3), "the data name 2 clients, federation.num_clients is 3"),
+        (lambda: natural("aab", 3), "federation.num_clients: expected 2, as many as the data name, got 3"),
         (lambda: iid(3, 0, seed=1), "expected at least one client"),
     ],
 )

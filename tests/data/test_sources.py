@@ -129,7 +129,7 @@ def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["absent.json", "./absent", "a/b/c"])
 def test_a_path_that_is_not_there_is_refused_without_asking_the_hub(path: str) -> None:
-    with pytest.raises(DataError, match="found nothing there"):
+    with pytest.raises(DataError, match="found nothing; check the path"):
         load_rows(path)
 
 
@@ -154,7 +154,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
         raise ConnectionError("no route\nmore")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
-    with pytest.raises(DataError, match=r"someone/data: .*no route\); check data.path"):
+    with pytest.raises(DataError, match=r"someone/data: .* the hub answered: .*no route; check data.path"):
         load_rows("someone/data")
 
 

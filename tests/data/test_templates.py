@@ -64,7 +64,7 @@ def test_an_own_template_is_read_from_its_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ('separator = ";"', "", r"\[dialogue\]: expected the entries .*; missing separator"),
+        ('separator = ";"', "", r"\[dialogue\]: expected the entries .*; add separator"),
         ('"{instruction}="', '"{question}="', r"entry without_input: expected {instruction}, got {question}"),
         ('"{instruction}="', '"{instruction="', "entry without_input: .* plain braces"),
         ('separator = ";"', "separator = 3", "entry separator: expected text, got int"),
@@ -78,5 +78,5 @@ def test_a_malformed_template_is_refused(tmp_path: Path, old: str, new: str, mes
 
 
 def test_an_unknown_template_lists_the_known_ones() -> None:
-    with pytest.raises(DataError, match="expected one of auto, chat, alpaca, e2e, plain, or a TOML file; got 'vicuna'"):
+    with pytest.raises(DataError, match="expected one of auto, chat, alpaca, e2e, plain, or a TOML file, got 'vicuna'"):
         load_template("vicuna")

@@ -74,7 +74,7 @@ def test_meteor_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPa
 @needs_meteor
 def test_meteor_without_java_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meteor.shutil, "which", lambda _: None)
-    with pytest.raises(EvaluationError, match="needs Java"):
+    with pytest.raises(EvaluationError, match="expected a Java runtime"):
         score_e2e(REFERENCES, ["a", "b"], metrics=["METEOR"])
 
 
@@ -129,8 +129,8 @@ def test_the_better_system_wins_the_paired_comparison() -> None:
     ("references", "outputs", "message"),
     [
         (REFERENCES, ["one"], "for each of 2 items, got 1"),
-        (REFERENCES, ["", "  "], "all 2 outputs are empty"),
-        ([["a"], []], ["a", "b"], "item 2 has no reference"),
+        (REFERENCES, ["", "  "], "expected an output with text, all 2 are empty"),
+        ([["a"], []], ["a", "b"], "item 2: expected a reference, got none"),
     ],
 )
 def test_what_does_not_fit_is_refused(references: list[list[str]], outputs: list[str], message: str) -> None:
@@ -139,5 +139,5 @@ def test_what_does_not_fit_is_refused(references: list[list[str]], outputs: list
 
 
 def test_an_unknown_metric_is_refused_by_name() -> None:
-    with pytest.raises(EvaluationError, match=r"unknown metrics \['bleu'\]"):
+    with pytest.raises(EvaluationError, match=r"metrics: expected names from .*, got \['bleu'\]"):
         score_e2e(REFERENCES, ["a", "b"], metrics=["bleu"])

@@ -54,8 +54,8 @@ def test_plain_outputs_keep_their_empty_lines(tmp_path: Path) -> None:
     ("outputs", "message"),
     [
         (Outputs((), ("one",)), "each of 2 meaning representations, got 1"),
-        (Outputs(("name[A]", "name[A]"), ("one", "two")), "two outputs are for one"),
-        (Outputs(("name[A]", "name[C]"), ("one", "two")), r"1 meaning representations have no output.*name\[B\]"),
+        (Outputs(("name[A]", "name[A]"), ("one", "two")), "got two for one"),
+        (Outputs(("name[A]", "name[C]"), ("one", "two")), r"1 have none, .*name\[B\]"),
     ],
 )
 def test_outputs_that_do_not_match_are_refused(outputs: Outputs, message: str) -> None:
@@ -66,11 +66,11 @@ def test_outputs_that_do_not_match_are_refused(outputs: Outputs, message: str) -
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("refs.csv", "meaning,text\na,b\n", "needs the columns 'mr' and 'ref', found"),
-        ("refs.csv", "mr,ref\nname[A],\n", r"no human text for name\[A\]"),
+        ("refs.csv", "meaning,text\na,b\n", "expected the columns 'mr' and 'ref', found"),
+        ("refs.csv", "mr,ref\nname[A],\n", r"expected a human text for name\[A\]"),
         ("refs.txt", "a||b\nno bar\n", "line 2: expected 'mr||ref'"),
-        ("refs.txt", " \n", "is empty"),
-        ("refs.csv", "mr,ref,ref\na,b,c\n", "names a column twice"),
+        ("refs.txt", " \n", "expected references, found an empty file"),
+        ("refs.csv", "mr,ref,ref\na,b,c\n", "expected every column once"),
     ],
 )
 def test_a_broken_reference_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -79,7 +79,7 @@ def test_a_broken_reference_file_is_refused_with_its_place(tmp_path: Path, name:
 
 
 def test_an_absent_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(EvaluationError, match="no file of outputs at"):
+    with pytest.raises(EvaluationError, match="expected a file of outputs, found none"):
         read_outputs(tmp_path / "none.tsv")
 
 

@@ -111,7 +111,9 @@ def test_each_metric_is_compared_by_its_own_score() -> None:
 
 def test_comparing_different_metrics_is_refused() -> None:
     one = ItemStatistics(ratio_statistics([1.0]), ratio)
-    with pytest.raises(EvaluationError, match="same metrics on both sides, got BLEU and BLEU, METEOR"):
+    with pytest.raises(
+        EvaluationError, match="same metrics on both sides of a paired comparison, got BLEU and BLEU, METEOR"
+    ):
         paired_differences({"BLEU": one}, {"BLEU": one, "METEOR": one}, seed=0)
 
 

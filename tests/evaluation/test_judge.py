@@ -274,7 +274,7 @@ def test_two_turns_are_graded_apart_and_references_where_they_are_needed(judge: 
     assert not any(
         "ref" in r["messages"][1]["content"] for r in state.requests if "Three?" in r["messages"][1]["content"]
     )
-    with pytest.raises(EvaluationError, match=r"question 1 \(math\) needs a reference answer for turn 1"):
+    with pytest.raises(EvaluationError, match=r"question 1 \(math\): expected a reference answer for turn 1"):
         grade_answers(endpoint, questions, answers, seed=0)
     assert compare_grades(grades, grades, seed=0).value == 0.0
 
@@ -289,7 +289,10 @@ def test_missing_answers_are_refused_before_any_call(judge: tuple[Judge, Endpoin
 def test_a_judge_without_any_verdict_is_an_error(judge: tuple[Judge, Endpoint]) -> None:
     state, endpoint = judge
     state.reply = lambda _: "no idea"
-    with pytest.raises(EvaluationError, match="in both orders: its first such reply begins 'no idea'; choose"):
+    with pytest.raises(
+        EvaluationError,
+        match="in both orders, none of 4 questions has them: its first such reply begins 'no idea'; choose",
+    ):
         judge_pairs(endpoint, QUESTIONS, BAD, GOOD, seed=0)
     with pytest.raises(EvaluationError, match="read from 4 verdicts: its first such reply begins 'no idea'"):
         grade_answers(endpoint, QUESTIONS, GOOD, seed=0)
@@ -318,7 +321,7 @@ def test_a_file_that_is_no_cache_is_refused(judge: tuple[Judge, Endpoint], tmp_p
     _, endpoint = judge
     file = tmp_path / "verdicts.sqlite"
     file.write_text("x" * 2000)
-    with pytest.raises(EvaluationError, match="is no cache of verdicts"):
+    with pytest.raises(EvaluationError, match="expected a cache of verdicts"):
         judge_pairs(endpoint, QUESTIONS, BAD, GOOD, seed=0, cache=file)
 
 

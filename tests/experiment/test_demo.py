@@ -50,7 +50,7 @@ def test_the_sentence_names_the_federated_method_of_the_lowest_loss_and_judges_i
     assert said == (
         "After 6 rounds flora has a held-out loss of 1.50 nats per token, the untouched base 3.00, and answers 50 % of "
         "400 questions word for word, the base 30 % (below flora by more than noise); fedit has 3.00 and 30 % "
-        "(below flora by more than noise); all of one seed, so another may order the methods otherwise."
+        "(below flora by more than noise); all from one seed; another may order the methods differently."
     )
 
 

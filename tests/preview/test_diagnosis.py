@@ -68,7 +68,7 @@ def test_what_only_the_hub_has_is_not_known(monkeypatch: pytest.MonkeyPatch, tmp
     needs = found(settings)
     assert needs["base some/absent-model"].verdict is Verdict.UNKNOWN
     assert needs["data some/absent-rows"].verdict is Verdict.UNKNOWN
-    assert diagnose("x", settings).summary == "nothing seen from here is in the way"
+    assert diagnose("x", settings).summary == "no obstacle found, but not everything could be checked"
 
 
 def test_a_base_without_weights_would_not_run(settings_for: Make, tmp_path: Path, base_folder: Path) -> None:

@@ -51,7 +51,7 @@ def test_plain_lines_tell_figures_and_time_left() -> None:
     progress.note("done [1]")
     assert stream.getvalue().splitlines() == [
         "flora: 4 rounds, resuming after round 2",
-        "round 3/4  train loss 2.5000  held-out loss 2.2500  1 client (1 left out)  1.5 kB  2.5 s  1:05 left",
+        "round 3/4  train loss 2.5000  held-out loss 2.2500  1 client (1 dropped)  1.5 kB  2.5 s  1:05 left",
         "done [1]",
     ]
 

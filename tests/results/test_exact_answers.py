@@ -157,5 +157,5 @@ def test_rows_without_an_answer_are_refused(opened: tuple[LoRAModel, Any, Inputs
         inputs.rows.file_of_row,
         inputs.rows.numbers,
     )
-    with pytest.raises(EvaluationError, match="expected rows with an answer, none of 42"):
+    with pytest.raises(EvaluationError, match="expected rows with an answer, got none in 42"):
         asked_rows(empty, tokenizer, PLAIN)

@@ -108,7 +108,7 @@ def test_rows_without_an_answer_are_left_out_and_counted(flora: Path, rows_file:
     assert measured.lines()[1] == "47 of 48 rows kept; dropped: 1 without an answer"
     assert (measured.as_dict()["num_rows"], measured.as_dict()["row_counts"]["num_unanswered"]) == (47, 1)
     (tmp_path / "none.json").write_text(json.dumps([{**row, "response": ""} for row in rows]))
-    with pytest.raises(DataError, match="dropped: 48 without an answer; check the rows and their shape"):
+    with pytest.raises(DataError, match=r"dropped: 48 without an answer\); check the rows and their shape"):
         evaluate(open_result(flora), RowChoice(str(tmp_path / "none.json")))
 
 

@@ -131,7 +131,7 @@ def test_exact_matches_are_counted_on_rows_of_a_file_for_a_run_and_for_an_adapte
     alone = printed(capsys, "evaluate", str(finished / "adapter"), *base, *asked)
     assert alone["scores"] == other["scores"]
     assert exit_code(["evaluate", str(finished / "adapter"), *base, "--suite", "last-number"]) == 2
-    assert "last-number: expected rows, there are no held-out ones; name some with --data" in capsys.readouterr().err
+    assert "last-number: expected rows, got none, not even held-out ones; name some" in capsys.readouterr().err
 
 
 def test_what_the_command_line_leaves_out_is_as_in_the_run(
@@ -251,7 +251,7 @@ def test_an_answer_over_a_cut_ends_where_the_context_does(finished: Path) -> Non
 def test_a_suite_is_scored_from_python_with_the_options_of_the_command_line(finished: Path) -> None:
     scored = score_suite(open_result(finished), "exact-match", limit=3)
     assert {name: one.estimates["exact_match"].n for name, one in scored.scores.items()} == {"base": 3, "result": 3}
-    with pytest.raises(SettingsError, match=r"expected options among .*limit.*, got limits"):
+    with pytest.raises(SettingsError, match=r"expected options from .*limit.*, got limits"):
         score_suite(open_result(finished), "exact-match", limits=3)
 
 
@@ -312,8 +312,11 @@ def test_answers_for_a_judge_leave_their_questions_half_the_context(
     ("options", "message"),
     [
         (["--endpoint", "ftp://foo"], "expected an endpoint like https://host/v1, got 'ftp://foo'"),
-        (["--references", "none.jsonl"], "no answers at none.jsonl"),
-        (["--prompts", "none.jsonl"], "no judge prompts at none.jsonl"),
+        (["--references", "none.jsonl"], "none.jsonl: expected a file of answers, found none"),
+        (
+            ["--prompts", "none.jsonl"],
+            "none.jsonl: expected a file of JSON lines with name and prompt_template, found none",
+        ),
     ],
 )
 def test_what_the_judge_cannot_be_asked_is_refused_before_decoding(

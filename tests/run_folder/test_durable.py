@@ -51,7 +51,7 @@ def test_floats_come_back_bit_for_bit(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(RunError, match=r"config\.json is damaged: expected JSON"):
+    with pytest.raises(RunError, match=r"config\.json: expected JSON"):
         durable.read_json(path)
 
 

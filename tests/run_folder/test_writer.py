@@ -132,7 +132,7 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, name: str, fr
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(RunError, match="x is a file"), opened(tmp_path / "x"):
+    with pytest.raises(RunError, match="x: expected a folder for the run, got a file"), opened(tmp_path / "x"):
         pass
     with pytest.raises(RunError, match=r"cannot write .*not a directory"), opened(tmp_path / "x" / "y"):
         pass
@@ -155,9 +155,12 @@ def test_fresh_removes_the_run_and_leaves_what_others_put_there(tmp_path: Path) 
 
 def test_two_processes_cannot_hold_one_folder(tmp_path: Path) -> None:
     with opened(tmp_path):
-        with pytest.raises(RunError, match=r"is in use by process \d+"), opened(tmp_path):
+        with (
+            pytest.raises(RunError, match=r"no other process uses, process \d+ does"),
+            opened(tmp_path),
+        ):
             pass
-        with pytest.raises(RunError, match="is in use"), opened(tmp_path, fresh=True):
+        with pytest.raises(RunError, match="no other process uses"), opened(tmp_path, fresh=True):
             pass
     with opened(tmp_path):
         pass

@@ -88,5 +88,5 @@ def test_numbers_that_are_not_finite_are_refused_in_every_type(wire: WireDtype) 
     matrix = torch.zeros(6, 8)
     matrix[2, 3] = float("nan")
     message = SplitMessage("activations", 4, 2, 0, encode(matrix, wire), lengths_N=torch.tensor([6]))
-    with pytest.raises(UpdateError, match="not finite"):
+    with pytest.raises(UpdateError, match="expected finite activations, got NaN or infinity"):
         check_activations(message, 8)

@@ -361,7 +361,7 @@ def with_nan(message: SplitMessage) -> SplitMessage:
 CASES = {
     "vanishes": (lambda message: None, "vanished"),
     "fails": (lambda message: Failure(message.client, "out of memory"), "out of memory"),
-    "sends NaN": (with_nan, "not finite"),
+    "sends NaN": (with_nan, "got NaN or infinity"),
     "sends another shape": (lambda m: replace(m, matrix=Encoded(m.matrix.values_TD[:, :8])), "expected"),
 }
 
@@ -401,7 +401,7 @@ def test_gradients_that_are_not_finite_stop_their_client_alone(set_up: SetUp) ->
     send = parties.clients.gradients
     parties.clients.gradients = lambda messages: send([with_nan(m) if m.client == 0 else m for m in messages])
     (record,) = run(parties)
-    assert "gradients are not finite" in record.clients[0].reason
+    assert "expected finite gradients, got NaN" in record.clients[0].reason
     assert record.state.global_adapter().is_finite()
 
 

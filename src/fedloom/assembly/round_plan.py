@@ -84,7 +84,7 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         ranks=population.ranks,
         scales=population.scales,
         min_clients=min(federation.min_clients, population.clients_per_round),
-        # Where nothing crosses there is no server to leave an update out.
+        # Where nothing crosses there is no server to drop an update.
         max_norm_ratio=math.inf if settings.traits.is_control else federation.max_norm_ratio,
         evaluate_every=settings.evaluation.every,
     )

@@ -107,7 +107,7 @@ def steps_of(settings: Settings, num_rows: Sequence[int]) -> int:
 
 
 def scale_at(settings: Settings, client: int, rank: int) -> float:
-    """Return a client's scale at another rank than its own: alpha stays, or stays twice the rank where left out."""
+    """Return a client's scale at another rank than its own: alpha stays, or by default stays twice the rank."""
     own_rank, own_scale = settings.client_ranks[client], settings.client_scales[client]
     if settings.method.alpha is None:
         power = 1.0 if settings.method.scaling == "alpha/r" else 0.5

@@ -36,7 +36,7 @@ class HeldSides:
             version = held if held in self._sides else min((v for v in self._sides if v >= held), default=-1)
             if version < news.since or version > news.version:
                 raise BehindError(
-                    held, f"it holds version {max(version, 0)} of the side, the news start at {news.since}"
+                    held, f"it holds version {max(version, 0)} of the side, the news start at version {news.since}"
                 )
             side = grown_by(self._sides[version], news.parts[version - news.since :])
         if (found := digest(side)) != news.sha256:

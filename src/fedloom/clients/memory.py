@@ -63,7 +63,7 @@ def encode_memories(memories: Mapping[int, Memory]) -> bytes | None:
 
 
 def decode_memories(blob: bytes) -> dict[int, Memory]:
-    """Rebuild memories; a memory holds no side until its client is told which.
+    """Rebuild memories; a memory holds no side until its client is given one.
 
     Raises:
         SafetensorError, ValueError, TypeError: it is not what :func:`encode_memories` writes.

@@ -1,4 +1,4 @@
-"""The tables that say how is learned: method, server step, federation, local training, the cut.
+"""The tables that say how to learn: method, server step, federation, local training, the cut.
 
 Lists with one entry per client follow the client's number.
 """
@@ -39,7 +39,7 @@ class Method(Table):
         when=TRAINED,
     )
     alpha: PositivePerClient | None = setting(
-        None, "LoRA's alpha: one for all, or one per client; left out: twice the rank.", when=TRAINED
+        None, "LoRA's alpha: one for all, or one per client; default: twice the rank.", when=TRAINED
     )
     scaling: Literal["alpha/r", "rslora"] = setting(
         "alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).", when=TRAINED
@@ -49,7 +49,7 @@ class Method(Table):
     )
     initialisation: Literal["independent", "shared"] = setting(
         "independent",
-        "Whether the clients of a round draw their fresh A each for itself (the FLoRA paper) or all alike.",
+        "Whether each client of a round draws a fresh A of its own (as in FLoRA) or all draw the same.",
         when={"method.name": having("starts_fresh")},
     )
     broadcast: Literal["stack", "compressed"] = setting(
@@ -82,16 +82,16 @@ class Federation(Table):
     num_clients: Count = setting(10, "Clients in the population.")
     clients_per_round: Count | Fraction | None = setting(
         None,
-        "Clients drawn per round: a number, or a fraction with a decimal point (`1`: one, `1.0`: all); left out: all.",
+        "Clients drawn per round: a number, or a fraction with a decimal point (`1`: one, `1.0`: all); default: all.",
         when=TRAINED,
     )
     min_clients: Count = setting(
         1,
-        "Usable updates a round needs; with fewer the run ends, with nothing lost.",
+        "Usable updates that a round needs; with fewer the run stops and can be resumed.",
         when={"method.name": having("has_clients")},
     )
     max_norm_ratio: Positive = setting(
-        100.0, "An update whose norm is above this multiple of the last round's median is left out.", when=SENT
+        100.0, "An update whose norm is above this multiple of the last round's median is dropped.", when=SENT
     )
 
 
@@ -102,7 +102,7 @@ class Training(Table):
     local_epochs: Positive | None = setting(None, "Passes over the client's rows per round.", when=TRAINED)
     batch_size: Count = setting(16, "Rows per optimiser step.", when=TRAINED)
     micro_batch_size: Count | None = setting(
-        None, "Rows per pass; left out: the whole batch. Changes memory, not the result.", when=ROUNDS
+        None, "Rows per pass; default: the whole batch. Changes memory, not the result.", when=ROUNDS
     )
     learning_rate: Positive = setting(3e-4, "AdamW's peak learning rate.", when=TRAINED)
     schedule: Literal["constant", "linear", "cosine"] = setting(
@@ -110,7 +110,7 @@ class Training(Table):
     )
     warmup_steps: Natural = setting(0, "Steps over which the learning rate rises from zero.", when=TRAINED)
     schedule_span: Literal["round", "run"] = setting(
-        "round", "Whether warm-up and schedule start anew each round or run once over all rounds.", when=SENT
+        "round", "Whether warm-up and schedule restart in each round or run once over all rounds.", when=SENT
     )
     weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.", when=TRAINED)
     beta1: Decay = setting(0.9, "AdamW's first decay.", when=TRAINED)
@@ -144,10 +144,10 @@ class Split(Table):
         "trained", "`frozen`: no client-side adapters; a row's activations cross once and are cached.", when=CUT
     )
     client_rank: CountPerClient | None = setting(
-        None, "Rank of the client-side adapters; left out: `method.ranks`.", when=CUT
+        None, "Rank of the client-side adapters; default: `method.ranks`.", when=CUT
     )
     server_rank: Count | None = setting(
-        None, "Rank of the server-side adapters; left out: the largest of `method.ranks`.", when=CUT
+        None, "Rank of the server-side adapters; default: the largest of `method.ranks`.", when=CUT
     )
     wire_dtype: Literal["bf16", "fp32", "fp16", "int8"] = setting(
         "bf16", "Type of the activations that cross; int8 has one scale per token.", when=CUT

@@ -68,18 +68,18 @@ def inapplicable(settings: Settings) -> Iterator[tuple[str, str, Values]]:
 
 
 def applicability(settings: Settings) -> Iterator[Problem]:
-    """A setting that would be ignored is refused, unless it has its default value."""
+    """A setting that would be ignored is rejected, unless it has its default value."""
     for name, other, values in inapplicable(settings):
         wanted = f"{name} only with {other} = {in_words(values)}"
         got = f"{shown(settings.value(name))} with {other} = {settings.value(other)}"
-        yield Problem(name, wanted, got, f"leave it out (--set {name}= does) or change {other}", (other,))
+        yield Problem(name, wanted, got, f"drop it (--set {name}=) or change {other}", (other,))
 
 
 def lists(settings: Settings) -> Iterator[Problem]:
     """A list or table per client has as many entries as there are clients, and a list of layers has any."""
     if settings.model.target_modules == ():
         wanted = "at least one name or pattern"
-        yield Problem("model.target_modules", wanted, "none", "leave it out (--set model.target_modules= does)")
+        yield Problem("model.target_modules", wanted, "none", "drop it (--set model.target_modules=)")
     clients = settings.federation.num_clients
     for name in PER_CLIENT:
         value = settings.value(name)
@@ -161,7 +161,7 @@ def numbers(settings: Settings) -> Iterator[Problem]:
 
 
 def columns(settings: Settings) -> Iterator[Problem]:
-    """Schemes that tell rows apart need the column to do it by."""
+    """Schemes that distinguish rows need the column to do it by."""
     partition = settings.partition
     if partition.scheme in COLUMN_SCHEMES and partition.column is None and partition.path is None:
         yield Problem(
@@ -181,7 +181,7 @@ def batches(settings: Settings) -> Iterator[Problem]:
             "training.micro_batch_size",
             f"at most training.batch_size = {training.batch_size}",
             str(training.micro_batch_size),
-            "lower it, or leave it out for the whole batch",
+            "lower it, or drop it for the whole batch",
             ("training.batch_size",),
         )
 
@@ -214,13 +214,13 @@ def cuts(settings: Settings) -> Iterator[Problem]:
                 f"split.{key}",
                 f"split.{key} only with split.client_half = trained",
                 f"{shown(value)} with split.client_half = frozen",
-                "leave it out, or set split.client_half = trained",
+                "drop it, or set split.client_half = trained",
                 ("split.client_half", "split.labels"),
             )
 
 
 def devices(settings: Settings) -> Iterator[Problem]:
-    """The device's name is one torch knows; whether it is there is found out by running."""
+    """The device's name is one that torch knows; whether this machine has it, running shows."""
     device = settings.model.device
     if not DEVICE.fullmatch(device):
         yield Problem("model.device", "auto, cpu, cuda, cuda:N or mps", shown(device), "choose one of those")

@@ -16,7 +16,7 @@ def resolve_names(settings: Settings, names: Sequence[str]) -> Settings:
     """Return the settings with every table of name = value as the list of its values, in the order of ``names``.
 
     Raises:
-        SettingsError: a table names somebody who is no client, or lacks one; a line per table.
+        SettingsError: a table names someone who is not a client, or misses one; a line per table.
     """
     problems = [line for name in PER_CLIENT for line in _problems(settings, name, names)]
     if problems:
@@ -42,7 +42,7 @@ def _problems(settings: Settings, name: str, names: Sequence[str]) -> list[str]:
     if unknown:
         close = difflib.get_close_matches(unknown[0], missing, 1, 0.5)
         action = f"did you mean {close[0]}?" if close else "remove it or correct its name"
-        return [f"{wanted}, got one for {shown(unknown[0])}, which is no client; {action}"]
+        return [f"{wanted}, got one for {shown(unknown[0])}, which is not a client; {action}"]
     if missing:
         return [f"{wanted}, got none for {_listed(missing)}; add what is missing"]
     return []

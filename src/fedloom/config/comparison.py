@@ -41,7 +41,7 @@ def refuse_ignored(settings: Settings, variants: Sequence[Settings], overrides: 
             continue
         methods = ", ".join(dict.fromkeys(one.method.name for one in variants))
         chooser = CHOSEN.get(name, f"it acts with none of {methods}")
-        raise SettingsError(f"--set {override}: expected a setting that this comparison uses; {chooser}; leave it out")
+        raise SettingsError(f"--set {override}: expected a setting that this comparison uses; {chooser}; drop it")
 
 
 def check_methods(methods: Sequence[str]) -> None:
@@ -64,10 +64,10 @@ def check_seeds(seeds: Sequence[int]) -> None:
     """Check the seeds of a comparison.
 
     Raises:
-        SettingsError: one of them is no integer ≥ 0 or comes twice, or there is none.
+        SettingsError: one of them is not an integer ≥ 0 or comes twice, or there is none.
     """
     if not seeds or isinstance(seeds, str) or any(not isinstance(seed, int) or seed < 0 for seed in seeds):
-        raise SettingsError(f"seeds: expected integers ≥ 0, got {seeds!r}; e.g. 1, 2, 3")
+        raise SettingsError(f"seeds: expected integers ≥ 0, got {seeds!r}; give some, e.g. 1, 2, 3")
     _check_distinct("seeds", seeds)
 
 

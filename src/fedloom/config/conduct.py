@@ -1,4 +1,4 @@
-"""The tables that say how a run is conducted: devices of the cost model, the wire, evaluation, the run itself."""
+"""The tables that say how to run: devices of the cost model, the wire, evaluation, the run itself."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Evaluation(Table):
     answering: Literal["letter", "text"] = setting(
         "letter", "A choice's likelihood is its letter's, or its text's per byte."
     )
-    limit: Count | None = setting(None, "Items per suite at most; left out: all.")
+    limit: Count | None = setting(None, "Items per suite at most; default: all.")
     beams: Count = setting(10, "Beams when decoding.")
     length_penalty: NonNegative = setting(0.8, "Beam search's length penalty.")
     no_repeat_ngram: Natural = setting(4, "Length of n-grams that may not repeat; 0: any may.")

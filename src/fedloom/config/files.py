@@ -25,7 +25,7 @@ GROUPED = ("k_proj", "v_proj")
 
 @dataclass(frozen=True)
 class Shape:
-    """What a base's ``config.json`` tells: blocks, context, and the smallest side of an adapted layer."""
+    """What a base's ``config.json`` gives: blocks, context, and the smallest side of an adapted layer."""
 
     num_blocks: int | None
     context: int | None
@@ -75,7 +75,7 @@ def base(settings: Settings) -> Iterator[Problem]:
 
 
 def tokenizer(settings: Settings) -> Iterator[Problem]:
-    """The tokenizer is there: its own, the base's, or bytes."""
+    """The tokenizer exists: its own, the base's, or bytes."""
     name, wanted = settings.model.tokenizer, "a tokenizer folder or file, a hub name, or bytes"
     if name is not None:
         if name != "bytes" and not Path(name).exists() and not looks_like_hub_name(name):
@@ -153,7 +153,7 @@ def sizes(settings: Settings, shape: Shape) -> Iterator[Problem]:
     length = settings.data.max_length
     if shape.context is not None and length is not None and length > shape.context:
         wanted = f"at most the base's context of {shape.context} tokens"
-        yield Problem("data.max_length", wanted, str(length), "lower it, or leave it out", ("model.base",))
+        yield Problem("data.max_length", wanted, str(length), "lower it, or drop it", ("model.base",))
     if settings.traits.is_cut and shape.num_blocks is not None:
         yield from _cut(settings, shape.num_blocks)
 

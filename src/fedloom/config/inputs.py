@@ -1,7 +1,7 @@
-"""The tables that say what is learned from: base model, rows, and who owns which.
+"""The tables that say what to learn from: base model, rows, and who owns which.
 
-One line declares a setting: type with its bound, default, sentence, when it acts. Units stand in the names. ``None``
-(a setting left out) means what its sentence says.
+One line declares a setting: type with its bound, default, sentence, when it acts. Units are in the names. ``None``
+(a setting that is not given) means what its sentence says.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Model(Table):
         "embedded", "Base model: a Hugging Face folder, a hub name, or `embedded` for the small model in the package."
     )
     tokenizer: PathOrName | None = setting(
-        None, "Tokenizer folder or hub name, or `bytes` (one id per byte); left out: the base's own."
+        None, "Tokenizer folder or hub name, or `bytes` (one id per byte); default: the base's own."
     )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = setting(
         "auto", "Type the base computes in; `auto`: the one its weights are stored in."
@@ -29,12 +29,12 @@ class Model(Table):
     quantization: Literal["none", "4bit", "8bit"] = setting(
         "none", "Load the base quantized (extra `quantized`); the adapters stay in full precision."
     )
-    revision: Name | None = setting(None, "Commit, tag or branch of a base from the hub; left out: its main branch.")
+    revision: Name | None = setting(None, "Commit, tag or branch of a base from the hub; default: its main branch.")
     trust_remote_code: bool = setting(
         False, "Run the Python code that comes with a base or tokenizer; otherwise one that needs its own is refused."
     )
     target_modules: tuple[Name, ...] | None = setting(
-        None, "Names or patterns of the adapted layers; left out: the defaults of the model's family."
+        None, "Names or patterns of the adapted layers; default: those usual for the model's family."
     )
 
 
@@ -54,7 +54,7 @@ class Data(Table):
     )
     split: Literal["train", "eval", "test"] = setting("train", "Part of a folder or of a hub data set.")
     subset: Name | None = setting(None, "Configuration of a hub data set that has several.")
-    revision: Name | None = setting(None, "Commit, tag or branch of a hub data set; left out: its main branch.")
+    revision: Name | None = setting(None, "Commit, tag or branch of a hub data set; default: its main branch.")
     shape: Literal["auto", "alpaca", "dolly", "prompt-completion", "messages", "sharegpt", "e2e", "question-answer"] = (
         setting("auto", "How a row becomes prompt and answer; `auto`: from its columns.")
     )
@@ -62,22 +62,22 @@ class Data(Table):
         {}, "Columns under other names: the shape's name = the file's, e.g. `{instruction = \"question\"}`."
     )
     template: PathOrName | None = setting(
-        None, "Prompt template: a shipped name or a file; left out: the shape's own (`plain` for embedded rows)."
+        None, "Prompt template: a shipped name or a file; default: the shape's own (`plain` for embedded rows)."
     )
-    max_length: Count | None = setting(None, "Tokens per row at most; left out: the base's context.")
-    overlong: Literal["error", "drop", "truncate"] = setting("error", "What becomes of a row longer than `max_length`.")
-    unanswered: Literal["error", "drop"] = setting("error", "What becomes of a row without an answer.")
+    max_length: Count | None = setting(None, "Tokens per row at most; default: the base's context.")
+    overlong: Literal["error", "drop", "truncate"] = setting("error", "What to do with a row longer than `max_length`.")
+    unanswered: Literal["error", "drop"] = setting("error", "What to do with a row without an answer.")
     loss_on: Literal["answer", "all"] = setting("answer", "Tokens that are learned: the answer's, or the prompt's too.")
     eval_path: PathOrName | None = setting(
         None,
-        "Held-out rows from a file, folder or hub name. Of the three ways to hold rows out give one at most; without "
-        "any, no loss is measured on rows that were not trained on.",
+        "Held-out rows from a file, folder or hub name. Give at most one of the three ways to hold rows out; without "
+        "one, no loss is measured on rows that were not trained on.",
     )
     eval_rows: Count | None = setting(
         None, "Held-out rows as a number, drawn from the rows before they are partitioned."
     )
     eval_fraction: OpenFraction | None = setting(None, "Held-out rows as a fraction of the rows.")
-    max_rows: Count | None = setting(None, "Use only that many rows, drawn from the whole; left out: all.")
+    max_rows: Count | None = setting(None, "Use only that many rows, drawn at random; default: all.")
 
 
 class Partition(Table):
@@ -88,7 +88,7 @@ class Partition(Table):
     )
     column: Name | None = setting(
         None,
-        "Column whose values tell rows apart.",
+        "Column whose values distinguish the rows.",
         when={"partition.scheme": ("dirichlet", "shards", "category", "natural")},
     )
     exponent: NonNegative = setting(

@@ -54,7 +54,7 @@ def read(path: Path) -> Document:
 
 
 def parse(text: str, source: str) -> Document:
-    """Parse the text of a recipe; ``source`` (its file name) tells JSON from TOML and stands in the message.
+    """Parse the text of a recipe; ``source`` (its file name) distinguishes JSON from TOML and is part of the message.
 
     Raises:
         SettingsError: the text does not parse.
@@ -149,7 +149,7 @@ def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def parse_value(text: str) -> Any:
-    """Read the value of an override as TOML, or as bare text when it is none; nothing stands for the default."""
+    """Read the value of an override as TOML, or as bare text when it is not TOML; nothing means the default."""
     if not text:
         return None
     try:

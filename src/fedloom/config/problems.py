@@ -119,7 +119,7 @@ def _remedy(field: FieldInfo, value: object) -> str:
         close = difflib.get_close_matches(value, choices(field), 1, 0.5)
         if close:
             return f"did you mean {shown([close[0]] if accepts.startswith('a list') else close[0])}?"
-    return "give such a value, or leave the setting out for its default"
+    return "give such a value, or drop the setting for its default"
 
 
 def suggestion(name: str) -> str:

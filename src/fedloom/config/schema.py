@@ -69,7 +69,7 @@ class Settings(Table):
 
     @property
     def client_scales(self) -> tuple[float, ...]:
-        """One factor on B·A per client: alpha/r, or alpha/√r for rsLoRA; alpha is twice the rank when left out."""
+        """One factor on B·A per client: alpha/r, or alpha/√r for rsLoRA; alpha is twice the rank by default."""
         ranks = self.client_ranks
         alphas = (
             tuple(2.0 * rank for rank in ranks) if self.method.alpha is None else self.per_client(self.method.alpha)

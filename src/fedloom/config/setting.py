@@ -57,7 +57,7 @@ NonNegativePerClient = NonNegative | tuple[NonNegative, ...] | dict[str, NonNega
 class MethodsHaving:
     """The methods of the table that have a trait, looked up when asked: all of them where ``trait`` is None.
 
-    In a setting's type it refuses other names; in its ``when=`` it is the set of values under which the setting acts.
+    In a setting's type it rejects other names; in its ``when=`` it is the set of values under which the setting acts.
     """
 
     trait: str | None = None

@@ -16,11 +16,11 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     """Write ``record`` with the chat template of ``tokenizer``.
 
     With P_i the text of the turns before answer i plus the template's cue to the assistant, and Q_i that of the turns
-    up to and with it, answer i is the characters len(P_i) to len(Q_i), trailing white space left out: the template's
+    up to and with it, answer i is the characters len(P_i) to len(Q_i), without trailing white space: the template's
     end-of-turn mark belongs to the answer. Nothing is searched for.
 
     Raises:
-        DataError: the template refuses the turns, rewrites earlier turns so that P_i or Q_i does not begin the text,
+        DataError: the template rejects the turns, rewrites earlier turns so that P_i or Q_i does not begin the text,
             or asks for an answer in other words than it writes one.
     """
     turns = _turns(record)
@@ -76,5 +76,8 @@ def _apply(tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], *, cue: 
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue == "with")
     except (jinja2.TemplateError, IndexError, ValueError) as cause:
         roles = ", ".join(turn.role for turn in turns) or "none"
-        raise DataError(f"the tokenizer's chat template refuses the turns ({roles}): {cause}") from cause
+        raise DataError(
+            f"expected turns that the tokenizer's chat template accepts, got {roles}: {cause}; "
+            "correct the row, or set data.template to 'plain'"
+        ) from cause
     return str(text)

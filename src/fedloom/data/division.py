@@ -105,7 +105,9 @@ def _divide_by_category(division: Division, categories: list[Any], seed: int) ->
 
 def _num_clients(division: Division) -> int:
     if division.num_clients is None:
-        raise PartitionError(f"partition.scheme {division.scheme} needs federation.num_clients; set it")
+        raise PartitionError(
+            f"federation.num_clients: expected a number with partition.scheme = {division.scheme}, got none; set it"
+        )
     return division.num_clients
 
 
@@ -113,6 +115,7 @@ def _categories(division: Division, rows: Rows) -> list[Any]:
     if division.column is None:
         columns = ", ".join(map(repr, rows.rows[0])) if len(rows) else "none"
         raise PartitionError(
-            f"partition.scheme {division.scheme} needs partition.column; set it to one of the columns ({columns})"
+            f"partition.column: expected a column with partition.scheme = {division.scheme}, got none; "
+            f"set it to one of {columns}"
         )
     return rows.column(division.column)

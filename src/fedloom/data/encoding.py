@@ -70,7 +70,7 @@ class EncodingCounts:
         parts = [f"{self.num_kept:,} of {self.num_rows:,} rows kept; dropped: {dropped}"] if dropped else []
         parts += [f"{self.num_truncated:,} rows truncated"] if self.num_truncated else []
         if self.num_turns_after_last_answer:
-            parts.append(f"{self.num_turns_after_last_answer:,} turns after the last answer left out")
+            parts.append(f"{self.num_turns_after_last_answer:,} turns after the last answer dropped")
         return "; ".join(parts)
 
 
@@ -134,7 +134,7 @@ def encode(
     )
     if not kept:
         remedy = f"raise {named('max_length')}" if answered else "check the rows and their shape"
-        raise DataError(f"expected at least one usable row, none of {len(records)} is: {counts.told}; {remedy}")
+        raise DataError(f"expected at least one usable row, got none in {len(records)} ({counts.told}); {remedy}")
     tokens = TokenSet.from_rows((row.ids, _supervised(row, loss_on)) for _, row in kept)
     return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
 
@@ -149,7 +149,9 @@ def resolve_template(name: str | Path, shape: Shape, tokenizer: PreTrainedTokeni
     """
     has_chat = bool(tokenizer.chat_template)
     if str(name) == CHAT and not has_chat:
-        raise DataError("data.template: 'chat' needs a tokenizer with a chat template, this one has none; try 'plain'")
+        raise DataError(
+            "data.template: expected a tokenizer with a chat template for 'chat', got one without; use 'plain'"
+        )
     if str(name) == CHAT or (str(name) == AUTO and has_chat and shape in (Shape.MESSAGES, Shape.SHAREGPT)):
         return None
     return load_template(default_template(shape) if str(name) == AUTO else name)

@@ -1,4 +1,4 @@
-"""Put rows together by the value of a column: numbered for partitions, named for figures told group by group."""
+"""Put rows together by the value of a column: numbered for partitions, named for figures reported by group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_GROUPS = 50
 
 @dataclass(frozen=True)
 class Grouping:
-    """The column that tells rows apart, and its value in every row."""
+    """The column that distinguishes rows, and its value in every row."""
 
     column: str
     of_row: tuple[str, ...]
@@ -28,7 +28,7 @@ class Grouping:
 
 
 def grouping_of(rows: Rows, column: str | None = None) -> Grouping | None:
-    """Return the groups of ``rows`` by ``column``, else by the first of ``GROUPING_COLUMNS`` that tells them apart.
+    """Return the groups of ``rows`` by ``column``, else by the first of ``GROUPING_COLUMNS`` that distinguishes them.
 
     A column does so that every row has, with at least two values and at most ``MOST_GROUPS``; None where none does.
     """

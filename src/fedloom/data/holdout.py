@@ -14,7 +14,7 @@ from fedloom.errors import DataError
 
 @dataclass(frozen=True)
 class HoldOut:
-    """Positions of the rows that stay and of those set aside, each in rising order."""
+    """Positions of the rows that stay and of those held out, each in rising order."""
 
     kept: npt.NDArray[np.int64]
     held: npt.NDArray[np.int64]

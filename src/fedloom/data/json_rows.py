@@ -1,9 +1,9 @@
 """Read rows of JSON as JSON defines it, where Python's reader takes more: each row with the number it has in its file.
 
 Of an object that names one key twice Python keeps the last value, and it reads the words ``NaN`` and ``Infinity``,
-which are no JSON. Here the first is refused with its place, and so is infinity; ``NaN``, which is what pandas writes
+which are not JSON. Here the first is rejected with its place, and so is infinity; ``NaN``, which is what pandas writes
 where a value is missing, counts as ``null``. Half a pair of surrogates, which no tokenizer reads,
-is refused too.
+is rejected too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the object of every line of a file, with the line's number.
 
     Raises:
-        DataError: the file cannot be read or is not UTF-8, a line is no JSON object, or names a key twice.
+        DataError: the file cannot be read or is not UTF-8, a line is not a JSON object, or names a key twice.
     """
     yield from rows_of_lines(file, read_utf8(file))
 
@@ -32,7 +32,7 @@ def rows_of_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]
     """Yield the object of every line that is not empty, with the line's number.
 
     Raises:
-        DataError: a line is no JSON object, or names a key twice.
+        DataError: a line is not a JSON object, or names a key twice.
     """
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -44,7 +44,7 @@ def rows_of_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]
         except json.JSONDecodeError as cause:
             raise DataError(
                 f"{place}: expected one JSON object per line, or one list of objects for the file; "
-                f"got {cause.msg} at column {cause.colno}"
+                f"got {cause.msg} at column {cause.colno}; correct the line"
             ) from cause
         yield number, _as_row(value, place)
 
@@ -53,14 +53,15 @@ def rows_of_list(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the objects of one JSON list, counted from 1.
 
     Raises:
-        DataError: the text is no list of objects, or an object names a key twice.
+        DataError: the text is not a list of objects, or an object names a key twice.
     """
     try:
         for number, value in _elements(file, text):
             yield number, _as_row(value, f"{file} row {number}")
     except json.JSONDecodeError as cause:
         raise DataError(
-            f"{file} line {cause.lineno} column {cause.colno}: expected JSON, got {cause.msg}; is the file cut short?"
+            f"{file} line {cause.lineno} column {cause.colno}: expected JSON, got {cause.msg}; correct the file, or "
+            "fetch it again if it is cut short"
         ) from cause
 
 
@@ -97,12 +98,16 @@ def _value(text: str, at: int, place: str) -> tuple[Any, int]:
 
     def constant(word: str) -> None:
         if word != "NaN":
-            raise DataError(f"{place}: expected JSON, got {word}, which is no number there; write null or a number")
+            raise DataError(
+                f"{place}: expected JSON, got {word}, which is not a number in JSON; write null or a number"
+            )
 
     try:
         value, end = json.JSONDecoder(object_pairs_hook=unique, parse_constant=constant).raw_decode(text, at)
     except RecursionError as cause:
-        raise DataError(f"{place}: expected a row, got lists or objects nested too deep to be read") from cause
+        raise DataError(
+            f"{place}: expected a row, got lists or objects nested too deep to be read; remove the row"
+        ) from cause
     if "\\ud" in text[at:end].lower():
         _check_surrogates(value, place)
     return value, end
@@ -114,13 +119,13 @@ def _check_surrogates(value: Any, place: str) -> None:
     except UnicodeEncodeError as cause:
         half = ascii(cause.object[cause.start])
         raise DataError(
-            f"{place}: expected text, got {half}, a surrogate without its other half; was a text cut inside a "
-            "character? take it out"
+            f"{place}: expected text, got {half}, a surrogate without its other half (was the text cut inside a "
+            "character?); remove it"
         ) from cause
 
 
 def _begin(text: str, at: int) -> int:
-    """Return where the next character that is no space stands, from ``at`` on."""
+    """Return where the next character that is not a space is, from ``at`` on."""
     while at < len(text) and text[at] in _SPACE:
         at += 1
     return at
@@ -128,5 +133,5 @@ def _begin(text: str, at: int) -> int:
 
 def _as_row(value: object, place: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise DataError(f"{place}: expected an object with named values, got {type(value).__name__}")
+        raise DataError(f"{place}: expected an object with named values, got {type(value).__name__}; correct it")
     return value

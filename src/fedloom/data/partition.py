@@ -113,27 +113,34 @@ class Partition:
         """Read a saved partition and check that it belongs to the data whose hash is given.
 
         Raises:
-            PartitionError: the file is missing, malformed or of another format, was made for other data, or is no exact
-                cover.
+            PartitionError: the file is missing, malformed or of another format, was made for other data, or does not
+                give each row to exactly one client.
         """
         try:
             document = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as cause:
-            raise PartitionError(f"{path}: expected a partition saved by fedloom, got {cause}") from cause
+            raise PartitionError(
+                f"{path}: expected a partition saved by fedloom, got {cause}; restore the file, or make a new partition"
+            ) from cause
         found = document.get("format") if isinstance(document, dict) else type(document).__name__
         PARTITION.check(path, _number_in(found), PartitionError)
         if document.get("data_sha256") != data_sha256:
             raise PartitionError(
-                f"{path}: made for data with hash {str(document.get('data_sha256'))[:12]}, these rows have "
-                f"{data_sha256[:12]}; restore the data, tokenizer, template and max_length, or make a new partition"
+                f"{path}: expected the data it was made for (sha256 {str(document.get('data_sha256'))[:12]}), got rows "
+                f"with {data_sha256[:12]}; restore the data, tokenizer, template and max_length, or make a new "
+                "partition"
             )
         try:
             partition = _from_clients(document["clients"], document["how"])
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as cause:
-            raise PartitionError(f"{path}: {cause}") from cause
+            raise PartitionError(
+                f"{path}: expected a whole partition, got a damaged one ({cause}); restore the file, or make a "
+                "new partition"
+            ) from cause
         if partition.num_rows != document.get("num_rows"):
             raise PartitionError(
-                f"{path}: expected {document.get('num_rows')} rows, its clients own {partition.num_rows}"
+                f"{path}: expected {document.get('num_rows')} rows, its clients own {partition.num_rows}; "
+                "restore the file, or make a new partition"
             )
         return partition
 
@@ -154,7 +161,7 @@ def _from_clients(clients: Sequence[Mapping[str, object]], how: Mapping[str, str
 def _refuse_empty(names: Sequence[str], sizes: IntArray) -> None:
     empty = np.flatnonzero(sizes == 0)
     if len(names) == 0:
-        raise PartitionError("expected at least one client, got none")
+        raise PartitionError("expected at least one client, got none; set federation.num_clients, or check the data")
     if empty.size:
         shown = ", ".join(names[i] for i in empty[:5])
         raise PartitionError(

@@ -115,7 +115,7 @@ def read_records(rows: Rows, shape: Shape | str = Shape.AUTO, columns: Mapping[s
     missing value, as none.
 
     Raises:
-        DataError: the shape cannot be told, or a row lacks a column or holds something that is not text.
+        DataError: the shape cannot be determined, or a row misses a column or holds something that is not text.
     """
     shape, named = _parse_shape(shape), dict(columns or {})
     if shape is Shape.AUTO:
@@ -161,24 +161,23 @@ def _parse_shape(shape: Shape | str) -> Shape:
     try:
         return Shape(shape)
     except ValueError:
-        raise DataError(
-            f"data.shape: expected one of {', '.join(Shape)}, got {shape!r}{_nearest(shape, Shape)}"
-        ) from None
+        advice = _nearest(shape, Shape)
+        raise DataError(f"data.shape: expected one of {', '.join(Shape)}, got {shape!r}; {advice}") from None
 
 
 def _check_columns(columns: Mapping[str, str], shape: Shape) -> None:
     allowed = _FIELDS[shape].all
     for name in columns:
         if name not in allowed:
+            advice = _nearest(name, allowed)
             raise DataError(
-                f"data.columns: expected names of the {shape} shape ({', '.join(allowed)}), got {name!r}"
-                f"{_nearest(name, allowed)}"
+                f"data.columns: expected names of the {shape} shape ({', '.join(allowed)}), got {name!r}; {advice}"
             )
 
 
 def _nearest(name: str, names: Sequence[str] | type[Shape]) -> str:
     close = difflib.get_close_matches(name, [str(n) for n in names], n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return f"did you mean {close[0]!r}?" if close else "choose one of these"
 
 
 def _read(row: Row, shape: Shape, fields: _Fields, columns: Mapping[str, str]) -> Record:
@@ -201,7 +200,9 @@ def _read(row: Row, shape: Shape, fields: _Fields, columns: Mapping[str, str]) -
 def _value(row: Row, name: str, columns: Mapping[str, str]) -> Any:
     column = columns.get(name, name)
     if column not in row:
-        raise DataError(f"expected a column {column!r}, found {', '.join(map(repr, row))}; data.columns can rename")
+        raise DataError(
+            f"expected a column {column!r}, found {', '.join(map(repr, row))}; add it, or name yours with data.columns"
+        )
     return row[column]
 
 
@@ -219,23 +220,25 @@ def _text(value: object, name: str) -> str:
             raise DataError(f"column {name!r}: expected text or a number, got {value}; write one or leave it empty")
         case int() | float():
             return str(value)
-    raise DataError(f"column {name!r}: expected text, got {type(value).__name__}")
+    raise DataError(f"column {name!r}: expected text, got {type(value).__name__}; write text or leave it empty")
 
 
 def _turns(value: object, role_key: str, content_key: str, roles: Mapping[str, str]) -> tuple[Turn, ...]:
     if not isinstance(value, list):
-        raise DataError(f"expected a list of turns, got {type(value).__name__}")
+        raise DataError(f"expected a list of turns, got {type(value).__name__}; correct the row, or set data.shape")
     turns = []
     for number, turn in enumerate(value, start=1):
         if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
             found = ", ".join(map(repr, turn)) if isinstance(turn, dict) else type(turn).__name__
             raise DataError(
                 f"turn {number}: expected {role_key!r} and {content_key!r}, found {found}; "
-                "messages have role and content, sharegpt has from and value"
+                "correct the row, or set data.shape (messages has role and content, sharegpt has from and value)"
             )
         role = turn[role_key]
         if role not in roles:
-            raise DataError(f"turn {number}: expected {role_key!r} among {', '.join(roles)}, got {role!r}")
+            raise DataError(
+                f"turn {number}: expected {role_key!r} to be one of {', '.join(roles)}, got {role!r}; rename it"
+            )
         turns.append(Turn(roles[role], _text(turn[content_key], content_key)))
     return tuple(turns)
 

@@ -97,12 +97,13 @@ def by_category(categories: Categories, num_clients: int, *, categories_per_clie
     names, group_of_row = group(categories)
     if not 1 <= categories_per_client <= len(names):
         raise PartitionError(
-            f"categories_per_client: expected 1 to {len(names)}, the number of categories, got {categories_per_client}"
+            f"partition.categories_per_client: expected 1 to {len(names)}, the number of categories, got "
+            f"{categories_per_client}; change it"
         )
     if num_clients * categories_per_client < len(names):
         raise PartitionError(
-            f"{num_clients} clients with {categories_per_client} categories each cannot hold all {len(names)} "
-            "categories; raise partition.categories_per_client or federation.num_clients"
+            f"expected every category to have a client, got num_clients = {num_clients} with {categories_per_client} "
+            f"of the {len(names)} categories each; raise partition.categories_per_client or federation.num_clients"
         )
     rng = stream(seed, "partition", "category")
     # Dealing around a shuffled circle gives a client distinct categories.
@@ -165,8 +166,8 @@ def natural(owners: Categories, num_clients: int | None = None) -> Partition:
     owner = np.array([place[name] for name in found], np.int64)[number]
     if num_clients is not None and num_clients != len(names):
         raise PartitionError(
-            f"the data name {len(names)} clients, federation.num_clients is {num_clients}; "
-            f"set it to {len(names)} or leave it out"
+            f"federation.num_clients: expected {len(names)}, as many as the data name, got {num_clients}; "
+            f"set it to {len(names)}, or drop it"
         )
     return Partition.from_owners(owner, names, {"scheme": "natural"})
 
@@ -221,7 +222,10 @@ def _deal(
 
 def _check_sizes(num_rows: int, num_clients: int, min_rows: int) -> None:
     if num_clients < 1 or min_rows < 1:
-        raise PartitionError(f"expected at least one client and one row each, got {num_clients} and {min_rows}")
+        raise PartitionError(
+            f"expected at least one client and one row each, got {num_clients} and {min_rows}; raise "
+            "federation.num_clients or partition.min_rows"
+        )
     if num_clients * min_rows > num_rows:
         raise PartitionError(
             f"expected at least {num_clients * min_rows} rows, {min_rows} for each of {num_clients} clients, got "
@@ -231,4 +235,4 @@ def _check_sizes(num_rows: int, num_clients: int, min_rows: int) -> None:
 
 def _check_positive(name: str, value: float) -> None:
     if not value > 0:
-        raise PartitionError(f"partition.{name}: expected a positive number, got {value}")
+        raise PartitionError(f"partition.{name}: expected a positive number, got {value}; raise it")

@@ -71,7 +71,10 @@ class Rows:
         """
         for index, row in enumerate(self.rows):
             if name not in row:
-                raise DataError(f"{self.where(index)}: no column {name!r}; it has {_listed(row)}")
+                raise DataError(
+                    f"{self.where(index)}: expected a column {name!r}, found {_listed(row)}; fill the row, or name "
+                    "another column"
+                )
         return [row[name] for row in self.rows]
 
     def select(self, indices: npt.NDArray[np.int64] | Sequence[int]) -> Rows:
@@ -92,11 +95,11 @@ def load_rows(
 
     A file is read whole whatever the split. In a folder, the files ``local_<split>_<n>.json`` are one client each
     (Shepherd's and FederatedScope's layout), ordered by number; else ``global_<split>.json``; else the files whose
-    names begin with the split; else, for the training split, every data file. A name that is no path is a hub data
+    names begin with the split; else, for the training split, every data file. A name that is not a path is a hub data
     set, whose ``subset`` and ``revision`` may be named.
 
     Raises:
-        DataError: nothing is there, a file is malformed or empty, or the hub cannot be reached.
+        DataError: nothing exists there, a file is malformed or empty, or the hub cannot be reached.
     """
     split = Split(split)
     if str(path) == embedded.NAME:
@@ -108,13 +111,14 @@ def load_rows(
         return _read_files([place])
     if place.suffix.lower() in _READERS or not looks_like_hub_name(str(path)):
         raise DataError(
-            f"{path}: expected a file, a folder or a hub name, found nothing there; check the path and where it starts"
+            f"{path}: expected a file, a folder or a hub name, found nothing; check the path (it is relative to the "
+            "current folder)"
         )
     return _read_hub(str(path), split, subset, revision)
 
 
 def client_names_of_files(path: str | Path, split: Split | str = Split.TRAIN) -> list[str] | None:
-    """Return the names that ``Rows.client_of_file`` will give, without reading a row; None where ``path`` is no path.
+    """Return the names that ``Rows.client_of_file`` will give, without reading a row; None for a hub data set.
 
     Raises:
         DataError: a folder has no files of the split.
@@ -140,7 +144,10 @@ def _files_of_folder(folder: Path, split: Split) -> list[Path]:
     if split is Split.TRAIN and files and not any(p.stem.lower().startswith(marked) for p in files):
         return files
     kinds = " ".join(_READERS)
-    raise DataError(f"{folder}: expected files of the {split} split ({kinds}), found {_listed(p.name for p in files)}")
+    raise DataError(
+        f"{folder}: expected files of the {split} split ({kinds}), found {_listed(p.name for p in files)}; rename one, "
+        "or name the file itself"
+    )
 
 
 def _read_files(files: Sequence[Path]) -> Rows:
@@ -187,7 +194,9 @@ def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
                     yield begins, dict(zip(header, values, strict=True))
                 begins = reader.line_num + 1
         except csv.Error as cause:
-            raise DataError(f"{file} line {begins}: expected CSV, got {cause}; is a quote left open?") from cause
+            raise DataError(
+                f"{file} line {begins}: expected CSV, got {cause}; correct the line (is a quote never closed?)"
+            ) from cause
         except UnicodeDecodeError as cause:
             raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
 
@@ -212,7 +221,9 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
         try:
             table = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=cache)
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as cause:
-            raise DataError(f"{file}: expected a Parquet file, got {_root(cause)}") from cause
+            raise DataError(
+                f"{file}: expected a Parquet file, got {_root(cause)}; fetch or convert it again"
+            ) from cause
         rows = table.to_list()
         del table
     yield from enumerate(rows, start=1)
@@ -228,8 +239,8 @@ def _read_hub(name: str, split: Split, subset: str | None, revision: str | None)
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as cause:
         raise DataError(
-            f"{name}: no such file or folder, and the hub did not give a data set of that name ({_root(cause)}); "
-            "check data.path"
+            f"{name}: expected a file, a folder or a data set of the hub, found no such path, and the hub answered: "
+            f"{_root(cause)}; check data.path"
         ) from cause
     count = len(rows)
     return Rows(rows, (f"{name}[{part}]",), np.zeros(count, np.int64), np.arange(1, count + 1))
@@ -240,7 +251,10 @@ def _hub_split(name: str, split: Split, available: Sequence[str]) -> str:
     for part in wanted:
         if part in available:
             return part
-    raise DataError(f"{name}: expected a split called {' or '.join(wanted)}, it has {_listed(available)}")
+    raise DataError(
+        f"{name}: expected a split called {' or '.join(wanted)}, it has {_listed(available)}; save the one you mean to "
+        "a file and name that"
+    )
 
 
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
@@ -256,7 +270,7 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
 def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Row]]]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
-        raise DataError(f"{file}: expected one of {' '.join(_READERS)}, got {file.suffix!r}")
+        raise DataError(f"{file}: expected one of {' '.join(_READERS)}, got {file.suffix!r}; convert the file")
     return reader
 
 

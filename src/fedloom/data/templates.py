@@ -130,11 +130,14 @@ def load_template(name_or_path: str | Path) -> Template:
         text = _read(Path(name))
     else:
         known = ", ".join((AUTO, CHAT, *shipped_templates()))
-        raise DataError(f"data.template: expected one of {known}, or a TOML file; got {name!r}")
+        raise DataError(
+            f"data.template: expected one of {known}, or a TOML file, got {name!r}; choose one of these, or check the "
+            "path"
+        )
     try:
         entries = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as cause:
-        raise DataError(f"{name}: expected TOML, got {cause}") from cause
+        raise DataError(f"{name}: expected TOML, got {cause}; correct the file") from cause
     return _build(name, entries)
 
 
@@ -163,7 +166,9 @@ def default_template(shape: Shape) -> str:
 def _build(name: str, entries: dict[str, object]) -> Template:
     dialogue = entries.pop("dialogue", {})
     if not isinstance(dialogue, dict):
-        raise DataError(f"{name}: expected a table [dialogue], got {type(dialogue).__name__}")
+        raise DataError(
+            f"{name}: expected a table [dialogue], got {type(dialogue).__name__}; write its entries under [dialogue]"
+        )
     prompts = _checked(name, entries, _PROMPT_NAMES)
     turns = _checked(f"{name} [dialogue]", dialogue, _DIALOGUE_NAMES)
     return Template(name, **prompts, dialogue=DialogueWording(**turns))
@@ -171,15 +176,19 @@ def _build(name: str, entries: dict[str, object]) -> Template:
 
 def _checked(place: str, entries: dict[str, object], expected: dict[str, set[str]]) -> dict[str, str]:
     if entries.keys() != expected.keys():
-        missing = ", ".join(sorted(expected.keys() - entries.keys())) or "nothing"
-        unknown = ", ".join(sorted(entries.keys() - expected.keys())) or "nothing"
-        raise DataError(f"{place}: expected the entries {', '.join(expected)}; missing {missing}, unknown {unknown}")
+        missing = [f"add {key}" for key in sorted(expected.keys() - entries.keys())]
+        unknown = [f"remove {key}" for key in sorted(entries.keys() - expected.keys())]
+        action = ", ".join(missing + unknown)
+        raise DataError(f"{place}: expected the entries {', '.join(expected)}, got {', '.join(entries)}; {action}")
     checked: dict[str, str] = {}
     for key, value in entries.items():
         if not isinstance(value, str):
-            raise DataError(f"{place}, entry {key}: expected text, got {type(value).__name__}")
+            raise DataError(f"{place}, entry {key}: expected text, got {type(value).__name__}; quote it")
         if (found := _placeholders(place, key, value)) != expected[key]:
-            raise DataError(f"{place}, entry {key}: expected {_braced(expected[key])}, got {_braced(found)}")
+            raise DataError(
+                f"{place}, entry {key}: expected {_braced(expected[key])}, got {_braced(found)}; correct the "
+                "placeholders"
+            )
         checked[key] = value
     return checked
 
@@ -188,7 +197,9 @@ def _placeholders(place: str, key: str, value: str) -> set[str]:
     try:
         fields = [field for field in string.Formatter().parse(value) if field[1] is not None]
     except ValueError as cause:
-        raise DataError(f"{place}, entry {key}: {cause}; write {{{{ and }}}} for plain braces") from cause
+        raise DataError(
+            f"{place}, entry {key}: expected names in braces, got {cause}; write {{{{ and }}}} for plain braces"
+        ) from cause
     if any(specification or conversion for _, _, specification, conversion in fields):
         raise DataError(f"{place}, entry {key}: expected placeholders by name only, got a format (: or !); remove it")
     return {name for _, name, _, _ in fields if name is not None}

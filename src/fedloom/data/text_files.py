@@ -8,7 +8,7 @@ from fedloom.errors import DataError
 
 
 def read_utf8(path: Path) -> str:
-    """Return the text of a file; a byte-order mark is no part of it.
+    """Return the text of a file; a byte-order mark is not part of it.
 
     Raises:
         DataError: the file cannot be read, or is not UTF-8.

@@ -71,7 +71,7 @@ def record_prompts(
     for every answer whose beginning joins the prompt's last characters as that of most words does.
 
     Raises:
-        DataError: the chat template refuses the turns, or writes them differently once an answer follows.
+        DataError: the chat template rejects the turns, or writes them differently once an answer follows.
     """
     rendered = [render(_with_stand_in(record), template, tokenizer) for record in records]
     for item in rendered:
@@ -86,7 +86,7 @@ def text_prompts(texts: Sequence[str], tokenizer: Any) -> list[PromptTokens]:
     """Return texts that no template wraps, each as it stands.
 
     Raises:
-        DataError: a prompt is no text: bytes of it are not UTF-8, or half a pair of surrogates stands there.
+        DataError: a prompt is not text: bytes of it are not UTF-8, or it holds half a pair of surrogates.
     """
     for text in texts:
         _check_is_text(text)
@@ -152,7 +152,7 @@ def _check_is_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as cause:
-        # What comes from the command line or the terminal holds a byte b that is no UTF-8 as U+DC00 + b (PEP 383).
+        # What comes from the command line or the terminal holds a byte b that is not UTF-8 as U+DC00 + b (PEP 383).
         code = ord(text[cause.start])
         what = f"the byte 0x{code - 0xDC00:x}" if 0xDC80 <= code <= 0xDCFF else f"U+{code:X}, half of a character,"
         before = text[max(cause.start - 20, 0) : cause.start]

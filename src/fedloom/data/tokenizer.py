@@ -49,7 +49,10 @@ def load_tokenizer(
             "set model.tokenizer, or 'bytes' for a model of bytes"
         ) from cause
     if not tokenizer.is_fast:
-        raise ModelError(f"{name_or_path}: expected a tokenizer that gives character offsets (tokenizer.json)")
+        raise ModelError(
+            f"{name_or_path}: expected a tokenizer that gives character offsets, got a slow one; convert it to a "
+            "tokenizer.json, or set model.tokenizer"
+        )
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = _find_end_of_text(tokenizer, Path(name_or_path))
     return tokenizer
@@ -95,5 +98,6 @@ def _find_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     if len(usual) == 1:
         return usual[0]
     raise ModelError(
-        f"{folder}: its tokenizer does not name an end-of-text token; write eos_token into tokenizer_config.json"
+        f"{folder}: expected a tokenizer that names its end-of-text token, got none; write eos_token into "
+        "tokenizer_config.json"
     )

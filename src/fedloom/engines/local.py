@@ -31,8 +31,8 @@ class LocalEngine:
         half: what each client trains, sends and keeps.
         wire: dtype of the messages; None where nothing crosses (centralised and standalone).
         clients_at_once: clients whose adapters are open at once; results do not depend on it beyond rounding.
-        memories: what clients keep from before, where a run goes on.
-        version, side: the side that every client starts with, where a run goes on: that of the last completed round.
+        memories: what clients keep from before, where a run resumes.
+        version, side: the side that every client starts with, where a run resumes: that of the last completed round.
     """
 
     lora: LoRAModel

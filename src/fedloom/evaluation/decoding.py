@@ -180,13 +180,14 @@ def _check_room(model: Any, prompts: Sequence[PromptTokens], settings: DecodingS
     room = context - settings.max_new_tokens
     if room < 1 and prompts:
         raise EvaluationError(
-            f"max_new_tokens: expected fewer than the model's context of {context} tokens, since the prompt is in it "
+            f"max_new_tokens: expected fewer than the model's context of {context} tokens, which holds the prompt "
             f"too, got {settings.max_new_tokens}; lower it"
         )
     overlong = [prompt for prompt in prompts if len(prompt.ids) > room]
     if overlong:
         raise EvaluationError(
-            f"{len(overlong)} prompts are longer than the {room} tokens that {settings.max_new_tokens} new ones leave "
-            f"of the model's {context}; the first begins {overlong[0].text[:60]!r}: lower max_new_tokens, or "
+            f"expected prompts of at most {room} tokens ({settings.max_new_tokens} new ones in the model's context of "
+            f"{context}), got {len(overlong)} longer ones; the first begins {overlong[0].text[:60]!r}: lower "
+            "max_new_tokens, or "
             "shorten the prompts"
         )

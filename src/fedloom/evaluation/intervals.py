@@ -65,7 +65,7 @@ class Difference:
 
     @property
     def is_judged(self) -> bool:
-        """Whether n items can tell a difference from chance: 2^(1−n), the least p there is, is within 1 − level."""
+        """Whether n items can tell a difference from chance: their least p, 2^(1−n), is within 1 − level."""
         return 2.0 ** (1 - self.n) <= 1 - self.level
 
     @property
@@ -129,7 +129,7 @@ def bootstrap_difference(
     """
     if len(first_NS) != len(second_NS):
         raise EvaluationError(
-            f"a paired comparison needs the same items on both sides, got {len(first_NS)} and {len(second_NS)}: "
+            f"expected the same items on both sides of a paired comparison, got {len(first_NS)} and {len(second_NS)}: "
             "score both systems on one file"
         )
     first_M, second_M = (score(_resampled_sums(side_NS, seed, resamples)) for side_NS in (first_NS, second_NS))
@@ -158,8 +158,8 @@ def paired_differences(
     """
     if first.keys() != second.keys():
         raise EvaluationError(
-            f"a paired comparison needs the same metrics on both sides, got {', '.join(first)} and "
-            f"{', '.join(second)}: score both systems alike"
+            f"expected the same metrics on both sides of a paired comparison, got {', '.join(first)} and "
+            f"{', '.join(second)}: score both systems by the same suite"
         )
     return {
         name: bootstrap_difference(
@@ -196,7 +196,9 @@ def wilson(num_successes: int, num_trials: int, *, level: float = 0.95) -> Estim
     Source: Wilson, "Probable inference", 1927.
     """
     if num_trials < 1:
-        raise EvaluationError(f"a proportion needs at least one item, got {num_trials}: check the file of questions")
+        raise EvaluationError(
+            f"expected at least one item for a proportion, got {num_trials}: check the file of questions"
+        )
     z = NormalDist().inv_cdf((1 + level) / 2)
     share = num_successes / num_trials
     shrink = 1 + z * z / num_trials
@@ -221,7 +223,7 @@ def _resampled_sums(statistics_NS: Statistics, seed: int, resamples: int) -> Sta
     """Return statistics summed over ``resamples`` draws of N items with replacement, (M, S)."""
     n = len(statistics_NS)
     if n == 0:
-        raise EvaluationError("an interval needs at least one item, got none: check the file that was scored")
+        raise EvaluationError("expected at least one item for an interval, got none: check the file that was scored")
     rng = seeding.stream(seed, "bootstrap", n)
     sums = [np.bincount(rng.integers(n, size=n), minlength=n) @ statistics_NS for _ in range(resamples)]
     return np.stack(sums)

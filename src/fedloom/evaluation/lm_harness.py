@@ -43,7 +43,7 @@ def run_harness_tasks(
 
     Raises:
         MissingExtraError: lm-evaluation-harness is not installed.
-        EvaluationError: a task is unknown, or its data cannot be had.
+        EvaluationError: a task is unknown, or its data cannot be fetched.
     """
     try:
         import lm_eval
@@ -55,7 +55,7 @@ def run_harness_tasks(
     unknown = sorted(set(tasks) - set(manager.match_tasks(list(tasks))))
     if unknown or not tasks:
         raise EvaluationError(
-            f"lm-evaluation-harness {lm_eval.__version__} has no task {unknown}: see 'lm-eval ls tasks'"
+            f"expected tasks of lm-evaluation-harness {lm_eval.__version__}, got {unknown}: see 'lm-eval ls tasks'"
         )
     lm = causal_lm(model)
     # Left to itself, one release of the harness puts the beginning-of-text first and another does not.
@@ -77,7 +77,11 @@ def run_harness_tasks(
             fewshot_random_seed=seed,
         )
     except (OSError, ValueError) as error:
-        raise EvaluationError(f"tasks {list(tasks)} could not be run: {error}") from error
+        raise EvaluationError(
+            f"tasks {', '.join(tasks)}: expected lm-evaluation-harness to run them, got {error}; fetch their data "
+            "first, "
+            "or choose others"
+        ) from error
     metrics = {task: _metrics(row, found.get("n-samples", {}).get(task, {})) for task, row in found["results"].items()}
     return HarnessResult(metrics, str(lm_eval.__version__), shots, limit, seed)
 

@@ -32,7 +32,7 @@ class OutputsFile:
         A last line cut short by an interruption is taken off: its prompt is decoded again.
 
         Raises:
-            EvaluationError: the file is of another model, settings or format, or is no file of outputs; nothing in it
+            EvaluationError: the file is of another model, settings or format, or holds no outputs; nothing in it
                 was changed.
         """
         if path is None:
@@ -46,7 +46,7 @@ class OutputsFile:
             return cls(path)
         found, outputs = _read(path, whole)
         if found != header:
-            raise EvaluationError(f"{path} holds outputs of {found}, asked for {header}: choose another file")
+            raise EvaluationError(f"{path}: expected outputs of {header}, found those of {found}: choose another file")
         if len(whole) < len(content):
             os.truncate(path, len(whole))
         return cls(path, outputs)
@@ -92,7 +92,9 @@ def _read(path: Path, whole: bytes) -> tuple[dict[str, Any], dict[str, tuple[str
         _, header = next(lines)
         number = header[_FORMAT]
     except (ValueError, KeyError, StopIteration) as error:
-        raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+        raise EvaluationError(
+            f"{path}: expected decoded outputs, got another file ({error}): choose another file"
+        ) from error
     DECODED_OUTPUTS.check(path, number, EvaluationError)
     try:
         return header, {row["prompt"]: (row["output"], row["is_cut_off"]) for _, row in lines}

@@ -62,7 +62,7 @@ def measure_perplexity(
     """Measure how well the model (or what a ``LoRAModel`` is routed to) predicts the supervised tokens of ``rows``.
 
     ``texts[i]`` is the text the supervised tokens of row i spell: its UTF-8 bytes and white-space words are counted. An
-    end-of-text token costs its nats and is no byte.
+    end-of-text token costs its nats and counts as no byte.
 
     Raises:
         EvaluationError: rows and texts differ in number, or nothing is supervised.
@@ -70,7 +70,9 @@ def measure_perplexity(
     if len(rows) != len(texts):
         raise EvaluationError(f"expected one text for each of {len(rows)} rows, got {len(texts)}")
     if not any(text.strip() for text in texts):
-        raise EvaluationError("no row has a word to predict: check the rows and what is supervised in them")
+        raise EvaluationError(
+            "expected a row with text to predict, got none: check the rows and what is supervised in them"
+        )
     losses = row_losses(model, rows, token_budget=token_budget)
     counts = RowCounts(
         losses.sum_nats,
@@ -103,7 +105,9 @@ def compare_perplexity(
         EvaluationError: the two were not measured on the same texts.
     """
     if not np.array_equal(first.rows.byte_N, second.rows.byte_N):
-        raise EvaluationError("a paired comparison needs both models on the same texts, in the same order")
+        raise EvaluationError(
+            "expected both models on the same texts, in the same order, got other lengths: measure both on one file"
+        )
     first_NS, second_NS = (
         ratio_statistics(side.rows.nats_N, getattr(side.rows, f"{unit}_N")) for side in (first, second)
     )
@@ -133,5 +137,5 @@ def plain_text_rows(model: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[T
             rows.append(([*prefix, *part], [False] * len(prefix) + [True] * len(part)))
             spelled.append(text[begin:end])
     if not rows:
-        raise EvaluationError("expected at least one text that is not empty")
+        raise EvaluationError("expected at least one text that is not empty, got none; check the file of texts")
     return TokenSet.from_rows(rows), spelled

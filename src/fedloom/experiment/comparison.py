@@ -84,15 +84,15 @@ def compare(
 
 
 def refuse_other_folder(out: Path) -> None:
-    """Check that ``out`` can hold a comparison: it is no run, and what lies in the way of its files is its own.
+    """Check that ``out`` can hold a comparison: it is not a run, and files that would be replaced are fedloom's.
 
     Raises:
         RunError: it cannot; nothing was touched.
     """
     if (out / "manifest.json").exists():
-        raise RunError(f"{out} is a run: expected a folder for several runs; choose another --out")
+        raise RunError(f"--out {out}: expected a folder for several runs, got a run; choose another --out")
     if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file: expected a folder for several runs; choose another --out")
+        raise RunError(f"--out {out}: expected a folder for several runs, got a file; choose another --out")
     for name in FILES:
         if not (out / name).exists():
             continue
@@ -101,5 +101,8 @@ def refuse_other_folder(out: Path) -> None:
         except RunError:
             there = None
         if not isinstance(there, dict) or not {"folder", "table", "runs"} <= there.keys():
-            raise RunError(f"{out / name} is not fedloom's and would be replaced: choose another --out")
+            raise RunError(
+                f"{out / name}: expected a file that fedloom wrote, found another, which would be replaced; choose "
+                "another --out"
+            )
         COMPARISON.check(out / name, there.get("format_version", 1), RunError)  # the first files had no number

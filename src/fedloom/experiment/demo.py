@@ -122,7 +122,7 @@ def demo_settings() -> Settings:
 def demonstrate(
     out: Path, *, settings: Settings | None = None, fresh: bool = False, progress: Progress | None = None
 ) -> Demonstration:
-    """Run every method and control into ``out``, or go on with what is there, and show what came of it.
+    """Run every method and control into ``out``, or resume an interrupted demo there, and show the result.
 
     ``settings`` are the shipped recipe's unless given; they need held-out rows and the suite ``exact-match``.
 
@@ -150,9 +150,7 @@ def answers_of(settings: Settings, runs: Sequence[RunSummary]) -> tuple[list[Ask
     base, _ = workshop.base(settings)
     held_out = workshop.inputs(settings, base).held_out_rows
     if held_out is None:
-        raise EvaluationError(
-            "expected held-out rows to ask, the recipe has none; set data.eval_path or data.eval_rows"
-        )
+        raise EvaluationError("expected held-out rows to ask, got none; set data.eval_path or data.eval_rows")
     asked = asked_rows(held_out, base.tokenizer, choice)
     single = [run for run in runs if "num_models" not in run.eval["suites"][SUITE]]
     stems = {run.method: outputs_stem(run.folder / EVALUATION, SUITE, run.num_rounds) for run in single}
@@ -183,7 +181,7 @@ def read_table(outcomes: Mapping[str, Outcome], num_questions: int, settings: Se
     controls = reversed(methods_table.shipped("is_control"))
     found = [_control(name, outcomes[name]) for name in controls if name in outcomes]
     parts += [", ".join(found)] if found else []
-    return "; ".join([*parts, "all of one seed, so another may order the methods otherwise."])
+    return "; ".join([*parts, "all from one seed; another may order the methods differently."])
 
 
 def choose_examples(asked: Sequence[AskedRow], before: Sequence[str], after: Sequence[str]) -> list[Example]:

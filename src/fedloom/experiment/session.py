@@ -90,7 +90,7 @@ def run(
     progress: Progress | None = None,
     workshop: Workshop | None = None,
 ) -> RunSummary:
-    """Run the settings into ``out``, or go on with the run that is there, and return what it came to.
+    """Run the settings into ``out``, or resume the run in it, and return the result.
 
     A folder is created only once base and rows are loaded and fit, so a mistake leaves nothing behind.
 
@@ -137,8 +137,8 @@ def run(
 def _refuse_fewer_rounds(out: Path, num_rounds: int) -> None:
     if (done := len(rounds_done(out))) > num_rounds:
         raise RunError(
-            f"{out} has completed {counted(done, 'round')}, asked for {num_rounds}: a run can get more rounds, not "
-            f"fewer; set federation.num_rounds to {done} or more, choose another folder, or start over with --fresh"
+            f"{out}: expected at least the {counted(done, 'round')} it has completed, got {num_rounds}; set "
+            f"federation.num_rounds to {done} or more, choose another folder, or start over with --fresh"
         )
 
 
@@ -184,7 +184,7 @@ class Session:
             record = {"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation}
             self.folder.finish(record | {"adapters": adapters})
         elif missing_adapters(self.folder.path, finished):
-            self.progress.note("the adapter is missing: writing it again from the last round's state")
+            self.progress.note("the adapter is missing: writing it again from the state of the last round")
             self._write_adapter(state)
         write_cards(self.folder.path)
         return self._summary(state)

@@ -19,8 +19,9 @@ from fedloom.lora.pair import Adapter
 NUMBERS_CHARACTERS = 512
 """Room for an update's numbers as JSON; where it is too little, twice or thrice as much is used.
 
-Numbers are filled up with blanks to this, so that a message's length depends on shapes and types alone and not on how
-many digits a loss or a time happens to have: bytes can be described before a run.
+Numbers are padded with blanks to this, so that a message's length depends on shapes and types alone and not on how many
+digits a loss or a time happens to have: ``describe`` can then state the bytes before a run, and a test can compare them
+to the bytes sent.
 """
 MAX_HEADER_BYTES = 1 << 16
 """A header's fixed part; each tensor may add ``MAX_ENTRY_BYTES``."""
@@ -74,7 +75,9 @@ def read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, di
     """
     length = int.from_bytes(blob[:8], "little")
     if len(blob) < 8 or length > min(len(blob) - 8, MAX_HEADER_BYTES + room):
-        raise UpdateError(f"expected a whole message, got {len(blob)} bytes that do not parse; it is empty or damaged")
+        raise UpdateError(
+            f"expected a whole message, got {len(blob)} bytes that do not parse (empty or damaged); send it again"
+        )
     try:
         header = json.loads(blob[8 : 8 + length])
         message = header.pop("__metadata__")["message"]
@@ -85,11 +88,11 @@ def read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, di
         where = ".".join(map(str, first["loc"])) or "message"
         raise UpdateError(
             f"{where}: expected a number or text of this form, got one that does not fit ({first['msg'].lower()}); "
-            "the sender runs another version or is broken"
+            "run the same version of fedloom on both sides"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UpdateError(
-            f"expected a whole message, got {len(blob)} bytes that do not parse ({type(error).__name__}); it is damaged"
+            f"expected a whole message, got {len(blob)} bytes that do not parse ({type(error).__name__}); send it again"
         ) from error
 
 
@@ -103,12 +106,17 @@ def check_entries(
     """
     lacking, foreign = sorted(expected.keys() - entries.keys()), sorted(entries.keys() - expected.keys())
     if lacking or foreign:
-        what = f"it lacks {lacking[0]}" if lacking else f"it has the foreign {foreign[0][:100]}"
-        raise UpdateError(f"expected an update of {len(expected)} tensors of this base's modules, {what}")
+        what = f"one without {lacking[0]}" if lacking else f"one with the unknown {foreign[0][:100]}"
+        raise UpdateError(
+            f"expected an update of {len(expected)} tensors of this base's modules, got {what}; use the run's own base "
+            "and model.target_modules"
+        )
     for key, (found, shape) in entries.items():
         if found != dtype or shape != expected[key]:
             raise UpdateError(
-                f"{key}: expected {dtype} of shape {expected[key]}, got {found[:20]} of shape {shape[:4]}"
+                f"{key}: expected {dtype} of shape {expected[key]}, got {found[:20]} of shape {shape[:4]}; use the "
+                "run's own "
+                "base and recipe"
             )
 
 
@@ -122,5 +130,5 @@ def read_tensors(blob: bytes) -> dict[str, Tensor]:
         return {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise UpdateError(
-            f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); it is damaged"
+            f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); send it again"
         ) from error

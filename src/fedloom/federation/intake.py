@@ -1,4 +1,4 @@
-"""What comes back to the server in a round: each answer is checked, and used or left out with its reason."""
+"""What comes back to the server in a round: each answer is checked, and used or dropped with its reason."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class IntakeRules(Protocol):
 
 @dataclass(frozen=True)
 class ClientRecord:
-    """One client's part in a round; ``reason`` says why an update was left out, and is None where it was used."""
+    """One client's part in a round; ``reason`` says why an update was dropped, and is None where it was used."""
 
     client: int
     reason: str | None
@@ -67,7 +67,7 @@ class ClientRecord:
 
 @dataclass
 class Intake:
-    """A round's arrivals: passes on usable updates one at a time and remembers why others were left out."""
+    """A round's arrivals: passes on usable updates one at a time and remembers why others were dropped."""
 
     plan: IntakeRules
     work: Work
@@ -163,7 +163,10 @@ def check_update(
             trained on nothing, or its change has a norm above ``norm_limit``.
     """
     if update.round != broadcast.round:
-        raise UpdateError(f"expected an update for round {broadcast.round}, got one for round {update.round}")
+        raise UpdateError(
+            f"expected an update for round {broadcast.round}, got one for round {update.round}; answer the current "
+            "broadcast"
+        )
     try:
         check_fits(update.adapter, shapes)
     except AdapterError as error:
@@ -171,19 +174,22 @@ def check_update(
     wrong = {name: rank for name, rank in update.adapter.ranks.items() if rank != broadcast.rank}
     if wrong:
         name, rank = next(iter(wrong.items()))
-        raise UpdateError(f"{name}: expected rank {broadcast.rank}, got {rank}")
+        raise UpdateError(f"{name}: expected rank {broadcast.rank}, got {rank}; train at the rank of the broadcast")
     if not update.adapter.is_finite():
         raise UpdateError("expected finite numbers, got NaN or infinity; lower training.learning_rate")
     if update.stats.num_rows < 1:
-        raise UpdateError(f"expected training on at least one row, got {update.stats.num_rows}")
+        raise UpdateError(f"expected training on at least one row, got {update.stats.num_rows}; give the client rows")
     change = _change(update, broadcast, work)
     if change == 0.0:
         raise UpdateError(
-            "expected the adapter to change during training, it is what was sent out: check training.learning_rate and "
+            "expected the adapter to change during training, got the one sent out: check training.learning_rate and "
             "model.target_modules"
         )
     if norm_limit is not None and change > norm_limit:
-        raise UpdateError(f"expected a change of norm {norm_limit:.3g} or less, got {change:.3g}")
+        raise UpdateError(
+            f"expected a change of norm {norm_limit:.3g} or less, got {change:.3g}; check its data, or raise "
+            "federation.max_norm_ratio"
+        )
     return change
 
 

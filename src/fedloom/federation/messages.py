@@ -1,9 +1,9 @@
 """What crosses between server and clients, as bytes: one safetensors blob a message, its numbers in the header.
 
 The wire's dtype applies to every tensor that crosses, and only there: what arrives is fp32 again. The whole side keeps
-fp32 where its numbers are none of the wire's dtype: a compacted side would be rounded otherwise, and server and client
-would train on different bases. A message's length is the length of its blob; nothing else is counted and nothing else
-is sent.
+fp32 where the wire's dtype cannot hold its numbers exactly: a compacted side would be rounded otherwise, and server and
+client would train on different bases. A message's length is the length of its blob; nothing else is counted and nothing
+else is sent.
 
 Nothing is believed unread: the header is checked against a schema, names, shapes and dtypes against what is expected,
 before a tensor is made of it.
@@ -141,7 +141,9 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     for key, (dtype, _) in entries.items():
         if dtype not in SAFETENSORS_NAMES.values():
             known = ", ".join(SAFETENSORS_NAMES.values())
-            raise UpdateError(f"{key}: expected a tensor of {known}, got {dtype[:20]}; the server is another version")
+            raise UpdateError(
+                f"{key}: expected a tensor of {known}, got {dtype[:20]}; run the same version of fedloom on both sides"
+            )
     tensors = read_tensors(blob)
     start = {key.removeprefix("start/"): tensor for key, tensor in tensors.items() if key.startswith("start/")}
     _check_start(start, head, shapes)
@@ -240,7 +242,7 @@ def _draw_head(draw: Draw) -> _DrawHead:
 
 def _check_sender(named: int, client: int) -> None:
     if named != client:
-        raise UpdateError(f"expected an answer of client {client}, got one of client {named}; it speaks for another")
+        raise UpdateError(f"expected an answer of client {client}, got one of client {named}; send it as that client")
 
 
 def _parts(tensors: Mapping[str, Tensor], num_parts: int) -> tuple[Adapter, ...]:
@@ -249,15 +251,15 @@ def _parts(tensors: Mapping[str, Tensor], num_parts: int) -> tuple[Adapter, ...]
     known = {str(position) for position in range(min(num_parts, MAX_PARTS))}
     foreign = [key for key, words in named.items() if len(words) < 3 or words[0] != "news" or words[1] not in known]
     if foreign or num_parts > MAX_PARTS:
-        what = f"the foreign tensor {foreign[0][:100]}" if foreign else f"{num_parts} parts"
-        raise UpdateError(f"expected the news and start of a broadcast, got {what}; the message is damaged")
+        what = f"the unknown tensor {foreign[0][:100]}" if foreign else f"{num_parts} parts"
+        raise UpdateError(f"expected the news and start of a broadcast, got {what}; send it again")
     parts: list[dict[str, Tensor]] = [{} for _ in range(num_parts)]
     for key, (_, position, name) in named.items():
         parts[int(position)][name] = tensors[key]
     try:
         return tuple(Adapter.from_tensors(part) for part in parts)
     except AdapterError as error:
-        raise UpdateError(f"expected the parts of a broadcast, got {error}; the message is damaged") from error
+        raise UpdateError(f"expected the parts of a broadcast, got {error}; send it again") from error
 
 
 def _check_start(start: Mapping[str, Tensor], head: Any, shapes: Shapes) -> None:
@@ -265,4 +267,7 @@ def _check_start(start: Mapping[str, Tensor], head: Any, shapes: Shapes) -> None
     wrong = sorted(start.keys() ^ expected.keys())
     if wrong or any(tuple(start[key].shape) != size for key, size in expected.items()):
         name = wrong[0] if wrong else next(k for k, size in expected.items() if tuple(start[k].shape) != size)
-        raise UpdateError(f"{name}: expected a start of this base's modules at rank {head.rank}, got another base's")
+        raise UpdateError(
+            f"{name}: expected a start of this base's modules at rank {head.rank}, got another base's; use the run's "
+            "own base"
+        )

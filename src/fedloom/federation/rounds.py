@@ -51,7 +51,7 @@ class RoundPlan:
         shapes: (out, in) of every target module.
         ranks, scales: of every client.
         min_clients: usable updates without which the run ends.
-        max_norm_ratio: a change this many times the last round's median norm is refused.
+        max_norm_ratio: a change this many times the last round's median norm is rejected.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
     """
 
@@ -81,7 +81,7 @@ def run_rounds(
     """Yield one record a round, from the state given to the last round.
 
     ``evaluate`` scores a state; ``keep`` is shown every update that is used. What is fresh each round and what
-    persists is in the state alone, so a loop started from a saved state goes on as if never stopped.
+    persists is in the state alone, so a loop started from a saved state continues as if never stopped.
 
     Raises:
         TooFewClientsError: if a round has fewer usable updates than ``plan.min_clients``; the state before it stands.

@@ -151,7 +151,7 @@ def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Ad
 
 
 def _worth_keeping(chain: tuple[Adapter, ...], side: Adapter) -> tuple[Adapter, ...]:
-    """Drop the oldest additions once all of them together are dearer than the side itself."""
+    """Drop the oldest additions once all of them together are larger than the side itself."""
     kept = list(chain)
     while len(kept) > 1 and sum(part.num_bytes for part in kept) > side.num_bytes:
         kept.pop(0)

@@ -183,12 +183,15 @@ def check_alike(adapters: Sequence[Adapter]) -> None:
     for other in adapters[1:]:
         if other.keys() != first.keys():
             differing = sorted(other.keys() ^ first.keys())[0]
-            raise AdapterError(f"expected adapters of the same modules, {differing} is in one and not in the other")
+            raise AdapterError(
+                f"expected adapters of the same modules, {differing} is in one and not in the other; use adapters of "
+                "one model.target_modules"
+            )
         for name, shape in first.shapes.items():
             if other[name].shape != shape:
                 raise AdapterError(
                     f"{name}: expected one shape (out, in) in all adapters, got {shape} and {other[name].shape}; "
-                    "they are for different bases"
+                    "use adapters of one base"
                 )
 
 

@@ -29,7 +29,7 @@ class Moments(StrEnum):
     FRESH = "fresh"
     """Zero at the start of every round, as FedIT's and FLoRA's clients do it."""
     OWN = "own"
-    """The client goes on with those of its last round."""
+    """The client continues with those of its last round."""
 
 
 class Rounding(StrEnum):
@@ -48,7 +48,7 @@ class Work:
         trains: factors that the optimiser moves; the others stay as the client received them.
         sends: factors that cross to the server; empty where nothing is shared.
         payload: what is sent of them.
-        keeps: factors that stay the client's own: it goes on from its own instead of from the server's.
+        keeps: factors that stay the client's own: it continues from its own instead of from the server's.
         moments: where the optimiser's moments come from.
         rounding: what becomes of what the wire rounds off.
 

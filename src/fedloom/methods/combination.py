@@ -52,9 +52,7 @@ def aggregate(
         raise AdapterError(f"method: expected one of {', '.join(known)}, got {method!r}; {table.remedy(method, known)}")
     for position, adapter in enumerate(adapters):
         if not adapter:
-            raise AdapterError(
-                f"adapters[{position}]: expected at least one module, got an empty adapter; leave it out"
-            )
+            raise AdapterError(f"adapters[{position}]: expected at least one module, got an empty adapter; drop it")
         check_finite(adapter, f"adapters[{position}]", "leave that adapter out")
     check_alike(adapters)
     if table.traits_of(method).needs_one_rank:
@@ -96,7 +94,7 @@ def _applied(adapters: Sequence[Adapter], shares: Sequence[float], method: str) 
 
 
 def _update(client: int, adapter: Adapter, share: float) -> Update:
-    """Return a client's update, whose rows stand for its share: strategies weigh by rows, and take any number."""
+    """Return a client's update, with its share as rows: strategies weigh by rows, and take any number."""
     rows: Any = share
     return Update(1, client, adapter, TrainingStats(rows))
 
@@ -119,8 +117,8 @@ def _shares(num_adapters: int, weights: Sequence[float] | None) -> list[float]:
         total = math.inf
     if not given or len(given) != num_adapters or not 0.0 < total < math.inf or min(given) < 0.0:
         raise AdapterError(
-            f"expected at least one adapter, and weights ≥ 0 with a finite sum above 0, one for each; "
-            f"got {num_adapters} adapters and weights {given}"
+            "expected at least one adapter, and for each a weight ≥ 0, their sum finite and above 0, "
+            f"got {num_adapters} adapters and weights {given}; change the weights"
         )
     return [weight / total for weight in given]
 

@@ -2,8 +2,8 @@
 
     B ← Σ p_k [B_k, 0],   A stays,   so B A = Σ p_k B_k A_k exactly, at any ranks
 
-A client of rank r_k uses the first r_k rows of A. Half of FedIT's bytes or less cross: A is drawn by everybody from the
-run's seed and never sent.
+A client of rank r_k uses the first r_k rows of A. Half of FedIT's bytes or less cross: all clients draw A from the
+run's seed, so it is never sent.
 
 Source: FFA-LoRA (arXiv 2403.12313), section 3. Deviation: ranks may differ.
 """

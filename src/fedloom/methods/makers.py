@@ -1,4 +1,4 @@
-"""How the strategies of the shipped methods are made from what a run's settings tell; loaded when one is run."""
+"""How the strategies of the shipped methods are made from a run's settings; loaded when one is run."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Standalone(Strategy):
         return ServerState()
 
     def start_for(self, state: ServerState, client: int) -> Draw:
-        """Return the draw of a client's first adapter; afterwards it goes on from its own."""
+        """Return the draw of a client's first adapter; afterwards it continues from its own."""
         return Draw(("own", client))
 
     def empty(self, state: ServerState) -> Attendance:

@@ -82,13 +82,13 @@ class ServerState:
 
     Attributes:
         round: rounds completed, which is also the version of ``side``.
-        side: what everybody adds to the frozen base.
+        side: what every client adds to the frozen base.
         start: what clients continue from, at the largest rank; None when every round starts fresh.
         chain: the additions to ``side`` made by the latest rounds, newest last, for clients that hold an older one.
         seen: the version of ``side`` that each client said it holds.
         velocity: the server step's memory.
         residual: what a lossy broadcast has not delivered yet (error feedback).
-        typical_norm: median norm of the last round's updates, against which an absurd one is told.
+        typical_norm: median norm of the last round's updates, by which an absurd one is recognised.
     """
 
     round: int = 0

@@ -84,6 +84,7 @@ def damage_named(round_folder: Path) -> Iterator[None]:
         yield
     except (SafetensorError, AdapterError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(
-            f"{round_folder}: its state is damaged ({str(error).splitlines()[0]}); remove {round_folder} to go on from "
-            "the round before, whose state is kept, or start over with --fresh"
+            f"{round_folder}: expected the state of a round, found a damaged one ({str(error).splitlines()[0]}); "
+            "remove "
+            f"{round_folder} to resume from the round before, whose state is kept, or start over with --fresh"
         ) from error

@@ -32,7 +32,7 @@ EXACT = "flora"
 
 @dataclass(frozen=True)
 class MethodOptions:
-    """What a run's settings tell the maker of a strategy, as the plain values of the recipe."""
+    """The settings of a run that make a strategy, as the plain values of the recipe."""
 
     weighting: str = "rows"
     initialisation: str = "independent"
@@ -60,11 +60,12 @@ class Method:
 
     def __post_init__(self) -> None:
         needed = self.traits.runs_rounds
+        action = "name it" if needed else "remove it"
         if needed == (self.make is None):
             wanted = "something that makes its strategy" if needed else "nothing that makes a strategy"
             raise MethodError(
                 f"method {self.traits.name}: expected {wanted} with kind = {self.traits.kind}, got make = "
-                f"{self.make!r}; {'name it' if needed else 'remove it'}"
+                f"{self.make!r}; {action}"
             )
         if isinstance(self.make, str) and not all(part.strip() for part in (*self.make.partition(":"),)):
             raise MethodError(
@@ -179,7 +180,7 @@ def register_method(method: Method) -> None:
     an entry point in the group ``fedloom.methods``.
 
     Raises:
-        MethodError: it is no method, or the table has one of that name.
+        MethodError: it is not a method, or the table has one of that name.
     """
     if not isinstance(method, Method):
         raise MethodError(f"expected a Method(traits, make) to register, got {type(method).__name__}; make one")

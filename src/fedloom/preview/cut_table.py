@@ -66,7 +66,7 @@ class CutTable:
         """Return the table for people."""
         w = self.work
         lines = [
-            f"a client's step: {w.tokens_per_step:.0f} tokens, {w.loss_tokens_per_step:.0f} of them learned "
+            f"a client's step: {w.tokens_per_step:.0f} tokens, {w.loss_tokens_per_step:.0f} of them supervised "
             f"(mean of {SAMPLED_ROWS} rows at most)",
             f"{'cut':>4} {'parameters':>12} {'memory':>10} {'GFLOP/step':>11} {'up/step':>10} {'down/step':>10} "
             f"{'aggregation':>12} {'s/step':>8}",

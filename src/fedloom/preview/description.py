@@ -51,7 +51,7 @@ ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 class Description:
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
-    ``names`` are those of the clients, None where only the rows tell them.
+    ``names`` are those of the clients, None where only the rows name them.
 
     A later download is exact where every client takes part in every round and no server step adds to it; for a
     compressed broadcast it is the most that can come.
@@ -101,13 +101,13 @@ class Description:
             name = f"{clients[k]}–{clients[others[-1][0]]}" if others else clients[k]
             lines.append(f"{name:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
-            lines.append("which client has which of the named values is known once the rows are read")
+            lines.append("Which client has which of the named values is known once the rows are read.")
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
         cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
-        return [*lines, *cuts, "", *chosen, "every other setting has its default; --json prints all of them"]
+        return [*lines, *cuts, "", *chosen, "Settings not shown have their defaults; --json prints all."]
 
     @property
     def run_bytes(self) -> tuple[float, float]:
@@ -174,7 +174,8 @@ def _skeleton(settings: Settings) -> Any:
             raise refusal from error
         reason = first_line(error)
         raise ModelError(
-            f"model.base: expected a causal LM's configuration, got {settings.model.base!r}: {reason}"
+            f"model.base: expected a causal LM's configuration, got {settings.model.base!r} ({reason}); choose another "
+            "base"
         ) from error
 
 

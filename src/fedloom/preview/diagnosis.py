@@ -86,7 +86,7 @@ class Diagnosis:
         if not self.would_run:
             return "would not run here"
         known = all(finding.verdict is Verdict.YES for finding in self.findings)
-        return "would run here" if known else "nothing seen from here is in the way"
+        return "would run here" if known else "no obstacle found, but not everything could be checked"
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values."""
@@ -110,7 +110,8 @@ class Diagnosis:
             f"cores: {machine.num_cores}, of which torch uses {machine.num_threads} (OMP_NUM_THREADS)",
         ]
         lines += [
-            f"extra {name}: " + (f"missing {', '.join(missing)}; pip install 'fedloom[{name}]'" if missing else "there")
+            f"extra {name}: "
+            + (f"missing {', '.join(missing)}; pip install 'fedloom[{name}]'" if missing else "installed")
             for name, missing in machine.extras.items()
         ]
         if machine.methods:
@@ -236,10 +237,10 @@ def _device(settings: Settings) -> Finding:
     kinds = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == "auto":
         chosen = next(kind for kind in ("cuda", "mps", "cpu") if kinds[kind])
-        return Finding("device auto", Verdict.YES, f"it would be {chosen}")
+        return Finding("device auto", Verdict.YES, f"this would be {chosen}")
     kind, _, index = name.partition(":")
     if kinds.get(kind, 0) > int(index or 0):
-        return Finding(f"device {name}", Verdict.YES, "it is there")
+        return Finding(f"device {name}", Verdict.YES, "present")
     here = ", ".join(kind for kind, count in kinds.items() if count)
     return Finding(f"device {name}", Verdict.NO, f"this machine has {here}; set model.device = auto")
 
@@ -274,4 +275,6 @@ def _memory(settings: Settings, machine: Machine) -> Finding:
 
 
 def _memory_unknown() -> Finding:
-    return Finding("memory", Verdict.UNKNOWN, "it is estimated from the base's configuration, which is not at hand")
+    return Finding(
+        "memory", Verdict.UNKNOWN, "its estimate needs the base's configuration, which is not on this machine"
+    )

@@ -75,7 +75,10 @@ def describe(name: str) -> Recipe:
             key = ""
     missing = [key for key in KEYS if key not in entries]
     if missing:
-        raise SettingsError(f"{name}.toml: expected a header with {', '.join(KEYS)}, got none for {', '.join(missing)}")
+        raise SettingsError(
+            f"{name}.toml: expected a header with {', '.join(KEYS)}, got one without {', '.join(missing)}; add what is "
+            "missing"
+        )
     return Recipe(name, **{key: entries[key] for key in KEYS})
 
 

@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines with bands, bars, a matrix. A script may add hovering; without it everything is there."""
+"""Charts as SVG text: lines with bands, bars, a matrix. A script may add hovering; nothing depends on it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ OverRounds = Literal["last", "sum", "max"]
 class Metric:
     """A figure: its key in results, its heading, which way is better, and how it is written.
 
-    ``path`` leads to it in a round's record, where a mapping (seconds by phase) stands for its sum. ``over_rounds``
+    ``path`` leads to it in a round's record, where a mapping (seconds by phase) means its sum. ``over_rounds``
     says what a whole run's figure is: the last round's that has one, the sum, or the highest.
     """
 
@@ -106,7 +106,7 @@ CLIENT_FIGURES = (
 
 
 def was_left_out(client: Mapping[str, Any]) -> bool:
-    """Return whether a client's entry in a round's record tells of an update that was not used."""
+    """Return whether a client's entry in a round's record reports an update that was dropped."""
     return bool(client.get("reason"))
 
 
@@ -122,7 +122,7 @@ def metric_of(key: str) -> Metric:
 def figures_of(evaluation: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return a run's figures by key: those of its final evaluation, and those of its rounds.
 
-    Every suite's scores are among them, declared or not. A cost of zero is left out: where nothing crosses, a run is
+    Every suite's scores are among them, declared or not. A cost of zero is skipped: where nothing crosses, a run is
     not the best of those that send.
     """
     evaluated = [{"eval": evaluation}]

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a live view in a terminal, plain lines in a file, nothing in a test."""
+"""What a person sees during a run: a live view in a terminal, plain lines in a file, nothing in a test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_NOTES = 10.0
 
 
 class Progress(Protocol):
-    """Is told how a run goes on; a context manager, so that a terminal is left in order."""
+    """Receives the events of a run; a context manager, so that a terminal is left in order."""
 
     def __enter__(self) -> Self:
         """Begin to show."""
@@ -174,7 +174,7 @@ class LiveProgress(SilentProgress):
 
     def client_done(self, client: int, loss_nats: float | None) -> None:
         """Advance the bar of clients."""
-        outcome = f"client {client} left out" if loss_nats is None else f"client {client}  loss {loss_nats:.3f}"
+        outcome = f"client {client} dropped" if loss_nats is None else f"client {client}  loss {loss_nats:.3f}"
         self._bars.update(self._clients, advance=1, detail=outcome)
 
     def round_done(self, record: Mapping[str, Any]) -> None:
@@ -201,15 +201,15 @@ class TimeLeftColumn(ProgressColumn):
 
 
 def figures(record: Mapping[str, Any]) -> str:
-    """Return a round's main figures in one line; what the record lacks is left out."""
+    """Return a round's main figures in one line; what is missing from the record is skipped."""
     evaluation = record.get("eval") or {}
     clients = record.get("clients") or []
-    left_out = sum(was_left_out(client) for client in clients)
+    dropped = sum(was_left_out(client) for client in clients)
     sent = (record.get("upload_bytes") or 0) + (record.get("download_bytes") or 0)
     parts = [
         _number("train loss", record.get("train_loss_nats")),
         _number("held-out loss", evaluation.get("loss_nats")),
-        counted(len(clients) - left_out, "client") + (f" ({left_out} left out)" if left_out else "") if clients else "",
+        counted(len(clients) - dropped, "client") + (f" ({dropped} dropped)" if dropped else "") if clients else "",
         written_bytes(sent) if sent else "",
         f"{sum((record.get('seconds') or {}).values()):.1f} s",
     ]

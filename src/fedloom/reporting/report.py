@@ -31,7 +31,7 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
     """
     paths = [found for path in runs for found in find_runs(path)]
     if not paths:
-        raise RunError("expected at least one run folder to report on, got none")
+        raise RunError("expected at least one run folder to report on, got none; name one")
     found, damaged = _readable(dict.fromkeys(paths))
     groups = group_runs(found)
     _check_begun(groups)
@@ -62,11 +62,13 @@ def _check_begun(groups: Sequence[RunGroup]) -> None:
     runs = [run for group in groups for run in group.runs]
     if not any(run.records or run.finished for run in runs):
         named = ", ".join(str(run.path) for run in runs)
-        raise RunError(f"{named}: expected a completed round, no round is complete yet; go on with the run first")
+        raise RunError(
+            f"{named}: expected a completed round, got none; resume the run first, with the command that began it"
+        )
 
 
 def report_html(groups: Sequence[RunGroup], reference: str | None = None, damaged: Sequence[str] = ()) -> str:
-    """Return the page about run groups; ``damaged`` says what is wrong with runs that are left out."""
+    """Return the page about run groups; ``damaged`` says what is wrong with runs that are skipped."""
     losses = results.losses(groups)
     body = "".join(
         (
@@ -85,8 +87,8 @@ def report_html(groups: Sequence[RunGroup], reference: str | None = None, damage
 
 
 _NOISE = (
-    "Noise is how far what the server applied lies from the weighted mean of the clients' products, relative to that "
-    "mean: zero for an exact method."
+    "Noise is the distance of what the server applied from the weighted mean of the clients' products, relative to "
+    "that mean: zero for an exact method."
 )
 
 

@@ -45,7 +45,7 @@ class Curve:
 
 
 def group_runs(runs: Iterable[StoredRun]) -> list[RunGroup]:
-    """Group runs: a label is the method's name, with the settings that tell equal names apart."""
+    """Group runs: a label is the method's name, with the settings that distinguish equal names."""
     members: dict[str, list[StoredRun]] = {}
     for run in runs:
         settings = {name: value for name, value in flatten(run.config).items() if name not in _INDIVIDUAL}
@@ -61,7 +61,7 @@ def group_runs(runs: Iterable[StoredRun]) -> list[RunGroup]:
 def _labels(runs: Sequence[StoredRun]) -> list[str]:
     """Return labels that are all different: settings by their last name, in full where that is not enough, or counted.
 
-    Tables and charts find a group by its label, so none may stand for two.
+    Tables and charts find a group by its label, so no label may mean two groups.
     """
     labels = [_label(run, runs, lambda name: name.rpartition(".")[2]) for run in runs]
     shared = Counter(labels)
@@ -76,12 +76,12 @@ def _labels(runs: Sequence[StoredRun]) -> list[str]:
 def _label(run: StoredRun, runs: Sequence[StoredRun], called: Callable[[str], str]) -> str:
     same = [flatten(other.config) for other in runs if other.method == run.method]
     mine = flatten(run.config)
-    told = [
+    shown = [
         f"{called(name)}={mine[name]}"
         for name in mine
         if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
     ]
-    return visible(f"{run.method} ({', '.join(told)})" if told else run.method)
+    return visible(f"{run.method} ({', '.join(shown)})" if shown else run.method)
 
 
 def curve(group: RunGroup, per_run: Mapping[int, Sequence[tuple[int, float, float]]]) -> Curve:
@@ -155,7 +155,7 @@ def _final_evaluation(run: StoredRun) -> Mapping[str, Any]:
 def by_group(groups: Sequence[RunGroup]) -> dict[str, dict[str, dict[str, float]]]:
     """Return by figure, then by group of held-out rows (category, subject), every run group's final mean over seeds.
 
-    The figures are the loss, and of each suite the first metric; empty where nothing was told group by group.
+    The figures are the loss, and of each suite the first metric; empty where nothing was reported by group.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for group in groups:

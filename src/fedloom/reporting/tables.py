@@ -102,7 +102,7 @@ class Comparison:
         return {"reference": self.reference, "metrics": metrics, "methods": methods}
 
     def only(self, *keys: str) -> Comparison:
-        """Return the table of these columns, in this order; a column that is not there stays out."""
+        """Return the table of these columns, in this order; a column that does not exist is skipped."""
         metrics = {metric.key: metric for metric in self.metrics}
         chosen = tuple(metrics[key] for key in keys if key in metrics)
         cells = {method: {one.key: row[one.key] for one in chosen} for method, row in self.cells.items()}
@@ -154,7 +154,7 @@ def reference_among(methods: Collection[str], wanted: str | None = None) -> str 
         EvaluationError: ``wanted`` is not among the methods.
     """
     if wanted is not None and wanted not in methods:
-        raise EvaluationError(f"reference method {wanted!r} is not among {', '.join(methods)}: name one of them")
+        raise EvaluationError(f"reference: expected one of {', '.join(methods)}, got {wanted!r}: name one of them")
     return wanted or (BASELINE if BASELINE in methods and len(methods) > 1 else None)
 
 

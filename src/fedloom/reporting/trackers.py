@@ -22,7 +22,7 @@ class Tracker(Protocol):
 
 
 def scalars(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Yield (name, number) for every number of a record, nested names joined by slashes; lists are left out."""
+    """Yield (name, number) for every number of a record, nested names joined by slashes; lists are skipped."""
     for key, value in record.items():
         match value:
             case bool() | None:

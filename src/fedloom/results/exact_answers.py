@@ -114,9 +114,7 @@ def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice) -> list[AskedRow
     template = resolve_template(choice.template, records.shape, tokenizer)
     answered = _answered(records)
     if not answered:
-        raise EvaluationError(
-            f"expected rows with an answer, none of {len(rows)} has one; check the rows and their shape"
-        )
+        raise EvaluationError(f"expected rows with an answer, got none in {len(rows)}; check the rows and their shape")
     chosen = _spread(answered, choice.limit)
     prompts = record_prompts([records.items[index] for index in chosen], template, tokenizer)
     return [_asked(records, index, prompt) for index, prompt in zip(chosen, prompts, strict=True)]

@@ -43,8 +43,8 @@ class RowChoice:
         given = [name for name, value in self.__dict__.items() if value is not None]
         if given and self.path is None:
             raise DataError(
-                f"expected a path with {', '.join(given)}, got none: a run's own rows are read as in the run; name "
-                "rows, or leave them out"
+                f"expected a path with {', '.join(given)}, got none (a run's own rows are read as in the run); name "
+                "rows with path, or drop these"
             )
 
 
@@ -52,7 +52,7 @@ class RowChoice:
 class HeldOut:
     """Rows to predict, the text that each row's supervised tokens spell, where they are from, and their groups.
 
-    ``counts`` say what became of the rows of a file, the ones left out among them.
+    ``counts`` say how many rows of a file were used, and how many skipped and why.
     """
 
     tokens: TokenSet
@@ -184,7 +184,7 @@ def _held_out(
 
 
 def spelled_texts(rows: TokenSet, tokenizer: Any) -> list[str]:
-    """Return per row the text that its supervised tokens spell, special tokens left out.
+    """Return per row the text that its supervised tokens spell, without special tokens.
 
     A stretch of tokens is decoded behind those before it, so that a space at its beginning is not lost.
     """
@@ -214,14 +214,14 @@ def own_inputs(opened: OpenedResult) -> Inputs | None:
 def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
     inputs, path = own_inputs(opened), opened.found.path
     if inputs is None:
-        raise DataError(f"{path}: a PEFT folder has no rows of its own; name some with --data FILE")
+        raise DataError(f"{path}: expected held-out rows, a PEFT folder has none; name some with --data FILE")
     if inputs.held_out is None or inputs.held_out_rows is None:
-        raise DataError(f"{path}: the run held no rows out; name some with --data FILE")
+        raise DataError(f"{path}: expected held-out rows, the run has none; name some with --data FILE")
     return inputs.held_out, inputs.held_out_rows
 
 
 def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Encoded, Rows]:
-    """Return the rows of a file as tokens; those without an answer have nothing to predict and are left out."""
+    """Return the rows of a file as tokens; those without an answer have nothing to predict and are skipped."""
     own = None if opened.settings is None else opened.settings.data
     data = own or Data(template=None)
     changes = {

@@ -106,7 +106,7 @@ def check(endpoint: Endpoint, bench: Bench) -> None:
     """Raise, before anything is decoded, where the judge could not be asked about the answers.
 
     Raises:
-        EndpointError: the address is none, or the key would go there unencrypted.
+        EndpointError: it is not an address, or the key would go there unencrypted.
         EvaluationError: a file of the bench is absent or not what it should be.
     """
     endpoint.check()

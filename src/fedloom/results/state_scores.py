@@ -87,7 +87,7 @@ def score_state(
 ) -> dict[str, dict[str, Any]]:
     """Score a state by every suite; what is decoded is kept in ``folder``, one file a suite, round and client.
 
-    ``on_scored`` is told what is scored, items done, items in all and the seconds left.
+    ``on_scored`` receives what is scored, items done, items in all and the seconds left.
     """
     scores: dict[str, dict[str, Any]] = {}
     owners: list[tuple[int | None, Adapter]] = [(None, state.shared)]

@@ -78,7 +78,10 @@ def _e2e(
 ) -> SuiteScores:
     references = read_references(_path(choice, "e2e", "the references, e.g. testset_w_refs.csv"))
     if not references.mrs:
-        raise EvaluationError("e2e: expected references that name their meaning representation (a CSV, or mr||ref)")
+        raise EvaluationError(
+            "e2e: expected references that name their meaning representation, got texts alone; give a CSV with the "
+            "columns mr and ref, or lines mr||ref"
+        )
     chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
     template = resolve_template(choice.template, Shape.E2E, tokenizer)
     prompts = record_prompts([Prompt(mr, "", "") for mr in chosen.mrs], template, tokenizer)
@@ -141,7 +144,8 @@ def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
         return load_rows(choice.paths[suite], Split.TEST)
     if held_out is None:
         raise EvaluationError(
-            f"{suite}: expected rows, there are no held-out ones; name some with --data or evaluation.paths.{suite}, "
+            f"{suite}: expected rows, got none, not even held-out ones; name some with --data or "
+            f"evaluation.paths.{suite}, "
             "or hold some out with data.eval_rows or data.eval_path"
         )
     return held_out
@@ -149,10 +153,12 @@ def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
 
 def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:
     if suite not in choice.paths:
-        raise EvaluationError(f"{suite}: expected {wanted}, named by --data or evaluation.paths.{suite}; got none")
+        raise EvaluationError(
+            f"{suite}: expected {wanted}, got none; name the path with --data or evaluation.paths.{suite}"
+        )
     path = Path(choice.paths[suite]).expanduser()
     if not path.exists():
         raise EvaluationError(
-            f"{suite}: expected {wanted} at {path}, nothing is there; check --data or evaluation.paths.{suite}"
+            f"{suite}: expected {wanted} at {path}, found nothing; check --data or evaluation.paths.{suite}"
         )
     return path

@@ -49,7 +49,7 @@ _CLOSED = {"answering": Answering, "overlong": Overlong}
 class Asked:
     """What the command line asks for; at most one of ``suite`` and ``tasks``, without both the held-out loss.
 
-    What is None was not given: it is as in the run, else as the setting of that name when left out; for tasks of the
+    What is None was not given: it is as in the run, else that setting's default; for tasks of the
     harness, as each task has it.
 
     Raises:
@@ -71,20 +71,24 @@ class Asked:
 
     def __post_init__(self) -> None:
         if self.suite is not None and self.tasks is not None:
-            raise SettingsError("expected --suite or --lm-eval, got both; leave one out")
+            raise SettingsError("expected --suite or --lm-eval, got both; drop one")
         if self.suite is not None and self.suite not in get_args(SuiteName):
-            raise SettingsError(f"--suite: expected one of {', '.join(get_args(SuiteName))}, got {self.suite!r}")
+            raise SettingsError(
+                f"--suite: expected one of {', '.join(get_args(SuiteName))}, got {self.suite!r}; choose one of these"
+            )
         what, applying = self._applying()
         given = [field.name for field in fields(self) if field.name not in ("suite", "tasks")]
         given = [name for name in given if getattr(self, name) is not None]
         if foreign := [name for name in given if name not in applying]:
             raise SettingsError(
                 f"{what}: expected no option but {_options(applying)}, got {_options(foreign)}, "
-                "which would change nothing; leave it out"
+                "which would be ignored; drop it"
             )
         for name, kind in _CLOSED.items():
             if name in given and getattr(self, name) not in list(kind):
-                raise SettingsError(f"--{name}: expected one of {', '.join(kind)}, got {getattr(self, name)!r}")
+                raise SettingsError(
+                    f"--{name}: expected one of {', '.join(kind)}, got {getattr(self, name)!r}; choose one of these"
+                )
 
     def of(self, *names: str) -> dict[str, Any]:
         """Return those of the options that were given."""
@@ -141,14 +145,16 @@ def score_suite(opened: OpenedResult, suite: SuiteName, **options: Any) -> Resul
     """
     known = {field.name for field in fields(Asked)} - {"suite", "tasks"}
     if unknown := sorted(options.keys() - known):
-        raise SettingsError(f"score_suite: expected options among {', '.join(sorted(known))}, got {', '.join(unknown)}")
+        raise SettingsError(
+            f"score_suite: expected options from {', '.join(sorted(known))}, got {', '.join(unknown)}; remove it"
+        )
     return score_result(opened, Asked(suite=suite, **options), lambda _: None)
 
 
 def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
     """Score the base and every adapter; what is decoded is kept in the run folder and resumed.
 
-    Where the folder refuses, as somebody else's may, that is said and nothing is kept. The harness keeps no
+    Where the folder cannot be written, as another owner's, a note says so and nothing is kept. The harness keeps no
     item's score, so its tasks have no differences.
 
     Raises:
@@ -174,7 +180,7 @@ def score_result(opened: OpenedResult, asked: Asked, say: Say) -> ResultScores:
 
 
 def _keeping(opened: OpenedResult, say: Say) -> Path | None:
-    """Return where outputs are kept, if anywhere: in a run's folder, unless it refuses."""
+    """Return where outputs are kept, if anywhere: in a run's folder, unless it cannot be written."""
     if opened.found.run is None:
         return None
     folder = opened.found.path / EVALUATION

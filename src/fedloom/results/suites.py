@@ -27,7 +27,7 @@ class SuiteChoice:
     """What a suite reads and how: ``paths`` by suite, few-shot examples, items at most, decoding, wording.
 
     ``shape`` and ``columns`` say how rows are read, those of a path and held-out ones; ``group_by`` is the column by
-    which their scores are told, by default one that is called so.
+    which their scores are reported, by default one that is called so.
     """
 
     paths: Mapping[str, str] = field(default_factory=dict)
@@ -69,15 +69,15 @@ class SuiteScores:
             shown |= {f"  {name}": estimate for name, estimate in self.groups.items()}
         width = max(map(len, shown), default=0)
         lines = [f"{name:<{width}}  {estimate}" for name, estimate in shown.items()]
-        told = {name: value for name, value in self.notes.items() if value not in (0, {})}
+        notes = {name: value for name, value in self.notes.items() if value not in (0, {})}
         return lines + [
             f"{name.replace('_', ' ')}: {f'{value:.4f}' if isinstance(value, float) else value}"
-            for name, value in told.items()
+            for name, value in notes.items()
         ]
 
 
 def suite_choice_of(settings: Settings | None) -> SuiteChoice:
-    """Return what a recipe says of its suites; without a recipe, what its settings would be when left out."""
+    """Return what a recipe says of its suites; without a recipe, their defaults."""
     chosen = Evaluation() if settings is None else settings.evaluation
     choice = SuiteChoice(
         paths=chosen.paths,

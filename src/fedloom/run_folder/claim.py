@@ -1,4 +1,4 @@
-"""How a run folder is claimed: refuse what is not ours, lock, clear up after a crash, start or resume."""
+"""How a run folder is claimed: reject what is not fedloom's, lock, clear up after a crash, start or resume."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def refuse_foreign(path: Path) -> None:
     """Check that ``path`` is absent, empty, a run, or a run whose creation was interrupted.
 
     Raises:
-        RunError: anything else; nothing was touched.
+        RunError: anything else; nothing was changed.
     """
     if not path.exists():
         return
     if not path.is_dir():
-        raise RunError(f"{path} is a file: expected a folder for the run; choose another name")
+        raise RunError(f"{path}: expected a folder for the run, got a file; choose another name")
     names = {entry.name for entry in path.iterdir()}
     if "manifest.json" in names:
         read_manifest(path)
@@ -58,8 +58,8 @@ def refuse_foreign(path: Path) -> None:
     if foreign or (names and LOCK not in names):
         shown = ", ".join(sorted(foreign or names)[:3])
         raise RunError(
-            f"{path} is not empty and not a fedloom run (it holds {shown}): choose another folder; "
-            f"nothing in it was touched"
+            f"{path}: expected a new or empty folder or a run, it holds {shown}; choose another folder "
+            "(nothing in this one was changed)"
         )
 
 
@@ -109,7 +109,10 @@ def lock(path: Path) -> int:
     except BlockingIOError as error:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         os.close(descriptor)
-        raise RunError(f"{path} is in use by process {holder}: wait for it or choose another folder") from error
+        raise RunError(
+            f"{path}: expected a folder that no other process uses, process {holder} does; wait for it or choose "
+            "another"
+        ) from error
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
@@ -150,7 +153,7 @@ def roll_forward(ready: Path) -> None:
 
 
 def remove(run: Path, path: Path) -> None:
-    """Remove ``path``, which lies in the folder ``run``: first its name, in one step, then its content."""
+    """Remove ``path``, which is in the folder ``run``: first its name, in one step, then its content."""
     if not path.exists() and not path.is_symlink():
         return
     doomed = durable.temporary_name(run)
@@ -206,8 +209,8 @@ def refuse_other_settings(
     """
     if phrases := differences(there, asked, may_change):
         raise RunError(
-            f"{path} holds a run with other settings ({summary(phrases)}): "
-            f"use these settings, choose another folder, or start over with --fresh"
+            f"{path}: expected a run with the same settings, found one with others ({summary(phrases)}): "
+            f"use the same settings, choose another folder, or start over with --fresh"
         )
 
 
@@ -220,7 +223,7 @@ def refuse_other_identity(path: Path, there: Mapping[str, Any], asked: Mapping[s
     common = there.keys() & asked.keys()
     if phrases := differences({k: there[k] for k in common}, {k: asked[k] for k in common}):
         raise RunError(
-            f"{path} was made from something else ({summary(phrases)}): "
+            f"{path}: expected a run of the same base and data, found one of others ({summary(phrases)}): "
             f"use the same base and data, choose another folder, or start over with --fresh"
         )
 

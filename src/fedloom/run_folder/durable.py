@@ -44,7 +44,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException:  # an interruption too: whatever happens, no half-written file stays behind
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
@@ -59,18 +59,22 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        RunError: the file is absent, cannot be read or is not JSON.
+        RunError: the file is missing, cannot be read or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RunError(f"{path} is missing: expected a JSON file of a fedloom run") from error
+        raise RunError(
+            f"{path} is missing: expected a JSON file of a run; restore the file, or start over with --fresh"
+        ) from error
     except OSError as error:
         raise RunError(
             f"{path}: expected a file that can be read, got {error.strerror or error}; restore it or start over"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise RunError(f"{path} is damaged: expected JSON, got {error}; restore the file or start over") from error
+        raise RunError(
+            f"{path} is damaged: expected JSON, got {error}; restore the file, or start over with --fresh"
+        ) from error
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:
@@ -116,13 +120,18 @@ def publish(temporary: Path, final: Path) -> None:
 
 
 def _umask() -> int:
+    # There is no call that only reads the mask. The value set for a moment is the strict one, so that a file another
+    # thread makes meanwhile is private at worst, never open.
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names inside ``folder`` durable."""
+    """Make the names inside ``folder`` durable.
+
+    Syncing a file saves its content, not its name: until the folder is synced too, a power failure may undo the rename.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,7 +149,7 @@ def discard(path: Path) -> None:
 
 @contextmanager
 def explained(what: str, remedy: str) -> Iterator[None]:
-    """Turn a disk that is full or refuses into one line that says what was being written and what to do.
+    """Turn the error of a full or read-only disk into one line: what was being written and what to do.
 
     Raises:
         RunError: the block met an operating-system error while writing.
@@ -157,7 +166,10 @@ def explained(what: str, remedy: str) -> Iterator[None]:
 
 
 def _disk_reason(error: Exception) -> str | None:
-    """Return why the disk refused, or None for any other error. Rust writers pass the cause on as text only."""
+    """Return what is wrong with the disk, or None for any other error.
+
+    The writer of safetensors is Rust and raises its own type, with the cause as text only.
+    """
     in_text = _RUST_ERROR.search(str(error))
     number = int(in_text[1]) if in_text else error.errno if isinstance(error, OSError) else None
     if number in _FULL:

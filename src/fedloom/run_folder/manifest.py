@@ -57,12 +57,15 @@ def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
         RunError: it is something else's, of another format, or damaged.
     """
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise RunError(f"{path} is not fedloom's: choose another folder")
+        raise RunError(f"{path}: expected a manifest of fedloom, found another file: choose another folder")
     sessions = _sessions(manifest)
     written_by = sessions[-1]["versions"].get("fedloom") if sessions else None
     RUN_FOLDER.check(path, manifest.get("format_version"), RunError, written_by)
     if not sessions or not isinstance(manifest.get("identity"), dict):
-        raise RunError(f"{path} is damaged: expected the run's identity and sessions; restore the file or start over")
+        raise RunError(
+            f"{path}: expected the run's identity and sessions, found a damaged file; restore it, or start over with "
+            "--fresh"
+        )
     return manifest
 
 

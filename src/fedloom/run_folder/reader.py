@@ -47,7 +47,7 @@ class StoredRun:
 
     @property
     def adapter_folder(self) -> Path | None:
-        """Where the result lies, or None while there is none."""
+        """Where the result is, or None while there is none."""
         folder = self.path / ADAPTER
         return folder if (folder / "adapter_config.json").exists() else None
 
@@ -63,9 +63,11 @@ def read_run(path: Path) -> StoredRun:
         RunError: there is no folder, it is not a run or one of another format, or a file in it is damaged.
     """
     if not path.is_dir():
-        raise RunError(f"{path} is not a folder: expected a run folder, as `fedloom run --out` makes it")
+        raise RunError(
+            f"{path}: expected a run folder, as `fedloom run --out` makes it, found no folder; check the path"
+        )
     if not (path / "manifest.json").exists():
-        raise RunError(f"{path} is not a fedloom run: it has no manifest.json; name the folder of a run")
+        raise RunError(f"{path}: expected a run folder, found one without manifest.json; name the folder of a run")
     manifest = read_manifest(path)
     finished = path / "finished.json"
     return StoredRun(
@@ -79,7 +81,7 @@ def read_run(path: Path) -> StoredRun:
 
 
 def missing_adapters(path: Path, finished: Mapping[str, Any]) -> list[Path]:
-    """Return the adapters' folders that the finished run in ``path`` wrote and that are not there any more."""
+    """Return the adapters' folders that the finished run in ``path`` wrote and that no longer exist."""
     return [path / name for name in finished.get("adapters", ()) if not (path / name / "adapter_config.json").is_file()]
 
 
@@ -93,7 +95,7 @@ def find_runs(path: Path) -> list[Path]:
         return [path]
     inside = sorted(entry for entry in path.iterdir() if (entry / "manifest.json").exists())
     if not inside:
-        raise RunError(f"{path} holds no fedloom run: expected a run folder, or a folder of run folders")
+        raise RunError(f"{path}: expected a run folder, or a folder of run folders, found no run in it; check the path")
     return inside
 
 
@@ -121,4 +123,6 @@ def _holdings(path: Path) -> tuple[Holding, ...]:
     try:
         return tuple(Holding(**client) for client in durable.read_json(path)["clients"])
     except (KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged: expected what fedloom writes, got {error!r}; restore the file") from error
+        raise RunError(
+            f"{path}: expected the clients' names and numbers of rows, got {error!r}; restore the file"
+        ) from error

@@ -51,7 +51,7 @@ class RunFolder:
         fresh: bool = False,
         may_change: Collection[str] = MAY_CHANGE,
     ) -> Self:
-        """Create the run folder ``path``, or resume the run that is there.
+        """Create the run folder ``path``, or resume the run in it.
 
         ``config`` is the resolved recipe, ``identity`` seeds and hashes by name; ``fresh`` removes the earlier run
         first. Settings named in ``may_change`` (or in a table named there) may differ from the earlier run's.
@@ -126,10 +126,10 @@ class RunFolder:
     ) -> None:
         """Complete round ``n``: its record, its files, and what each writer leaves at its own path, all or nothing.
 
-        Names are relative to ``rounds/<n>/`` and may hold slashes; :meth:`prune` removes what lies in ``state/``.
+        Names are relative to ``rounds/<n>/`` and may hold slashes; :meth:`prune` removes what is in ``state/``.
 
         Raises:
-            RunError: the round exists already, or the disk refused; the rounds before it are untouched.
+            RunError: the round exists already, or the disk is full or read-only; the rounds before it are untouched.
         """
         final = self.path / "rounds" / str(n)
         if final.exists():
@@ -146,13 +146,15 @@ class RunFolder:
         """Return one file of round ``n``.
 
         Raises:
-            RunError: the round or the file is not there.
+            RunError: the round or the file is missing.
         """
         path = self.round_path(n) / inside(name)
         try:
             return path.read_bytes()
         except OSError as error:
-            raise RunError(f"{path} cannot be read ({error.strerror}): expected a file of round {n}") from error
+            raise RunError(
+                f"{path}: expected a file of round {n}, got {error.strerror}; restore it, or start over with --fresh"
+            ) from error
 
     def round_path(self, n: int) -> Path:
         """Return the folder of round ``n``, to read from."""

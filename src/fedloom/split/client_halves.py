@@ -72,7 +72,7 @@ class SplitClients(Protocol):
         ...
 
     def restore(self, version: int, sides: Sequence[Adapter]) -> None:
-        """Let clients that keep nothing themselves hold the sides of a version, one a segment, where a run goes on."""
+        """Let clients that keep nothing themselves hold the sides of a version, one a segment, where a run resumes."""
         ...
 
 
@@ -98,7 +98,11 @@ class _Tally:
 
 
 class LocalSplitClients:
-    """Clients in this process. Slot k of ``lora`` is client k's."""
+    """Clients in this process. Slot k of ``lora`` is client k's.
+
+    With a slot each, all clients of a cut share one packed pass: a route gives every token the adapter of its client,
+    so that no client's gradient depends on another's rows, as on machines of their own.
+    """
 
     def __init__(
         self,
@@ -147,7 +151,7 @@ class LocalSplitClients:
                 self._parties[client] = Party(self._lora, client, start, self._plan, round, self._make, state)
 
     def restore(self, version: int, sides: Sequence[Adapter]) -> None:
-        """Let every client hold the segments' sides of a version, where a run goes on."""
+        """Let every client hold the segments' sides of a version, where a run resumes."""
         self._sides = [HeldSides(version, side) for side in sides]
         self._versions = dict.fromkeys(range(self._plan.num_clients), version)
 
@@ -189,6 +193,7 @@ class LocalSplitClients:
         """Run backward through the bottoms; a client without a message gets a gradient of zero."""
         if not messages:
             return
+        # The graph is of all clients together; a dropped client gets zeros, which change no other client's gradient.
         received = {message.client: message for message in messages}
         for graph in self._graphs.pop((messages[0].step, messages[0].micro_batch)):
             grad_TD = torch.zeros_like(graph.hidden_TD)
@@ -207,7 +212,8 @@ class LocalSplitClients:
                 continue
             if not party.gradients_are_finite():
                 party.drop_gradients()
-                yield Failure(client, f"step {step}: its gradients are not finite; lower training.learning_rate")
+                what = "expected finite gradients, got NaN or infinity; lower training.learning_rate"
+                yield Failure(client, f"step {step}: {what}")
                 continue
             party.step()
             tally.steps += 1
@@ -240,7 +246,7 @@ class LocalSplitClients:
         return Adapter(pairs)
 
     def _state_of(self, client: int) -> Memory:
-        """Return the moments that go on: none for factors that are drawn anew."""
+        """Return the moments that are kept: none for factors that are drawn anew."""
         parts = zip(self._broadcasts[client], self._own(client), strict=True)
         drawn = {
             module for broadcast, segment in parts if isinstance(broadcast.start, Draw) for module in segment.shapes
@@ -329,7 +335,7 @@ class LocalSplitClients:
 
 
 def start_of(broadcast: Broadcast, segment: Segment, seed: int) -> Adapter:
-    """Return what an owner of a segment trains from: what it was sent, or a fresh draw from the stream it was told."""
+    """Return what an owner of a segment trains from: what it was sent, or a fresh draw from the stream it was given."""
     start = broadcast.start
     return start.adapter(segment.shapes, broadcast.rank, seed) if isinstance(start, Draw) else start
 

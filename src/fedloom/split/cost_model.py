@@ -174,7 +174,8 @@ def suggest_cut(estimates: Sequence[CutEstimate], lowest_cut: int = 1) -> CutEst
         least = min(estimates, key=lambda e: e.client_memory_bytes)
         raise CutError(
             f"split.cut_layer: expected a cut of {lowest_cut} or more that fits devices.client_memory_gib, found none; "
-            f"the smallest part, at {least.cut_layer}, needs {least.client_memory_bytes / 2**30:.2f} GiB"
+            f"the smallest part, at {least.cut_layer}, needs {least.client_memory_bytes / 2**30:.2f} GiB; raise "
+            "devices.client_memory_gib, or lower training.batch_size or data.max_length"
         )
     return min(possible, key=lambda e: e.step_seconds)
 

@@ -42,7 +42,7 @@ class SplitMessage:
 
     ``kind`` says which of the four transfers it is; only a U-shape has the last two. ``num_loss_tokens`` counts the
     supervised tokens of the client's whole step, by which losses are weighted; ``loss_nats`` is their sum in this
-    micro-batch, told by whoever computed the loss. ``lengths_N`` comes with activations, ``target_index_S`` and
+    micro-batch, given by whoever computed the loss. ``lengths_N`` comes with activations, ``target_index_S`` and
     ``targets_S`` only where the labels are the server's. The loss is written with as many digits whatever it is.
     """
 
@@ -97,7 +97,9 @@ class SplitMessage:
             matrix = Encoded(tensors.pop("values_TD"), tensors.pop("scales_T", None))
             return cls(matrix=matrix, **fields, **tensors)  # type: ignore[arg-type]
         except Exception as problem:
-            raise UpdateError(f"expected a split message of {len(blob)} bytes, got something else: {problem}") from None
+            raise UpdateError(
+                f"expected a split message, got {len(blob)} bytes that are not one ({problem}); send it again"
+            ) from None
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"values_TD": self.matrix.values_TD}
@@ -124,8 +126,11 @@ def check_activations(message: SplitMessage, width: int) -> None:
     if shape != (num_tokens, width):
         raise UpdateError(
             f"client {message.client}, step {message.step}: expected {message.kind} of shape ({num_tokens}, {width}), "
-            f"got {shape}; every client must run the base model and cut of this run"
+            f"got {shape}; use the run's own base and split.cut_layer"
         )
     for part in (message.matrix.values_TD, message.matrix.scales_T):
         if part is not None and part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            raise UpdateError(f"client {message.client}, step {message.step}: its {message.kind} are not finite")
+            raise UpdateError(
+                f"client {message.client}, step {message.step}: expected finite {message.kind}, got NaN or infinity; "
+                "lower training.learning_rate"
+            )

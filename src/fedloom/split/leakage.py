@@ -186,8 +186,13 @@ def _draw(inverter: Inverter, seed: int) -> None:
 
 def _check_texts(public: TokenSet, private: TokenSet) -> None:
     if not len(public) or not len(private):
-        raise EvaluationError(f"leakage: expected public and private rows, got {len(public)} and {len(private)}")
+        raise EvaluationError(
+            f"leakage: expected public and private rows, got {len(public)} and {len(private)}; give rows of both"
+        )
     known = {public.row(row)[0].tobytes() for row in range(len(public))}
     shared = sum(private.row(row)[0].tobytes() in known for row in range(len(private)))
     if shared:
-        raise EvaluationError(f"leakage: expected public text that is not the clients', got {shared} rows in both")
+        raise EvaluationError(
+            f"leakage: expected public text that is not the clients', got {shared} rows in both; choose other public "
+            "text"
+        )

@@ -1,4 +1,4 @@
-"""A split run with everybody in this process over one resident base: a slot for every client, one for the server."""
+"""A split run in one process over one resident base: a slot for every client, one for the server."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The split loop, to be read beside SplitLoRA's Algorithm 1.
 
-Per step: clients forward, activations up, server forward and backward, gradients down, clients backward, everybody
-steps once. Every I steps the client-side adapters are aggregated, after their step, by the same strategies as
-everybody else's. A client that fails is left out until the next aggregation, and the record says why.
+Per step: clients forward, activations up, server forward and backward, gradients down, clients backward, and server and
+clients step once. Every I steps the client-side adapters are aggregated, after their step, by the strategies that also
+aggregate whole adapters. A client that fails is dropped until the next aggregation, and the record says why.
 
 Source: SplitLoRA (arXiv 2407.00952). Deviations from its release: one snapshot per client, taken after the step; the
 schedule drives both halves; nothing but activations, labels and gradients crosses.

@@ -27,7 +27,7 @@ class Optimiser(Protocol):
         ...
 
     def export_state(self) -> dict[str, Tensor]:
-        """Return what the next period goes on from."""
+        """Return what the next period continues from."""
         ...
 
 

@@ -22,7 +22,11 @@ from fedloom.split.split_state import SplitState
 from fedloom.training.stats import TrainingStats
 
 IN_FLIGHT = 2
-"""Micro-batches asked for ahead of the one the server works on, itself included."""
+"""Micro-batches requested at a time: the one the server works on and the next.
+
+While the server computes on one, the clients compute and send the next, which hides the link's delay. Each one more
+would cost every client the memory of another forward pass.
+"""
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Period:
         self._begin()
 
     def _begin(self) -> None:
-        """Send everybody's adapters out, the server's own share included."""
+        """Send all adapters out, the server's own share included."""
         self._parties.open_slots()
         received: dict[int, list[Broadcast]] = {client: [] for client in self.cohort}
         server_pairs = dict(self._state.server)
@@ -77,7 +81,7 @@ class Period:
         server.feedback.residuals_D = dict(self._state.residuals)
 
     def step(self, step: int) -> float:
-        """Take one step with everybody present; return its mean loss in nats."""
+        """Take one step with all clients present; return its mean loss in nats."""
         before = dict(self.nats)
         counted: dict[int, int] = {}
         groups = [list(self.present)] if self._plan.server_update == "joint" else [[c] for c in self.present]
@@ -156,7 +160,7 @@ class Period:
                 server.remember(message, wanted[message.client])
 
     def _accepted(self, messages: Iterable[SplitMessage | Failure], expected: Sequence[int]) -> list[SplitMessage]:
-        """Take what can be used; leave out, until the next aggregation, whoever sent nothing or nothing usable."""
+        """Take what can be used; drop, until the next aggregation, clients that sent nothing usable."""
         accepted: dict[int, SplitMessage] = {}
         for message in messages:
             if isinstance(message, Failure):
@@ -219,7 +223,7 @@ class Period:
         return next_one, max(noises) if noises else None, records
 
     def _collect(self) -> tuple[list[list[Arrival]], dict[int, int]]:
-        """Ask everybody present for updates; the server adds its own where it stands in for shallow clients."""
+        """Ask all clients present for updates; the server adds its own in place of clients with fewer blocks."""
         arrivals: list[list[Arrival]] = [[] for _ in self._parties.segments]
         upload: dict[int, int] = {}
         for outcome in self._parties.clients.end(list(self.present)):

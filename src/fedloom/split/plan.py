@@ -45,7 +45,7 @@ class SplitPlan:
         micro_batches: parts of a step's batch that are under way at the same time.
         clients_per_round: clients drawn for each aggregation period; None: all.
         min_clients: clients without which the run ends.
-        max_norm_ratio: an update whose norm is above this multiple of the last aggregation's median is left out.
+        max_norm_ratio: an update whose norm is above this multiple of the last aggregation's median is dropped.
     """
 
     seed: int
@@ -118,7 +118,7 @@ class SplitPlan:
         if self.micro_batches > self.training.batch_size:
             raise SettingsError(
                 f"split.micro_batches: expected at most training.batch_size ({self.training.batch_size}), "
-                f"got {self.micro_batches}"
+                f"got {self.micro_batches}; lower it"
             )
         if not server_shapes(self, model, shapes):
             raise SettingsError("model.target_modules: expected modules in the server's blocks, got none; choose more")
@@ -140,7 +140,10 @@ def block_of(model: nn.Module, module: str) -> int:
     """
     prefix = f"{cuttable_parts(model).blocks}."
     if not module.startswith(prefix):
-        raise CutError(f"model.target_modules: expected modules of decoder blocks, got {module}, which no side owns")
+        raise CutError(
+            f"model.target_modules: expected modules of decoder blocks, got {module}, which neither side owns; remove "
+            "it"
+        )
     return int(module.removeprefix(prefix).split(".")[0])
 
 
@@ -166,8 +169,8 @@ def _is_in_tail(plan: SplitPlan, model: nn.Module, module: str) -> bool:
 class Segment:
     """Modules with the same owners, whose adapters are aggregated together: one state of the strategy each.
 
-    Where deeper clients share a module with the server, the server counts with the rows of the clients it stands in
-    for: ``G_l ← Σ_{k: c_k > l} p_k W_kl + (Σ_{k: c_k ≤ l} p_k) W_server,l``.
+    Where deeper clients share a module with the server, the server counts with the rows of the clients whose
+    blocks it runs: ``G_l ← Σ_{k: c_k > l} p_k W_kl + (Σ_{k: c_k ≤ l} p_k) W_server,l``.
     """
 
     shapes: Shapes

@@ -52,7 +52,7 @@ class SplitServer:
     def begin(
         self, start: Adapter, side: Adapter, round: int, state: Mapping[str, Tensor], drawn: Collection[str]
     ) -> None:
-        """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments to go on with."""
+        """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments yet."""
         self._lora.set_side(side)
         reseed_dropout(self._lora, self._slot, self._plan.seed, round, "server")
         self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
@@ -149,8 +149,10 @@ class SplitServer:
         """Take the server's step.
 
         Where deeper clients run a block themselves, its gradient here is first made that of the mean loss of the
-        clients the server stands in for, as a client's is of its own; their aggregate then weighs each rightly.
+        clients whose block the server runs, as a client's is of its own; their aggregate then weighs each rightly.
         """
+        # The loss is the mean over the tokens of all clients, but in these blocks the server sees only the tokens of
+        # clients cut below them: without the factor its gradient would be too small by their share.
         cuts, total = self._plan.cut_layers, max(1, sum(num_loss_tokens.values()))
         for block in range(min(cuts), max(cuts)):
             passing = sum(tokens for client, tokens in num_loss_tokens.items() if cuts[client] <= block)

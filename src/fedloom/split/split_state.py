@@ -87,7 +87,9 @@ class SplitState:
                 clients=clients,
             )
         except (KeyError, ValueError) as problem:
-            raise RunError(f"expected a whole split checkpoint, got one without {problem}") from problem
+            raise RunError(
+                f"expected a whole split checkpoint, got one without {problem}; start over with --fresh"
+            ) from problem
 
 
 def _prefixed(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,9 @@
 """Batches without padding: samples one behind the other, positions restarting, targets where there is a label.
 
+The rows of an instruction set differ in length by a factor of ten and more, so a padded batch is mostly padding; a
+packed one computes on tokens of samples only. Attention keeps the samples apart (:mod:`fedloom.training.attention`), so
+a sample's loss does not depend on the others in its pass, and a batch may be cut anywhere between samples.
+
 Letters: T tokens of all samples, S supervised targets, D width.
 """
 
@@ -61,6 +65,8 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> PackedBatch
     supervised_T = np.concatenate([supervised for _, supervised in rows])
     supervised_T[starts] = False  # a sample's first token has none before it: predicting it would read the last sample
     row_of_token_T = np.repeat(np.arange(len(rows)), lengths)
+    # Targets are listed by position instead of masked with -100: the output head, the largest matrix of a small model,
+    # then runs on the supervised tokens alone.
     (target_at_S,) = np.nonzero(supervised_T)
 
     def move(array: NDArray[Any]) -> Tensor:

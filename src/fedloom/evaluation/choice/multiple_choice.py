@@ -28,7 +28,7 @@ from fedloom.evaluation.intervals import Estimate, ItemStatistics, ratio, ratio_
 
 @dataclass(frozen=True)
 class MultipleChoice:
-    """How many questions were answered right, and what was left out to fit the model's context.
+    """How many questions were answered right, and what was dropped to fit the model's context.
 
     ``micro`` counts every question alike, ``macro`` every subject. ``num_with_fewer_shots`` questions had examples
     taken off, ``num_truncated`` had their beginning cut. ``chance`` is that of answers drawn evenly; ``shuffled`` what

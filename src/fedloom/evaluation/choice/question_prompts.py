@@ -79,15 +79,15 @@ def examples_by_subject(
         EvaluationError: there is no question, or a subject has fewer examples.
     """
     if not questions:
-        raise EvaluationError("there is no question to answer: check the file of questions")
+        raise EvaluationError("expected at least one question to answer, got none: check the file of questions")
     by_subject: dict[str, list[Question]] = defaultdict(list)
     for example in examples:
         by_subject[example.subject].append(example)
     for subject in dict.fromkeys(question.subject for question in questions):
         if len(by_subject[subject]) < shots:
             raise EvaluationError(
-                f"{shots} shots need as many examples of {subject or 'the questions'}, got {len(by_subject[subject])}: "
-                "give the dev split, or ask for fewer shots"
+                f"expected {shots} examples of {subject or 'the questions'} for {shots} shots, got "
+                f"{len(by_subject[subject])}: give the dev split, or ask for fewer shots"
             )
     return {subject: found[:shots] for subject, found in by_subject.items()}
 

@@ -30,13 +30,14 @@ def read_mmlu(folder: Path, split: str = "test") -> list[Question]:
     """Read ``folder/<split>/*.csv``, with or without a header, answers as a letter or an index; by subject, in order.
 
     Raises:
-        EvaluationError: there is no such folder or file, or a row is no question.
+        EvaluationError: there is no such folder or file, or a row is not a question.
     """
     files = sorted((folder / split).glob("*.csv"))
     if not files:
         raise EvaluationError(
-            f"no questions at {folder / split}: expected MMLU's CSV files there, e.g. "
-            f"{folder / split / f'anatomy_{split}.csv'}"
+            f"{folder / split}: expected MMLU's CSV files, e.g. anatomy_{split}.csv, found none; name the folder that "
+            "holds "
+            f"the folder {split}"
         )
     return [question for file in files for question in _read_csv(file, file.stem.removesuffix(f"_{split}"))]
 
@@ -45,14 +46,16 @@ def read_questions(file: Path) -> list[Question]:
     """Read a JSON object per line: ``question``, ``choices`` (a list), ``answer`` (index, letter, text), ``subject``.
 
     Raises:
-        EvaluationError: the file is absent or empty, or a line is no question.
-        DataError: it cannot be read, or a line is no JSON object.
+        EvaluationError: the file is missing or empty, or a line is not a question.
+        DataError: it cannot be read, or a line is not a JSON object.
     """
     if not file.is_file():
-        raise EvaluationError(f"no questions at {file}: expected JSON lines with question, choices and answer")
+        raise EvaluationError(
+            f"{file}: expected a file of JSON lines with question, choices and answer, found none; check the path"
+        )
     questions = [_from_row(row, f"{file} line {number}") for number, row in read_json_lines(file)]
     if not questions:
-        raise EvaluationError(f"{file} holds no question")
+        raise EvaluationError(f"{file}: expected at least one question, found none; fill the file or name another")
     return questions
 
 
@@ -62,30 +65,33 @@ def _read_csv(file: Path, subject: str) -> Iterator[Question]:
             continue
         if len(row) < 4:
             raise EvaluationError(
-                f"{file} row {number}: expected a question, its choices and the answer, got {len(row)} cells"
+                f"{file} row {number}: expected a question, at least two choices and the answer, got {len(row)} cells; "
+                "correct or remove the row"
             )
         yield _question(row[0], row[1:-1], row[-1], subject, f"{file} row {number}")
 
 
 def _from_row(row: dict[str, Any], where: str) -> Question:
     if not {"question", "choices", "answer"} <= row.keys():
-        raise EvaluationError(f"{where}: expected the keys question, choices and answer, got {', '.join(row)}")
+        raise EvaluationError(
+            f"{where}: expected the keys question, choices and answer, got {', '.join(row)}; add what is missing"
+        )
     choices = row["choices"]
     if isinstance(choices, dict):  # as the hub has ARC: {"text": [...], "label": [...]}
         if str(row["answer"]) in choices.get("label", []):
             row["answer"] = choices["label"].index(str(row["answer"]))
         choices = choices.get("text")
     if not isinstance(choices, list):
-        raise EvaluationError(f"{where}: expected a list of choices, got {choices!r}")
+        raise EvaluationError(f"{where}: expected a list of choices, got {choices!r}; write a list")
     return _question(row["question"], choices, row["answer"], str(row.get("subject", "")), where)
 
 
 def _question(text: Any, choices: list[Any], answer: Any, subject: str, where: str) -> Question:
     texts = tuple(str(choice) for choice in choices)
     if len(texts) < 2 or len(texts) > len(LETTERS):
-        raise EvaluationError(f"{where}: expected 2 to {len(LETTERS)} choices, got {len(texts)}")
+        raise EvaluationError(f"{where}: expected 2 to {len(LETTERS)} choices, got {len(texts)}; correct or remove it")
     if not str(text).strip():
-        raise EvaluationError(f"{where}: the question is empty")
+        raise EvaluationError(f"{where}: expected a question, got an empty text; fill or remove it")
     return Question(str(text), texts, _index(answer, texts, where), subject)
 
 
@@ -99,5 +105,6 @@ def _index(answer: Any, choices: tuple[str, ...], where: str) -> int:
     if choices.count(written) == 1:
         return choices.index(written)
     raise EvaluationError(
-        f"{where}: the answer {written!r} is none of the {len(choices)} choices (index, letter or text)"
+        f"{where}: expected the index, letter or text of one of the {len(choices)} choices as answer, got {written!r}; "
+        "correct it"
     )

@@ -5,6 +5,9 @@ of the prompt, then its continuations side by side); S scored tokens.
 
 The prefix goes through the model once and its keys and values serve every row. Within a row the continuations do not
 see each other: a mask lets each see the prompt and itself, and positions restart where the prompt ends.
+
+Why: MMLU's five examples are most of every prompt, and four choices repeat it four times. Read once, they cost a small
+part of scoring every choice from scratch, with the same numbers to rounding.
 """
 
 from __future__ import annotations
@@ -97,6 +100,7 @@ class _Row:
         owners: list[int] = []
         for part, words in enumerate(query.continuations, start=1):
             begin = len(ids)
+            # The last token predicts nothing, so it is not read; the first is predicted by the prompt's last token.
             ids.extend(words[:-1])
             parts.extend([part] * (len(words) - 1))
             positions.extend(range(len(query.prompt), len(query.prompt) + len(words) - 1))
@@ -138,9 +142,9 @@ def _mask(parts_BQ: Tensor, prefix_length: int, dtype: torch.dtype) -> Tensor:
     may_look = backwards & (of_prompt | same_part)
     prefix = may_look.new_ones(*may_look.shape[:2], prefix_length)
     lowest = torch.finfo(dtype).min
-    return torch.zeros((), dtype=dtype, device=parts_BQ.device).where(torch.cat([prefix, may_look], dim=2), lowest)[
-        :, None
-    ]
+    zero = torch.zeros((), dtype=dtype, device=parts_BQ.device)
+    added_BQK = zero.where(torch.cat([prefix, may_look], dim=2), lowest)
+    return added_BQK[:, None]
 
 
 def _prefix_cache(lm: Any, prefix: Sequence[int]) -> Any | None:
@@ -153,6 +157,7 @@ def _prefix_cache(lm: Any, prefix: Sequence[int]) -> Any | None:
 def _for_rows(cache: Any | None, num_rows: int) -> Any | None:
     if cache is None:
         return None
+    # A forward appends to the cache it is given, and all passes begin from the same prefix: each gets a copy.
     repeated = copy.deepcopy(cache)
     repeated.batch_repeat_interleave(num_rows)
     return repeated

@@ -90,24 +90,22 @@ def matched_texts(references: References, outputs: Outputs) -> tuple[str, ...]:
         return outputs.texts
     by_mr = dict(zip(map(_key, outputs.mrs), outputs.texts, strict=True))
     if len(by_mr) < len(outputs.mrs):
-        raise EvaluationError(
-            "two outputs are for one meaning representation: keep one output per meaning representation"
-        )
+        raise EvaluationError("expected one output per meaning representation, got two for one: keep one of them")
     missing = [mr for mr in references.mrs if _key(mr) not in by_mr]
     if missing:
         raise EvaluationError(
-            f"{len(missing)} meaning representations have no output, the first is {missing[0]!r}: "
-            "were the outputs made from another set?"
+            f"expected an output for every meaning representation, {len(missing)} have none, the first is "
+            f"{missing[0]!r}: use the references that the outputs were made from"
         )
     return tuple(by_mr[_key(mr)] for mr in references.mrs)
 
 
 def _read(path: Path, what: str) -> str:
     if not path.is_file():
-        raise EvaluationError(f"no file of {what} at {path}: check the path")
+        raise EvaluationError(f"{path}: expected a file of {what}, found none: check the path")
     text = read_utf8(path)
     if not text.strip():
-        raise EvaluationError(f"the file of {what} {path} is empty")
+        raise EvaluationError(f"{path}: expected {what}, found an empty file: fill it or name another")
     return text.replace("\r\n", "\n")
 
 
@@ -117,13 +115,15 @@ def _table(path: Path, text: str, columns: tuple[str, str]) -> list[tuple[str, s
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter)
     names: Mapping[str, str] = {name.lower().strip(): name for name in reader.fieldnames or ()}
     if not set(columns) <= set(names):
-        raise EvaluationError(f"{path} needs the columns {columns[0]!r} and {columns[1]!r}, found {list(names)}")
+        raise EvaluationError(
+            f"{path}: expected the columns {columns[0]!r} and {columns[1]!r}, found {list(names)}: rename yours"
+        )
     if len(names) < len(reader.fieldnames or ()):
-        raise EvaluationError(f"{path} names a column twice, found {reader.fieldnames}: rename or remove one")
+        raise EvaluationError(f"{path}: expected every column once, found {reader.fieldnames}: rename or remove one")
     try:
         return [(row[names[columns[0]]] or "", row[names[columns[1]]] or "") for row in reader]
     except csv.Error as error:
-        raise EvaluationError(f"{path} line {reader.line_num}: {error}") from error
+        raise EvaluationError(f"{path} line {reader.line_num}: expected CSV, got {error}: correct the line") from error
 
 
 def _bar_lines(path: Path, lines: list[str]) -> Iterable[tuple[str, str]]:
@@ -132,7 +132,7 @@ def _bar_lines(path: Path, lines: list[str]) -> Iterable[tuple[str, str]]:
             continue
         mr, bar, text = line.partition("||")
         if not bar:
-            raise EvaluationError(f"{path} line {number}: expected 'mr||ref', got {line[:60]!r}")
+            raise EvaluationError(f"{path} line {number}: expected 'mr||ref', got {line[:60]!r}: correct the line")
         yield mr.strip(), text.strip()
 
 
@@ -147,7 +147,7 @@ def _checked(references: References, path: Path) -> References:
     for index, texts in enumerate(references.texts):
         if not any(text.strip() for text in texts):
             name = references.mrs[index] if references.mrs else f"item {index + 1}"
-            raise EvaluationError(f"{path}: no human text for {name}")
+            raise EvaluationError(f"{path}: expected a human text for {name}, got none: fill or remove it")
     return references
 
 

@@ -22,7 +22,10 @@ from fedloom.evaluation.intervals import Statistics
 # English, ranking task: alpha, beta, gamma, delta; weights of exact, stem, synonym and paraphrase matches.
 _ALPHA, _BETA, _GAMMA, _DELTA = 0.85, 0.20, 0.60, 0.75
 _MODULE_WEIGHTS = np.array([1.0, 0.6, 0.8, 0.6])
-_STOPPED = "METEOR's Java program stopped: run 'java -version' and leave it 2 GB of memory, or leave METEOR out"
+_STOPPED = (
+    "METEOR: expected an answer of its Java program, which has stopped: check 'java -version' and that 2 GB of memory "
+    "are free, or drop METEOR from the metrics"
+)
 
 
 def meteor_command() -> list[str]:
@@ -40,7 +43,7 @@ def meteor_command() -> list[str]:
     java = shutil.which("java")
     if java is None:
         raise EvaluationError(
-            "METEOR needs Java, found no 'java' on the PATH: install a Java runtime or leave METEOR out"
+            "METEOR: expected a Java runtime, found no 'java' on the PATH: install one, or drop METEOR from the metrics"
         )
     return [java, "-Xmx2G", "-Dfile.encoding=UTF-8", "-jar", str(jar), "-", "-", "-stdio", "-l", "en", "-norm"]
 

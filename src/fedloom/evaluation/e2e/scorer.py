@@ -115,7 +115,7 @@ def _words(
 def _check(references: Sequence[Sequence[str]], outputs: Sequence[str], names: Sequence[str]) -> None:
     unknown = sorted(set(names) - set(METRICS))
     if unknown:
-        raise EvaluationError(f"unknown metrics {unknown}: choose among {', '.join(METRICS)}")
+        raise EvaluationError(f"metrics: expected names from {', '.join(METRICS)}, got {unknown}: choose among these")
     if len(references) != len(outputs):
         raise EvaluationError(
             f"expected one output for each of {len(references)} items, got {len(outputs)}: "
@@ -123,6 +123,10 @@ def _check(references: Sequence[Sequence[str]], outputs: Sequence[str], names: S
         )
     without = [index for index, texts in enumerate(references) if not texts]
     if without:
-        raise EvaluationError(f"item {without[0] + 1} has no reference: give at least one human text per item")
+        raise EvaluationError(
+            f"item {without[0] + 1}: expected a reference, got none: give at least one human text per item"
+        )
     if not any(output.strip() for output in outputs):
-        raise EvaluationError(f"all {len(outputs)} outputs are empty: nothing to score")
+        raise EvaluationError(
+            f"expected an output with text, all {len(outputs)} are empty: check the adapter and the prompts"
+        )

@@ -1,4 +1,4 @@
-"""What a judge is told: our wording, or any file in the format of FastChat's ``judge_prompts.jsonl``."""
+"""What a judge is asked: our wording, or any file in the format of FastChat's ``judge_prompts.jsonl``."""
 
 from __future__ import annotations
 
@@ -29,12 +29,15 @@ class JudgePrompt:
         try:
             parts = list(Formatter().parse(self.template))
         except ValueError as error:
-            raise EvaluationError(f"the judge's template cannot be read ({error}): double every other brace") from error
+            raise EvaluationError(
+                f"the judge's template: expected names in braces, got {error}; write {{{{ and }}}} for plain braces"
+            ) from error
         content = ""
         for text, name, specification, conversion in parts:
             if name is not None and (name not in fields or specification or conversion):
                 asked = name + (f"!{conversion}" if conversion else "") + (f":{specification}" if specification else "")
-                raise EvaluationError(f"the judge's template asks for {asked!r}, known are {sorted(fields)}")
+                known = ", ".join(sorted(fields))
+                raise EvaluationError(f"the judge's template: expected fields from {known}, got {asked!r}; correct it")
             content += text + (fields[name] if name is not None else "")
         system = [{"role": "system", "content": self.system}] if self.system else []
         return [*system, {"role": "user", "content": content}]
@@ -86,10 +89,12 @@ def read_prompts(file: Path) -> Mapping[str, JudgePrompt]:
     """Return our prompts with those of ``file`` in their place, by name.
 
     Raises:
-        EvaluationError: the file is absent or a line lacks ``name`` or ``prompt_template``.
+        EvaluationError: the file is missing or a line lacks ``name`` or ``prompt_template``.
     """
     if not file.is_file():
-        raise EvaluationError(f"no judge prompts at {file}: expected JSON lines with name and prompt_template")
+        raise EvaluationError(
+            f"{file}: expected a file of JSON lines with name and prompt_template, found none; check the path"
+        )
     prompts = dict(OWN_PROMPTS)
     for number, row in read_json_lines(file):
         name, template, system = row.get("name"), row.get("prompt_template"), row.get("system_prompt") or ""
@@ -111,6 +116,6 @@ def parse_scores(reply: str, expected: int) -> tuple[float, ...] | None:
 
 
 def reminder(expected: int) -> Message:
-    """Return what a judge is told whose reply held no scores."""
+    """Return the reminder to a judge whose reply held no scores."""
     example = " ".join(["[[5]]"] * expected)
     return {"role": "user", "content": f"Your reply holds no verdict in the format asked for. Write only: {example}"}

@@ -30,12 +30,12 @@ def read_judge_questions(file: Path) -> list[JudgeQuestion]:
     """Read ``question_id``, ``turns`` (or ``text``) and ``category`` from JSON lines.
 
     Raises:
-        EvaluationError: the file is absent or empty, a line is no question, or an id comes twice.
+        EvaluationError: the file is missing or empty, a line is not a question, or an id comes twice.
     """
     rows = _rows(file, "questions", {"question_id"}, ({"turns"}, {"text"}))
     questions = [_question(f"{file} line {number}", row) for number, row in rows]
     if len({question.id for question in questions}) < len(questions):
-        raise EvaluationError(f"{file}: two questions have one question_id")
+        raise EvaluationError(f"{file}: expected every question_id once, one comes twice; rename one")
     return questions
 
 
@@ -43,7 +43,7 @@ def read_answers(file: Path) -> dict[str, tuple[str, ...]]:
     """Read ``question_id`` and ``choices[0].turns`` (or ``text``) from JSON lines: answers, or references.
 
     Raises:
-        EvaluationError: the file is absent or empty, or a line is no answer.
+        EvaluationError: the file is missing or empty, or a line is not an answer.
     """
     rows = _rows(file, "answers", {"question_id"}, ({"choices"}, {"text"}))
     return {_id(f"{file} line {number}", row): _answers(f"{file} line {number}", row) for number, row in rows}
@@ -102,7 +102,7 @@ def answer_turns(
 def check_answers(questions: Sequence[JudgeQuestion], answers: Answers, whose: str) -> None:
     """Raise unless every question has an answer for each of its turns."""
     if not questions:
-        raise EvaluationError("there is no question to judge: check the file of questions")
+        raise EvaluationError("expected at least one question to judge, got none: check the file of questions")
     for question in questions:
         found = len(answers.get(question.id, ()))
         if found < len(question.turns):
@@ -115,7 +115,7 @@ def check_answers(questions: Sequence[JudgeQuestion], answers: Answers, whose: s
 def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]]) -> list[tuple[int, dict[str, Any]]]:
     """Return the objects of a file of JSON lines, each with the number of its line."""
     if not file.is_file():
-        raise EvaluationError(f"no {what} at {file}: check the path")
+        raise EvaluationError(f"{file}: expected a file of {what}, found none; check the path")
     rows = []
     for number, row in read_json_lines(file):
         if not required <= row.keys() or not any(names <= row.keys() for names in one_of):
@@ -126,7 +126,7 @@ def _rows(file: Path, what: str, required: set[str], one_of: Sequence[set[str]])
             )
         rows.append((number, row))
     if not rows:
-        raise EvaluationError(f"{file} holds no {what}")
+        raise EvaluationError(f"{file}: expected at least one of the {what}, found none; fill the file or name another")
     return rows
 
 
@@ -134,9 +134,9 @@ def _question(where: str, row: Mapping[str, Any]) -> JudgeQuestion:
     turns = row["turns"] if row.get("turns") is not None or "text" not in row else [row["text"]]
     category = "" if row.get("category") is None else row["category"]
     if not _are_texts(turns) or not all(turn.strip() for turn in turns):
-        raise EvaluationError(f"{where}: expected turns, a list of one or more texts that are not empty")
+        raise EvaluationError(f"{where}: expected turns, a list of one or more texts that are not empty; correct them")
     if not isinstance(category, str):
-        raise EvaluationError(f"{where}: expected text for category, got {type(category).__name__}")
+        raise EvaluationError(f"{where}: expected text for category, got {type(category).__name__}; correct it")
     return JudgeQuestion(_id(where, row), tuple(turns), category)
 
 
@@ -146,14 +146,16 @@ def _answers(where: str, row: Mapping[str, Any]) -> tuple[str, ...]:
     except (KeyError, IndexError, TypeError):
         turns = None
     if not _are_texts(turns):
-        raise EvaluationError(f"{where}: expected choices[0].turns, a list of one or more texts, or text")
+        raise EvaluationError(f"{where}: expected choices[0].turns, a list of one or more texts, or text; correct it")
     return tuple(turns)
 
 
 def _id(where: str, row: Mapping[str, Any]) -> str:
     found = row["question_id"]
     if isinstance(found, bool) or not isinstance(found, str | int):
-        raise EvaluationError(f"{where}: expected a number or text for question_id, got {type(found).__name__}")
+        raise EvaluationError(
+            f"{where}: expected a number or text for question_id, got {type(found).__name__}; correct it"
+        )
     return str(found)
 
 

@@ -42,7 +42,7 @@ class PairVerdicts:
 
     ``relative`` is Σ second / Σ first: with the baseline first, above 1 the second is better. ``num_inconsistent``
     questions were won by one side in one order and by the other in the other. ``num_missing`` had no verdict in at
-    least one order and are left out of every figure.
+    least one order and are in no figure.
     """
 
     first_sum: float
@@ -60,7 +60,7 @@ class PairVerdicts:
 
 @dataclass(frozen=True)
 class Grades:
-    """MT-bench's single grades, 1 to 10; a turn without a verdict is left out and counted in ``num_missing``."""
+    """MT-bench's single grades, 1 to 10; a turn without a verdict is skipped and counted in ``num_missing``."""
 
     overall: Estimate
     per_turn: tuple[Estimate, ...]
@@ -143,7 +143,9 @@ def compare_grades(first: Grades, second: Grades, *, seed: int) -> Difference:
     """
     shared = [key for key in first.scores if _mean(first.scores[key]) and _mean(second.scores.get(key, ()))]
     if not shared:
-        raise EvaluationError("the two models share no graded question: judge both on one file of questions")
+        raise EvaluationError(
+            "expected questions that both models were graded on, found none: judge both on one file of questions"
+        )
     sides = ([_mean(side.scores[key]) or 0.0 for key in shared] for side in (first, second))
     first_NS, second_NS = (ratio_statistics(values) for values in sides)
     return bootstrap_difference(first_NS, second_NS, ratio, seed=seed)
@@ -156,7 +158,7 @@ def _single_messages(
     given = references.get(question.id, ())
     if needs_reference and len(given) <= turn:
         raise EvaluationError(
-            f"question {question.id} ({question.category}) needs a reference answer for turn {turn + 1}: "
+            f"question {question.id} ({question.category}): expected a reference answer for turn {turn + 1}, got none: "
             "give the file of references"
         )
     fields = {"question": question.turns[0], "answer": answers[question.id][0]}
@@ -178,7 +180,9 @@ def _pair_verdicts(
         scores[key] = (straight[0] + swapped[1]) / 2, (straight[1] + swapped[0]) / 2
         num_inconsistent += (straight[1] - straight[0]) * (swapped[0] - swapped[1]) < 0
     if not scores:
-        raise EvaluationError(f"no question of {len(orders)} got a verdict in both orders: {usage.advice}")
+        raise EvaluationError(
+            f"expected verdicts in both orders, none of {len(orders)} questions has them: {usage.advice}"
+        )
     first_N, second_N = np.array(list(scores.values())).T
     first_NS, second_NS = ratio_statistics(first_N), ratio_statistics(second_N)
     return PairVerdicts(
@@ -203,7 +207,7 @@ def _grades(
     turns = [[score for score in column if score is not None] for column in columns]
     means = {key: mean for key, found in scores.items() if (mean := _mean(found)) is not None}
     if not means:
-        raise EvaluationError(f"no grade could be read from {usage.num_verdicts} verdicts: {usage.advice}")
+        raise EvaluationError(f"expected grades, none could be read from {usage.num_verdicts} verdicts: {usage.advice}")
     by_category: dict[str, list[float]] = defaultdict(list)
     for question in questions:
         if question.id in means:

@@ -1,4 +1,4 @@
-"""Replies of a judge, kept on disk: a repeated run costs nothing, an interrupted one goes on."""
+"""Replies of a judge, kept on disk: a repeated run costs nothing, an interrupted one resumes."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def _client_figure(group: RunGroup, entries: Sequence[Mapping[str, Any]], metric
     bars = []
     for entry in entries[:MAX_BARS]:
         value, label = metric.of(entry), _client_label(entry["client"], names)
-        note = f"left out: {entry.get('reason')}" if was_left_out(entry) else "–" if value is None else ""
+        note = f"dropped: {entry.get('reason')}" if was_left_out(entry) else "–" if value is None else ""
         bars.append(Bar(label, [(metric.title, group.colour, value or 0.0)], note[:40]))
     note = f"{group.label}, seed {group.first.seed}, the last round each took part in"
     note += f"; the first {MAX_BARS} of {len(entries)} clients" if len(entries) > MAX_BARS else ""

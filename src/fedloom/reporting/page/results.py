@@ -1,4 +1,4 @@
-"""What came out: the methods' table, loss against rounds and bytes, aggregation noise, rank."""
+"""The results: the methods' table, loss against rounds and bytes, aggregation noise, rank."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def noise_and_rank(groups: Sequence[RunGroup]) -> str:
 
 
 def groups_of_rows(groups: Sequence[RunGroup]) -> str:
-    """Return a table for each figure that was told by groups of held-out rows: groups down, methods across."""
+    """Return a table for each figure that was reported by groups of held-out rows: groups down, methods across."""
     return "".join(_group_table(key, rows, groups) for key, rows in by_group(groups).items())
 
 
@@ -116,7 +116,7 @@ def _curves(title: str, curves: Sequence[Curve], x: Axis, y: Axis) -> str:
 
 
 def _visible(curve: Curve, x: Axis) -> tuple[list[float], list[float], list[float], list[float]]:
-    """Return the points a log axis can show: those at zero bytes are left out."""
+    """Return the points a log axis can show: those at zero bytes are skipped."""
     kept = [index for index, at in enumerate(curve.xs) if x.kind == "linear" or at > 0]
     low, high = ([values[i] for i in kept] if values else [] for values in (curve.low, curve.high))
     return [curve.xs[i] for i in kept], [curve.ys[i] for i in kept], low, high
