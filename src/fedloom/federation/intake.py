@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Protocol
 
-from fedloom.errors import AdapterError, TooFewClientsError, UpdateError
-from fedloom.lora.algebra import distance, norm
-from fedloom.lora.initial import Draw
-from fedloom.lora.layer import check_fits
-from fedloom.methods.client_half import Payload, Work
+from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.federation.update_checks import check_update
+from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.training.stats import TrainingStats
 
@@ -75,6 +73,7 @@ class Intake:
     broadcasts: Sequence[Broadcast]
     seen: dict[int, ClientRecord] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    _lost: str | None = None
 
     @property
     def norms(self) -> list[float]:
@@ -84,7 +83,7 @@ class Intake:
     def usable(self, arrivals: Iterable[Arrival], keep: Callable[[Update], None]) -> Iterator[Update]:
         """Yield the updates that pass validation."""
         expected = {broadcast.client: broadcast for broadcast in self.broadcasts}
-        for arrival in arrivals:
+        for arrival in self._attributable(arrivals):
             client = arrival.outcome.client
             if client not in expected or client in self.seen:
                 continue
@@ -95,18 +94,28 @@ class Intake:
                 keep(arrival.outcome)
                 yield arrival.outcome
         for client in expected.keys() - self.seen.keys():
-            self.seen[client] = ClientRecord(client, "returned nothing", 0, 0)
+            self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
         self._require_enough()
 
     def records(self, weights: Mapping[int, float]) -> tuple[ClientRecord, ...]:
         """Return one record per client in the order of the ids, with the weights the strategy gave."""
         return tuple(replace(self.seen[client], weight=weights.get(client, 0.0)) for client in sorted(self.seen))
 
+    def _attributable(self, arrivals: Iterable[Any]) -> Iterator[Arrival]:
+        """Yield what says whose it is; where a message ends the engine's round, what came before it stands."""
+        try:
+            for arrival in arrivals:
+                client = getattr(getattr(arrival, "outcome", None), "client", None)
+                if isinstance(arrival, Arrival) and type(client) is int:
+                    yield arrival
+        except UpdateError as error:
+            self._lost = f"returned nothing: {error}"
+
     def _examine(self, arrival: Arrival, broadcast: Broadcast) -> ClientRecord:
         outcome = arrival.outcome
         crossed = (arrival.download_bytes, arrival.upload_bytes)
         if isinstance(outcome, Failure):
-            return ClientRecord(outcome.client, outcome.reason, *crossed)
+            return ClientRecord(outcome.client, str(outcome.reason), *crossed)
         typical = self.state.typical_norm
         reason, change = None, None
         try:
@@ -114,19 +123,21 @@ class Intake:
             change = check_update(outcome, broadcast, self.work, self.plan.shapes, limit)
         except UpdateError as error:
             reason = str(error)
+        is_read = isinstance(outcome, Update) and isinstance(outcome.adapter, Adapter)
         return ClientRecord(
             outcome.client,
             reason,
             *crossed,
-            stats=outcome.stats,
-            num_parameters=outcome.adapter.num_parameters,
+            stats=outcome.stats if is_read and isinstance(outcome.stats, TrainingStats) else None,
+            num_parameters=outcome.adapter.num_parameters if is_read else 0,
             norm=change,
         )
 
     def _note_held(self, outcome: Update | Failure, broadcast: Broadcast) -> None:
         """Believe a client that it holds the version it was just sent, or an older one; nothing else."""
-        if outcome.held is not None and 0 <= outcome.held <= broadcast.news.version:
-            self.held[outcome.client] = outcome.held
+        held = getattr(outcome, "held", None)
+        if type(held) is int and 0 <= held <= broadcast.news.version:
+            self.held[outcome.client] = held
 
     def _require_enough(self) -> None:
         used = len(self.norms)
@@ -147,51 +158,3 @@ def advice_after(num_rounds_done: int) -> str:
         "earlier rounds are saved: where the cause has passed, run again to go on; other settings need another folder "
         "or a fresh start"
     )
-
-
-def check_update(
-    update: Update,
-    broadcast: Broadcast,
-    work: Work,
-    shapes: Mapping[str, tuple[int, int]],
-    norm_limit: float | None,
-) -> float:
-    """Return the norm of the client's change, or refuse the update; of a gradient, the norm of its factors.
-
-    Raises:
-        UpdateError: if it is for another round, has wrong modules, shapes or ranks, is not finite, did not move, was
-            trained on nothing, or its change has a norm above ``norm_limit``.
-    """
-    if update.round != broadcast.round:
-        raise UpdateError(f"expected an update for round {broadcast.round}, got one for round {update.round}")
-    try:
-        check_fits(update.adapter, shapes)
-    except AdapterError as error:
-        raise UpdateError(str(error)) from error
-    wrong = {name: rank for name, rank in update.adapter.ranks.items() if rank != broadcast.rank}
-    if wrong:
-        name, rank = next(iter(wrong.items()))
-        raise UpdateError(f"{name}: expected rank {broadcast.rank}, got {rank}")
-    if not update.adapter.is_finite():
-        raise UpdateError("expected finite numbers, got NaN or infinity; lower training.learning_rate")
-    if update.stats.num_rows < 1:
-        raise UpdateError(f"expected training on at least one row, got {update.stats.num_rows}")
-    change = _change(update, broadcast, work)
-    if change == 0.0:
-        raise UpdateError(
-            "expected the adapter to change during training, it is what was sent out: check training.learning_rate and "
-            "model.target_modules"
-        )
-    if norm_limit is not None and change > norm_limit:
-        raise UpdateError(f"expected a change of norm {norm_limit:.3g} or less, got {change:.3g}")
-    return change
-
-
-def _change(update: Update, broadcast: Broadcast, work: Work) -> float:
-    if update.change_norm is not None:
-        return update.change_norm
-    if work.payload is Payload.GRADIENT:
-        return math.hypot(*(float(t.double().norm()) for t in update.adapter.as_tensors(work.sends).values()))
-    if isinstance(broadcast.start, Draw):
-        return norm(update.adapter)
-    return distance(update.adapter, broadcast.start)
