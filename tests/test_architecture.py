@@ -223,7 +223,12 @@ def test_every_public_name_is_documented(path: Path) -> None:
 def test_the_test_folders_mirror_the_packages() -> None:
     """``split`` is a feature of its own that models, training, federation and evaluation share."""
     folders = {folder.name for folder in (ROOT / "tests").iterdir() if folder.is_dir() and any(folder.glob("test_*"))}
-    assert folders <= {folder.name for folder in SOURCE.iterdir() if folder.is_dir()} | {"docs", "examples", "split"}
+    assert folders <= {folder.name for folder in SOURCE.iterdir() if folder.is_dir()} | {
+        "docs",
+        "examples",
+        "faults",
+        "split",
+    }
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,11 @@ REFUSED: dict[str, Mutate] = {
     "update-loss-text": number("loss_nats", "x"),
     "update-nested-numbers": lambda t, n: "[" * 100_000,
     "update-num-rows-text": number("num_rows", "20"),
+    "update-num-rows-1e12": number("num_rows", 10**12),
+    "one row more than registered": number("num_rows", 15),
+    "more steps than asked for": number("num_steps", 3),
+    "more tokens than so many rows can have": number("num_tokens", 10**6),
+    "more targets than tokens": number("num_loss_tokens", 10**4),
     "update-num-rows-nan": number("num_rows", math.nan),
     "update-seconds-text": number("seconds", "<script>"),
 }
@@ -73,3 +78,23 @@ def test_a_message_that_does_not_fit_costs_its_client_the_round_and_nobody_else(
         reasons = [client["reason"] for client in record["clients"]]
         assert [reason is None for reason in reasons] == [True, False, True]
         assert all(math.isfinite(client["weight"]) for client in record["clients"])
+
+
+def scaled(b: float, a: float) -> Mutate:
+    def change(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+        for key, tensor in tensors.items():
+            tensors[key] = tensor * (b if key.endswith(".b") else a)
+
+    return change
+
+
+@pytest.mark.parametrize("method", ["fedit", "flora", "zero-padding"])
+@pytest.mark.parametrize("factors", [(1e6, 1e-6), (1e-6, 1e6), (1e15, 1.0), (1e4, 1e4)])
+def test_absurd_factors_are_left_out_from_the_first_round_on(
+    method: str, factors: tuple[float, float], settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = settings_for(method__name=method, method__ranks=2)
+    for record in records_of(scaled(*factors), settings, tmp_path / "run", monkeypatch):
+        reasons = [client["reason"] for client in record["clients"]]
+        assert [reason is None for reason in reasons] == [True, False, True]
+        assert "federation.max_norm_ratio" in reasons[HOSTILE]

@@ -29,7 +29,7 @@ from fedloom.federation.messages import (
 )
 from fedloom.federation.rounds import RoundPlan, run_rounds
 from fedloom.federation.server import ServerRules, broadcasts_for
-from fedloom.federation.update_checks import check_update
+from fedloom.federation.update_checks import Asked, check_update
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.client_half import Work
 from fedloom.methods.server_steps import PlainStep
@@ -43,6 +43,7 @@ NUMBER = int(os.environ.get("FEDLOOM_FUZZ", "3000"))
 """Mutated messages a test; ``FEDLOOM_FUZZ=100000`` tries more."""
 SHAPES = {"layers.0.q": (6, 5), "layers.1.v": (4, 5)}
 COHORT = Cohort(SHAPES, 2, lambda client: 2, seed=1)
+ASKED = Asked(10, 4, 80)
 ODD: list[Any] = [
     None, True, -1, 0, 1.5, 10**12, 2**53 + 1, 10**400, math.nan, math.inf, -math.inf, "", "20", "x" * 5000, "\x1b[2J",
     "\ud800", [], [1], {}, {"a": 1}, [[[[[[]]]]]], 1e308, -0.0, "F32", "F64", "I64", [2, 6], [6, -2], [6.0, 2], 2**64,
@@ -244,7 +245,7 @@ def test_no_mutated_answer_raises_and_none_is_taken_for_more_than_it_is() -> Non
         assert found.adapter.shapes == SHAPES
         assert set(found.adapter.ranks.values()) == {2}
         with suppress(UpdateError):
-            assert math.isfinite(check_update(found, broadcast(), Work(), SHAPES, None))
+            assert math.isfinite(check_update(found, broadcast(), Work(), SHAPES, ASKED))
     assert 0 < taken < NUMBER / 2  # flipped bits of a number are another number
 
 
@@ -289,7 +290,7 @@ def test_an_engines_garbage_is_left_out_and_the_round_goes_on() -> None:
         wrong += [replace(update(), stats=replace(stats, **{name: value})) for value in values]
     for outcome in wrong:
         with pytest.raises(UpdateError):
-            check_update(outcome, broadcast(), Work(), SHAPES, None)
+            check_update(outcome, broadcast(), Work(), SHAPES, ASKED)
     records = round_of([*bad, Arrival(replace(update(), client=0), 0, 0)])
     assert [record.reason is None for record in records] == [True, False]
     assert "expected an update or a failure, got Garbage" in str(records[1].reason)
@@ -314,5 +315,7 @@ def round_of(arrivals: Any) -> Sequence[Any]:
 
     strategy = ZeroPadding(COHORT)
     ranks, scales = {0: 2, 1: 2}, {0: 2.0, 1: 2.0}
-    plan = RoundPlan(1, strategy, ServerRules(PlainStep()), lambda round: [0, 1], SHAPES, ranks, scales)
+    plan = RoundPlan(
+        1, strategy, ServerRules(PlainStep()), lambda round: [0, 1], SHAPES, ranks, scales, lambda client: ASKED
+    )
     return next(iter(run_rounds(strategy.initial(), plan, Engine(), lambda state: {}))).clients

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import median_low
 from typing import Any, Protocol
 
 from fedloom.errors import TooFewClientsError, UpdateError
-from fedloom.federation.update_checks import check_update
+from fedloom.federation.update_checks import Asked, check_update, factor_norms
+from fedloom.federation.waiting import Waiting
+from fedloom.federation.weights import capped
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
+from fedloom.methods.strategy import Strategy, weigh
 from fedloom.training.stats import TrainingStats
 
 _NO_STATS = asdict(TrainingStats(0)) | {"loss_nats": None, "loss_last_nats": None}
@@ -40,7 +45,21 @@ class IntakeRules(Protocol):
 
     @property
     def max_norm_ratio(self) -> float:
-        """A change this many times the last round's median norm is refused."""
+        """A change this many times the median norm is refused."""
+        ...
+
+    @property
+    def max_weight(self) -> float:
+        """Largest share of one client."""
+        ...
+
+    @property
+    def strategy(self) -> Strategy:
+        """What aggregates, and weighs clients."""
+        ...
+
+    def asked(self, client: int) -> Asked:
+        """Return what a client's counts are held against."""
         ...
 
 
@@ -65,7 +84,10 @@ class ClientRecord:
 
 @dataclass
 class Intake:
-    """A round's arrivals: passes on usable updates one at a time and remembers why others were left out."""
+    """A round's arrivals: passes on usable updates one at a time and remembers why others were left out.
+
+    ``trusted`` are no clients: the server's own part, where it has one, is held against nothing.
+    """
 
     plan: IntakeRules
     work: Work
@@ -73,6 +95,9 @@ class Intake:
     broadcasts: Sequence[Broadcast]
     seen: dict[int, ClientRecord] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    trusted: Collection[int] = ()
+    _factor_norms: dict[int, dict[str, float]] = field(default_factory=dict)
+    _weights: dict[int, float] = field(default_factory=dict)
     _lost: str | None = None
 
     @property
@@ -81,21 +106,26 @@ class Intake:
         return [record.norm for record in self.seen.values() if record.reason is None and record.norm is not None]
 
     def usable(self, arrivals: Iterable[Arrival], keep: Callable[[Update], None]) -> Iterator[Update]:
-        """Yield the updates that pass validation."""
+        """Yield the updates that pass, in the order of their arrival, once all have been seen and compared."""
         expected = {broadcast.client: broadcast for broadcast in self.broadcasts}
-        for arrival in self._attributable(arrivals):
-            client = arrival.outcome.client
-            if client not in expected or client in self.seen:
-                continue
-            record = self._examine(arrival, expected[client])
-            self.seen[client] = record
-            self._note_held(arrival.outcome, expected[client])
-            if record.reason is None and isinstance(arrival.outcome, Update):
-                keep(arrival.outcome)
-                yield arrival.outcome
-        for client in expected.keys() - self.seen.keys():
-            self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
-        self._require_enough()
+        with Waiting() as waiting:
+            for arrival in self._attributable(arrivals):
+                outcome = arrival.outcome
+                if outcome.client not in expected or outcome.client in self.seen:
+                    continue
+                self.seen[outcome.client] = self._examine(arrival, expected[outcome.client])
+                self._note_held(outcome, expected[outcome.client])
+                if isinstance(outcome, Update) and self.seen[outcome.client].reason is None:
+                    waiting.put(outcome)
+            for client in expected.keys() - self.seen.keys():
+                self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
+            self._refuse_far_off()
+            self._require_enough()
+            weights = self._capped_weights()
+            for update in waiting:
+                if self.seen[update.client].reason is None:
+                    keep(update)
+                    yield replace(update, weight=weights.get(update.client))
 
     def records(self, weights: Mapping[int, float]) -> tuple[ClientRecord, ...]:
         """Return one record per client in the order of the ids, with the weights the strategy gave."""
@@ -116,22 +146,51 @@ class Intake:
         crossed = (arrival.download_bytes, arrival.upload_bytes)
         if isinstance(outcome, Failure):
             return ClientRecord(outcome.client, str(outcome.reason), *crossed)
-        typical = self.state.typical_norm
-        reason, change = None, None
+        reason, change, stats = None, None, None
         try:
-            limit = None if typical is None else self.plan.max_norm_ratio * typical
-            change = check_update(outcome, broadcast, self.work, self.plan.shapes, limit)
+            asked = None if broadcast.client in self.trusted else self.plan.asked(broadcast.client)
+            change = check_update(outcome, broadcast, self.work, self.plan.shapes, asked)
+            stats = outcome.stats
+            self._factor_norms[outcome.client] = factor_norms(outcome, self.work)
+            self._weights[outcome.client] = weigh(outcome, self.plan.strategy.weighting)
         except UpdateError as error:
             reason = str(error)
         is_read = isinstance(outcome, Update) and isinstance(outcome.adapter, Adapter)
-        return ClientRecord(
-            outcome.client,
-            reason,
-            *crossed,
-            stats=outcome.stats if is_read and isinstance(outcome.stats, TrainingStats) else None,
-            num_parameters=outcome.adapter.num_parameters if is_read else 0,
-            norm=change,
-        )
+        size = outcome.adapter.num_parameters if is_read else 0
+        return ClientRecord(outcome.client, reason, *crossed, stats=stats, num_parameters=size, norm=change)
+
+    def _refuse_far_off(self) -> None:
+        """Leave out changes, and factors, of a norm that no training gives: many times what others' have.
+
+        Changes are held against the last round's median, in the first round and where nothing was used before against
+        this one's; factors against this round's, so that a factor 1,000 times as large beside one a thousandth as
+        large, whose product looks like any other, does not decide a mean of factors. Of an even number of updates the
+        lower median counts: of two, the larger one is the one in doubt.
+        """
+        if math.isinf(self.plan.max_norm_ratio):
+            return
+        typical = self.state.typical_norm
+        changes = {c: record.norm for c, record in self.seen.items() if record.reason is None and record.norm}
+        self._refuse_above("a change", changes, typical if typical is not None else _lower_median(changes.values()))
+        for factor in sorted(self.work.sends):
+            norms = {c: n[factor] for c, n in self._factor_norms.items() if n and self.seen[c].reason is None}
+            self._refuse_above(f"factors {factor}", norms, _lower_median(norms.values()))
+
+    def _refuse_above(self, what: str, norms: Mapping[int, float], typical: float) -> None:
+        limit = self.plan.max_norm_ratio * typical
+        for client, norm in norms.items():
+            if norm > limit > 0.0 and client not in self.trusted:
+                reason = (
+                    f"expected {what} of norm {limit:.3g} or less (federation.max_norm_ratio), got {norm:.3g}; lower "
+                    "training.learning_rate where the client is honest"
+                )
+                self.seen[client] = replace(self.seen[client], reason=reason)
+
+    def _capped_weights(self) -> dict[int, float]:
+        """Return the weights of this round where they are others than the clients' rows, tokens or norms give."""
+        weights = {c: weight for c, weight in self._weights.items() if self.seen[c].reason is None}
+        shared = capped(weights, self.plan.max_weight, self.trusted)
+        return {} if shared == weights else shared
 
     def _note_held(self, outcome: Update | Failure, broadcast: Broadcast) -> None:
         """Believe a client that it holds the version it was just sent, or an older one; nothing else."""
@@ -148,6 +207,10 @@ class Intake:
             f"round {self.state.round + 1}: expected usable updates from at least {self.plan.min_clients} clients "
             f"(federation.min_clients), got {used} ({reasons}); {advice_after(self.state.round)}"
         )
+
+
+def _lower_median(norms: Iterable[float]) -> float:
+    return median_low(list(norms) or [0.0])
 
 
 def advice_after(num_rounds_done: int) -> str:

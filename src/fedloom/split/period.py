@@ -11,6 +11,7 @@ from fedloom.federation.intake import Arrival, ClientRecord, Intake, advice_afte
 from fedloom.federation.messages import decode_answer, encode_broadcast, encode_update
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
@@ -230,7 +231,7 @@ class Period:
             own = [i for i, segment in enumerate(self._parties.segments) if client in segment.owners]
             for index, update in zip(own, updates, strict=True):
                 wire, segment = self._parties.rules.wire, self._parties.segments[index]
-                blob = encode_update(self._with_loss(update), update.adapter.as_tensors(), wire)
+                blob = encode_update(self._counted(update), update.adapter.as_tensors(), wire)
                 upload[client] = upload.get(client, 0) + len(blob)
                 sent = next(b for b in self.broadcasts[index] if b.client == client)
                 arrivals[index].append(Arrival(self._read(blob, sent, segment), 0, len(blob)))
@@ -257,10 +258,19 @@ class Period:
         stats = TrainingStats(rows, tokens, tokens, steps)
         return [Arrival(Update(self.round, SERVER, adapter, stats, self._state.round), 0, 0)]
 
-    def _with_loss(self, update: Update) -> Update:
-        loss = self.nats[update.client] / max(1, self.loss_tokens[update.client])
+    def _asked(self, client: int) -> Asked:
+        """Return what the period asked of a client."""
+        steps = len(self._plan.steps(self.round))
+        longest = self._plan.training.batch_size * self._parties.server.max_length
+        return Asked(self._plan.num_rows[client], steps, steps * longest)
+
+    def _counted(self, update: Update) -> Update:
+        """Return an update with the server's own counts of its client's loss and supervised tokens."""
+        tokens = self.loss_tokens[update.client]
+        loss = self.nats[update.client] / max(1, tokens)
         last = self.last_losses.get(update.client, loss)
-        return replace(update, stats=replace(update.stats, loss_nats=loss, loss_last_nats=last))
+        counted = replace(update.stats, num_loss_tokens=tokens, loss_nats=loss, loss_last_nats=last)
+        return replace(update, stats=counted)
 
     def _aggregate_segment(
         self, index: int, arrivals: Sequence[Arrival]
@@ -276,10 +286,12 @@ class Period:
             shapes=segment.shapes,
             ranks=parties.ranks,
             scales=parties.scales,
+            asked=self._asked,
             max_norm_ratio=self._plan.max_norm_ratio,
+            max_weight=self._plan.max_weight,
         )
         work = plan.strategy.client.work(self.round)
-        intake = Intake(plan, work, state, self.broadcasts[index])
+        intake = Intake(plan, work, state, self.broadcasts[index], trusted=(SERVER,))
         aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
         following = next_state(state, aggregate, parties.rules, intake.norms, intake.held, work.trains)
         return following, aggregation_noise(aggregate.applied, aggregate.ideal), intake.records(aggregate.weights)
