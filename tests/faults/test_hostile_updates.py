@@ -81,7 +81,7 @@ def test_a_message_that_does_not_fit_costs_its_client_the_round_and_nobody_else(
 
 
 def scaled(b: float, a: float) -> Mutate:
-    def change(tensors: dict[str, torch.Tensor], numbers: dict[str, Any]) -> None:
+    def change(tensors: dict[str, torch.Tensor], _: dict[str, Any]) -> None:
         for key, tensor in tensors.items():
             tensors[key] = tensor * (b if key.endswith(".b") else a)
 

@@ -157,7 +157,7 @@ def test_every_participant_is_updated_exactly_once_a_step_and_sent_as_it_is_afte
     parties.clients.end = end
     record = run(parties)[-1]
     assert len(steps) == 3 * (3 + 1)
-    assert [client.num_steps for client in record.clients] == [3, 3, 3]
+    assert [client.stats.num_steps for client in record.clients] == [3, 3, 3]
     for after, update in zip(held, sent, strict=True):
         assert_identical(update, after)
 
@@ -326,7 +326,7 @@ def test_deeper_clients_and_the_server_share_a_module_by_the_rows_they_stand_for
 
     parties.clients.end = end
     record = run(parties)[-1]
-    tokens = [client.num_loss_tokens for client in record.clients]
+    tokens = [client.stats.num_loss_tokens for client in record.clients]
     merged = record.state.global_adapter()
     module = "model.layers.1.self_attn.q_proj"
     parts = [(-1, tokens[0]), (1, tokens[1]), (2, tokens[2])]

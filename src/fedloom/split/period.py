@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.errors import TooFewClientsError
 from fedloom.federation.intake import Arrival, ClientRecord, Intake, advice_after
 from fedloom.federation.messages import decode_answer, encode_broadcast, encode_update
 from fedloom.federation.rounds import RoundPlan
@@ -16,7 +16,9 @@ from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.split.client_halves import start_of
-from fedloom.split.cut_messages import SplitMessage, check_activations
+from fedloom.split.cut_intake import CutIntake
+from fedloom.split.cut_messages import SplitMessage
+from fedloom.split.message_checks import Expected
 from fedloom.split.parties import SplitParties
 from fedloom.split.plan import SERVER, Segment
 from fedloom.split.split_state import SplitState
@@ -45,9 +47,9 @@ class Period:
         self._parties, self._plan, self._state = parties, parties.plan, state
         self.round = state.round + 1
         self.cohort = self._plan.cohort(self.round)
-        self.present = list(self.cohort)
-        self.reasons: dict[int, str] = {}
-        self.up, self.down = dict.fromkeys(self.cohort, 0), dict.fromkeys(self.cohort, 0)
+        self._intake = CutIntake(self._plan, parties.server, self.cohort)
+        self.present, self.reasons, self.up = self._intake.present, self._intake.reasons, self._intake.up
+        self.down = dict.fromkeys(self.cohort, 0)
         self.nats: dict[int, float] = dict.fromkeys(self.cohort, 0.0)
         self.loss_tokens = dict.fromkeys(self.cohort, 0)
         self.last_loss, self.last_losses = 0.0, dict[int, float]()
@@ -84,6 +86,7 @@ class Period:
         groups = [list(self.present)] if self._plan.server_update == "joint" else [[c] for c in self.present]
         for group in groups:
             self._share = {}
+            self._intake.begin_step()
             self._group_step(step, group)
             counted |= {client: tokens for client, tokens in self._share.items() if client in group}
         for client, tokens in counted.items():
@@ -107,7 +110,7 @@ class Period:
         if any(client in self.present for client in group):
             server.step(self._share)
         for failure in clients.finish(step, [client for client in group if client in self.present]):
-            self._leave_out(failure)
+            self._intake.leave_out(failure)
 
     def _micro_batch(self, step: int, micro_batch: int, group: list[int]) -> None:
         server, clients = self._parties.server, self._parties.clients
@@ -119,15 +122,19 @@ class Period:
             ]
         else:
             expected = [client for client in group if client in self.present]
-            messages = self._accepted(clients.activations(step, micro_batch), expected)
-            arrivals = [server.arrival(message) for message in messages]
+            rows = {c: len(self._plan.rows(c, step, micro_batch)) for c in expected}
+            messages = self._intake.accepted(
+                clients.activations(step, micro_batch),
+                self._intake.activations(step, micro_batch, rows, self._plan.micro_batches),
+            )
+            arrivals = [server.arrival(message) for message in self._intake.counted_targets(messages, micro_batch)]
         if not arrivals:
             return
         server.forward(arrivals)
         if self._plan.labels == "server":
             self._share = self._share or {arrival.client: arrival.num_loss_tokens for arrival in arrivals}
             server.weigh(self._share)
-            nats = server.learn()
+            nats = self._intake.finite(step, server.learn())
         else:
             nats = self._learn_from_tails(step, micro_batch)
         for client, sum_nats in nats.items():
@@ -140,7 +147,21 @@ class Period:
         server, clients = self._parties.server, self._parties.clients
         hidden = server.hidden(step, micro_batch)
         self._count(hidden, self.down)
-        tails = self._accepted(clients.tails(hidden), [message.client for message in hidden])
+        expected = {
+            m.client: Expected(
+                kind="tail gradients",
+                client=m.client,
+                step=step,
+                micro_batch=micro_batch,
+                width=server.width,
+                dtype=self._plan.gradient_wire_dtype,
+                num_tokens=m.num_tokens,
+                max_loss_tokens=self._intake.longest_step,
+                loss_tokens=self._intake.told.get(m.client),
+            )
+            for m in hidden
+        }
+        tails = self._intake.accepted(clients.tails(hidden), expected)
         self._share = self._share or {message.client: message.num_loss_tokens for message in tails}
         server.weigh(self._share)
         server.learn_from(tails)
@@ -153,32 +174,11 @@ class Period:
         wanted = {client: missing for client, missing in rows.items() if missing}
         if wanted:
             clients.request(step, 0, wanted)
-            for message in self._accepted(clients.activations(step, 0), list(wanted)):
+            num_rows = {client: len(missing) for client, missing in wanted.items()}
+            # Of the step's targets only those of its missing rows come along.
+            fitting = self._intake.activations(step, 0, num_rows, num_parts=2)
+            for message in self._intake.accepted(clients.activations(step, 0), fitting):
                 server.remember(message, wanted[message.client])
-
-    def _accepted(self, messages: Iterable[SplitMessage | Failure], expected: Sequence[int]) -> list[SplitMessage]:
-        """Take what can be used; leave out, until the next aggregation, whoever sent nothing or nothing usable."""
-        accepted: dict[int, SplitMessage] = {}
-        for message in messages:
-            if isinstance(message, Failure):
-                self._leave_out(message)
-                continue
-            self.up[message.client] += message.num_bytes
-            try:
-                check_activations(message, self._parties.server.width)
-            except UpdateError as problem:
-                self._leave_out(Failure(message.client, str(problem)))
-            if message.client in self.present:
-                accepted[message.client] = message
-        for client in expected:
-            if client not in accepted and client in self.present:
-                self._leave_out(Failure(client, "vanished: it sent nothing"))
-        return [accepted[client] for client in sorted(accepted)]
-
-    def _leave_out(self, failure: Failure) -> None:
-        if failure.client in self.present:
-            self.present.remove(failure.client)
-            self.reasons[failure.client] = failure.reason
 
     def _count(self, messages: Iterable[SplitMessage], counter: dict[int, int]) -> None:
         for message in messages:
@@ -225,9 +225,11 @@ class Period:
         upload: dict[int, int] = {}
         for outcome in self._parties.clients.end(list(self.present)):
             if isinstance(outcome, Failure):
-                self._leave_out(outcome)
+                self._intake.leave_out(outcome)
                 continue
             client, updates = outcome
+            if client not in self.present:
+                continue
             own = [i for i, segment in enumerate(self._parties.segments) if client in segment.owners]
             for index, update in zip(own, updates, strict=True):
                 wire, segment = self._parties.rules.wire, self._parties.segments[index]

@@ -63,6 +63,11 @@ class SplitServer:
         self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
 
     @property
+    def vocabulary(self) -> int | None:
+        """What targets are below, where the labels are the server's."""
+        return None if self._head is None or self._plan.labels == "client" else self._head.weight_VD.shape[0]
+
+    @property
     def party(self) -> Party:
         """The server's slot and optimiser in the period under way."""
         assert self._party is not None
@@ -161,7 +166,10 @@ class SplitServer:
             passing = sum(tokens for client, tokens in num_loss_tokens.items() if cuts[client] <= block)
             if passing:
                 self.party.scale_gradients(self._modules_of_block.get(block, set()), total / passing)
-        self.party.step()
+        if self.party.gradients_are_finite():
+            self.party.step()
+        else:  # of a client that is left out by now: whose step it spoiled, the others' next one does not
+            self.party.drop_gradients()
 
     def gradients(self, step: int, micro_batch: int, nats: Mapping[int, float]) -> list[SplitMessage]:
         """Return the gradients of the clients' activations, none to frozen clients, and forget the pass."""
