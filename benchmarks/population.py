@@ -21,6 +21,7 @@ from fedloom.engines.local import LocalEngine
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import ServerRules
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.server_steps import PlainStep
@@ -49,6 +50,7 @@ def rounds_of(lora: LoRAModel, num_clients: int, num_rounds: int):  # type: igno
         shapes=lora.shapes,
         ranks=ranks,
         scales=dict.fromkeys(ranks, 2.0),
+        asked=lambda client: Asked(1, 1, 8),
         evaluate_every=0,
     )
     training = LocalTraining(learning_rate=1e-3, batch_size=1, steps=1)

@@ -37,6 +37,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.device": ("cpu", {}),
     "model.quantization": ("8bit", {}),
     "model.revision": ("main", {}),
+    "model.trust_remote_code": (True, {}),
     "model.target_modules": (("q_proj",), {}),
     "data.path": ("org/rows", {"data.template": "plain"}),
     "data.split": ("test", {}),
@@ -77,6 +78,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "federation.clients_per_round": (2, {}),
     "federation.min_clients": (2, {}),
     "federation.max_norm_ratio": (5.0, {}),
+    "federation.max_weight": (0.5, {}),
     "training.local_steps": (9, {}),
     "training.local_epochs": (2.0, {"training.local_steps": None}),
     "training.batch_size": (3, {}),
@@ -171,8 +173,12 @@ def without_functions(record: Any) -> dict[str, Any]:
 def in_rounds(settings: Settings) -> list[object]:
     """Return everything that a loop of rounds is made of."""
     names = tuple(map(str, range(settings.federation.num_clients)))
-    inputs: Any = SimpleNamespace(tokens=None, rows_of=None, partition=SimpleNamespace(names=names))
-    lora: Any = SimpleNamespace(shapes=SHAPES, model=nn.Linear(1, 1))
+    inputs: Any = SimpleNamespace(
+        tokens=(), rows_of=None, partition=SimpleNamespace(names=names, sizes=np.ones(len(names), int))
+    )
+    model: Any = nn.Linear(1, 1)
+    model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
+    lora: Any = SimpleNamespace(shapes=SHAPES, model=model)
     population = population_of(settings, inputs)
     plan = plan_of(settings, population, lora)
     strategy: Any = plan.strategy

@@ -19,6 +19,7 @@ from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import decode_answer, encode_broadcast
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.server import BroadcastForm, ServerRules, broadcasts_for, news_for
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods import table
@@ -84,8 +85,8 @@ class Separate:
 
 
 def plan_of(strategy: Strategy, rules: ServerRules, sample: Callable[[int], list[int]], num_rounds: int) -> RoundPlan:
-    scales = dict.fromkeys(RANKS, 2.0)
-    return RoundPlan(num_rounds, strategy, rules, sample, SHAPES, RANKS, scales, max_norm_ratio=1e9)
+    scales, asked = dict.fromkeys(RANKS, 2.0), lambda client: Asked(10, 4, 80)
+    return RoundPlan(num_rounds, strategy, rules, sample, SHAPES, RANKS, scales, asked, max_norm_ratio=1e9)
 
 
 def run(

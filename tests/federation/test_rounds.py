@@ -17,6 +17,7 @@ from fedloom.federation.messages import decode_answer, decode_broadcast, encode_
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules, news_for
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.algebra import distance, norm, stack
 from fedloom.lora.initial import Draw, fresh_adapter
 from fedloom.lora.pair import Adapter, Pair
@@ -69,6 +70,7 @@ def plan(strategy: Strategy, **changes: object) -> RoundPlan:
         shapes=SHAPES,
         ranks=RANKS,
         scales=dict.fromkeys(RANKS, 2.0),
+        asked=lambda client: Asked(10 + client, 4, 4 * 20),
     )
     return replace(defaults, **changes)  # type: ignore[arg-type]
 

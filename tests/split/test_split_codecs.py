@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedloom.errors import UpdateError
-from fedloom.split.codecs import Encoded, ErrorFeedback, WireDtype, bytes_per_token, encode
-from fedloom.split.cut_messages import SplitMessage, check_activations
+from fedloom.split.codecs import ErrorFeedback, WireDtype, bytes_per_token, encode
+from fedloom.split.cut_messages import SplitMessage
 
 WIRES: list[WireDtype] = ["fp32", "fp16", "bf16", "int8"]
 
@@ -71,22 +71,5 @@ def test_bytes_counted_are_bytes_written(
 
 @pytest.mark.parametrize("blob", [b"", b"nonsense that is long enough", b"\xff" * 64])
 def test_bytes_that_are_no_message_are_refused(blob: bytes) -> None:
-    with pytest.raises(UpdateError, match="expected a split message"):
+    with pytest.raises(UpdateError, match="expected a whole message"):
         SplitMessage.from_bytes(blob)
-
-
-@pytest.mark.parametrize("shape", [(5, 8), (6, 7)])
-def test_activations_of_the_wrong_shape_are_refused_with_what_was_expected(shape: tuple[int, int]) -> None:
-    lengths = torch.tensor([6], dtype=torch.int32)
-    message = SplitMessage("activations", 4, 2, 0, Encoded(torch.zeros(shape)), lengths_N=lengths)
-    with pytest.raises(UpdateError, match=r"client 4, step 2: expected activations of shape \(6, 8\)"):
-        check_activations(message, 8)
-
-
-@pytest.mark.parametrize("wire", WIRES)
-def test_numbers_that_are_not_finite_are_refused_in_every_type(wire: WireDtype) -> None:
-    matrix = torch.zeros(6, 8)
-    matrix[2, 3] = float("nan")
-    message = SplitMessage("activations", 4, 2, 0, encode(matrix, wire), lengths_N=torch.tensor([6]))
-    with pytest.raises(UpdateError, match="expected finite activations, got NaN or infinity"):
-        check_activations(message, 8)

@@ -16,22 +16,27 @@ from typing import Any
 from fedloom.assembly.inputs import Inputs
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
+from fedloom.data.batches import num_batches
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.local import LocalEngine
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.models.causal import context_of
 from fedloom.training.local import LocalTraining, StepReport
 
 CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
 """Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""
+_ENDLESS = 1 << 20
+"""Tokens of a row where neither the recipe nor the base states a limit."""
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,25 @@ class Population:
     scales: Mapping[int, float]
     rows_of: Callable[[int], TokenSet]
     names: tuple[str, ...]
+    num_rows: Mapping[int, int]
 
 
 def population_of(settings: Settings, inputs: Inputs) -> Population:
     """Return the real clients, or the one that owns all rows."""
     ranks, scales = dict(enumerate(settings.client_ranks)), dict(enumerate(settings.client_scales))
     if settings.traits.pools_rows:
-        return Population(1, 1, {0: ranks[0]}, {0: scales[0]}, lambda client: inputs.tokens, ("everyone",))
+        rows = inputs.tokens
+        return Population(1, 1, {0: ranks[0]}, {0: scales[0]}, lambda client: rows, ("everyone",), {0: len(rows)})
+    partition = inputs.partition
+    num_rows = dict(enumerate(partition.sizes.tolist()))
     return Population(
-        settings.federation.num_clients, settings.cohort_size, ranks, scales, inputs.rows_of, inputs.partition.names
+        num_clients=settings.federation.num_clients,
+        clients_per_round=settings.cohort_size,
+        ranks=ranks,
+        scales=scales,
+        rows_of=inputs.rows_of,
+        names=partition.names,
+        num_rows=num_rows,
     )
 
 
@@ -83,11 +98,25 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         shapes=lora.shapes,
         ranks=population.ranks,
         scales=population.scales,
+        asked=partial(asked_of, training_of(settings), population.num_rows, max_length_of(settings, lora)),
         min_clients=min(federation.min_clients, population.clients_per_round),
         # Where nothing crosses there is no server to drop an update.
         max_norm_ratio=math.inf if settings.traits.is_control else federation.max_norm_ratio,
+        max_weight=1.0 if settings.traits.is_control else federation.max_weight,
         evaluate_every=settings.evaluation.every,
     )
+
+
+def asked_of(training: LocalTraining, num_rows: Mapping[int, int], max_length: int, client: int) -> Asked:
+    """Return what a round asks of a client: the steps of its recipe over the rows that were registered."""
+    rows, batch = num_rows[client], training.batch_size
+    steps = training.steps if training.steps is not None else num_batches(rows, batch, epochs=training.epochs or 0.0)
+    return Asked(rows, steps, steps * batch * max_length)
+
+
+def max_length_of(settings: Settings, lora: LoRAModel) -> int:
+    """Return the tokens that a row can have."""
+    return settings.data.max_length or context_of(lora.model.config) or _ENDLESS
 
 
 def rules_of(settings: Settings) -> ServerRules:

@@ -94,6 +94,8 @@ def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
         clients_per_round=settings.cohort_size,
         min_clients=settings.federation.min_clients,
         max_norm_ratio=settings.federation.max_norm_ratio,
+        max_weight=settings.federation.max_weight,
+        max_length=settings.data.max_length,
     )
 
 

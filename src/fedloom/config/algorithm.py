@@ -91,7 +91,16 @@ class Federation(Table):
         when={"method.name": having("has_clients")},
     )
     max_norm_ratio: Positive = setting(
-        100.0, "An update whose norm is above this multiple of the last round's median is dropped.", when=SENT
+        100.0,
+        "An update whose norm is above this multiple of the last round's median is dropped; in round 1, of that "
+        "round's. So is one of whose factors the norm is above this multiple of its round's.",
+        when=SENT,
+    )
+    max_weight: Fraction = setting(
+        1.0,
+        "Largest share of one client in a mean; what is cut goes to the others in proportion. With too few clients for "
+        "it all weigh the same.",
+        when=SENT,
     )
 
 

@@ -65,10 +65,29 @@ def pack(tensors: Mapping[str, Tensor], head: BaseModel) -> bytes:
     return save(ready, metadata={"message": text.ljust(room)})
 
 
-def read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
+def largest_message(num_tensors: int, num_bytes: int) -> int:
+    """Return the most bytes that a message of so many tensors, of so many bytes together, can have."""
+    return 8 + MAX_HEADER_BYTES + num_tensors * MAX_ENTRY_BYTES + num_bytes
+
+
+def check_size(blob: bytes, largest: int) -> None:
+    """Refuse a message that is longer than what was asked for can be, before any of it is parsed.
+
+    Raises:
+        UpdateError: saying both lengths.
+    """
+    if len(blob) > largest:
+        raise UpdateError(
+            f"expected a message of at most {largest} bytes, got {len(blob)}; send what was asked and no more"
+        )
+
+
+def read_head(
+    blob: bytes, schema: TypeAdapter[Any], room: int, name: str = "message"
+) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
     """Return a message's numbers, and (dtype, shape) of each of its tensors, none of which is made yet.
 
-    ``room`` are the bytes that the entries of tensors may take in the header.
+    ``room`` are the bytes that the entries of tensors may take in the header; ``name`` that of the numbers in it.
 
     Raises:
         UpdateError: if the header is not whole, is larger than it can be, or its numbers do not fit the schema.
@@ -79,12 +98,13 @@ def read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, di
             f"expected a whole message, got {len(blob)} bytes that do not parse (empty or damaged); send it again"
         )
     try:
-        header = json.loads(blob[8 : 8 + length])
-        message = header.pop("__metadata__")["message"]
-        entries = {key: (str(entry["dtype"]), tuple(entry["shape"])) for key, entry in header.items()}
-        return schema.validate_json(message), entries
+        header = json.loads(blob[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once)
+        text = header.pop("__metadata__")[name]
+        entries = {key: (_entry(entry["dtype"], str), _entry(entry["shape"], list)) for key, entry in header.items()}
+        json.loads(text, object_pairs_hook=_once)
+        return schema.validate_json(text), {key: (dtype, tuple(shape)) for key, (dtype, shape) in entries.items()}
     except ValidationError as error:
-        first = error.errors()[0]
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         where = ".".join(map(str, first["loc"])) or "message"
         raise UpdateError(
             f"{where}: expected a number or text of this form, got one that does not fit ({first['msg'].lower()}); "
@@ -94,6 +114,21 @@ def read_head(blob: bytes, schema: TypeAdapter[Any], room: int) -> tuple[Any, di
         raise UpdateError(
             f"expected a whole message, got {len(blob)} bytes that do not parse ({type(error).__name__}); send it again"
         ) from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object of its pairs; a key that comes twice would be read as one or the other."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a key comes twice")
+    return found
+
+
+def _entry(value: Any, kind: type[Any]) -> Any:
+    """Return a part of a tensor's entry; whole numbers of another type (``true``, ``4.0``) are none."""
+    if not isinstance(value, kind) or (kind is list and not all(type(size) is int for size in value)):
+        raise TypeError("an entry is of another form")
+    return value
 
 
 def check_entries(
@@ -113,10 +148,9 @@ def check_entries(
         )
     for key, (found, shape) in entries.items():
         if found != dtype or shape != expected[key]:
+            got = f"{found[:20]} of shape {str(shape)[:60]}"
             raise UpdateError(
-                f"{key}: expected {dtype} of shape {expected[key]}, got {found[:20]} of shape {shape[:4]}; use the "
-                "run's own "
-                "base and recipe"
+                f"{key}: expected {dtype} of shape {expected[key]}, got {got}; use the run's own base and recipe"
             )
 
 
@@ -128,7 +162,7 @@ def read_tensors(blob: bytes) -> dict[str, Tensor]:
     """
     try:
         return {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise UpdateError(
             f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); send it again"
         ) from error

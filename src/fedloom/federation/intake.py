@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from statistics import median_low
 from typing import Any, Protocol
 
-from fedloom.errors import AdapterError, TooFewClientsError, UpdateError
-from fedloom.lora.algebra import distance, norm
-from fedloom.lora.initial import Draw
-from fedloom.lora.layer import check_fits
-from fedloom.methods.client_half import Payload, Work
+from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.federation.update_checks import Asked, check_update, factor_norms
+from fedloom.federation.waiting import Waiting
+from fedloom.federation.weights import capped
+from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
+from fedloom.methods.strategy import Strategy, weigh
 from fedloom.training.stats import TrainingStats
 
 _NO_STATS = asdict(TrainingStats(0)) | {"loss_nats": None, "loss_last_nats": None}
@@ -42,7 +45,21 @@ class IntakeRules(Protocol):
 
     @property
     def max_norm_ratio(self) -> float:
-        """A change this many times the last round's median norm is refused."""
+        """A change this many times the median norm is refused."""
+        ...
+
+    @property
+    def max_weight(self) -> float:
+        """Largest share of one client."""
+        ...
+
+    @property
+    def strategy(self) -> Strategy:
+        """What aggregates, and weighs clients."""
+        ...
+
+    def asked(self, client: int) -> Asked:
+        """Return what a client's counts are held against."""
         ...
 
 
@@ -67,7 +84,10 @@ class ClientRecord:
 
 @dataclass
 class Intake:
-    """A round's arrivals: passes on usable updates one at a time and remembers why others were dropped."""
+    """A round's arrivals: passes on usable updates one at a time and remembers why others were left out.
+
+    ``trusted`` are no clients: the server's own part, where it has one, is held against nothing.
+    """
 
     plan: IntakeRules
     work: Work
@@ -75,6 +95,10 @@ class Intake:
     broadcasts: Sequence[Broadcast]
     seen: dict[int, ClientRecord] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    trusted: Collection[int] = ()
+    _factor_norms: dict[int, dict[str, float]] = field(default_factory=dict)
+    _weights: dict[int, float] = field(default_factory=dict)
+    _lost: str | None = None
 
     @property
     def norms(self) -> list[float]:
@@ -82,51 +106,97 @@ class Intake:
         return [record.norm for record in self.seen.values() if record.reason is None and record.norm is not None]
 
     def usable(self, arrivals: Iterable[Arrival], keep: Callable[[Update], None]) -> Iterator[Update]:
-        """Yield the updates that pass validation."""
+        """Yield the updates that pass, in the order of their arrival, once all have been seen and compared."""
         expected = {broadcast.client: broadcast for broadcast in self.broadcasts}
-        for arrival in arrivals:
-            client = arrival.outcome.client
-            if client not in expected or client in self.seen:
-                continue
-            record = self._examine(arrival, expected[client])
-            self.seen[client] = record
-            self._note_held(arrival.outcome, expected[client])
-            if record.reason is None and isinstance(arrival.outcome, Update):
-                keep(arrival.outcome)
-                yield arrival.outcome
-        for client in expected.keys() - self.seen.keys():
-            self.seen[client] = ClientRecord(client, "returned nothing", 0, 0)
-        self._require_enough()
+        with Waiting() as waiting:
+            for arrival in self._attributable(arrivals):
+                outcome = arrival.outcome
+                if outcome.client not in expected or outcome.client in self.seen:
+                    continue
+                self.seen[outcome.client] = self._examine(arrival, expected[outcome.client])
+                self._note_held(outcome, expected[outcome.client])
+                if isinstance(outcome, Update) and self.seen[outcome.client].reason is None:
+                    waiting.put(outcome)
+            for client in expected.keys() - self.seen.keys():
+                self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
+            self._refuse_far_off()
+            self._require_enough()
+            weights = self._capped_weights()
+            for update in waiting:
+                if self.seen[update.client].reason is None:
+                    keep(update)
+                    yield replace(update, weight=weights.get(update.client))
 
     def records(self, weights: Mapping[int, float]) -> tuple[ClientRecord, ...]:
         """Return one record per client in the order of the ids, with the weights the strategy gave."""
         return tuple(replace(self.seen[client], weight=weights.get(client, 0.0)) for client in sorted(self.seen))
 
+    def _attributable(self, arrivals: Iterable[Any]) -> Iterator[Arrival]:
+        """Yield what says whose it is; where a message ends the engine's round, what came before it stands."""
+        try:
+            for arrival in arrivals:
+                client = getattr(getattr(arrival, "outcome", None), "client", None)
+                if isinstance(arrival, Arrival) and type(client) is int:
+                    yield arrival
+        except UpdateError as error:
+            self._lost = f"returned nothing: {error}"
+
     def _examine(self, arrival: Arrival, broadcast: Broadcast) -> ClientRecord:
         outcome = arrival.outcome
         crossed = (arrival.download_bytes, arrival.upload_bytes)
         if isinstance(outcome, Failure):
-            return ClientRecord(outcome.client, outcome.reason, *crossed)
-        typical = self.state.typical_norm
-        reason, change = None, None
+            return ClientRecord(outcome.client, str(outcome.reason), *crossed)
+        reason, change, stats = None, None, None
         try:
-            limit = None if typical is None else self.plan.max_norm_ratio * typical
-            change = check_update(outcome, broadcast, self.work, self.plan.shapes, limit)
+            asked = None if broadcast.client in self.trusted else self.plan.asked(broadcast.client)
+            change = check_update(outcome, broadcast, self.work, self.plan.shapes, asked)
+            stats = outcome.stats
+            self._factor_norms[outcome.client] = factor_norms(outcome, self.work)
+            self._weights[outcome.client] = weigh(outcome, self.plan.strategy.weighting)
         except UpdateError as error:
             reason = str(error)
-        return ClientRecord(
-            outcome.client,
-            reason,
-            *crossed,
-            stats=outcome.stats,
-            num_parameters=outcome.adapter.num_parameters,
-            norm=change,
-        )
+        is_read = isinstance(outcome, Update) and isinstance(outcome.adapter, Adapter)
+        size = outcome.adapter.num_parameters if is_read else 0
+        return ClientRecord(outcome.client, reason, *crossed, stats=stats, num_parameters=size, norm=change)
+
+    def _refuse_far_off(self) -> None:
+        """Leave out changes, and factors, of a norm that no training gives: many times what others' have.
+
+        Changes are held against the last round's median, in the first round and where nothing was used before against
+        this one's; factors against this round's, so that a factor 1,000 times as large beside one a thousandth as
+        large, whose product looks like any other, does not decide a mean of factors. Of an even number of updates the
+        lower median counts: of two, the larger one is the one in doubt.
+        """
+        if math.isinf(self.plan.max_norm_ratio):
+            return
+        typical = self.state.typical_norm
+        changes = {c: record.norm for c, record in self.seen.items() if record.reason is None and record.norm}
+        self._refuse_above("a change", changes, typical if typical is not None else _lower_median(changes.values()))
+        for factor in sorted(self.work.sends):
+            norms = {c: n[factor] for c, n in self._factor_norms.items() if n and self.seen[c].reason is None}
+            self._refuse_above(f"factors {factor}", norms, _lower_median(norms.values()))
+
+    def _refuse_above(self, what: str, norms: Mapping[int, float], typical: float) -> None:
+        limit = self.plan.max_norm_ratio * typical
+        for client, norm in norms.items():
+            if norm > limit > 0.0 and client not in self.trusted:
+                reason = (
+                    f"expected {what} of norm {limit:.3g} or less (federation.max_norm_ratio), got {norm:.3g}; lower "
+                    "training.learning_rate where the client is honest"
+                )
+                self.seen[client] = replace(self.seen[client], reason=reason)
+
+    def _capped_weights(self) -> dict[int, float]:
+        """Return the weights of this round where they are others than the clients' rows, tokens or norms give."""
+        weights = {c: weight for c, weight in self._weights.items() if self.seen[c].reason is None}
+        shared = capped(weights, self.plan.max_weight, self.trusted)
+        return {} if shared == weights else shared
 
     def _note_held(self, outcome: Update | Failure, broadcast: Broadcast) -> None:
         """Believe a client that it holds the version it was just sent, or an older one; nothing else."""
-        if outcome.held is not None and 0 <= outcome.held <= broadcast.news.version:
-            self.held[outcome.client] = outcome.held
+        held = getattr(outcome, "held", None)
+        if type(held) is int and 0 <= held <= broadcast.news.version:
+            self.held[outcome.client] = held
 
     def _require_enough(self) -> None:
         used = len(self.norms)
@@ -139,6 +209,10 @@ class Intake:
         )
 
 
+def _lower_median(norms: Iterable[float]) -> float:
+    return median_low(list(norms) or [0.0])
+
+
 def advice_after(num_rounds_done: int) -> str:
     """Say how to go on where a round fails after ``num_rounds_done`` others."""
     if num_rounds_done == 0:
@@ -147,57 +221,3 @@ def advice_after(num_rounds_done: int) -> str:
         "earlier rounds are saved: where the cause has passed, run again to go on; other settings need another folder "
         "or a fresh start"
     )
-
-
-def check_update(
-    update: Update,
-    broadcast: Broadcast,
-    work: Work,
-    shapes: Mapping[str, tuple[int, int]],
-    norm_limit: float | None,
-) -> float:
-    """Return the norm of the client's change, or refuse the update; of a gradient, the norm of its factors.
-
-    Raises:
-        UpdateError: if it is for another round, has wrong modules, shapes or ranks, is not finite, did not move, was
-            trained on nothing, or its change has a norm above ``norm_limit``.
-    """
-    if update.round != broadcast.round:
-        raise UpdateError(
-            f"expected an update for round {broadcast.round}, got one for round {update.round}; answer the current "
-            "broadcast"
-        )
-    try:
-        check_fits(update.adapter, shapes)
-    except AdapterError as error:
-        raise UpdateError(str(error)) from error
-    wrong = {name: rank for name, rank in update.adapter.ranks.items() if rank != broadcast.rank}
-    if wrong:
-        name, rank = next(iter(wrong.items()))
-        raise UpdateError(f"{name}: expected rank {broadcast.rank}, got {rank}; train at the rank of the broadcast")
-    if not update.adapter.is_finite():
-        raise UpdateError("expected finite numbers, got NaN or infinity; lower training.learning_rate")
-    if update.stats.num_rows < 1:
-        raise UpdateError(f"expected training on at least one row, got {update.stats.num_rows}; give the client rows")
-    change = _change(update, broadcast, work)
-    if change == 0.0:
-        raise UpdateError(
-            "expected the adapter to change during training, got the one sent out: check training.learning_rate and "
-            "model.target_modules"
-        )
-    if norm_limit is not None and change > norm_limit:
-        raise UpdateError(
-            f"expected a change of norm {norm_limit:.3g} or less, got {change:.3g}; check its data, or raise "
-            "federation.max_norm_ratio"
-        )
-    return change
-
-
-def _change(update: Update, broadcast: Broadcast, work: Work) -> float:
-    if update.change_norm is not None:
-        return update.change_norm
-    if work.payload is Payload.GRADIENT:
-        return math.hypot(*(float(t.double().norm()) for t in update.adapter.as_tensors(work.sends).values()))
-    if isinstance(broadcast.start, Draw):
-        return norm(update.adapter)
-    return distance(update.adapter, broadcast.start)

@@ -16,8 +16,8 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 import torch
-from annotated_types import Ge, Le
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from annotated_types import Ge, Le, MaxLen
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 from torch import Tensor
 
 from fedloom.errors import AdapterError, UpdateError
@@ -26,18 +26,24 @@ from fedloom.federation.blob import (
     SAFETENSORS_NAMES,
     WireDtype,
     check_entries,
+    check_size,
+    largest_message,
     pack,
     read_head,
     read_tensors,
     without_loss,
 )
 from fedloom.lora.initial import Draw
+from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.client_half import Payload, Work
 from fedloom.methods.state import Broadcast, Failure, News, Update
 from fedloom.training.stats import TrainingStats
+from fedloom.wording import visible
 
 MAX_PARTS = 1 << 16
+MAX_REASON = 2000
+"""Characters of a client's reason, and of what is wrong with its message."""
 _MAX_COUNT = 1 << 53
 
 Count = Annotated[int, Ge(0), Le(_MAX_COUNT)]
@@ -86,12 +92,14 @@ class _UpdateHead(_Head):
 class _FailureHead(_Head):
     kind: Literal["failure"] = "failure"
     client: Annotated[int, Ge(-1), Le(_MAX_COUNT)]
-    reason: str
+    reason: Annotated[str, MaxLen(MAX_REASON)]
     held: Count | None
 
 
 _BROADCAST: TypeAdapter[_BroadcastHead] = TypeAdapter(_BroadcastHead)
-_ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(_UpdateHead | _FailureHead)
+_ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
+    Annotated[_UpdateHead | _FailureHead, Field(discriminator="kind")]
+)
 
 
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
@@ -147,7 +155,7 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     tensors = read_tensors(blob)
     start = {key.removeprefix("start/"): tensor for key, tensor in tensors.items() if key.startswith("start/")}
     _check_start(start, head, shapes)
-    parts = _parts(tensors, head.num_parts)
+    parts = _parts(tensors, head.num_parts, shapes)
     return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start)
 
 
@@ -174,7 +182,7 @@ def encode_update(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtyp
 
 def encode_failure(failure: Failure) -> bytes:
     """Serialise a client's word that it has no update."""
-    return pack({}, _FailureHead(client=failure.client, reason=failure.reason[:2000], held=failure.held))
+    return pack({}, _FailureHead(client=failure.client, reason=failure.reason[:MAX_REASON], held=failure.held))
 
 
 def decode_answer(
@@ -187,18 +195,26 @@ def decode_answer(
     client = broadcast.client
     expected = expected_tensors(shapes, broadcast.rank, work.sends)
     try:
+        check_size(blob, largest_answer(broadcast, work, shapes, dtype))
         head, entries = read_head(blob, _ANSWER, len(expected) * MAX_ENTRY_BYTES)
         _check_sender(head.client, client)
         if isinstance(head, _FailureHead):
             held = None if head.held is None or head.held > broadcast.news.version else head.held
-            return Failure(client, head.reason, held)
+            return Failure(client, visible(head.reason), held)
         check_entries(entries, expected, SAFETENSORS_NAMES[dtype])
         tensors = read_tensors(blob)
     except UpdateError as error:
-        return Failure(client, str(error))
+        return Failure(client, visible(str(error)[:MAX_REASON]))
     stats = TrainingStats(**head.model_dump(include=set(TrainingStats.__dataclass_fields__)))
     adapter = _whole(tensors, broadcast.start, work, shapes, broadcast.rank, start_of)
     return Update(head.round, client, adapter, stats, head.held)
+
+
+def largest_answer(broadcast: Broadcast, work: Work, shapes: Shapes, dtype: WireDtype) -> int:
+    """Return the most bytes that an answer to a broadcast can have: a transport need not take in more."""
+    expected = expected_tensors(shapes, broadcast.rank, work.sends)
+    numbers = sum(rows * columns for rows, columns in expected.values())
+    return largest_message(len(expected), numbers * dtype.torch.itemsize)
 
 
 def expected_tensors(shapes: Shapes, rank: int, factors: Factors) -> dict[str, tuple[int, int]]:
@@ -245,7 +261,7 @@ def _check_sender(named: int, client: int) -> None:
         raise UpdateError(f"expected an answer of client {client}, got one of client {named}; send it as that client")
 
 
-def _parts(tensors: Mapping[str, Tensor], num_parts: int) -> tuple[Adapter, ...]:
+def _parts(tensors: Mapping[str, Tensor], num_parts: int, shapes: Shapes) -> tuple[Adapter, ...]:
     """Return the parts of a broadcast's news; a part that adds nothing has no tensors."""
     named = {key: key.split("/", 2) for key in tensors if not key.startswith("start/")}
     known = {str(position) for position in range(min(num_parts, MAX_PARTS))}
@@ -257,9 +273,12 @@ def _parts(tensors: Mapping[str, Tensor], num_parts: int) -> tuple[Adapter, ...]
     for key, (_, position, name) in named.items():
         parts[int(position)][name] = tensors[key]
     try:
-        return tuple(Adapter.from_tensors(part) for part in parts)
+        found = tuple(Adapter.from_tensors(part) for part in parts)
+        for part in found:
+            check_covers(part, shapes)
     except AdapterError as error:
         raise UpdateError(f"expected the parts of a broadcast, got {error}; send it again") from error
+    return found
 
 
 def _check_start(start: Mapping[str, Tensor], head: Any, shapes: Shapes) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from fedloom.federation.blob import as_received
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
 from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.algebra import norm
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState, Update
@@ -50,8 +51,10 @@ class RoundPlan:
         sample: the clients of a round, by its number.
         shapes: (out, in) of every target module.
         ranks, scales: of every client.
+        asked: what is known of a client's part before a round, by which its own counts are judged.
         min_clients: usable updates without which the run ends.
-        max_norm_ratio: a change this many times the last round's median norm is rejected.
+        max_norm_ratio: a change this many times the median norm is rejected.
+        max_weight: largest share of one client.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
     """
 
@@ -62,8 +65,10 @@ class RoundPlan:
     shapes: Mapping[str, tuple[int, int]]
     ranks: Mapping[int, int]
     scales: Mapping[int, float]
+    asked: Callable[[int], Asked]
     min_clients: int = 1
     max_norm_ratio: float = 100.0
+    max_weight: float = 1.0
     evaluate_every: int = 1
 
     def is_evaluated(self, round: int) -> bool:

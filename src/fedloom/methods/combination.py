@@ -94,9 +94,8 @@ def _applied(adapters: Sequence[Adapter], shares: Sequence[float], method: str) 
 
 
 def _update(client: int, adapter: Adapter, share: float) -> Update:
-    """Return a client's update, with its share as rows: strategies weigh by rows, and take any number."""
-    rows: Any = share
-    return Update(1, client, adapter, TrainingStats(rows))
+    """Return a client's update that weighs its share."""
+    return Update(1, client, adapter, TrainingStats(1), weight=share)
 
 
 def _nothing(like: Adapter, rank: int) -> Adapter:

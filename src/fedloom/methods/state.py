@@ -57,6 +57,7 @@ class Update:
         stats: its own counts of its training.
         held: the version of the side that it now holds.
         change_norm: norm of the change of its product, by its own count; only where nothing crosses.
+        weight: what the server lets it weigh where that is another than its rows, tokens or norm give (never sent).
     """
 
     round: int
@@ -65,6 +66,7 @@ class Update:
     stats: TrainingStats
     held: int = 0
     change_norm: float | None = None
+    weight: float | None = None
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -18,6 +20,20 @@ from fedloom.methods.state import ServerState
 
 TENSORS, NUMBERS = "state/server.safetensors", "state/server.json"
 _ADAPTERS = ("side", "start", "velocity", "residual")
+
+Count = Annotated[int, Ge(0), Le(1 << 53)]
+
+
+class _Numbers(BaseModel):
+    """What of a state JSON can hold; runs of before wrote more, which is not read."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    round: Count
+    has_start: bool
+    chain: Count
+    seen: dict[Annotated[str, Field(pattern=r"^-?[0-9]{1,18}$")], Count]
+    typical_norm: Annotated[float, Ge(0)] | None
 
 
 def state_tensors(state: ServerState) -> dict[str, Tensor]:
@@ -44,6 +60,7 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
     Raises:
         KeyError, TypeError, ValueError: a part is missing or of another form.
     """
+    read = _read_numbers(numbers)
     grouped: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         part, _, name = key.rpartition("/")
@@ -51,15 +68,23 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
     parts = {part: Adapter.from_tensors(found) for part, found in grouped.items()}
     nothing = Adapter()
     return ServerState(
-        round=numbers["round"],
+        round=read.round,
         side=parts.get("side", nothing),
-        start=parts.get("start", nothing) if numbers["has_start"] else None,
-        chain=tuple(parts.get(f"chain/{position}", nothing) for position in range(numbers["chain"])),
-        seen={int(client): version for client, version in numbers["seen"].items()},
+        start=parts.get("start", nothing) if read.has_start else None,
+        chain=tuple(parts.get(f"chain/{position}", nothing) for position in range(read.chain)),
+        seen={int(client): version for client, version in read.seen.items()},
         velocity=parts.get("velocity", nothing),
         residual=parts.get("residual", nothing),
-        typical_norm=numbers["typical_norm"],
+        typical_norm=read.typical_norm,
     )
+
+
+def _read_numbers(numbers: Mapping[str, Any]) -> _Numbers:
+    try:
+        return _Numbers.model_validate(dict(numbers))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()}") from error
 
 
 def state_files(state: ServerState) -> dict[str, bytes]:

@@ -25,7 +25,9 @@ class Weighting(StrEnum):
 
 
 def weigh(update: Update, weighting: Weighting) -> float:
-    """Return a client's weight before normalisation."""
+    """Return a client's weight before normalisation: the server's where it gave one, else by what it trained on."""
+    if update.weight is not None:
+        return update.weight
     match weighting:
         case Weighting.ROWS:
             return float(update.stats.num_rows)
@@ -68,6 +70,8 @@ class Strategy(ABC):
     """
 
     name: str
+    weighting: Weighting = Weighting.ROWS
+    """How its sums weigh clients (:func:`weigh`); the server caps shares by it."""
 
     @property
     def client(self) -> ClientHalf:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -24,6 +25,8 @@ READY = ".ready-"
 RECORD = "record.json"
 EVALUATION = "evaluation"
 """The folder, in a run's, of what was decoded to be scored."""
+_ROUND = re.compile(r"[1-9][0-9]{0,17}")
+"""The name of a round's folder, as it is written: ``²`` is a digit too, and no number."""
 # In the order in which a fresh start removes them, up to the last two, which it replaces.
 ENTRIES = (
     "finished.json",
@@ -79,7 +82,8 @@ def refuse_another(path: Path, config: Mapping[str, Any], may_change: Collection
 def rounds_done(path: Path) -> list[int]:
     """Return the numbers of the rounds that the run in ``path`` has completed, in order."""
     folder = path / "rounds"
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if _ROUND.fullmatch(name))
 
 
 def is_begun(path: Path) -> bool:

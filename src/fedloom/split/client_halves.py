@@ -1,4 +1,4 @@
-"""The clients of a split run: the seam through which the loop reaches them, and clients that live in this process.
+"""The clients of a split run that live in this process.
 
 Here all clients share one resident base and the clients of one cut go through it in one packed pass, each with its own
 adapter; a client elsewhere does the same with its own part of the model and one slot.
@@ -7,9 +7,8 @@ adapter; a client elsewhere does the same with its own part of the model and one
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,57 +22,16 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.models.cut import num_blocks, part_of, top_of
+from fedloom.split.client_seam import Memory
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
+from fedloom.split.message_checks import Expected, fitting
 from fedloom.split.party import MakeOptimiser, Party, reseed_dropout, without
 from fedloom.split.plan import Segment, SplitPlan
 from fedloom.split.split_step import run_bottom, tail_step
 from fedloom.training.loss import OutputHead
 from fedloom.training.packing import PackedBatch, num_targets, pack
 from fedloom.training.stats import TrainingStats
-
-Memory = dict[str, Tensor]
-"""What a client carries over an aggregation: its optimiser's state and its residuals."""
-
-
-class SplitClients(Protocol):
-    """Where the clients' halves run. Requests return at once; what answers them may wait."""
-
-    def begin(self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]) -> None:
-        """Hand each client of the cohort one broadcast per segment it owns, and what it carried over."""
-        ...
-
-    def request(self, step: int, micro_batch: int, rows: Mapping[int, Sequence[int]]) -> None:
-        """Ask for the activations of these rows; a client that must not answer is not named."""
-        ...
-
-    def activations(self, step: int, micro_batch: int) -> Iterable[SplitMessage | Failure]:
-        """Return what was asked for."""
-        ...
-
-    def tails(self, hidden: Sequence[SplitMessage]) -> Iterable[SplitMessage | Failure]:
-        """Run the clients' last blocks, head and loss (U-shape); return the gradients at their input."""
-        ...
-
-    def gradients(self, messages: Sequence[SplitMessage]) -> None:
-        """Send the gradients of a micro-batch's activations."""
-        ...
-
-    def finish(self, step: int, clients: Sequence[int]) -> Iterable[Failure]:
-        """Let each of these clients take its one optimiser step; return those that cannot."""
-        ...
-
-    def end(self, clients: Sequence[int]) -> Iterable[tuple[int, list[Update]] | Failure]:
-        """Collect one update per segment from each of these clients."""
-        ...
-
-    def memory(self) -> dict[int, Memory]:
-        """Return what the clients carry over, for a checkpoint; empty where clients keep it themselves."""
-        ...
-
-    def restore(self, version: int, sides: Sequence[Adapter]) -> None:
-        """Let clients that keep nothing themselves hold the sides of a version, one a segment, where a run resumes."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +84,14 @@ class LocalSplitClients:
         self._graphs: dict[tuple[int, int], list[_Graph]] = {}
         self._tallies: dict[int, _Tally] = {}
         self._memory: dict[int, Memory] = {}
+        self._refused: dict[int, str] = {}
         self._feedback = ErrorFeedback()
         self._sides = [HeldSides() for _ in segments]
         self._versions: dict[int, int] = {}
 
     def begin(self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]) -> None:
         """Load every client's adapter into its slot and set up its optimiser."""
-        self._ready, self._graphs, self._parties = {}, {}, {}
+        self._ready, self._graphs, self._parties, self._refused = {}, {}, {}, {}
         self._broadcasts = {client: list(received) for client, received in broadcasts.items()}
         self._tallies = {client: _Tally() for client in broadcasts}
         self._memory = {client: dict(carried) for client, carried in memory.items()}
@@ -190,12 +149,13 @@ class LocalSplitClients:
             yield SplitMessage("tail gradients", client, step, micro_batch, matrix, whole[client], nats)
 
     def gradients(self, messages: Sequence[SplitMessage]) -> None:
-        """Run backward through the bottoms; a client without a message gets a gradient of zero."""
+        """Run backward through the bottoms; a client without a message that fits gets a gradient of zero."""
         if not messages:
             return
-        # The graph is of all clients together; a dropped client gets zeros, which change no other client's gradient.
-        received = {message.client: message for message in messages}
-        for graph in self._graphs.pop((messages[0].step, messages[0].micro_batch)):
+        graphs = self._graphs.pop((messages[0].step, messages[0].micro_batch), [])
+        received, refused = fitting(messages, self._expected(messages, graphs))
+        self._refused |= refused
+        for graph in graphs:
             grad_TD = torch.zeros_like(graph.hidden_TD)
             for client, rows in graph.rows.items():
                 if client in received:
@@ -208,6 +168,9 @@ class LocalSplitClients:
         for client in clients:
             party, tally = self._parties.get(client), self._tallies[client]
             self._book_rows(tally, client, step)
+            if client in self._refused:
+                yield Failure(client, self._refused.pop(client))
+                continue
             if party is None:
                 continue
             if not party.gradients_are_finite():
@@ -234,6 +197,13 @@ class LocalSplitClients:
     def memory(self) -> dict[int, Memory]:
         """Return the clients' optimiser states and residuals."""
         return self._memory
+
+    def _expected(self, messages: Sequence[SplitMessage], graphs: Sequence[_Graph]) -> dict[int, Expected]:
+        """Return the gradients that fit the activations which wait for them, by client."""
+        step, micro_batch, plan = messages[0].step, messages[0].micro_batch, self._plan
+        width, dtype = self._lora.model.config.hidden_size, plan.gradient_wire_dtype  # type: ignore[union-attr]
+        tokens = {client: rows.stop - rows.start for graph in graphs for client, rows in graph.rows.items()}
+        return {c: Expected("gradients", c, step, micro_batch, width, dtype, count) for c, count in tokens.items()}  # type: ignore[arg-type]
 
     def _own(self, client: int) -> list[Segment]:
         return [segment for segment in self._segments if client in segment.owners]

@@ -15,6 +15,8 @@ WireDtype = Literal["fp32", "fp16", "bf16", "int8"]
 """What a number is on the wire; ``int8`` comes with one fp32 scale per token."""
 
 _FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {**_FLOATS, "int8": torch.int8}
+"""The torch dtype of each."""
 
 
 @dataclass(frozen=True, eq=False)

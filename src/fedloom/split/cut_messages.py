@@ -12,15 +12,21 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
+from annotated_types import Ge, Le
+from pydantic import BaseModel, ConfigDict, TypeAdapter
+from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.errors import UpdateError
+from fedloom.federation.blob import MAX_ENTRY_BYTES, read_head
 from fedloom.split.codecs import Encoded
 
+_MAX_COUNT = 1 << 53
+Count = Annotated[int, Ge(0), Le(_MAX_COUNT)]
 MessageKind = Literal["activations", "gradients", "hidden", "tail gradients"]
 
 _ORDER = {"F64": 0, "F32": 1, "I32": 2, "BF16": 3, "F16": 4, "I8": 5}
@@ -34,6 +40,22 @@ _NAMES = {
     torch.float16: "F16",
     torch.int8: "I8",
 }
+
+_DIMENSIONS = {"values_TD": 2, "scales_T": 1, "lengths_N": 1, "target_index_S": 1, "targets_S": 1}
+
+
+class _Numbers(BaseModel):
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+    kind: MessageKind
+    client: Count
+    step: Count
+    micro_batch: Count
+    num_loss_tokens: Count
+    loss_nats: float
+
+
+_NUMBERS: TypeAdapter[_Numbers] = TypeAdapter(_Numbers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,18 +110,18 @@ class SplitMessage:
         """Read a message back.
 
         Raises:
-            UpdateError: if the blob is not one.
+            UpdateError: if the blob is not one; whether it is the one asked for is :mod:`.message_checks`'s to say.
         """
+        head, entries = read_head(blob, _NUMBERS, len(_DIMENSIONS) * MAX_ENTRY_BYTES, "split")
+        for name, (dtype, shape) in entries.items():
+            if len(shape) != _DIMENSIONS.get(name) or dtype not in _ORDER:
+                raise UpdateError(f"expected tensors of a split message, got {name[:40]} of {dtype[:20]}; resend it")
         try:
-            length = int.from_bytes(blob[:8], "little")
-            fields = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["split"])
             tensors = load(blob)
             matrix = Encoded(tensors.pop("values_TD"), tensors.pop("scales_T", None))
-            return cls(matrix=matrix, **fields, **tensors)  # type: ignore[arg-type]
-        except Exception as problem:
-            raise UpdateError(
-                f"expected a split message, got {len(blob)} bytes that are not one ({problem}); send it again"
-            ) from None
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise UpdateError(f"expected a whole split message, got {len(blob)} bytes ({error}); resend it") from error
+        return cls(matrix=matrix, **head.model_dump(), **tensors)  # type: ignore[arg-type]
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = {"values_TD": self.matrix.values_TD}
@@ -113,24 +135,3 @@ class SplitMessage:
         numbers = json.dumps({name: getattr(self, name) for name in names}, separators=(",", ":"))
         loss = f"{self.loss_nats: .16e}" if math.isfinite(self.loss_nats) else json.dumps(self.loss_nats)
         return f'{numbers[:-1]},"loss_nats":{loss}}}'
-
-
-def check_activations(message: SplitMessage, width: int) -> None:
-    """Refuse activations of the wrong shape, or with numbers that are not finite.
-
-    Raises:
-        UpdateError: saying what was expected of whom.
-    """
-    shape = tuple(message.matrix.values_TD.shape)
-    num_tokens = shape[0] if message.lengths_N is None else int(message.lengths_N.sum())
-    if shape != (num_tokens, width):
-        raise UpdateError(
-            f"client {message.client}, step {message.step}: expected {message.kind} of shape ({num_tokens}, {width}), "
-            f"got {shape}; use the run's own base and split.cut_layer"
-        )
-    for part in (message.matrix.values_TD, message.matrix.scales_T):
-        if part is not None and part.is_floating_point() and not bool(torch.isfinite(part).all()):
-            raise UpdateError(
-                f"client {message.client}, step {message.step}: expected finite {message.kind}, got NaN or infinity; "
-                "lower training.learning_rate"
-            )

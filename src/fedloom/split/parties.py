@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fedloom.federation.server import ServerRules
 from fedloom.lora.initial import fresh_adapter
 from fedloom.methods.strategy import Cohort, Strategy
-from fedloom.split.client_halves import SplitClients
+from fedloom.split.client_seam import SplitClients
 from fedloom.split.plan import SERVER, Segment, SplitPlan
 from fedloom.split.server_half import SplitServer
 from fedloom.split.split_state import SplitState

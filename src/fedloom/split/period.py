@@ -6,16 +6,19 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.errors import TooFewClientsError
 from fedloom.federation.intake import Arrival, ClientRecord, Intake, advice_after
 from fedloom.federation.messages import decode_answer, encode_broadcast, encode_update
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
+from fedloom.federation.update_checks import Asked
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.split.client_halves import start_of
-from fedloom.split.cut_messages import SplitMessage, check_activations
+from fedloom.split.cut_intake import CutIntake
+from fedloom.split.cut_messages import SplitMessage
+from fedloom.split.message_checks import Expected
 from fedloom.split.parties import SplitParties
 from fedloom.split.plan import SERVER, Segment
 from fedloom.split.split_state import SplitState
@@ -48,9 +51,9 @@ class Period:
         self._parties, self._plan, self._state = parties, parties.plan, state
         self.round = state.round + 1
         self.cohort = self._plan.cohort(self.round)
-        self.present = list(self.cohort)
-        self.reasons: dict[int, str] = {}
-        self.up, self.down = dict.fromkeys(self.cohort, 0), dict.fromkeys(self.cohort, 0)
+        self._intake = CutIntake(self._plan, parties.server, self.cohort)
+        self.present, self.reasons, self.up = self._intake.present, self._intake.reasons, self._intake.up
+        self.down = dict.fromkeys(self.cohort, 0)
         self.nats: dict[int, float] = dict.fromkeys(self.cohort, 0.0)
         self.loss_tokens = dict.fromkeys(self.cohort, 0)
         self.last_loss, self.last_losses = 0.0, dict[int, float]()
@@ -87,6 +90,7 @@ class Period:
         groups = [list(self.present)] if self._plan.server_update == "joint" else [[c] for c in self.present]
         for group in groups:
             self._share = {}
+            self._intake.begin_step()
             self._group_step(step, group)
             counted |= {client: tokens for client, tokens in self._share.items() if client in group}
         for client, tokens in counted.items():
@@ -110,7 +114,7 @@ class Period:
         if any(client in self.present for client in group):
             server.step(self._share)
         for failure in clients.finish(step, [client for client in group if client in self.present]):
-            self._leave_out(failure)
+            self._intake.leave_out(failure)
 
     def _micro_batch(self, step: int, micro_batch: int, group: list[int]) -> None:
         server, clients = self._parties.server, self._parties.clients
@@ -122,15 +126,19 @@ class Period:
             ]
         else:
             expected = [client for client in group if client in self.present]
-            messages = self._accepted(clients.activations(step, micro_batch), expected)
-            arrivals = [server.arrival(message) for message in messages]
+            rows = {c: len(self._plan.rows(c, step, micro_batch)) for c in expected}
+            messages = self._intake.accepted(
+                clients.activations(step, micro_batch),
+                self._intake.activations(step, micro_batch, rows, self._plan.micro_batches),
+            )
+            arrivals = [server.arrival(message) for message in self._intake.counted_targets(messages, micro_batch)]
         if not arrivals:
             return
         server.forward(arrivals)
         if self._plan.labels == "server":
             self._share = self._share or {arrival.client: arrival.num_loss_tokens for arrival in arrivals}
             server.weigh(self._share)
-            nats = server.learn()
+            nats = self._intake.finite(step, server.learn())
         else:
             nats = self._learn_from_tails(step, micro_batch)
         for client, sum_nats in nats.items():
@@ -143,7 +151,21 @@ class Period:
         server, clients = self._parties.server, self._parties.clients
         hidden = server.hidden(step, micro_batch)
         self._count(hidden, self.down)
-        tails = self._accepted(clients.tails(hidden), [message.client for message in hidden])
+        expected = {
+            m.client: Expected(
+                kind="tail gradients",
+                client=m.client,
+                step=step,
+                micro_batch=micro_batch,
+                width=server.width,
+                dtype=self._plan.gradient_wire_dtype,
+                num_tokens=m.num_tokens,
+                max_loss_tokens=self._intake.longest_step,
+                loss_tokens=self._intake.told.get(m.client),
+            )
+            for m in hidden
+        }
+        tails = self._intake.accepted(clients.tails(hidden), expected)
         self._share = self._share or {message.client: message.num_loss_tokens for message in tails}
         server.weigh(self._share)
         server.learn_from(tails)
@@ -156,32 +178,11 @@ class Period:
         wanted = {client: missing for client, missing in rows.items() if missing}
         if wanted:
             clients.request(step, 0, wanted)
-            for message in self._accepted(clients.activations(step, 0), list(wanted)):
+            num_rows = {client: len(missing) for client, missing in wanted.items()}
+            # Of the step's targets only those of its missing rows come along.
+            fitting = self._intake.activations(step, 0, num_rows, num_parts=2)
+            for message in self._intake.accepted(clients.activations(step, 0), fitting):
                 server.remember(message, wanted[message.client])
-
-    def _accepted(self, messages: Iterable[SplitMessage | Failure], expected: Sequence[int]) -> list[SplitMessage]:
-        """Take what can be used; drop, until the next aggregation, clients that sent nothing usable."""
-        accepted: dict[int, SplitMessage] = {}
-        for message in messages:
-            if isinstance(message, Failure):
-                self._leave_out(message)
-                continue
-            self.up[message.client] += message.num_bytes
-            try:
-                check_activations(message, self._parties.server.width)
-            except UpdateError as problem:
-                self._leave_out(Failure(message.client, str(problem)))
-            if message.client in self.present:
-                accepted[message.client] = message
-        for client in expected:
-            if client not in accepted and client in self.present:
-                self._leave_out(Failure(client, "vanished: it sent nothing"))
-        return [accepted[client] for client in sorted(accepted)]
-
-    def _leave_out(self, failure: Failure) -> None:
-        if failure.client in self.present:
-            self.present.remove(failure.client)
-            self.reasons[failure.client] = failure.reason
 
     def _count(self, messages: Iterable[SplitMessage], counter: dict[int, int]) -> None:
         for message in messages:
@@ -228,13 +229,15 @@ class Period:
         upload: dict[int, int] = {}
         for outcome in self._parties.clients.end(list(self.present)):
             if isinstance(outcome, Failure):
-                self._leave_out(outcome)
+                self._intake.leave_out(outcome)
                 continue
             client, updates = outcome
+            if client not in self.present:
+                continue
             own = [i for i, segment in enumerate(self._parties.segments) if client in segment.owners]
             for index, update in zip(own, updates, strict=True):
                 wire, segment = self._parties.rules.wire, self._parties.segments[index]
-                blob = encode_update(self._with_loss(update), update.adapter.as_tensors(), wire)
+                blob = encode_update(self._counted(update), update.adapter.as_tensors(), wire)
                 upload[client] = upload.get(client, 0) + len(blob)
                 sent = next(b for b in self.broadcasts[index] if b.client == client)
                 arrivals[index].append(Arrival(self._read(blob, sent, segment), 0, len(blob)))
@@ -261,10 +264,19 @@ class Period:
         stats = TrainingStats(rows, tokens, tokens, steps)
         return [Arrival(Update(self.round, SERVER, adapter, stats, self._state.round), 0, 0)]
 
-    def _with_loss(self, update: Update) -> Update:
-        loss = self.nats[update.client] / max(1, self.loss_tokens[update.client])
+    def _asked(self, client: int) -> Asked:
+        """Return what the period asked of a client."""
+        steps = len(self._plan.steps(self.round))
+        longest = self._plan.training.batch_size * self._parties.server.max_length
+        return Asked(self._plan.num_rows[client], steps, steps * longest)
+
+    def _counted(self, update: Update) -> Update:
+        """Return an update with the server's own counts of its client's loss and supervised tokens."""
+        tokens = self.loss_tokens[update.client]
+        loss = self.nats[update.client] / max(1, tokens)
         last = self.last_losses.get(update.client, loss)
-        return replace(update, stats=replace(update.stats, loss_nats=loss, loss_last_nats=last))
+        counted = replace(update.stats, num_loss_tokens=tokens, loss_nats=loss, loss_last_nats=last)
+        return replace(update, stats=counted)
 
     def _aggregate_segment(
         self, index: int, arrivals: Sequence[Arrival]
@@ -280,10 +292,12 @@ class Period:
             shapes=segment.shapes,
             ranks=parties.ranks,
             scales=parties.scales,
+            asked=self._asked,
             max_norm_ratio=self._plan.max_norm_ratio,
+            max_weight=self._plan.max_weight,
         )
         work = plan.strategy.client.work(self.round)
-        intake = Intake(plan, work, state, self.broadcasts[index])
+        intake = Intake(plan, work, state, self.broadcasts[index], trusted=(SERVER,))
         aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
         following = next_state(state, aggregate, parties.rules, intake.norms, intake.held, work.trains)
         return following, aggregation_noise(aggregate.applied, aggregate.ideal), intake.records(aggregate.weights)

@@ -46,6 +46,8 @@ class SplitPlan:
         clients_per_round: clients drawn for each aggregation period; None: all.
         min_clients: clients without which the run ends.
         max_norm_ratio: an update whose norm is above this multiple of the last aggregation's median is dropped.
+        max_weight: largest share of one client.
+        max_length: tokens that a row can have; None: as many as the base's context.
     """
 
     seed: int
@@ -68,6 +70,8 @@ class SplitPlan:
     clients_per_round: int | None = None
     min_clients: int = 1
     max_norm_ratio: float = 100.0
+    max_weight: float = 1.0
+    max_length: int | None = None
 
     @property
     def num_clients(self) -> int:

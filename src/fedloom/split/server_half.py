@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
+from fedloom.models.causal import context_of
 from fedloom.models.cut import num_blocks
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
@@ -18,6 +19,9 @@ from fedloom.split.party import MakeOptimiser, Party, reseed_dropout, without
 from fedloom.split.plan import SplitPlan, block_of
 from fedloom.split.split_step import Arrival, ServerHalf, ServerPass, backward_from_labels, backward_from_tails
 from fedloom.training.loss import OutputHead
+
+_ENDLESS = 1 << 20
+"""Tokens of a row where neither the plan nor the base states a limit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,7 @@ class SplitServer:
         weight = next(lora.model.parameters())
         self._dtype, self._device = weight.dtype, weight.device
         self.width: int = lora.model.config.hidden_size  # type: ignore[union-attr, assignment]
+        self.max_length: int = plan.max_length or context_of(lora.model.config) or _ENDLESS
         self._modules_of_block: dict[int, set[str]] = {}
         for module in lora.shapes:
             self._modules_of_block.setdefault(block_of(lora.model, module), set()).add(module)
@@ -56,6 +61,11 @@ class SplitServer:
         self._lora.set_side(side)
         reseed_dropout(self._lora, self._slot, self._plan.seed, round, "server")
         self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
+
+    @property
+    def vocabulary(self) -> int | None:
+        """What targets are below, where the labels are the server's."""
+        return None if self._head is None or self._plan.labels == "client" else self._head.weight_VD.shape[0]
 
     @property
     def party(self) -> Party:
@@ -158,7 +168,10 @@ class SplitServer:
             passing = sum(tokens for client, tokens in num_loss_tokens.items() if cuts[client] <= block)
             if passing:
                 self.party.scale_gradients(self._modules_of_block.get(block, set()), total / passing)
-        self.party.step()
+        if self.party.gradients_are_finite():
+            self.party.step()
+        else:  # of a client that is left out by now: whose step it spoiled, the others' next one does not
+            self.party.drop_gradients()
 
     def gradients(self, step: int, micro_batch: int, nats: Mapping[int, float]) -> list[SplitMessage]:
         """Return the gradients of the clients' activations, none to frozen clients, and forget the pass."""

@@ -1,0 +1,28 @@
+"""A state of the right syntax and the wrong shape is one line that names its round."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.config import Settings
+from fedloom.errors import RunError
+from fedloom.experiment import run
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seen", "x"), ("seen", {"a": 1}), ("chain", "x"), ("typical_norm", "x"), ("round", "x"), ("seen", {"1": "x"})],
+)
+def test_a_state_whose_own_part_is_text_is_refused_by_its_round(
+    name: str, value: Any, settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    run(settings_for(federation__num_rounds=1), tmp_path / "run")
+    path = tmp_path / "run/rounds/1/state/server.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    with pytest.raises(RunError, match="rounds/1: its state is damaged"):
+        run(settings_for(federation__num_rounds=2), tmp_path / "run")
