@@ -73,6 +73,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "server.learning_rate": (2.0, {}),
     "server.momentum": (0.9, {"server.step": "momentum"}),
     "server.fedexp_cap": (3.0, {"server.step": "fedexp"}),
+    "server.robust": ("clip", {}),
+    "server.hostile_fraction": (0.2, {"server.robust": "krum"}),
     "federation.num_rounds": (7, {}),
     "federation.num_clients": (4, {}),
     "federation.clients_per_round": (2, {}),

@@ -155,3 +155,21 @@ def test_a_seed_changes_only_the_seed() -> None:
     changed = with_seed(HETERO, 7)
     assert changed.run.seed == 7
     assert with_seed(changed, HETERO.run.seed) == HETERO
+
+
+def test_multi_krum_needs_enough_clients_and_the_cosine_filter_a_common_direction() -> None:
+    krum, cosine = {"robust": "krum"}, {"robust": "cosine"}
+    assert found(server=krum) == []
+    assert found(server=krum, federation={"num_clients": 4}) == ["server.robust"]
+    assert found(server=krum | {"hostile_fraction": 0.4}, federation={"num_clients": 10}) == ["server.robust"]
+    assert found(server=cosine) == []
+    assert found(server=cosine, method={"name": "flora"}) == ["server.robust"]
+    assert found(server=cosine, method={"name": "flora", "initialisation": "shared"}) == []
+    assert found(server=cosine, method={"name": "splitlora"}, split={"aggregation": "flora"}) == ["server.robust"]
+    assert found(server={"hostile_fraction": 0.2}) == ["server.hostile_fraction"]
+
+
+def test_a_variant_whose_clients_have_no_common_direction_drops_the_cosine_filter() -> None:
+    settings = Settings.model_validate({**ENOUGH, "server": {"robust": "cosine"}})
+    assert with_method(settings, "flora").server.robust == "none"
+    assert with_method(settings, "zero-padding").server.robust == "cosine"

@@ -98,3 +98,29 @@ def test_absurd_factors_are_left_out_from_the_first_round_on(
         reasons = [client["reason"] for client in record["clients"]]
         assert [reason is None for reason in reasons] == [True, False, True]
         assert "federation.max_norm_ratio" in reasons[HOSTILE]
+
+
+@pytest.mark.parametrize("rule", ["clip", "cosine", "median"])
+@pytest.mark.parametrize("method", ["fedit", "flora", "ffa-lora"])
+def test_a_rule_keeps_a_hostile_client_from_the_model_over_a_whole_run(
+    rule: str, method: str, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three clients one sends its B 80 times as long the other way; the held-out loss stays near the honest one."""
+    chosen = {"method__name": method, "method__ranks": 2, "server__robust": rule}
+    chosen |= {"method__initialisation": "shared"} if method == "flora" else {}
+    losses = []
+    for factor in (1.0, -80.0):
+        folder = tmp_path / f"{factor}"
+        records = records_of(scaled(factor, 1.0), settings_for(**chosen), folder, monkeypatch)
+        losses.append(records[-1]["eval"]["loss_nats"])
+    assert abs(losses[1] - losses[0]) < 0.05
+
+
+@pytest.mark.parametrize("rule", ["clip", "median"])
+def test_a_rule_acts_on_a_cut_models_aggregation_too(rule: str, settings_for: Make, tmp_path: Path) -> None:
+    split = {"method__name": "splitlora", "method__ranks": 2, "split__cut_layer": 1, "split__aggregate_every": 2}
+    plain, ruled = (
+        run(settings_for(**split, server__robust=one), tmp_path / one).eval["loss_nats"] for one in ("none", rule)
+    )
+    assert plain != ruled
+    assert abs(plain - ruled) < 0.05

@@ -20,6 +20,7 @@ from fedloom.data.batches import num_batches
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.local import LocalEngine
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules
@@ -103,8 +104,15 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         # Where nothing crosses there is no server to drop an update.
         max_norm_ratio=math.inf if settings.traits.is_control else federation.max_norm_ratio,
         max_weight=1.0 if settings.traits.is_control else federation.max_weight,
+        robust=robust_of(settings),
         evaluate_every=settings.evaluation.every,
     )
+
+
+def robust_of(settings: Settings) -> RobustRule:
+    """Return the rule against hostile updates; controls have no server to apply one."""
+    server = settings.server
+    return RobustRule() if settings.traits.is_control else RobustRule(Robust(server.robust), server.hostile_fraction)
 
 
 def asked_of(training: LocalTraining, num_rows: Mapping[int, int], max_length: int, client: int) -> Asked:

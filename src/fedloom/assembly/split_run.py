@@ -17,7 +17,7 @@ from typing import Any
 from safetensors.torch import load, save
 
 from fedloom.assembly.inputs import Inputs
-from fedloom.assembly.round_plan import rules_of, training_of
+from fedloom.assembly.round_plan import robust_of, rules_of, training_of
 from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
@@ -95,6 +95,7 @@ def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
         min_clients=settings.federation.min_clients,
         max_norm_ratio=settings.federation.max_norm_ratio,
         max_weight=settings.federation.max_weight,
+        robust=robust_of(settings),
         max_length=settings.data.max_length,
     )
 

@@ -14,6 +14,7 @@ from fedloom.config.setting import (
     Fraction,
     Natural,
     NonNegative,
+    OpenHalf,
     Positive,
     PositivePerClient,
     Table,
@@ -73,6 +74,17 @@ class Server(Table):
     )
     momentum: Decay = setting(0.5, "Share of the last step kept.", when={"server.step": ("momentum",)})
     fedexp_cap: Positive = setting(1.5, "Largest factor FedExP may choose.", when={"server.step": ("fedexp",)})
+    robust: Literal["none", "clip", "cosine", "krum", "median"] = setting(
+        "none",
+        "Rule by which few hostile updates cannot decide: every other than `none` clips changes to the round's median; "
+        "`cosine` and `krum` leave updates out, `median` weighs them (see the page on reliability).",
+        when=SENT,
+    )
+    hostile_fraction: OpenHalf = setting(
+        0.1,
+        "Share of a round's updates, rounded up, that may be hostile: as many are left out.",
+        when={"server.robust": ("krum",)},
+    )
 
 
 class Federation(Table):

@@ -6,6 +6,7 @@ reported at once.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 
@@ -28,7 +29,10 @@ def problems(settings: Settings) -> list[Problem]:
     """Return everything that does not fit together."""
     if beyond := list(sizes(settings)):
         return beyond  # other checks would count up to them
-    checks = (alternatives, applicability, lists, ranks, weighting, numbers, columns, batches, suites, cuts, devices)
+    checks = (
+        *(alternatives, applicability, lists, ranks, weighting, numbers, robust),
+        *(columns, batches, suites, cuts, devices),
+    )
     return [problem for check in checks for problem in check(settings)]
 
 
@@ -158,6 +162,35 @@ def numbers(settings: Settings) -> Iterator[Problem]:
             "raise it, or lower federation.num_clients",
             ("federation.num_clients", "partition.min_rows", "data.eval_rows"),
         )
+
+
+def robust(settings: Settings) -> Iterator[Problem]:
+    """Multi-Krum needs 2 f + 3 updates or more, the cosine filter clients that move in one space."""
+    if settings.server.robust == "cosine" and draws_apart(settings):
+        yield Problem(
+            "server.robust",
+            "clip, krum or median where every client draws its own A, since their changes have no common direction",
+            "cosine",
+            "choose one of those, or method.initialisation = shared where the method has it",
+            ("method.name", "method.initialisation", "split.aggregation"),
+        )
+    server, drawn = settings.server, settings.cohort_size
+    needed = 2 * math.ceil(server.hostile_fraction * drawn) + 3
+    if server.robust == "krum" and drawn < needed:
+        yield Problem(
+            "server.robust",
+            f"krum with at least {needed} clients drawn per round (2 f + 3, where f may be hostile)",
+            f"krum with {drawn}",
+            "choose clip, cosine or median, or draw more clients",
+            ("server.hostile_fraction", "federation.clients_per_round", "federation.num_clients"),
+        )
+
+
+def draws_apart(settings: Settings) -> bool:
+    """Tell whether every client moves along a fresh A of its own."""
+    if settings.traits.is_cut:
+        return table.traits_of(settings.split.aggregation).starts_fresh
+    return settings.traits.starts_fresh and settings.method.initialisation == "independent"
 
 
 def columns(settings: Settings) -> Iterator[Problem]:

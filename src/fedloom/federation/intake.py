@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from statistics import median_low
 from typing import Any, Protocol
 
 from fedloom.errors import TooFewClientsError, UpdateError
+from fedloom.federation.robust import Robust, RobustRule, judge
 from fedloom.federation.update_checks import Asked, check_update, factor_norms
 from fedloom.federation.waiting import Waiting
 from fedloom.federation.weights import capped
@@ -51,6 +53,11 @@ class IntakeRules(Protocol):
     @property
     def max_weight(self) -> float:
         """Largest share of one client."""
+        ...
+
+    @property
+    def robust(self) -> RobustRule:
+        """The rule by which few hostile updates cannot decide."""
         ...
 
     @property
@@ -98,6 +105,7 @@ class Intake:
     trusted: Collection[int] = ()
     _factor_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     _weights: dict[int, float] = field(default_factory=dict)
+    _altered: set[int] = field(default_factory=set)
     _lost: str | None = None
 
     @property
@@ -120,9 +128,10 @@ class Intake:
             for client in expected.keys() - self.seen.keys():
                 self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
             self._refuse_far_off()
+            used = self._judged(expected, waiting)
             self._require_enough()
             weights = self._capped_weights()
-            for update in waiting:
+            for update in used:
                 if self.seen[update.client].reason is None:
                     keep(update)
                     yield replace(update, weight=weights.get(update.client))
@@ -176,6 +185,19 @@ class Intake:
             norms = {c: n[factor] for c, n in self._factor_norms.items() if n and self.seen[c].reason is None}
             self._refuse_above(f"factors {factor}", norms, _lower_median(norms.values()))
 
+    def _judged(self, expected: Mapping[int, Broadcast], waiting: Iterable[Update]) -> Iterable[Update]:
+        """Apply the robust rule, for which all updates are in memory at once; without one they go on waiting."""
+        if self.plan.robust.kind is Robust.NONE:
+            return waiting
+        updates = [update for update in waiting if self.seen[update.client].reason is None]
+        by_strategy = partial(weigh, weighting=self.plan.strategy.weighting)
+        verdict = judge(self.plan.robust, updates, expected, self.work, by_strategy, self.trusted)
+        for client, reason in verdict.left_out.items():
+            self.seen[client] = replace(self.seen[client], reason=reason)
+        self._altered = {c for c, weight in verdict.weights.items() if weight != self._weights[c]}
+        self._weights |= verdict.weights
+        return list(verdict.updates.values())
+
     def _refuse_above(self, what: str, norms: Mapping[int, float], typical: float) -> None:
         limit = self.plan.max_norm_ratio * typical
         for client, norm in norms.items():
@@ -190,7 +212,7 @@ class Intake:
         """Return the weights of this round where they are others than the clients' rows, tokens or norms give."""
         weights = {c: weight for c, weight in self._weights.items() if self.seen[c].reason is None}
         shared = capped(weights, self.plan.max_weight, self.trusted)
-        return {} if shared == weights else shared
+        return shared if shared != weights or self._altered else {}
 
     def _note_held(self, outcome: Update | Failure, broadcast: Broadcast) -> None:
         """Believe a client that it holds the version it was just sent, or an older one; nothing else."""

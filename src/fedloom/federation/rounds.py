@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fedloom.federation.blob import as_received
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
+from fedloom.federation.robust import RobustRule
 from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.algebra import norm
@@ -55,6 +56,7 @@ class RoundPlan:
         min_clients: usable updates without which the run ends.
         max_norm_ratio: a change this many times the median norm is rejected.
         max_weight: largest share of one client.
+        robust: the rule by which few hostile updates cannot decide.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
     """
 
@@ -69,6 +71,7 @@ class RoundPlan:
     min_clients: int = 1
     max_norm_ratio: float = 100.0
     max_weight: float = 1.0
+    robust: RobustRule = field(default_factory=RobustRule)
     evaluate_every: int = 1
 
     def is_evaluated(self, round: int) -> bool:

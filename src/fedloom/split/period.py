@@ -295,6 +295,7 @@ class Period:
             asked=self._asked,
             max_norm_ratio=self._plan.max_norm_ratio,
             max_weight=self._plan.max_weight,
+            robust=self._plan.robust,
         )
         work = plan.strategy.client.work(self.round)
         intake = Intake(plan, work, state, self.broadcasts[index], trusted=(SERVER,))

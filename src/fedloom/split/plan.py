@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedloom.errors import CutError, SettingsError
+from fedloom.federation.robust import RobustRule
 from fedloom.federation.sampling import sample_clients
 from fedloom.models.cut import check_cuts, cuttable_parts, num_blocks
 from fedloom.split.codecs import WireDtype
@@ -47,6 +48,7 @@ class SplitPlan:
         min_clients: clients without which the run ends.
         max_norm_ratio: an update whose norm is above this multiple of the last aggregation's median is dropped.
         max_weight: largest share of one client.
+        robust: the rule by which few hostile updates cannot decide.
         max_length: tokens that a row can have; None: as many as the base's context.
     """
 
@@ -71,6 +73,7 @@ class SplitPlan:
     min_clients: int = 1
     max_norm_ratio: float = 100.0
     max_weight: float = 1.0
+    robust: RobustRule = field(default_factory=RobustRule)
     max_length: int | None = None
 
     @property
