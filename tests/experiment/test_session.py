@@ -206,7 +206,7 @@ def test_described_bytes_are_the_bytes_that_cross(settings_for: Make, tmp_path: 
 def test_another_recipes_folder_is_refused_before_the_base_is_loaded(settings_for: Make, tmp_path: Path) -> None:
     run(settings_for(federation__num_rounds=1), tmp_path)
     (tmp_path / "partition.json").unlink()
-    with pytest.raises(RunError, match=r"other settings \(model.base is .* there, 'absent' asked"):
+    with pytest.raises(RunError, match=r"with others \(model.base is .* there, 'absent' asked"):
         run(settings_for(federation__num_rounds=1, model__base="absent"), tmp_path)
 
 

@@ -24,5 +24,5 @@ def test_a_state_whose_own_part_is_text_is_refused_by_its_round(
     run(settings_for(federation__num_rounds=1), tmp_path / "run")
     path = tmp_path / "run/rounds/1/state/server.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
-    with pytest.raises(RunError, match="rounds/1: its state is damaged"):
+    with pytest.raises(RunError, match="rounds/1: expected the state of a round"):
         run(settings_for(federation__num_rounds=2), tmp_path / "run")

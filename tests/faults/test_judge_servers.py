@@ -366,7 +366,9 @@ def test_a_cache_that_changed_is_named_and_not_used(tmp_path: Path, statement: s
     database = sqlite3.connect(path)
     database.executescript(statement)
     database.close()
-    with pytest.raises(EvaluationError, match=r"verdicts\.sqlite is no cache of verdicts, or a damaged one"):
+    with pytest.raises(
+        EvaluationError, match=r"verdicts\.sqlite: expected a cache of verdicts, got another or a damaged file"
+    ):
         read_back(path)
 
 

@@ -194,9 +194,9 @@ def test_a_configuration_of_wrong_types_is_named(
 def test_damaged_records_and_json_are_named(tmp_path: Path, content: bytes) -> None:
     file = tmp_path / "metrics.jsonl"
     file.write_bytes(content)
-    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: expected one JSON record per line"):
         complete_lines(file)
-    with pytest.raises(RunError, match=r"metrics\.jsonl is damaged"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: expected one JSON record per line"):
         durable.read_json(file)
 
 

@@ -20,6 +20,7 @@ from fedloom.evaluation.decoding import GREEDY, decode
 from fedloom.experiment import run
 from fedloom.results.conversation import GumbelNoise, Sampling, converse, generate, wording_of
 from fedloom.results.opened_result import RESULT, OpenedResult, open_result
+from fedloom.wording import printable
 
 Make = Callable[..., Settings]
 SHORT = Sampling(max_new_tokens=5)
@@ -131,7 +132,7 @@ def test_the_command_answers_once_or_line_by_line(
     assert exit_code([*command, "--interactive"]) == 0
     out, err = capsys.readouterr()
     assert out.count("result: ") == out.count("base: ") == 2
-    assert f"result: {printed['answers']['result'].splitlines()[0]}" in out
+    assert f"result: {printable(printed['answers']['result'].splitlines()[0])}" in out
     assert "every line is a question of its own" in err
     assert exit_code(command) == 2
     assert "expected either --prompt TEXT or --interactive, got neither" in capsys.readouterr().err

@@ -256,6 +256,4 @@ def complete_lines(path: Path) -> list[dict[str, Any]]:
     try:
         return [json.loads(line) for line in lines]
     except (ValueError, RecursionError) as error:
-        raise RunError(
-            f"{path} is damaged: expected one JSON record per line, got {error}; restore the file"
-        ) from error
+        raise RunError(f"{path}: expected one JSON record per line, got {error}; restore the file") from error

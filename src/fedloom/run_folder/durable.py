@@ -65,16 +65,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise RunError(
-            f"{path} is missing: expected a JSON file of a run; restore the file, or start over with --fresh"
+            f"{path}: expected a JSON file of a run, found none; restore the file, or start over with --fresh"
         ) from error
     except OSError as error:
         raise RunError(
             f"{path}: expected a file that can be read, got {error.strerror or error}; restore it or start over"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise RunError(
-            f"{path} is damaged: expected JSON, got {error}; restore the file, or start over with --fresh"
-        ) from error
+        raise RunError(f"{path}: expected JSON, got {error}; restore the file, or start over with --fresh") from error
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:

@@ -113,7 +113,8 @@ class VerdictCache:
 
     def _damaged(self, what: str) -> EvaluationError:
         return EvaluationError(
-            f"{self._path} is no cache of verdicts, or a damaged one ({what}): remove it, or name another with --out"
+            f"{self._path}: expected a cache of verdicts, got another or a damaged file ({what}): remove it, or name "
+            "another with --out"
         )
 
 
