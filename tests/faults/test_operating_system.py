@@ -196,7 +196,7 @@ def test_damaged_records_and_json_are_named(tmp_path: Path, content: bytes) -> N
     file.write_bytes(content)
     with pytest.raises(RunError, match=r"metrics\.jsonl: expected one JSON record per line"):
         complete_lines(file)
-    with pytest.raises(RunError, match=r"metrics\.jsonl: expected one JSON record per line"):
+    with pytest.raises(RunError, match=r"metrics\.jsonl: expected JSON, got"):
         durable.read_json(file)
 
 
