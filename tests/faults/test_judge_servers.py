@@ -389,7 +389,7 @@ def test_a_byte_that_changed_in_a_cache_is_never_believed(tmp_path: Path, offset
 def test_a_cache_that_cannot_be_a_file_is_refused(tmp_path: Path, make: Callable[[Path], None]) -> None:
     path = tmp_path / "verdicts.sqlite"
     make(path)
-    with pytest.raises(EvaluationError, match=r"verdicts\.sqlite is no cache"):
+    with pytest.raises(EvaluationError, match=r"verdicts\.sqlite: expected a cache of verdicts"):
         VerdictCache(path)
 
 
