@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.data.schemes import iid
 from fedloom.data.tokens import TokenSet
-from fedloom.engines.local import LocalEngine
+from fedloom.engines.local_engine import LocalEngine
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.sampling import sample_clients
 from fedloom.federation.server import ServerRules
@@ -28,9 +28,9 @@ from fedloom.methods.server_steps import PlainStep
 from fedloom.methods.state_codec import state_files
 from fedloom.methods.strategy import Cohort
 from fedloom.models.families import resolve_targets
-from fedloom.reporting.memory import peak_memory_bytes
+from fedloom.reporting.peak_memory import peak_memory_bytes
 from fedloom.seeding import stream
-from fedloom.training.local import LocalTraining
+from fedloom.training.cohort_round import LocalTraining
 
 SIZES = (100, 100_000)
 

@@ -38,7 +38,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import load_base
 from fedloom.seeding import stream
-from fedloom.training.local import ClientTask, LocalTraining, train_cohort
+from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 SCALE = 2.0

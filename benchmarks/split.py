@@ -44,7 +44,7 @@ from fedloom.split.local_parties import local_parties
 from fedloom.split.parties import SplitParties
 from fedloom.split.period import Period
 from fedloom.split.plan import SplitPlan
-from fedloom.training.local import ClientTask, LocalTraining, train_cohort
+from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 
 RELEASE_TOKENS = 512
 RANK, SCALE, SEED = 8, 2.0, 1

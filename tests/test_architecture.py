@@ -136,8 +136,8 @@ def test_only_the_composition_root_knows_settings(path: Path) -> None:
 
 # The same words with another meaning: the untouched model, a setting of [model], a judge's protocol of FedIT's paper.
 NO_METHOD = {
-    ("cli/scoring.py", "base"),
-    ("cli/scoring.py", "fedit"),
+    ("cli/score_commands.py", "base"),
+    ("cli/score_commands.py", "fedit"),
     ("preview/description.py", "base"),
     ("reporting/report.py", "base"),
     ("results/held_out.py", "base"),

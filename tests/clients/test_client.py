@@ -31,7 +31,7 @@ from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.methods.sums import FactorSum
 from fedloom.methods.zero_padding import ZeroPadding
 from fedloom.seeding import torch_stream
-from fedloom.training.local import ClientResult
+from fedloom.training.cohort_round import ClientResult
 from fedloom.training.stats import TrainingStats
 
 SHAPES = {"layers.0.q": (40, 30), "layers.1.v": (24, 30)}

@@ -30,7 +30,7 @@ from fedloom.experiment import compare, describe, run
 from fedloom.experiment.session import RunSummary
 from fedloom.methods.state_codec import NUMBERS, TENSORS, read_state, state_files
 from fedloom.reporting.progress import PlainProgress
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 Make = Callable[..., Settings]
 METHODS = ("fedit", "zero-padding", "flora", "centralised", "standalone")

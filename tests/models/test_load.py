@@ -16,7 +16,7 @@ from fedloom import embedded
 from fedloom.data.sources import load_rows
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.load import load_base
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 
 @pytest.fixture

@@ -113,7 +113,7 @@ def test_durations_read_like_a_clock(seconds: float, text: str) -> None:
 def test_reporting_does_not_load_torch() -> None:
     code = (
         "import sys, fedloom.reporting.progress, fedloom.run_folder.writer, fedloom.reporting.tables, "
-        "fedloom.reporting.memory, fedloom.reporting.metrics, fedloom.reporting.trackers\n"
+        "fedloom.reporting.peak_memory, fedloom.reporting.metrics, fedloom.reporting.trackers\n"
         "assert 'torch' not in sys.modules"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

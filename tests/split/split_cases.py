@@ -16,7 +16,7 @@ from fedloom.lora.pair import Adapter, Pair
 from fedloom.models.families import resolve_targets
 from fedloom.split.parties import SplitParties
 from fedloom.split.plan import SplitPlan
-from fedloom.training.local import LocalTraining
+from fedloom.training.cohort_round import LocalTraining
 
 VOCABULARY, DEPTH = 61, 4
 _COMMON = {

@@ -32,7 +32,7 @@ from fedloom.split.split_state import SplitState
 from fedloom.split.split_step import rows_of_step
 from fedloom.training.loss import output_head, supervised_cross_entropy
 from fedloom.training.packing import hidden_states, pack
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 
 def run(parties: SplitParties, state: SplitState | None = None) -> list[SplitRecord]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import Settings
-from fedloom.config.inputs import Data
+from fedloom.config.input_tables import Data
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category

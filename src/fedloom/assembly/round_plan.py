@@ -18,7 +18,7 @@ from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.batches import num_batches
 from fedloom.data.tokens import TokenSet
-from fedloom.engines.local import LocalEngine
+from fedloom.engines.local_engine import LocalEngine
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
@@ -32,7 +32,7 @@ from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, Se
 from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.causal import context_of
-from fedloom.training.local import LocalTraining, StepReport
+from fedloom.training.cohort_round import LocalTraining, StepReport
 
 CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
 """Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""

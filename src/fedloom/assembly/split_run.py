@@ -22,7 +22,7 @@ from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
 from fedloom.methods.strategy import Cohort, Strategy
-from fedloom.reporting.memory import peaks_of_round
+from fedloom.reporting.peak_memory import peaks_of_round
 from fedloom.split.local_parties import local_parties
 from fedloom.split.lockstep import SplitRecord, run_split
 from fedloom.split.parties import SplitParties

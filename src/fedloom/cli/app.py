@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from fedloom import __version__
-from fedloom.cli import experiments, results, scoring, shipped, showing, splitting
+from fedloom.cli import experiments, result_commands, score_commands, shipped, showing, splitting
 from fedloom.cli.output import output_explained, say
 from fedloom.errors import FedloomError
 
@@ -49,13 +49,13 @@ app.command("validate")(experiments.validate)
 app.command("describe")(experiments.describe)
 app.command("run")(experiments.run)
 app.command("compare")(experiments.compare)
-app.command("evaluate")(results.evaluate)
-app.command("generate")(results.generate)
-app.command("export")(results.export)
-app.command("doctor")(results.doctor)
-app.command("judge")(scoring.judge)
+app.command("evaluate")(result_commands.evaluate)
+app.command("generate")(result_commands.generate)
+app.command("export")(result_commands.export)
+app.command("doctor")(result_commands.doctor)
+app.command("judge")(score_commands.judge)
 app.command("leakage")(splitting.leakage)
-app.add_typer(scoring.app, name="score")
+app.add_typer(score_commands.app, name="score")
 app.command("demo")(showing.demo)
 app.command("report")(showing.report)
 app.add_typer(shipped.app, name="recipes")

@@ -20,7 +20,7 @@ from fedloom.cli.options import (
 )
 from fedloom.cli.output import print_json, print_line, print_result, say
 from fedloom.config import Settings
-from fedloom.config.comparison import check_methods, check_seeds, refuse_ignored
+from fedloom.config.compared_variants import check_methods, check_seeds, refuse_ignored
 from fedloom.config.setting import values_of
 from fedloom.errors import SettingsError
 from fedloom.methods import table

@@ -23,7 +23,7 @@ from fedloom.lora.algebra import distance
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, Work
 from fedloom.methods.state import Failure, Update
-from fedloom.training.local import ClientResult, ClientTask
+from fedloom.training.cohort_round import ClientResult, ClientTask
 
 DIVERGED = "expected finite numbers, got NaN or infinity; lower training.learning_rate"
 

@@ -1,6 +1,6 @@
 """Settings: one schema, TOML recipes, ``--set``. Imports no torch."""
 
-from fedloom.config.comparison import every_variant
+from fedloom.config.compared_variants import every_variant
 from fedloom.config.loading import check, load, parse, resolve
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings, every_setting, tables

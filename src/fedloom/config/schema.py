@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from fedloom.config.algorithm import Federation, Method, Server, Split, Training
 from fedloom.config.conduct import Devices, Evaluation, Run, Wire
-from fedloom.config.inputs import Data, Model, Partition
+from fedloom.config.input_tables import Data, Model, Partition
 from fedloom.config.setting import Table
 from fedloom.methods.table import traits_of
 from fedloom.methods.traits import Traits

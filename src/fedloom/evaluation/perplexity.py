@@ -16,7 +16,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.intervals import Difference, Estimate, bootstrap, bootstrap_difference, ratio, ratio_statistics
 from fedloom.models.causal import context_length
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 Unit = Literal["token", "byte", "word"]
 

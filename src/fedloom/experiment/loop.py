@@ -34,7 +34,7 @@ from fedloom.methods.traits import Kind
 from fedloom.reporting.progress import Progress
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.split_state import SplitState
-from fedloom.training.local import StepReport
+from fedloom.training.cohort_round import StepReport
 
 Evaluate = Callable[[Standing], Mapping[str, Any]]
 WriteAdapter = Callable[[Adapter, Path, float], None]

@@ -19,7 +19,7 @@ from fedloom.federation.rounds import RoundRecord
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.methods.state import Update
-from fedloom.reporting.memory import peaks_of_round
+from fedloom.reporting.peak_memory import peaks_of_round
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import Holding, holdings_document
 

@@ -23,7 +23,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.models.load import Base
-from fedloom.reporting.memory import reset_device_peak
+from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 from fedloom.results.export import write_cards

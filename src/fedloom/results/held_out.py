@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.assembly.inputs import Inputs, Workshop, encode_rows
-from fedloom.config.inputs import Data
+from fedloom.config.input_tables import Data
 from fedloom.data.encoding import Encoded, EncodingCounts
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.sources import Rows, Split, load_rows

@@ -19,7 +19,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.results.suite_runs import run_suite
 from fedloom.results.suites import PER_GROUP, SuiteChoice, SuiteScores
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 OnScored = Callable[[str, int, int, float], None]  # what, done, total, seconds left
 

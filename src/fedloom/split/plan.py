@@ -17,7 +17,7 @@ from fedloom.federation.sampling import sample_clients
 from fedloom.models.cut import check_cuts, cuttable_parts, num_blocks
 from fedloom.split.codecs import WireDtype
 from fedloom.split.split_step import rows_of_step
-from fedloom.training.local import LocalTraining
+from fedloom.training.cohort_round import LocalTraining
 
 SERVER = -1
 """The server's number among the owners of a module that deeper clients train too."""

@@ -27,7 +27,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.models.causal import causal_lm
 from fedloom.models.families import body_of
 from fedloom.training.loss import output_head, target_nats
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 _PROMPT, _PADDING = 0, -1
 

@@ -14,7 +14,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.training.local import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
+from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
 
 SETTINGS = LocalTraining(learning_rate=1e-2, batch_size=3, steps=20)
 LENGTHS = ([9, 3, 17, 5, 2, 8, 11, 4], [21, 2, 6], [7, 7, 30, 12, 3])

@@ -12,7 +12,7 @@ import torch
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
-from fedloom.training.scoring import row_losses
+from fedloom.training.row_losses import row_losses
 
 LENGTHS = [9, 3, 17, 1, 10, 9]
 

@@ -18,7 +18,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, EveryRound
 from fedloom.methods.state import Broadcast, Failure, Update
-from fedloom.training.local import ClientResult, LocalTraining, StepReport, train_cohort
+from fedloom.training.cohort_round import ClientResult, LocalTraining, StepReport, train_cohort
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch
 
 from fedloom.config import Settings
 from fedloom.experiment import compare, run
-from fedloom.reporting.memory import peak_memory_bytes, peaks_of_round, reset_device_peak
 from fedloom.reporting.metrics import DEVICE_PEAK
+from fedloom.reporting.peak_memory import peak_memory_bytes, peaks_of_round, reset_device_peak
 from fedloom.reporting.report import write_report
 from fedloom.run_folder.reader import read_run
 
@@ -37,7 +37,7 @@ class Device:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
-    """Return a device that ``fedloom.reporting.memory`` takes for CUDA's; nothing else sees it."""
+    """Return a device that ``fedloom.reporting.peak_memory`` takes for CUDA's; nothing else sees it."""
     found = Device()
     cuda = SimpleNamespace(
         is_available=lambda: True,
@@ -47,7 +47,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> Device:
         reset_peak_memory_stats=found.reset,
     )
     seen = SimpleNamespace(modules={"torch": SimpleNamespace(cuda=cuda)}, platform=sys.platform)
-    monkeypatch.setattr("fedloom.reporting.memory.sys", seen)
+    monkeypatch.setattr("fedloom.reporting.peak_memory.sys", seen)
     return found
 
 
