@@ -80,7 +80,7 @@ class Client:
     def prepare(self, received: Received) -> Assignment:
         """Apply the news, and make a task of the start and of what this client keeps."""
         side = self.sides.caught_up(self.memory.version, received.news)
-        self.memory = replace(self.memory, version=received.news.version, side_sha256=received.news.sha256)
+        self.memory = replace(self.memory, version=received.news.version)
         work, start = self.half.work(received.round), self._start_of(received)
         moments = self.memory.moments if work.moments is Moments.OWN and self.memory.moments else None
         task = ClientTask(

@@ -18,7 +18,7 @@ class Memory:
     """What a client keeps; never changed, only replaced.
 
     Attributes:
-        version, side_sha256: of the side that it holds.
+        version: of the side that it holds.
         start: the factors it last started from, where not all of them cross every time.
         own: its own factors, where the method leaves some with the client.
         moments: of its optimiser, where they are its own.
@@ -26,7 +26,6 @@ class Memory:
     """
 
     version: int = 0
-    side_sha256: str = ""
     start: Tensors = field(default_factory=dict)
     own: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
