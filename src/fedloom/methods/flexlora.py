@@ -27,6 +27,6 @@ class FlexLoRA(ZeroPadding):
 
     def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
         """Cut the mean product to the largest rank; fewer singular values than that leave slots of zero."""
-        rank = self.cohort.max_rank
-        best = compress(sums.products.mean(), rank=rank).adapter.to(sums.factors.dtype)
-        return replace(super().finish(state, sums), start=pad(best, rank))
+        rank, mean = self.cohort.max_rank, super().finish(state, sums)
+        best = compress(mean.ideal, rank=rank).adapter.to(sums.factors.dtype)
+        return replace(mean, start=pad(best, rank))
