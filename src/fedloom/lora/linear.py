@@ -29,8 +29,8 @@ class _LowRankLinear(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, bt: Tensor, layer: LoRALinear, blocks: list[Any], masks: list[Any]
     ) -> Tensor:
         y = nn.functional.linear(x, layer.weight_OI(x.dtype), layer.bias)
-        if layer.side is not None:
-            y.addmm_(x @ layer.side.a_RI.T, layer.side.b_OR.T)
+        if (side := layer.side_in(x.dtype)) is not None:
+            y.addmm_(x @ side.a_RI.T, side.b_OR.T)
         a_x, bt_x, middles = a.to(x.dtype), bt.to(x.dtype), []
         for (slot, tokens, rows), mask in zip(blocks, masks, strict=True):
             seen = x[tokens] if mask is None else x[tokens] * mask
@@ -49,8 +49,8 @@ class _LowRankLinear(torch.autograd.Function):
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ layer.weight_OI(grad.dtype)
-            if layer.side is not None:
-                grad_x.addmm_(grad @ layer.side.b_OR, layer.side.a_RI)
+            if (side := layer.side_in(grad.dtype)) is not None:
+                grad_x.addmm_(grad @ side.b_OR, side.a_RI)
         grad_a = torch.zeros_like(a, dtype=layer.a_RI.dtype)
         grad_bt = torch.zeros_like(bt, dtype=layer.bt_RO.dtype)
         for (slot, tokens, rows), mask, middle in zip(ctx.blocks, ctx.masks, middles, strict=True):
@@ -117,9 +117,13 @@ class LoRALinear(nn.Module):
             weight = _dense_weight(self.base)
             self._folded_OI = torch.addmm(weight, pair.b_OR.to(weight.dtype), pair.a_RI.to(weight.dtype))
         else:
-            # A quantised weight has an integer dtype; its products are computed in bfloat16.
-            compute = self.weight.dtype if self.weight.dtype.is_floating_point else torch.bfloat16
-            self.side = pair.to(compute)
+            self.side = pair.to(self.weight.dtype) if self.weight.dtype.is_floating_point else pair
+
+    def side_in(self, dtype: torch.dtype) -> Pair | None:
+        """Return the side as activations of ``dtype`` need it; beside a quantised base theirs is known only in a pass."""
+        if self.side is not None and self.side.a_RI.dtype != dtype:
+            self.side = self.side.to(dtype)
+        return self.side
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
