@@ -120,7 +120,7 @@ class LoRALinear(nn.Module):
             self.side = pair.to(self.weight.dtype) if self.weight.dtype.is_floating_point else pair
 
     def side_in(self, dtype: torch.dtype) -> Pair | None:
-        """Return the side as activations of ``dtype`` need it; beside a quantised base theirs is known only in a pass."""
+        """Return the side in the activations' dtype, which a quantised base does not tell before a pass."""
         if self.side is not None and self.side.a_RI.dtype != dtype:
             self.side = self.side.to(dtype)
         return self.side
