@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedloom.assembly.engine_choice import engine_of
 from fedloom.assembly.inputs import Inputs
-from fedloom.assembly.round_plan import Population, engine_of, plan_of
+from fedloom.assembly.round_plan import Population, plan_of
 from fedloom.assembly.round_state import read_round, round_files, standing_of
 from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
 from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
@@ -64,8 +65,8 @@ class Loop(Protocol):
         """The model to go on from."""
         ...
 
-    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
-        """Run what is left, one round at a time."""
+    def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
+        """Run what is left, one round at a time; to be closed, because an engine may hold processes."""
         ...
 
 
@@ -146,13 +147,15 @@ class AdapterRounds:
         """The model to go on from."""
         return standing_of(self.state, self.memories)
 
-    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+    def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one round at a time."""
         settings, population = self.kind.settings, self.kind.population
         half, lora = self.plan.strategy.client, self.kind.lora
-        engine = engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
-        shown = ShownEngine(engine, self.progress)
         with ExitStack() as stack:
+            engine = stack.enter_context(
+                engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
+            )
+            shown = ShownEngine(engine, self.progress)
             keeper = None
             if settings.run.keep_updates:
                 scales = population.scales
@@ -198,7 +201,7 @@ class SplitPeriods:
         """Both halves as one model."""
         return self.state.standing()
 
-    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+    def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one period at a time."""
         for record in self.run.periods(self.state, lambda state: evaluate(state.standing()), self._on_step):
             metrics, files = split_metrics(record, self.method, self.run.names), split_state_files(record.state)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +31,7 @@ from fedloom.results.state_scores import evaluate_state, score_state
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
+from fedloom.run_folder.manifest import changed_threads
 from fedloom.run_folder.reader import ADAPTER, missing_adapters
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
 from fedloom.wording import counted, written_bytes
@@ -193,11 +194,14 @@ class Session:
         state = loop.standing
         title = f"{self.settings.method.name}, seed {self.settings.run.seed}"
         self.progress.run_started(title, loop.num_rounds, state.round)
+        if state.round and (told := changed_threads(self.folder.manifest)) is not None:
+            self.progress.note(told)
         with ExitStack() as stack:
             trackers = AllTrackers(self._trackers(state.round))
             stack.callback(trackers.close)
             reset_device_peak()
-            for done in loop.rounds(self._evaluate):
+            # Closed and not left to the collector: an engine may hold processes, which end with the rounds.
+            for done in stack.enter_context(closing(loop.rounds(self._evaluate))):
                 self.folder.write_round(done.round, done.metrics, done.files, done.writers)
                 state = done.standing
                 trackers.log(done.metrics)
