@@ -10,6 +10,7 @@ from fedloom.assembly.round_plan import Population, training_of
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.engines.local_engine import LocalEngine
+from fedloom.engines.running import RunningEngine
 from fedloom.federation.blob import WireDtype
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.client_half import ClientHalf
@@ -29,7 +30,7 @@ def engine_of(
     state: ServerState,
     memories: dict[int, Memory],
     on_step: Callable[[StepReport], None],
-) -> Iterator[LocalEngine]:
+) -> Iterator[RunningEngine]:
     """Yield the engine that trains the population, from a state on; what it holds is let go of at the end."""
     device: Any = next(lora.model.parameters()).device
     yield LocalEngine(

@@ -33,11 +33,12 @@ from fedloom.methods.state import Broadcast, ServerState, Standing, Update
 from fedloom.methods.state_codec import damage_named
 from fedloom.methods.traits import Kind
 from fedloom.reporting.progress import Progress
+from fedloom.results.state_scores import Score, score_here
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.split_state import SplitState
 from fedloom.training.cohort_round import StepReport
 
-Evaluate = Callable[[Standing], Mapping[str, Any]]
+Evaluate = Callable[[Standing, Score], Mapping[str, Any]]
 WriteAdapter = Callable[[Adapter, Path, float], None]
 
 
@@ -106,7 +107,9 @@ class LoopKind:
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Return the loop at the point that the folder has reached."""
         if self.split is not None:
-            return SplitPeriods(self.settings.method.name, self.split, restored_split(self.split, folder), progress)
+            return SplitPeriods(
+                self.settings.method.name, self.split, self.lora, restored_split(self.split, folder), progress
+            )
         assert self.plan is not None
         state, memories, last = self.plan.strategy.initial(), dict[int, Memory](), folder.last_round()
         if last is not None:
@@ -163,7 +166,7 @@ class AdapterRounds:
             keep = keeper.keep if keeper is not None else _drop
 
             def scored(state: ServerState) -> Mapping[str, Any]:
-                return evaluate(standing_of(state, engine.held()))
+                return evaluate(standing_of(state, engine.held()), engine.row_losses)
 
             for record in run_rounds(self.state, self.plan, shown, scored, keep):
                 metrics = metrics_of(record, settings.method.name, population.names)
@@ -188,6 +191,7 @@ class SplitPeriods:
 
     method: str
     run: SplitRun
+    lora: LoRAModel
     state: SplitState
     progress: Progress
 
@@ -203,7 +207,8 @@ class SplitPeriods:
 
     def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one period at a time."""
-        for record in self.run.periods(self.state, lambda state: evaluate(state.standing()), self._on_step):
+        score = score_here(self.lora)
+        for record in self.run.periods(self.state, lambda state: evaluate(state.standing(), score), self._on_step):
             metrics, files = split_metrics(record, self.method, self.run.names), split_state_files(record.state)
             yield Completed(record.round, metrics, files, {}, record.state.standing())
 

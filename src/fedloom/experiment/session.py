@@ -27,7 +27,7 @@ from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 from fedloom.results.export import write_cards
-from fedloom.results.state_scores import evaluate_state, score_state
+from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
@@ -217,16 +217,18 @@ class Session:
     def _evaluate_base(self) -> dict[str, Any]:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
         held_out, is_all = self.inputs.held_out_sha256, self.kind is None
-        return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(Standing(0)), is_all)
+        return self.workshop.base_scores(
+            self.settings, held_out, lambda: self._evaluate(Standing(0), score_here(self.lora)), is_all
+        )
 
     @cached_property
     def _grouping(self) -> Grouping | None:
         rows = self.inputs.held_out_rows
         return None if rows is None else grouping_of(rows, self.settings.partition.column)
 
-    def _evaluate(self, state: Standing) -> dict[str, Any]:
+    def _evaluate(self, state: Standing, score: Score) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
-        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, self._grouping)
+        scores = evaluate_state(score, state, inputs.held_out, chosen.batch_tokens, self._grouping)
         if chosen.suites:
             choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
             scores["suites"] = score_state(
