@@ -19,7 +19,8 @@ from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
-from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
+from fedloom.lora.peft_files import base_name_of, load_peft
+from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
 from fedloom.run_folder.reader import ADAPTER, StoredRun, missing_adapters, read_run

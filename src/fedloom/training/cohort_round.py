@@ -39,8 +39,8 @@ class LocalTraining:
     """What a client does in a round. Exactly one of ``steps`` and ``epochs`` is given.
 
     A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
-    tokens of all clients together; a batch beyond either is accumulated over several passes, which changes the result by
-    rounding only: a row's dropout mask is its own.
+    tokens of all clients together; a batch beyond either is accumulated over several passes, which changes
+    the result by rounding only: a row's dropout mask is its own.
     """
 
     learning_rate: float
