@@ -20,7 +20,8 @@ from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
-from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
+from fedloom.lora.peft_files import base_name_of, load_peft
+from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
