@@ -144,10 +144,16 @@ def test_an_initialisation_that_leaves_the_base_alone_is_read(initialisation: st
     [
         (b"[]", r"expected the settings of an adapter, got \[\]"),
         (b"\xff\xfe", "expected JSON"),
-        (b'{"peft_type": "LORA", "lora_alpha": 3}', "expected r of q as a number, got none"),
-        (b'{"peft_type": "LORA", "r": 3, "lora_alpha": null}', "expected lora_alpha of q as a number, got none"),
-        (b'{"peft_type": "LORA", "r": "3", "lora_alpha": 3}', 'expected r of q as a number, got "3"'),
-        (b'{"peft_type": "LORA", "r": 3, "lora_alpha": NaN}', "expected lora_alpha of q as a number, got NaN"),
+        (b'{"peft_type": "LORA", "lora_alpha": 3}', "expected r of q as a number.*, got none"),
+        (
+            b'{"peft_type": "LORA", "r": 3, "lora_alpha": null}',
+            "expected lora_alpha of q as a number.*, got none",
+        ),
+        (b'{"peft_type": "LORA", "r": "3", "lora_alpha": 3}', 'expected r of q as a number.*, got "3"'),
+        (
+            b'{"peft_type": "LORA", "r": 3, "lora_alpha": NaN}',
+            "expected lora_alpha of q as a number.*, got NaN",
+        ),
         (
             b'{"peft_type": "LORA", "r": 3, "lora_alpha": 3, "rank_pattern": [1]}',
             r"expected rank_pattern .*, got \[1\]",
@@ -221,7 +227,7 @@ def test_a_pattern_must_be_one(tmp_path: Path, adapter: Adapter, key: str, patte
         load_peft(tmp_path)
 
 
-@pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+(!|#)", "(.*)*(.*)*(.*)*(!|#)", "(a|aa|aaa)*(b|c)"])
+@pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+(!|#)", "(a|aa|aaa)*(b|c)"])
 def test_matching_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
     monkeypatch.setattr(peft_settings, "MATCHING_SECONDS", 0.2)
     scales = peft_settings.Scales({"r": 4, "lora_alpha": 4, "rank_pattern": {pattern: 8}}, tmp_path)

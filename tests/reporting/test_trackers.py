@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from fedloom.errors import MissingExtraError
-from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, WandbTracker, scalars
+from fedloom.reporting.trackers import (
+    AllTrackers,
+    MlflowTracker,
+    TensorBoardTracker,
+    WandbTracker,
+    run_name_filter,
+    scalars,
+)
 
 RECORD = {
     "round": 1,
@@ -104,3 +111,8 @@ def test_every_tracker_receives_every_record() -> None:
     both.log(RECORD)
     both.close()
     assert [tracker.seen for tracker in trackers] == [[RECORD, "closed"]] * 2
+
+
+def test_a_quote_in_a_name_does_not_end_mlflows_filter() -> None:
+    assert run_name_filter("plain, 100 %") == "attributes.run_name = 'plain, 100 %'"
+    assert run_name_filter("""it's "a" \\ run""") == "attributes.run_name LIKE 'it_s _a_ _ run'"
