@@ -161,9 +161,7 @@ def test_a_damaged_state_is_named_with_the_way_on(settings_for: Make, tmp_path: 
     whole = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
     state = tmp_path / "run/rounds/2/state/server.safetensors"
     state.write_bytes(state.read_bytes()[:30])
-    with pytest.raises(
-        RunError, match=r"server\.safetensors: expected what .*; remove .*rounds/2 to resume from"
-    ):
+    with pytest.raises(RunError, match=r"server\.safetensors: expected what .*; remove .*rounds/2 to resume from"):
         run(settings_for(federation__num_rounds=2), tmp_path / "run")
     shutil.rmtree(tmp_path / "run/rounds/2")
     run(settings_for(federation__num_rounds=2), tmp_path / "run")
