@@ -94,8 +94,7 @@ def state_files(state: ServerState) -> dict[str, bytes]:
 
 def read_state(tensors: bytes, numbers: bytes) -> ServerState:
     """Rebuild a state from its files."""
-    found = {key: tensor for key, tensor in load(tensors).items() if not key.startswith("own/")}
-    return state_from(found, json.loads(numbers))
+    return state_from(load(tensors), json.loads(numbers))
 
 
 @contextmanager
