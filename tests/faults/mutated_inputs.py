@@ -198,7 +198,7 @@ def _files(folder: Path) -> list[Reader]:
     every: list[tuple[str, str, bytes, Callable[[Path], object], Sequence[Mutation]]] = [
         ("rows, JSON lines", "rows.jsonl", lines, load_rows, json_lines),
         ("rows, JSON", "rows.json", json.dumps(rows).encode(), load_rows, mutations.JSON),
-        ("rows, CSV", "rows.csv", b"instruction,response\nsay,b\n\"x,y\",z\n", load_rows, text),
+        ("rows, CSV", "rows.csv", b'instruction,response\nsay,b\n"x,y",z\n', load_rows, text),
         ("rows, parquet", "rows.parquet", (folder / "valid.parquet").read_bytes(), load_rows, bytes_only),
         ("template", "own.toml", template, load_template, text),
         ("questions", "questions.jsonl", question, read_questions, json_lines),

@@ -107,7 +107,7 @@ def damage_named(round_folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, AdapterError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, AdapterError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{round_folder}: expected the state of a round, found a damaged one ({str(error).splitlines()[0]}); "
             "remove "
