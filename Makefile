@@ -9,7 +9,11 @@ PYTEST_FLAGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test check format demo docs clean
+# The extras that users may install; `[dev]` and `[docs]` are ours.
+EXTRAS := lm-eval,meteor,mlflow,quantized,sentencepiece,wandb
+EXTRAS_READY := $(VENV)/.extras-ready
+
+.PHONY: setup test test-extras check format demo docs clean
 
 setup: $(READY)
 
@@ -22,6 +26,13 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+$(EXTRAS_READY): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,$(EXTRAS)]'
+	touch $@
+
+test-extras: $(EXTRAS_READY)
+	FEDLOOM_EXTRAS=1 $(BIN)/python -m pytest -m extra $(PYTEST_FLAGS)
 
 check: $(READY)
 	$(BIN)/ruff check .
