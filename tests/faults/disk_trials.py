@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-
 from faults.disk_faults import KILLED
 from faults.forked_commands import command
 from faults.writing_commands import Bench, Writer, differences, judge_server, writers

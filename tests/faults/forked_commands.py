@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.cli.app import exit_code
 from faults.disk_faults import DiskFault
+
+from fedloom.cli.app import exit_code
 
 CRASHED = 70
 _SEEN: set[str] = set()

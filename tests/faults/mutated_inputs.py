@@ -8,19 +8,20 @@ a text is another text.
 from __future__ import annotations
 
 import json
+import signal
 import time
 import tracemalloc
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-
 from faults import mutations
 from faults.mutations import Mutation
+
 from fedloom.errors import FedloomError
+from fedloom.wording import printable
 
 MAX_SECONDS = 5.0
 MAX_BYTES, MAX_BYTES_OF_INPUT = 32 << 20, 100
@@ -83,6 +84,8 @@ def tried(reader: Reader, number: int) -> Verdicts:
 def _try(reader: Reader, data: bytes, position: int, verdicts: Verdicts) -> None:
     place = f"{reader.name}, input {position}"
     tracemalloc.start()
+    signal.signal(signal.SIGALRM, _stop)
+    signal.alarm(4 * round(MAX_SECONDS))
     began = time.process_time()
     try:
         with warnings.catch_warnings():
@@ -94,7 +97,7 @@ def _try(reader: Reader, data: bytes, position: int, verdicts: Verdicts) -> None
             verdicts.taken += 1
     except FedloomError as error:
         lines = str(error).splitlines()
-        if len(lines) > _MAX_LINES.get(reader.name, 1) or not all(one.isprintable() for one in lines):
+        if len(lines) > _MAX_LINES.get(reader.name, 1) or not all(printable(one) == one for one in lines):
             verdicts.wrong.append(f"{place}: refused in {len(lines)} lines, or with control characters: {lines[:2]}")
         else:
             verdicts.refused += 1
@@ -104,11 +107,16 @@ def _try(reader: Reader, data: bytes, position: int, verdicts: Verdicts) -> None
             at = at.tb_next
         where = "" if at is None else f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}"
         verdicts.wrong.append(f"{place}: {type(error).__name__} at {where}: {str(error)[:120]!r}")
+    signal.alarm(0)
     seconds, (_, peak) = time.process_time() - began, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     verdicts.most_bytes, verdicts.most_seconds = max(verdicts.most_bytes, peak), max(verdicts.most_seconds, seconds)
     if seconds > MAX_SECONDS or peak > MAX_BYTES + MAX_BYTES_OF_INPUT * len(data):
         verdicts.wrong.append(f"{place}: {seconds:.1f} s, {peak:,} bytes for {len(data):,}")
+
+
+def _stop(*_: object) -> None:
+    raise TimeoutError("it did not end")
 
 
 def readers(folder: Path) -> list[Reader]:
@@ -125,9 +133,9 @@ def _in_file(file: Path, read: Callable[[Path], object]) -> Callable[[bytes], ob
 
 
 def _messages() -> list[Reader]:
-    import torch
-
     from federation import test_hostile_messages as honest
+    from split import test_message_checks as split
+
     from fedloom.errors import UpdateError
     from fedloom.federation.blob import WireDtype, sealed, unsealed
     from fedloom.federation.messages import decode_broadcast, encode_broadcast, encode_failure
@@ -138,7 +146,6 @@ def _messages() -> list[Reader]:
     from fedloom.methods.zero_padding import ZeroPadding
     from fedloom.split.cut_messages import SplitMessage
     from fedloom.split.message_checks import check_message
-    from split import test_message_checks as split
 
     def answer(message: bytes) -> None:
         found = honest.received(message)
@@ -155,16 +162,17 @@ def _messages() -> list[Reader]:
         dtype = "int8" if found.matrix.scales_T is not None else "fp32"
         check_message(found, split.replace(split.EXPECTED, dtype=dtype))
 
-    strategy = ZeroPadding(honest.COHORT)
-    news = encode_broadcast(broadcasts_for(honest.state(), [1], strategy, {1: 2}, {1: 2.0})[0], WireDtype.FP32)
+    strategy, own = ZeroPadding(honest.COHORT), honest.update().adapter
+    states = [honest.state(), honest.replace(honest.state(), round=1, side=own, chain=(own,))]
+    sent = [broadcasts_for(state, [1], strategy, {1: 2}, {1: 2.0})[0] for state in states]
+    news = [encode_broadcast(one, WireDtype.FP32) for one in sent]
     update, failure = sealed(honest.sent()), encode_failure(Failure(1, "out of memory", 0))
     cut = [split.message().to_bytes(), split.message("int8").to_bytes()]
-    assert torch.get_num_threads() >= 1
     found = []
     for name, valid, read in (
         ("update", [update], answer),
         ("failure", [failure], answer),
-        ("broadcast", [news], broadcast),
+        ("broadcast", news, broadcast),
         ("split message", cut, split_message),
     ):
         found.append(Reader(f"{name}, changed on the way", valid, read, mutations.TENSORS, hashed=True))
@@ -213,10 +221,11 @@ def _files(folder: Path) -> list[Reader]:
 
 def _states(folder: Path) -> list[Reader]:
     from federation import test_hostile_messages as honest
+
     from fedloom.data.partition import Partition
     from fedloom.evaluation.decoding import GREEDY
-    from fedloom.evaluation.judge.verdict_cache import VerdictCache
     from fedloom.evaluation.judge.endpoint import Reply
+    from fedloom.evaluation.judge.verdict_cache import VerdictCache
     from fedloom.evaluation.outputs_file import OutputsFile
     from fedloom.lora.peft_files import load_peft, save_peft
     from fedloom.methods.state_codec import damage_named, read_state, state_files

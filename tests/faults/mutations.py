@@ -112,7 +112,7 @@ def numbers(data: bytes, rng: Rng) -> bytes:
         name = next(iter(found["__metadata__"]))
         text = json_value(found["__metadata__"][name].encode(), rng)
         found["__metadata__"][name] = text.decode("utf-8", "replace")
-    except (ValueError, KeyError, StopIteration, AttributeError):
+    except (ValueError, KeyError, TypeError, StopIteration, AttributeError):
         return flip(data, rng)
     whole = json.dumps(found).encode()
     return len(whole).to_bytes(8, "little") + whole + data[8 + length :]
