@@ -1,7 +1,7 @@
 """Die, or be refused, at the n-th change of the disk: what a killed process and a full disk do to a command.
 
-A change is a file opened to be written, a write, a sync, a rename, a removal, a new folder, a link, a cut or a change of
-mode, inside one folder and by the main thread. Python tells of most by its audit hooks, which a fork can set without a
+A change is a file opened to be written, a write, a sync, a rename, a removal, a new folder, a link, a cut or a change
+of mode, inside one folder and by the main thread. Python tells of most by its audit hooks, which a fork can set without a
 trace in its parent; writes, syncs, safetensors and SQLite are wrapped. A write that meets its fault is half done.
 """
 
@@ -30,7 +30,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 @dataclass
 class DiskFault:
-    """What happens to the change number ``at`` (from 0) inside ``root``: the end where ``number`` is None, else an error.
+    """What happens to the change number ``at`` (from 0) inside ``root``: the end, or the error ``number``.
 
     From then on every change but a removal meets the same error, as on a disk that is full. ``at`` None only counts.
     """

@@ -13,7 +13,8 @@ Rng = np.random.Generator
 Mutation = Callable[[bytes, Rng], bytes]
 ODD: list[Any] = [
     None, True, False, -1, 0, 1.5, 10**12, 2**53 + 1, 2**64, 10**400, math.nan, math.inf, -math.inf, 1e308, -0.0, "",
-    "20", "x" * 5000, "\x1b[2J\x00", "\ud800", [], [1], [None], {}, {"a": 1}, [[[[[[]]]]]], "F64", [2, -2], [2**40, 2**40],
+    "20", "x" * 5000, "\x1b[2J\x00", "\ud800", [], [1], [None], {}, {"a": 1}, [[[[[[]]]]]], "F64", [2, -2],
+    [2**40, 2**40],
 ]  # fmt: skip
 KEYS = ("admin", "", "__metadata__", "é", "a" * 3000, "../x", "__class__")
 
