@@ -1,8 +1,9 @@
 """Die, or be refused, at the n-th change of the disk: what a killed process and a full disk do to a command.
 
 A change is a file opened to be written, a write, a sync, a rename, a removal, a new folder, a link, a cut or a change
-of mode, inside one folder and by the main thread. Python tells of most by its audit hooks, which a fork can set without a
-trace in its parent; writes, syncs, safetensors and SQLite are wrapped. A write that meets its fault is half done.
+of mode, inside one folder and by the main thread. Python tells of most by its audit hooks, which a fork can set
+without a trace in its parent; writes, syncs, safetensors and SQLite are wrapped. A write that meets its fault is half
+done.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ WAYS: Mapping[str, Act] = {
     "`B/50`, `A·50`": _scaled(0.02, 50),
     "`B·10⁶`, `A/10⁶`": _scaled(1e6, 1e-6),
     "10¹² rows": _counted(num_rows=10**12),
-    "most tokens it may claim": _counted(num_tokens=320, num_loss_tokens=320),
+    "most tokens it may claim": _counted(num_tokens=80, num_loss_tokens=80),
     "10⁹ tokens": _counted(num_tokens=10**9, num_loss_tokens=10**9),
     "NaN": _each(lambda tensor: tensor * math.nan),
     "infinity": _each(lambda tensor: tensor / 0.0),
