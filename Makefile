@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 EXTRAS := lm-eval,meteor,mlflow,quantized,sentencepiece,wandb
 EXTRAS_READY := $(VENV)/.extras-ready
 
-.PHONY: setup test test-extras check format demo docs clean
+.PHONY: setup test faults test-extras check format demo docs clean
 
 setup: $(READY)
 
@@ -33,6 +33,10 @@ $(EXTRAS_READY): $(READY)
 
 test-extras: $(EXTRAS_READY)
 	FEDLOOM_EXTRAS=1 $(BIN)/python -m pytest -m extra $(PYTEST_FLAGS)
+
+# FAULTS=0.1 tries a seeded tenth; STAGES="kills inputs" some of it.
+faults: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m faults $(STAGES)
 
 check: $(READY)
 	$(BIN)/ruff check .

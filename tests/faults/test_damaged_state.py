@@ -18,7 +18,15 @@ from fedloom.run_folder.manifest import read_manifest
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("seen", "x"), ("seen", {"a": 1}), ("chain", "x"), ("typical_norm", "x"), ("round", "x"), ("seen", {"1": "x"})],
+    [
+        ("seen", "x"),
+        ("seen", {"a": 1}),
+        ("chain", "x"),
+        ("chain", 10**12),
+        ("typical_norm", "x"),
+        ("round", "x"),
+        ("seen", {"1": "x"}),
+    ],
 )
 def test_a_state_whose_own_part_is_text_is_refused_by_its_round(
     name: str, value: Any, settings_for: Callable[..., Settings], tmp_path: Path
