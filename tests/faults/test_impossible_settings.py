@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from fedloom import load_settings
+from fedloom import config, load_settings
 from fedloom.cli.app import exit_code
 from fedloom.config.checks import LARGEST_POPULATION
 from fedloom.data.division import Division, Scheme, divide
@@ -85,3 +85,11 @@ def test_the_least_number_of_rows_acts_in_every_scheme(scheme: Scheme) -> None:
 def test_settings_made_in_python_are_checked_too() -> None:
     with pytest.raises(SettingsError, match=r"federation\.num_rounds: expected at most 1,000,000,000"):
         load_settings("demo", ["federation.num_rounds=1000000001"])
+
+
+@pytest.mark.parametrize(
+    "extra", [{"../x": 1.5}, {"a.b": {"c": 1}}, {"data": {"path": "x" * 5000}}, {"data": {"a.b": 1}}]
+)
+def test_a_table_with_a_dot_in_its_name_and_a_name_too_long_are_refused(extra: dict[str, object]) -> None:
+    with pytest.raises(SettingsError, match=r"expected (one of the tables|a setting of|a file or folder)"):
+        config.resolve(extra, "a test")

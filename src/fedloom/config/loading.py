@@ -90,7 +90,12 @@ def resolve(
     if _names_another_method(document, overrides):
         settings = with_method(settings, settings.method.name, keep=_parse_overrides(overrides))
     suspect = {problem.setting for problem in found}
-    later = [problem for check in also for problem in check(settings)]
+    try:
+        later = [problem for check in also for problem in check(settings)]
+    except OSError as error:  # a name that no file can have, or one that may not be looked at
+        raise SettingsError(
+            f"{str(error.filename)[:80]}: expected a file or folder to use, got {error.strerror}; check name and rights"
+        ) from error
     found += [problem for problem in later if suspect.isdisjoint((problem.setting, *problem.about))]
     refuse(found, origins)
     return settings
@@ -181,7 +186,7 @@ def _validated(document: Document) -> tuple[Settings, list[Problem]]:
         found = schema_problems(error, document)
     usable = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in document.items()}
     for problem in found:
-        if "." in problem.setting:
+        if "." in problem.setting and problem.setting not in usable:  # a table's name may hold a dot too
             _drop(usable, problem.setting)
         else:
             usable.pop(problem.setting, None)

@@ -220,11 +220,11 @@ def _read_parquet(file: Path) -> Iterator[tuple[int, Row]]:
     with tempfile.TemporaryDirectory(prefix="fedloom-") as cache:
         try:
             table = datasets.load_dataset("parquet", data_files=str(file), split="train", cache_dir=cache)
+            rows = table.to_list()  # text that is none is found here
         except (datasets.exceptions.DatasetGenerationError, OSError, ValueError) as cause:
             raise DataError(
                 f"{file}: expected a Parquet file, got {_root(cause)}; fetch or convert it again"
             ) from cause
-        rows = table.to_list()
         del table
     yield from enumerate(rows, start=1)
 
