@@ -15,11 +15,12 @@ from torch import nn
 
 import fedloom
 from fedloom.assembly import inputs as assembly_inputs
-from fedloom.assembly.engine_choice import engine_of
+from fedloom.assembly.engine_choice import Surroundings, engine_of
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.round_plan import plan_of, population_of, rules_of, training_of
 from fedloom.assembly.split_run import segment_strategy, split_plan
 from fedloom.config import Settings, checks, every_setting, with_method
+from fedloom.config.conduct import Engine as EngineSettings
 from fedloom.methods import table
 from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort
@@ -129,6 +130,12 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluation.length_penalty": (1.0, {}),
     "evaluation.no_repeat_ngram": (0, {}),
     "evaluation.max_new_tokens": (10, {}),
+    "engine.name": ("ray", {}),
+    "engine.workers": (3, {"engine.name": "ray"}),
+    "engine.gpus_per_worker": (0.5, {"engine.name": "ray"}),
+    "engine.cpus_per_worker": (2.0, {"engine.name": "ray"}),
+    "engine.address": ("auto", {"engine.name": "ray"}),
+    "engine.retries": (1, {"engine.name": "ray"}),
     "engine.threads": (2, {}),
     "run.seed": (2, {}),
     "run.keep_updates": (True, {}),
@@ -143,6 +150,12 @@ INPUTS = ("model.", "data.", "partition.")
 READ_IN = {
     "federation.num_clients": ("assembly/inputs.py", "num_clients=wanted"),
     "run.seed": ("assembly/inputs.py", 'stream(settings.run.seed, "hold-out")'),
+    "engine.name": ("assembly/engine_choice.py", 'if settings.engine.name == "ray"'),
+    "engine.workers": ("assembly/engine_choice.py", "Resources(chosen.cpus_per_worker, gpus, chosen.workers)"),
+    "engine.gpus_per_worker": ("assembly/engine_choice.py", "gpus = chosen.gpus_per_worker"),
+    "engine.cpus_per_worker": ("assembly/engine_choice.py", "Resources(chosen.cpus_per_worker, gpus, chosen.workers)"),
+    "engine.address": ("assembly/engine_choice.py", "running_ray(chosen.address, resources)"),
+    "engine.retries": ("assembly/engine_choice.py", "Crew(hiring, size, welcome, chosen.retries, around.note)"),
     "engine.threads": ("assembly/inputs.py", "compute_with(settings.engine.threads)"),
     "evaluation.suites": ("experiment/session.py", "chosen.suites"),
     "run.keep_updates": ("experiment/loop.py", "if settings.run.keep_updates"),
@@ -187,7 +200,10 @@ def in_rounds(settings: Settings) -> list[object]:
     population = population_of(settings, inputs)
     plan = plan_of(settings, population, lora)
     strategy: Any = plan.strategy
-    with engine_of(settings, population, lora, strategy.client, ServerState(), {}, lambda report: None) as running:
+    nobody: Any = lambda told: None  # noqa: E731
+    local = settings.model_copy(update={"engine": EngineSettings()})
+    around = Surroundings(inputs, lora, inputs, population, nobody, nobody)
+    with engine_of(local, around, strategy.client, ServerState(), {}) as running:
         engine: Any = running
     return [
         {**without_functions(population), "rows_of": None},

@@ -125,6 +125,9 @@ def compare(
         ),
     ] = None,
     reference: ReferenceOption = None,
+    parallel: Annotated[
+        int, typer.Option("--parallel", metavar="N", help="Runs at once, each in a process of its own on this machine.")
+    ] = 1,
     overrides: SetOption = None,
     out: ComparisonOption = None,
     fresh: FreshOption = False,
@@ -142,7 +145,7 @@ def compare(
 
     with progress_for() as progress:
         result = experiment.compare(
-            settings, chosen, numbers, folder, reference=reference, fresh=fresh, progress=progress
+            settings, chosen, numbers, folder, reference=reference, fresh=fresh, progress=progress, parallel=parallel
         )
     print_result(result, as_json=as_json)
     say(f"comparison folder: {folder}; for a report: fedloom report {folder}")

@@ -9,6 +9,7 @@ from annotated_types import Ge, Le
 from fedloom.config.setting import (
     Count,
     Fraction,
+    Name,
     Natural,
     NonNegative,
     NonNegativePerClient,
@@ -21,6 +22,8 @@ from fedloom.config.setting import (
 
 CUT = {"method.name": having("is_cut")}
 TRAINED = {"method.name": having("is_trained")}
+ON_RAY = {"engine.name": ("ray",)}
+Workers = Annotated[int, Ge(1), Le(10_000)]
 Threads = Annotated[int, Ge(1), Le(1024)]
 SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-number"]
 
@@ -68,6 +71,20 @@ class Evaluation(Table):
 class Engine(Table):
     """Where clients train, and with how much of a machine. It changes no result, but for the last bits by `threads`."""
 
+    name: Literal["local", "ray"] = setting(
+        "local", "Where clients train: in this process, or on the workers of Ray.", when=TRAINED
+    )
+    workers: Workers | None = setting(
+        None, "Workers, each with a base of its own; default: one per GPU, else one per two cores.", when=ON_RAY
+    )
+    gpus_per_worker: NonNegative | None = setting(
+        None, "GPUs of a worker, or a part of one; default: 1 where the base is on a GPU, else 0.", when=ON_RAY
+    )
+    cpus_per_worker: Positive = setting(1.0, "CPUs that Ray reserves for a worker.", when=ON_RAY)
+    address: Name | None = setting(
+        None, "A running Ray cluster: auto, or host:port; default: one is started on this machine.", when=ON_RAY
+    )
+    retries: Natural = setting(2, "Times a client is given to another worker because its worker died.", when=ON_RAY)
     threads: Threads = setting(1, "CPU threads that compute the base, everywhere; sums round otherwise with another.")
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from fedloom.assembly.inputs import Workshop
 from fedloom.config import Settings, every_variant
 from fedloom.errors import RunError
+from fedloom.experiment.parallel_runs import check_parallel, run_in_processes
 from fedloom.experiment.session import RunSummary, run
 from fedloom.file_formats import COMPARISON
 from fedloom.reporting.progress import Progress, SilentProgress
@@ -52,11 +53,13 @@ def compare(
     reference: str | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
+    parallel: int = 1,
 ) -> MethodsComparison:
     """Run every method with every seed into ``out/<method>-seed<k>/`` and tabulate them.
 
     Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds. The table sets
-    each method against ``reference``, by default FedIT where it is one of several.
+    each method against ``reference``, by default FedIT where it is one of several. With ``parallel`` above 1 that many
+    run at once, each in a process of its own, to the same results.
 
     Raises:
         SettingsError: a method or seed does not exist or comes twice, or a variant is not valid; nothing was run.
@@ -68,12 +71,12 @@ def compare(
     reference = reference_among(methods, reference)
     refuse_other_folder(Path(out))
     out, progress = Path(out), progress or SilentProgress()
-    workshop = Workshop(progress)
-    runs: list[RunSummary] = []
-    for variant in variants:
-        method, seed = variant.method.name, variant.run.seed
-        progress.note(f"run {len(runs) + 1} of {len(variants)}: {method}, seed {seed}")
-        runs.append(run(variant, out / f"{method}-seed{seed}", fresh=fresh, progress=progress, workshop=workshop))
+    check_parallel(variants, parallel)
+    planned = [(one, out / f"{one.method.name}-seed{one.run.seed}") for one in variants]
+    if parallel > 1:
+        runs = run_in_processes(planned, parallel, fresh=fresh, progress=progress)
+    else:
+        runs = _one_after_another(planned, fresh, progress)
     stored: dict[str, list[StoredRun]] = {}
     for summary in runs:
         stored.setdefault(summary.method, []).append(read_run(summary.folder))
@@ -81,6 +84,15 @@ def compare(
     result = MethodsComparison(out, tuple(runs), table)
     durable.write_json(out / "comparison.json", {"format_version": COMPARISON.number, **result.as_dict()})
     return result
+
+
+def _one_after_another(planned: Sequence[tuple[Settings, Path]], fresh: bool, progress: Progress) -> list[RunSummary]:
+    workshop, runs = Workshop(progress), list[RunSummary]()
+    for settings, folder in planned:
+        method, seed = settings.method.name, settings.run.seed
+        progress.note(f"run {len(runs) + 1} of {len(planned)}: {method}, seed {seed}")
+        runs.append(run(settings, folder, fresh=fresh, progress=progress, workshop=workshop))
+    return runs
 
 
 def refuse_other_folder(out: Path) -> None:

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom.assembly.engine_choice import engine_of
+from fedloom.assembly.engine_choice import Surroundings, engine_of, trains_here
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.round_plan import Population, plan_of
 from fedloom.assembly.round_state import read_round, round_files, standing_of
@@ -32,6 +32,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState, Standing, Update
 from fedloom.methods.state_codec import damage_named
 from fedloom.methods.traits import Kind
+from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress
 from fedloom.results.state_scores import Score, score_here
 from fedloom.run_folder.writer import RunFolder, Writer
@@ -71,7 +72,7 @@ class Loop(Protocol):
         ...
 
 
-def loop_of(settings: Settings, inputs: Inputs, lora: LoRAModel, population: Population) -> LoopKind | None:
+def loop_of(settings: Settings, inputs: Inputs, base: Base, lora: LoRAModel, population: Population) -> LoopKind | None:
     """Return what has to be checked before a folder is made; None where nothing is trained.
 
     Raises:
@@ -81,9 +82,9 @@ def loop_of(settings: Settings, inputs: Inputs, lora: LoRAModel, population: Pop
         case Kind.UNTRAINED:
             return None
         case Kind.SPLIT:
-            return LoopKind(settings, lora, population, None, split_run(settings, inputs, lora))
+            return LoopKind(settings, inputs, base, lora, population, None, split_run(settings, inputs, lora))
         case Kind.FEDERATED | Kind.CONTROL:
-            return LoopKind(settings, lora, population, plan_of(settings, population, lora), None)
+            return LoopKind(settings, inputs, base, lora, population, plan_of(settings, population, lora), None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +92,8 @@ class LoopKind:
     """A loop that is set up but does not know its folder yet."""
 
     settings: Settings
+    inputs: Inputs
+    base: Base
     lora: LoRAModel
     population: Population
     plan: RoundPlan | None
@@ -107,6 +110,8 @@ class LoopKind:
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Return the loop at the point that the folder has reached."""
         if self.split is not None:
+            if self.settings.engine.name == "ray":
+                progress.note(trains_here(self.settings))
             return SplitPeriods(
                 self.settings.method.name, self.split, self.lora, restored_split(self.split, folder), progress
             )
@@ -153,11 +158,12 @@ class AdapterRounds:
     def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one round at a time."""
         settings, population = self.kind.settings, self.kind.population
-        half, lora = self.plan.strategy.client, self.kind.lora
+        around = Surroundings(
+            self.kind.base, self.kind.lora, self.kind.inputs, population, self._on_step, self.progress.note
+        )
         with ExitStack() as stack:
-            engine = stack.enter_context(
-                engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
-            )
+            made = engine_of(settings, around, self.plan.strategy.client, self.state, self.memories)
+            engine = stack.enter_context(made)
             shown = ShownEngine(engine, self.progress)
             keeper = None
             if settings.run.keep_updates:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import embedded
+from fedloom.assembly.engine_choice import check_engine
 from fedloom.assembly.inputs import Inputs, Workshop
 from fedloom.assembly.round_plan import Population, population_of, training_of
 from fedloom.config import Settings
@@ -105,6 +106,7 @@ def run(
         refuse_foreign(out)
     else:
         refuse_another(out, settings.as_dict(), may_change)
+    check_engine(settings)
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
     is_saved = is_begun(out) and saved.exists() and not fresh
@@ -116,7 +118,7 @@ def run(
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
     placed = resolve_names(settings, inputs.partition.names)
     population = population_of(placed, inputs)
-    kind = loop_of(placed, inputs, lora, population)
+    kind = loop_of(placed, inputs, base, lora, population)
     if kind is not None and not fresh:
         _refuse_fewer_rounds(out, kind.num_rounds)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:

@@ -247,6 +247,7 @@ def _needed_extras(settings: Settings, extras: Mapping[str, tuple[str, ...]]) ->
     quantization: Quantization = settings.model.quantization
     needed = {"quantized": f"model.quantization = {quantization}"} if quantization != "none" else {}
     needed |= {name: f"run.trackers = {name}" for name in settings.run.trackers}
+    needed |= {"cluster": "engine.name = ray"} if settings.engine.name == "ray" else {}
     for extra, reason in needed.items():
         missing = extras.get(extra, ())
         verdict = Verdict.NO if missing else Verdict.YES

@@ -1,0 +1,136 @@
+"""Run several experiments at once, each in a process of its own, by the ordinary command."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedloom.config import Settings
+from fedloom.errors import RunError, SettingsError
+from fedloom.experiment.session import RunSummary
+from fedloom.methods import table
+from fedloom.reporting.progress import Progress
+
+_ERROR = "error: "
+_ENDING_SECONDS = 60.0
+"""How long an interrupted run may take to end."""
+
+
+def check_parallel(variants: Sequence[Settings], parallel: int) -> None:
+    """Check that runs can have processes of their own.
+
+    Raises:
+        SettingsError: they cannot.
+    """
+    if parallel < 1:
+        raise SettingsError(f"--parallel: expected an integer ≥ 1, got {parallel}; give the number of processes")
+    if parallel == 1:
+        return
+    if any(one.engine.name != "local" for one in variants):
+        raise SettingsError(
+            "--parallel: expected engine.name = local, got ray, whose workers one run uses after the other; drop "
+            "--parallel, or set engine.name = local"
+        )
+    for one in variants:
+        if table.get(one.method.name).is_local:
+            raise SettingsError(
+                f"--parallel: expected methods of installed packages, got {one.method.name}, which only this process "
+                "knows; install it, or drop --parallel"
+            )
+
+
+def run_in_processes(
+    runs: Sequence[tuple[Settings, Path]], parallel: int, *, fresh: bool, progress: Progress
+) -> list[RunSummary]:
+    """Run all, ``parallel`` at a time, and return their summaries in the order given.
+
+    The first run that fails, or an interruption, ends the others; each goes on by the same command.
+
+    Raises:
+        RunError: a run failed; the message is its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _Processes(Path(folder), fresh, progress)
+        with ThreadPoolExecutor(parallel) as threads:
+            waiting = [threads.submit(processes.run, settings, out) for settings, out in runs]
+            try:
+                done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
+                _raise_first(done)
+            except BaseException:
+                threads.shutdown(wait=False, cancel_futures=True)
+                processes.end()
+                raise
+        return [one.result() for one in waiting]
+
+
+def _raise_first(done: set[Future[RunSummary]]) -> None:
+    for one in done:
+        one.result()
+
+
+@dataclass
+class _Processes:
+    """The processes that are running."""
+
+    folder: Path
+    fresh: bool
+    progress: Progress
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _running: list[subprocess.Popen[str]] = field(default_factory=list)
+    _is_ended: bool = False
+
+    def run(self, settings: Settings, out: Path) -> RunSummary:
+        """Run one, pass its lines on with its name before each, and return its summary."""
+        recipe, printed = self.folder / f"{out.name}.json", self.folder / f"{out.name}.out"
+        recipe.write_text(json.dumps(settings.as_dict()), encoding="utf-8")
+        command = [sys.executable, "-m", "fedloom", "run", str(recipe), "--out", str(out), "--json"]
+        errors: list[str] = []
+        with printed.open("w", encoding="utf-8") as output, self._started(command, output) as process:
+            assert process.stderr is not None
+            for line in process.stderr:
+                if line.startswith(_ERROR):
+                    errors.append(line.removeprefix(_ERROR).strip())
+                else:
+                    self.progress.note(f"{out.name}: {line.rstrip()}")
+        if process.returncode != 0:
+            reason = "; ".join(errors) or f"its process ended with {process.returncode}; see the lines before"
+            raise RunError(f"{out.name}: {reason}")
+        found = json.loads(printed.read_text(encoding="utf-8"))
+        return RunSummary(**{**found, "folder": Path(found["folder"])})
+
+    def end(self) -> None:
+        """Interrupt what runs, as ctrl-c does, and wait for it; what does not end is killed."""
+        with self._lock:
+            self._is_ended = True
+            running = [process for process in self._running if process.poll() is None]
+        for process in running:
+            process.send_signal(signal.SIGINT)
+        for process in running:
+            try:
+                process.wait(_ENDING_SECONDS)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+    def _started(self, command: list[str], output: object) -> subprocess.Popen[str]:
+        with self._lock:
+            if self._is_ended:
+                raise RunError("another run failed: this one was not started; run the same command again")
+            # A session of its own: ctrl-c reaches this process alone, which then ends the others once.
+            process: subprocess.Popen[str] = subprocess.Popen(
+                command + ["--fresh"] * self.fresh,
+                stdout=output,  # type: ignore[call-overload]
+                stderr=subprocess.PIPE,
+                text=True,
+                errors="replace",
+                start_new_session=True,
+            )
+            self._running.append(process)
+        return process
