@@ -1,8 +1,8 @@
 """What carries frames between the server and the sites, and proves who sent them.
 
-A link is one end: the server's, which sends to sites by name, or a site's, which sends to :data:`SERVER` alone. It knows
-nothing of what it carries. Frames to one receiver arrive in the order of sending, or not at all: whoever needs an answer
-asks again (see ``sites_engine`` and ``site_worker``), so a link need not keep what a broken connection lost.
+A link is one end: the server's, which sends to sites by name, or a site's, which sends to :data:`SERVER` alone. It
+knows nothing of what it carries. Frames to one receiver arrive in the order of sending, or not at all: whoever needs an
+answer asks again (see ``sites_engine`` and ``site_worker``), so a link need not keep what a broken connection lost.
 """
 
 from __future__ import annotations
