@@ -14,7 +14,7 @@ from fedloom.errors import DataError, UpdateError
 from fedloom.sites.sheet import read_sheet, sheet_of
 from fedloom.sites.study import resolve_study
 
-SHA = "ab" * 32
+SHA, RUN = "ab" * 32, "0" * 32
 STUDY: dict[str, Any] = {
     "sites": {"names": ["a", "b"]},
     "method": {"name": "flora", "ranks": [8, 4]},
@@ -25,18 +25,18 @@ STUDY: dict[str, Any] = {
 
 def sheet_bytes(**data: Any) -> bytes:
     settings = resolve_study({**STUDY, "data": data}, "study.toml").settings
-    return sheet_of(settings, 1, "0" * 32, SHA, SHA, scores=False).model_dump_json().encode()
+    return sheet_of(settings, 1, RUN, SHA, SHA, scores=False).model_dump_json().encode()
 
 
 def test_a_sheet_comes_back_with_the_training_and_rank_of_its_client() -> None:
-    found, settings = read_sheet(sheet_bytes()), resolve_study(STUDY, "study.toml").settings
+    found, settings = read_sheet(sheet_bytes(), RUN), resolve_study(STUDY, "study.toml").settings
     assert found.local_training == training_of(settings)
     assert (found.client, found.rank, found.scale) == (1, 4, 2.0)
 
 
 @pytest.mark.parametrize("name", shipped_templates())
 def test_a_template_travels_as_its_text(name: str) -> None:
-    template: Any = read_sheet(sheet_bytes(template=name)).template.template()
+    template: Any = read_sheet(sheet_bytes(template=name), RUN).template.template()
     assert (template.with_input, template.dialogue) == (load_template(name).with_input, load_template(name).dialogue)
 
 
@@ -45,7 +45,7 @@ def test_a_template_of_ones_own_travels_as_its_text_too(tmp_path: Path) -> None:
     text = json.loads(sheet_bytes(template="plain"))["template"]["text"].replace("{instruction}", "Q: {instruction}")
     own.write_text(text)
     assert b"own.toml" not in sheet_bytes(template=str(own))
-    assert "Q: " in read_sheet(sheet_bytes(template=str(own))).template.text
+    assert "Q: " in read_sheet(sheet_bytes(template=str(own)), RUN).template.text
 
 
 @pytest.mark.parametrize(
@@ -68,11 +68,11 @@ def test_a_template_of_ones_own_travels_as_its_text_too(tmp_path: Path) -> None:
 def test_a_sheet_with_anything_else_is_refused(entry: str, value: Any) -> None:
     document = {**json.loads(sheet_bytes()), entry: value}
     with pytest.raises(UpdateError, match="expected a sheet of this form"):
-        read_sheet(json.dumps(document).encode())
+        read_sheet(json.dumps(document).encode(), RUN)
 
 
 def test_a_template_that_is_none_is_refused_and_names_no_file() -> None:
     document = json.loads(sheet_bytes())
     document["template"] = {"kind": "text", "text": "/etc/passwd"}
     with pytest.raises(DataError, match="the sheet's template"):
-        read_sheet(json.dumps(document).encode()).template.template()
+        read_sheet(json.dumps(document).encode(), RUN).template.template()

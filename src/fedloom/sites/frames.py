@@ -59,7 +59,7 @@ class Hello(Part):
     fedloom: Version
     torch: Version
     run: RunId | None = None
-    state: Literal["waiting", "loading", "ready", "training"]
+    state: Literal["waiting", "loading", "ready", "training", "scoring"]
     task: Hash | None = None
 
 

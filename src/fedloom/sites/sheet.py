@@ -142,14 +142,14 @@ def sheet_of(settings: Settings, client: int, run: str, base_sha256: str, tokeni
     )
 
 
-def read_sheet(body: bytes) -> Sheet:
-    """Read a sheet at a site.
+def read_sheet(body: bytes, run: str) -> Sheet:
+    """Read a sheet of a run at a site.
 
     Raises:
         UpdateError: it is not of this form.
     """
     try:
-        return Sheet.model_validate_json(body)
+        sheet = Sheet.model_validate_json(body)
     except (ValidationError, RecursionError) as error:
         where = ""
         if isinstance(error, ValidationError):
@@ -158,6 +158,9 @@ def read_sheet(body: bytes) -> Sheet:
         raise UpdateError(
             f"expected a sheet of this form, got another{where}; run the same version of fedloom on both sides"
         ) from error
+    if sheet.run != run:
+        raise UpdateError(f"expected a sheet of run {run}, got one of {sheet.run}; send its own")
+    return sheet
 
 
 def _template_of(data: Data) -> SheetTemplate:
