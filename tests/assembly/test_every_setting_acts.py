@@ -15,8 +15,9 @@ from torch import nn
 
 import fedloom
 from fedloom.assembly import inputs as assembly_inputs
+from fedloom.assembly.engine_choice import engine_of
 from fedloom.assembly.inputs import Workshop
-from fedloom.assembly.round_plan import engine_of, plan_of, population_of, rules_of, training_of
+from fedloom.assembly.round_plan import plan_of, population_of, rules_of, training_of
 from fedloom.assembly.split_run import segment_strategy, split_plan
 from fedloom.config import Settings, checks, every_setting, with_method
 from fedloom.methods import table
@@ -128,6 +129,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "evaluation.length_penalty": (1.0, {}),
     "evaluation.no_repeat_ngram": (0, {}),
     "evaluation.max_new_tokens": (10, {}),
+    "engine.threads": (2, {}),
     "run.seed": (2, {}),
     "run.keep_updates": (True, {}),
     "run.keep_states": (True, {}),
@@ -141,6 +143,7 @@ INPUTS = ("model.", "data.", "partition.")
 READ_IN = {
     "federation.num_clients": ("assembly/inputs.py", "num_clients=wanted"),
     "run.seed": ("assembly/inputs.py", 'stream(settings.run.seed, "hold-out")'),
+    "engine.threads": ("assembly/inputs.py", "compute_with(settings.engine.threads)"),
     "evaluation.suites": ("experiment/session.py", "chosen.suites"),
     "run.keep_updates": ("experiment/loop.py", "if settings.run.keep_updates"),
     "run.keep_states": ("experiment/session.py", "if not self.settings.run.keep_states"),
@@ -184,7 +187,8 @@ def in_rounds(settings: Settings) -> list[object]:
     population = population_of(settings, inputs)
     plan = plan_of(settings, population, lora)
     strategy: Any = plan.strategy
-    engine = engine_of(settings, population, lora, strategy.client, ServerState(), {}, lambda report: None)
+    with engine_of(settings, population, lora, strategy.client, ServerState(), {}, lambda report: None) as running:
+        engine: Any = running
     return [
         {**without_functions(population), "rows_of": None},
         {**without_functions(plan), "strategy": None, "sample": None},

@@ -34,7 +34,7 @@ def run_folder(tmp_path: Path) -> Path:
     """Write the files of a run of one round."""
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps(new_manifest({})), encoding="utf-8")
+    (folder / "manifest.json").write_text(json.dumps(new_manifest({}, {})), encoding="utf-8")
     (folder / "config.json").write_text(json.dumps({"method": {"name": "flora"}, "run": {"seed": 1}}), encoding="utf-8")
     record = {"round": 1, "eval": {"loss_nats": 1.0}, "upload_bytes": 1, "download_bytes": 1, "seconds": {"train": 1.0}}
     (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")

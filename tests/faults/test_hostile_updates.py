@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load, save
 
 from fedloom.config import Settings
-from fedloom.engines import local_engine
+from fedloom.engines import receiving
 from fedloom.experiment import run
 
 Make = Callable[..., Settings]
@@ -25,7 +25,7 @@ def records_of(
     mutate: Mutate, settings: Settings, folder: Path, monkeypatch: pytest.MonkeyPatch, rounds: tuple[int, ...] = ()
 ) -> list[dict[str, Any]]:
     """Run with client 1's tensors and numbers changed in place, or its whole message returned; give the rounds."""
-    original = local_engine.decode_answer
+    original = receiving.decode_answer
 
     def decode(blob: bytes, broadcast: Any, *rest: Any) -> Any:
         if broadcast.client == HOSTILE and (not rounds or broadcast.round in rounds):
@@ -38,7 +38,7 @@ def records_of(
             blob = got(blob) if callable(got) else blob
         return original(blob, broadcast, *rest)
 
-    monkeypatch.setattr(local_engine, "decode_answer", decode)
+    monkeypatch.setattr(receiving, "decode_answer", decode)
     run(settings, folder)
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

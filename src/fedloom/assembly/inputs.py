@@ -25,6 +25,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.models.causal import context_of
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
+from fedloom.models.threads import compute_with
 from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
@@ -72,6 +73,7 @@ class Workshop:
 
     def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
         """Return the base of the settings, wrapped, without slots or side."""
+        compute_with(settings.engine.threads)
         key = settings.model.model_dump_json()
         if self._base is None or self._base_key != key:
             model = settings.model

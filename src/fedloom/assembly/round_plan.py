@@ -1,4 +1,4 @@
-"""Settings become the objects of a round loop: strategy, server rules, plan, engine.
+"""Settings become the objects of a round loop: population, strategy, server rules, plan.
 
 Controls run through the same loop at the same number of rows. Where one client owns every row (centralised), it takes
 as many steps a round as all sampled clients together; otherwise every client tunes for itself (standalone). Neither
@@ -11,14 +11,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from fedloom.assembly.inputs import Inputs
-from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.batches import num_batches
 from fedloom.data.tokens import TokenSet
-from fedloom.engines.local_engine import LocalEngine
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
@@ -27,15 +24,11 @@ from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
-from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
-from fedloom.methods.state import ServerState
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.causal import context_of
-from fedloom.training.cohort_round import LocalTraining, StepReport
+from fedloom.training.cohort_round import LocalTraining
 
-CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
-"""Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""
 _ENDLESS = 1 << 20
 """Tokens of a row where neither the recipe nor the base states a limit."""
 
@@ -170,30 +163,4 @@ def training_of(settings: Settings) -> LocalTraining:
         dropout=training.dropout,
         label_smoothing=training.label_smoothing,
         token_budget=training.token_budget,
-    )
-
-
-def engine_of(
-    settings: Settings,
-    population: Population,
-    lora: LoRAModel,
-    half: ClientHalf,
-    state: ServerState,
-    memories: dict[int, Memory],
-    on_step: Callable[[StepReport], None],
-) -> LocalEngine:
-    """Return the engine that trains the population in this process, from a state on."""
-    device: Any = next(lora.model.parameters()).device
-    return LocalEngine(
-        lora=lora,
-        rows_of=population.rows_of,
-        training=training_of(settings),
-        seed=settings.run.seed,
-        wire=None if settings.traits.is_control else WireDtype(settings.wire.dtype),
-        clients_at_once=CLIENTS_AT_ONCE[device.type],
-        half=half,
-        memories=memories,
-        version=state.round,
-        side=state.side,
-        on_step=on_step,
     )

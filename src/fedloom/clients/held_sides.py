@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fedloom.errors import BehindError
 from fedloom.lora.pair import Adapter
 from fedloom.methods.side import digest, grown_by
@@ -43,6 +45,12 @@ class HeldSides:
             raise BehindError(0, f"its side has hash {found[:12]} after the news, the server's {news.sha256[:12]}")
         self._keep(news.version, side, found)
         return side
+
+    def hold(self, version: int, side: Callable[[], Adapter]) -> None:
+        """Hold a version of the side as it was handed over, ``side`` being asked only where it is not held yet."""
+        if version not in self._sides:
+            found = side()
+            self._keep(version, found, digest(found))
 
     def _keep(self, version: int, side: Adapter, sha256: str) -> None:
         self._sides[version], self._digests[version] = side, sha256

@@ -1,8 +1,10 @@
-"""The tables that say how to run: devices of the cost model, the wire, evaluation, the run itself."""
+"""The tables that say how to run: devices of the cost model, the wire, evaluation, the engine, the run itself."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Le
 
 from fedloom.config.setting import (
     Count,
@@ -19,6 +21,7 @@ from fedloom.config.setting import (
 
 CUT = {"method.name": having("is_cut")}
 TRAINED = {"method.name": having("is_trained")}
+Threads = Annotated[int, Ge(1), Le(1024)]
 SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-number"]
 
 
@@ -60,6 +63,12 @@ class Evaluation(Table):
     length_penalty: NonNegative = setting(0.8, "Beam search's length penalty.")
     no_repeat_ngram: Natural = setting(4, "Length of n-grams that may not repeat; 0: any may.")
     max_new_tokens: Count = setting(100, "Tokens decoded per item at most.")
+
+
+class Engine(Table):
+    """Where clients train, and with how much of a machine. It changes no result, but for the last bits by `threads`."""
+
+    threads: Threads = setting(1, "CPU threads that compute the base, everywhere; sums round otherwise with another.")
 
 
 class Run(Table):

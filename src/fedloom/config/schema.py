@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from pydantic.fields import FieldInfo
 
 from fedloom.config.algorithm import Federation, Method, Server, Split, Training
-from fedloom.config.conduct import Devices, Evaluation, Run, Wire
+from fedloom.config.conduct import Devices, Engine, Evaluation, Run, Wire
 from fedloom.config.input_tables import Data, Model, Partition
 from fedloom.config.setting import Table
 from fedloom.methods.table import traits_of
@@ -46,6 +46,7 @@ class Settings(Table):
     devices: Devices = Field(default_factory=Devices)
     wire: Wire = Field(default_factory=Wire)
     evaluation: Evaluation = Field(default_factory=Evaluation)
+    engine: Engine = Field(default_factory=Engine)
     run: Run = Field(default_factory=Run)
 
     def as_dict(self) -> dict[str, dict[str, Any]]:

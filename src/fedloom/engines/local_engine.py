@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
 from fedloom.clients.memory import Memory
+from fedloom.clients.shared_base import SharedBase
 from fedloom.data.tokens import TokenSet
+from fedloom.engines.receiving import arrival_of
 from fedloom.errors import FedloomError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import as_sent, decode_answer, encode_broadcast
-from fedloom.lora.initial import Draw
+from fedloom.federation.messages import as_sent, encode_broadcast
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, EveryRound
-from fedloom.methods.state import Broadcast, Failure, Update
-from fedloom.training.cohort_round import ClientResult, LocalTraining, StepReport, train_cohort
+from fedloom.methods.state import Broadcast
+from fedloom.training.cohort_round import ClientResult, LocalTraining, StepReport
+from fedloom.training.row_losses import RowLosses, row_losses_of
 
 
 @dataclass
@@ -48,11 +50,12 @@ class LocalEngine:
     on_step: Callable[[StepReport], None] | None = None
 
     def __post_init__(self) -> None:
-        self._sides = HeldSides(self.version, self.side)
+        sides = HeldSides(self.version, self.side)
+        self._base = SharedBase(self.lora, self.rows_of, self.training, self.seed, self.half, sides, self.on_step)
 
     def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
         """Train the clients, ``clients_at_once`` at a time, in the order given."""
-        beside: Adapter | None = None
+        self._base.forget_side()
         for first in range(0, len(broadcasts), self.clients_at_once):
             ready: list[_Ready] = []
             for broadcast in broadcasts[first : first + self.clients_at_once]:
@@ -61,22 +64,22 @@ class LocalEngine:
                     yield prepared
                 else:
                     ready.append(prepared)
-            if ready and ready[0].assignment.side is not beside:
-                beside = ready[0].assignment.side
-                self.lora.set_side(beside)
-            yield from self._train_cohort(ready)
+            results = self._base.train([one.assignment for one in ready])
+            for one, result in zip(ready, results, strict=True):
+                yield self._arrival(one, result)
 
     def held(self) -> Mapping[int, Memory]:
         """Return what clients keep, for a checkpoint."""
         return self.memories
 
+    def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
+        """Return the loss of every row under the base with an adapter."""
+        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)
+
     def _prepared(self, broadcast: Broadcast) -> _Ready | Arrival:
         """Let a client read its broadcast; what it cannot read is its failure."""
         number = broadcast.client
-        memory = self.memories.get(number) or Memory(version=self.version)
-        client = Client(
-            number, self.half, self.lora.shapes, self.seed, lambda: self.rows_of(number), self._sides, memory
-        )
+        client = self._base.client(number, self.memories.get(number) or Memory(version=self.version))
         blob = b"" if self.wire is None else encode_broadcast(broadcast, self.wire)
         try:
             assignment = client.prepare(as_sent(broadcast)) if self.wire is None else client.receive(blob)
@@ -85,37 +88,25 @@ class LocalEngine:
         self.memories[number] = client.memory
         return _Ready(client, broadcast, assignment, len(blob))
 
-    def _train_cohort(self, cohort: Sequence[_Ready]) -> Iterator[Arrival]:
-        if not cohort:
-            return
-        tasks, round = [one.assignment.task for one in cohort], cohort[0].broadcast.round
-        try:
-            results = train_cohort(self.lora, tasks, self.training, seed=self.seed, round=round, on_step=self.on_step)
-        except FedloomError as error:
-            if len(cohort) > 1:
-                for one in cohort:
-                    yield from self._train_cohort([one])
-            else:
-                yield Arrival(cohort[0].client.failure(error), cohort[0].num_bytes, 0)
-            return
-        for one, result in zip(cohort, results, strict=True):
-            yield self._arrival(one, result)
-
-    def _arrival(self, one: _Ready, result: ClientResult) -> Arrival:
-        outcome: Update | Failure
+    def _arrival(self, one: _Ready, result: ClientResult | FedloomError) -> Arrival:
+        if isinstance(result, FedloomError):
+            return Arrival(one.client.failure(result), one.num_bytes, 0)
         if self.wire is None:
-            (outcome, _), size = one.client.conclude(one.assignment, result, WireDtype.FP32), 0
+            outcome, _ = one.client.conclude(one.assignment, result, WireDtype.FP32)
+            arrival = Arrival(outcome, one.num_bytes, 0)
         else:
             blob = one.client.answer(one.assignment, result, self.wire)
-            shapes, rank = self.lora.shapes, one.broadcast.rank
-
-            def drawn(draw: Draw) -> Adapter:
-                return draw.adapter(shapes, rank, self.seed)
-
-            outcome = decode_answer(blob, one.broadcast, one.assignment.work, shapes, self.wire, drawn)
-            size = len(blob)
+            arrival = arrival_of(
+                blob,
+                one.broadcast,
+                one.num_bytes,
+                work=one.assignment.work,
+                shapes=self.lora.shapes,
+                wire=self.wire,
+                seed=self.seed,
+            )
         self.memories[one.client.number] = one.client.memory
-        return Arrival(outcome, one.num_bytes, size)
+        return arrival
 
 
 @dataclass(frozen=True, eq=False)

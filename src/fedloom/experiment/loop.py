@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedloom.assembly.engine_choice import engine_of
 from fedloom.assembly.inputs import Inputs
-from fedloom.assembly.round_plan import Population, engine_of, plan_of
+from fedloom.assembly.round_plan import Population, plan_of
 from fedloom.assembly.round_state import read_round, round_files, standing_of
 from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
 from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
@@ -32,11 +33,12 @@ from fedloom.methods.state import Broadcast, ServerState, Standing, Update
 from fedloom.methods.state_codec import damage_named
 from fedloom.methods.traits import Kind
 from fedloom.reporting.progress import Progress
+from fedloom.results.state_scores import Score, score_here
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.split_state import SplitState
 from fedloom.training.cohort_round import StepReport
 
-Evaluate = Callable[[Standing], Mapping[str, Any]]
+Evaluate = Callable[[Standing, Score], Mapping[str, Any]]
 WriteAdapter = Callable[[Adapter, Path, float], None]
 
 
@@ -64,8 +66,8 @@ class Loop(Protocol):
         """The model to go on from."""
         ...
 
-    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
-        """Run what is left, one round at a time."""
+    def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
+        """Run what is left, one round at a time; to be closed, because an engine may hold processes."""
         ...
 
 
@@ -105,7 +107,9 @@ class LoopKind:
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Return the loop at the point that the folder has reached."""
         if self.split is not None:
-            return SplitPeriods(self.settings.method.name, self.split, restored_split(self.split, folder), progress)
+            return SplitPeriods(
+                self.settings.method.name, self.split, self.lora, restored_split(self.split, folder), progress
+            )
         assert self.plan is not None
         state, memories, last = self.plan.strategy.initial(), dict[int, Memory](), folder.last_round()
         if last is not None:
@@ -146,13 +150,15 @@ class AdapterRounds:
         """The model to go on from."""
         return standing_of(self.state, self.memories)
 
-    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+    def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one round at a time."""
         settings, population = self.kind.settings, self.kind.population
         half, lora = self.plan.strategy.client, self.kind.lora
-        engine = engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
-        shown = ShownEngine(engine, self.progress)
         with ExitStack() as stack:
+            engine = stack.enter_context(
+                engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
+            )
+            shown = ShownEngine(engine, self.progress)
             keeper = None
             if settings.run.keep_updates:
                 scales = population.scales
@@ -160,7 +166,7 @@ class AdapterRounds:
             keep = keeper.keep if keeper is not None else _drop
 
             def scored(state: ServerState) -> Mapping[str, Any]:
-                return evaluate(standing_of(state, engine.held()))
+                return evaluate(standing_of(state, engine.held()), engine.row_losses)
 
             for record in run_rounds(self.state, self.plan, shown, scored, keep):
                 metrics = metrics_of(record, settings.method.name, population.names)
@@ -185,6 +191,7 @@ class SplitPeriods:
 
     method: str
     run: SplitRun
+    lora: LoRAModel
     state: SplitState
     progress: Progress
 
@@ -198,9 +205,10 @@ class SplitPeriods:
         """Both halves as one model."""
         return self.state.standing()
 
-    def rounds(self, evaluate: Evaluate) -> Iterator[Completed]:
+    def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one period at a time."""
-        for record in self.run.periods(self.state, lambda state: evaluate(state.standing()), self._on_step):
+        score = score_here(self.lora)
+        for record in self.run.periods(self.state, lambda state: evaluate(state.standing(), score), self._on_step):
             metrics, files = split_metrics(record, self.method, self.run.names), split_state_files(record.state)
             yield Completed(record.round, metrics, files, {}, record.state.standing())
 

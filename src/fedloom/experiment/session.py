@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -27,10 +27,11 @@ from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
 from fedloom.results.export import write_cards
-from fedloom.results.state_scores import evaluate_state, score_state
+from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
+from fedloom.run_folder.manifest import changed_threads
 from fedloom.run_folder.reader import ADAPTER, missing_adapters
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
 from fedloom.wording import counted, written_bytes
@@ -193,11 +194,14 @@ class Session:
         state = loop.standing
         title = f"{self.settings.method.name}, seed {self.settings.run.seed}"
         self.progress.run_started(title, loop.num_rounds, state.round)
+        if state.round and (told := changed_threads(self.folder.manifest)) is not None:
+            self.progress.note(told)
         with ExitStack() as stack:
             trackers = AllTrackers(self._trackers(state.round))
             stack.callback(trackers.close)
             reset_device_peak()
-            for done in loop.rounds(self._evaluate):
+            # Closed and not left to the collector: an engine may hold processes, which end with the rounds.
+            for done in stack.enter_context(closing(loop.rounds(self._evaluate))):
                 self.folder.write_round(done.round, done.metrics, done.files, done.writers)
                 state = done.standing
                 trackers.log(done.metrics)
@@ -213,16 +217,18 @@ class Session:
     def _evaluate_base(self) -> dict[str, Any]:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
         held_out, is_all = self.inputs.held_out_sha256, self.kind is None
-        return self.workshop.base_scores(self.settings, held_out, lambda: self._evaluate(Standing(0)), is_all)
+        return self.workshop.base_scores(
+            self.settings, held_out, lambda: self._evaluate(Standing(0), score_here(self.lora)), is_all
+        )
 
     @cached_property
     def _grouping(self) -> Grouping | None:
         rows = self.inputs.held_out_rows
         return None if rows is None else grouping_of(rows, self.settings.partition.column)
 
-    def _evaluate(self, state: Standing) -> dict[str, Any]:
+    def _evaluate(self, state: Standing, score: Score) -> dict[str, Any]:
         chosen, inputs = self.settings.evaluation, self.inputs
-        scores = evaluate_state(self.lora, state, inputs.held_out, chosen.batch_tokens, self._grouping)
+        scores = evaluate_state(score, state, inputs.held_out, chosen.batch_tokens, self._grouping)
         if chosen.suites:
             choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
             scores["suites"] = score_state(

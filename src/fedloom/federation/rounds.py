@@ -23,10 +23,20 @@ from fedloom.methods.strategy import Strategy
 
 
 class Engine(Protocol):
-    """Where clients live: takes a round's broadcasts, yields what comes back, in any order."""
+    """Where clients live: takes a round's broadcasts, yields what comes back, in any order.
+
+    Whoever makes an engine does it as a context manager (``assembly.engine_choice.engine_of``): it is started before
+    the first round and stopped after the last, also where an error or a person ends them, and then holds no process,
+    no connection and no file. The round loop only calls :meth:`train`.
+    """
 
     def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
-        """Train the clients that the broadcasts are for."""
+        """Train the clients that the broadcasts are for, and yield one arrival each.
+
+        A client that fails, that is lost or that refuses arrives as a ``Failure`` with its reason: nothing that one
+        client or machine does is raised here. A client that does not arrive counts as one that returned nothing. An
+        arrival is yielded as soon as it can be, since the server works on it while others train.
+        """
         ...
 
 

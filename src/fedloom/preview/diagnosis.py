@@ -61,7 +61,6 @@ class Machine:
     memory_bytes: int
     free_memory_bytes: int
     num_cores: int
-    num_threads: int
     extras: Mapping[str, tuple[str, ...]]
     methods: tuple[str, ...] = ()
     faults: tuple[str, ...] = ()
@@ -107,7 +106,7 @@ class Diagnosis:
             f"platform: {machine.versions['platform']}",
             f"devices: {', '.join(machine.devices)}",
             f"memory: {written_bytes(machine.free_memory_bytes)} free of {written_bytes(machine.memory_bytes)}",
-            f"cores: {machine.num_cores}, of which torch uses {machine.num_threads} (OMP_NUM_THREADS)",
+            f"cores: {machine.num_cores}, of which one computes the base unless engine.threads says otherwise",
         ]
         lines += [
             f"extra {name}: "
@@ -138,7 +137,6 @@ def this_machine() -> Machine:
         memory_bytes=memory.total,
         free_memory_bytes=memory.available,
         num_cores=os.cpu_count() or 1,
-        num_threads=torch.get_num_threads(),
         extras=_extras(),
         methods=tuple(name for name in table.names() if name not in table.shipped()),
         faults=table.faults(),

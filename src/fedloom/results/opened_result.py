@@ -15,6 +15,7 @@ from typing import Any
 from fedloom import config
 from fedloom.assembly.round_state import read_round, standing_of
 from fedloom.config import Settings
+from fedloom.config.conduct import Engine
 from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
@@ -22,6 +23,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
+from fedloom.models.threads import compute_with
 from fedloom.run_folder.reader import ADAPTER, StoredRun, missing_adapters, read_run
 
 RESULT = "result"
@@ -153,6 +155,7 @@ def load_base_of(
         options |= {"device": device or model.device}
         if not base:  # the run's revision belongs to the run's base, not to another one
             options |= {"revision": model.revision}
+    compute_with((Engine() if found.settings is None else found.settings.engine).threads)
     try:
         loaded = load_base(name, **(options | changes))
     except MissingExtraError:

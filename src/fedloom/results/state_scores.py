@@ -19,18 +19,17 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.results.suite_runs import run_suite
 from fedloom.results.suites import PER_GROUP, SuiteChoice, SuiteScores
-from fedloom.training.row_losses import row_losses
+from fedloom.training.row_losses import RowLosses, row_losses_of
 
+Score = Callable[[Adapter, TokenSet, int], RowLosses]  # adapter, rows, tokens of a pass
 OnScored = Callable[[str, int, int, float], None]  # what, done, total, seconds left
 
 
 def held_out_loss(
-    lora: LoRAModel, adapter: Adapter, rows: TokenSet, token_budget: int, grouping: Grouping | None = None
+    score: Score, adapter: Adapter, rows: TokenSet, token_budget: int, grouping: Grouping | None = None
 ) -> dict[str, Any]:
     """Return the mean loss in nats per supervised token, its perplexity, the counts, and the loss of every group."""
-    lora.set_side(adapter or None)
-    lora.route_all(None)
-    losses = row_losses(lora, rows, token_budget=token_budget)
+    losses = score(adapter, rows, token_budget)
     groups = {} if grouping is None else {name: losses.select(rows).mean_nats for name, rows in grouping.members()}
     return {
         "loss_nats": losses.mean_nats,
@@ -41,16 +40,21 @@ def held_out_loss(
     }
 
 
+def score_here(lora: LoRAModel) -> Score:
+    """Return what scores rows with a base of this process."""
+    return lambda adapter, rows, token_budget: row_losses_of(lora, adapter, rows, token_budget=token_budget)
+
+
 def evaluate_state(
-    lora: LoRAModel, state: Standing, rows: TokenSet | None, token_budget: int, grouping: Grouping | None = None
+    score: Score, state: Standing, rows: TokenSet | None, token_budget: int, grouping: Grouping | None = None
 ) -> dict[str, Any]:
     """Score a state; where every client has its own model, each of them, and report their mean and spread."""
     if rows is None:
         return {}
     if not state.own:
-        return held_out_loss(lora, state.shared, rows, token_budget, grouping)
+        return held_out_loss(score, state.shared, rows, token_budget, grouping)
     own = sorted(state.own.items())
-    return _mean_of({client: held_out_loss(lora, each, rows, token_budget, grouping) for client, each in own})
+    return _mean_of({client: held_out_loss(score, each, rows, token_budget, grouping) for client, each in own})
 
 
 def _mean_of(scores: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:

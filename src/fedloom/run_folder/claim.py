@@ -176,7 +176,7 @@ def clear(path: Path) -> None:
 
 def start(path: Path, config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """Write the settings and the manifest of a new run; return the manifest."""
-    manifest = new_manifest(identity)
+    manifest = new_manifest(config, identity)
     durable.write_json(path / "config.json", config)
     durable.write_json(path / "manifest.json", manifest)
     return manifest
@@ -197,7 +197,7 @@ def start_or_resume(
     refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
     refuse_other_identity(path, manifest["identity"], durable.plain(identity))
     manifest["identity"] |= durable.plain(identity)
-    manifest = resumed_manifest(manifest, len(list((path / "rounds").glob("*"))))
+    manifest = resumed_manifest(manifest, config, len(list((path / "rounds").glob("*"))))
     durable.write_json(path / "config.json", config)
     durable.write_json(path / "manifest.json", manifest)
     return manifest

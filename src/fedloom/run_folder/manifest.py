@@ -31,22 +31,22 @@ def versions() -> dict[str, str]:
     return found
 
 
-def new_manifest(identity: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the manifest of a run that starts now; ``identity`` holds seeds and hashes."""
+def new_manifest(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the manifest of a run of the settings ``config`` that starts now; ``identity`` holds seeds and hashes."""
     return {
         "format": FORMAT,
         "format_version": RUN_FOLDER.number,
         "identity": plain(identity),
-        "sessions": [_session(0)],
+        "sessions": [_session(config, 0)],
     }
 
 
-def resumed_manifest(manifest: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
-    """Return ``manifest`` with one more session: a run may be continued by other versions, and that is recorded.
+def resumed_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
+    """Return ``manifest`` with one more session: other versions or threads may continue a run, and that is recorded.
 
     What a later version adds is in its own format, so the folder has that from now on.
     """
-    sessions = [*manifest["sessions"], _session(num_rounds_done)]
+    sessions = [*manifest["sessions"], _session(config, num_rounds_done)]
     return {**manifest, "format_version": RUN_FOLDER.number, "sessions": sessions}
 
 
@@ -76,9 +76,25 @@ def _sessions(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [one for one in sessions if isinstance(one, dict) and isinstance(one.get("versions"), dict)]
 
 
-def _session(num_rounds_done: int) -> dict[str, Any]:
+def _session(config: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    return {"started": now, "num_rounds_done": num_rounds_done, "versions": dict(versions())}
+    threads = flatten(config).get("engine.threads")
+    return {"started": now, "num_rounds_done": num_rounds_done, "threads": threads, "versions": dict(versions())}
+
+
+def changed_threads(manifest: Mapping[str, Any]) -> str | None:
+    """Say what it changes that this session computes with another number of threads than the last; None if it has not.
+
+    Runs of earlier versions did not record theirs.
+    """
+    *before, now = manifest["sessions"]
+    if not before or before[-1].get("threads") == now["threads"]:
+        return None
+    was = before[-1].get("threads") or "not recorded"
+    return (
+        f"engine.threads is {now['threads']} now; for the rounds before it was {was}. Sums round otherwise, so the "
+        "result can differ in its last bits from that of one number throughout"
+    )
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -27,7 +27,7 @@ from fedloom.errors import RunError
 from fedloom.run_folder import claim, durable
 from fedloom.run_folder.claim import ENTRIES, READY, RECORD, complete_lines, inside
 
-MAY_CHANGE = ("federation.num_rounds", "run.keep_states", "run.trackers", "model.trust_remote_code")
+MAY_CHANGE = ("federation.num_rounds", "engine", "run.keep_states", "run.trackers", "model.trust_remote_code")
 _RETRY = "free space or mend the disk, then run the same command again"
 
 Writer = Callable[[Path], None]

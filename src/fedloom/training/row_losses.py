@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,11 @@ from numpy.typing import NDArray
 
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
 from fedloom.training.loss import output_head, target_nats
 from fedloom.training.packing import hidden_states, pack, split_by_tokens
+
+PassLosses = tuple[NDArray[np.float64], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,21 +45,39 @@ def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int) -> 
     Raises:
         ModelError: if the model cannot run packed.
     """
-    causal_lm = model.model if isinstance(model, LoRAModel) else model
-    sum_nats = np.zeros(len(rows))
-    num_loss_tokens = np.zeros(len(rows), dtype=np.int64)
+    passes = passes_of(rows, token_budget)
+    return joined(len(rows), passes, (score_pass(model, rows, members) for members in passes))
+
+
+def row_losses_of(lora: LoRAModel, adapter: Adapter, rows: TokenSet, *, token_budget: int) -> RowLosses:
+    """Score rows with a base and an adapter beside it, which stays there."""
+    lora.set_side(adapter or None)
+    lora.route_all(None)
+    return row_losses(lora, rows, token_budget=token_budget)
+
+
+def passes_of(rows: TokenSet, token_budget: int) -> list[list[int]]:
+    """Return which rows go through together: sorted by length, at most ``token_budget`` tokens a pass."""
     order = np.argsort(rows.lengths, kind="stable")
-    for part in split_by_tokens(rows.lengths[order].tolist(), token_budget):
-        members = order[part]
-        sum_nats[members], num_loss_tokens[members] = _score(causal_lm, rows, members.tolist())
+    return [order[part].tolist() for part in split_by_tokens(rows.lengths[order].tolist(), token_budget)]
+
+
+def joined(num_rows: int, passes: Sequence[Sequence[int]], scores: Iterable[PassLosses]) -> RowLosses:
+    """Put the scores of passes in the places of their rows."""
+    sum_nats = np.zeros(num_rows)
+    num_loss_tokens = np.zeros(num_rows, dtype=np.int64)
+    for members, (nats, counts) in zip(passes, scores, strict=True):
+        sum_nats[members], num_loss_tokens[members] = nats, counts
     return RowLosses(sum_nats, num_loss_tokens)
 
 
 @torch.no_grad()
-def _score(model: Any, rows: TokenSet, members: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    head = output_head(model)
+def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -> PassLosses:
+    """Return the summed nats and the number of targets of the rows of one pass."""
+    causal_lm = model.model if isinstance(model, LoRAModel) else model
+    head = output_head(causal_lm)
     batch = pack([rows.row(index) for index in members], head.weight_VD.device)
-    nats_S = target_nats(hidden_states(model, batch)[batch.target_index_S], head, batch.targets_S)
+    nats_S = target_nats(hidden_states(causal_lm, batch)[batch.target_index_S], head, batch.targets_S)
     row_of_target_S = batch.row_of_target_S.cpu().numpy()
     counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
     sum_nats = np.bincount(row_of_target_S, weights=nats_S.double().cpu().numpy(), minlength=len(members))
