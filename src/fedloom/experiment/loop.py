@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from fedloom.assembly.split_run import (
 )
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
+from fedloom.engines.running import RunningEngine
 from fedloom.experiment.round_records import UpdateKeeper, metrics_of, update_keeper
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import Engine, RoundPlan, RoundRecord, run_rounds
@@ -153,11 +154,8 @@ class AdapterRounds:
     def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one round at a time."""
         settings, population = self.kind.settings, self.kind.population
-        half, lora = self.plan.strategy.client, self.kind.lora
         with ExitStack() as stack:
-            engine = stack.enter_context(
-                engine_of(settings, population, lora, half, self.state, self.memories, self._on_step)
-            )
+            engine = stack.enter_context(self.engine())
             shown = ShownEngine(engine, self.progress)
             keeper = None
             if settings.run.keep_updates:
@@ -169,9 +167,18 @@ class AdapterRounds:
                 return evaluate(standing_of(state, engine.held()), engine.row_losses)
 
             for record in run_rounds(self.state, self.plan, shown, scored, keep):
-                metrics = metrics_of(record, settings.method.name, population.names)
+                metrics = self.metrics(record)
                 files, standing = round_files(record.state, engine.held()), standing_of(record.state, engine.held())
                 yield Completed(record.round, metrics, files, self._writers(record, keeper), standing)
+
+    def engine(self) -> AbstractContextManager[RunningEngine]:
+        """Return where clients live, to be started."""
+        kind, half = self.kind, self.plan.strategy.client
+        return engine_of(kind.settings, kind.population, kind.lora, half, self.state, self.memories, self._on_step)
+
+    def metrics(self, record: RoundRecord) -> dict[str, Any]:
+        """Return a round's record; called once a round, before the next one begins."""
+        return metrics_of(record, self.kind.settings.method.name, self.kind.population.names)
 
     def _writers(self, record: RoundRecord, keeper: UpdateKeeper | None) -> dict[str, Writer]:
         if keeper is None:

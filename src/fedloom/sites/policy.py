@@ -24,12 +24,12 @@ _WORDS: Mapping[str, str] = {
     "rounds": "its policy (policy.max_rounds) allows {allowed} rounds, the study asks for {asked}",
     "steps": "its policy (policy.max_steps_per_round) allows {allowed} steps a round, the study asks for {asked}",
     "tokens": "its policy (policy.max_tokens_per_pass) allows {allowed} tokens a pass, the study asks for {asked}",
-    "base-not-allowed": "its policy (policy.bases) does not list the study's base {base}",
+    "base-not-allowed": "its policy (policy.bases) does not list the study's base {asked}",
     "rows": "its policy (policy.min_rows) takes part from {allowed} rows on, it has {rows}",
     "rows-hidden": "its policy (policy.hide_row_count) wants training.local_steps: epochs would tell its rows",
     UNCONFIRMED: "its owner has not agreed to this run yet (fedloom site confirm)",
-    "base": "expected base {study}, it has {site}",
-    "tokenizer": "expected tokenizer {study}, it has {site}",
+    "base-differs": "expected base {study}, it has {site}",
+    "tokenizer-differs": "expected tokenizer {study}, it has {site}",
     "format": "expected frames of format {server}, it has {site}: run the same version of fedloom on both sides",
     "sheet": "it could not read the sheet: run the same version of fedloom on both sides",
     "method-missing": "the study's method is not installed there",
@@ -69,7 +69,7 @@ def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
     if policy.methods and sheet.method not in policy.methods:
         return Refusal(code="method")
     if policy.bases and sheet.base_sha256 not in {base.removeprefix("sha256:") for base in policy.bases}:
-        return Refusal(code="base-not-allowed", hashes={"base": sheet.base_sha256})
+        return Refusal(code="base-not-allowed", hashes={"asked": sheet.base_sha256})
     if policy.hide_row_count and training.steps is None:
         return Refusal(code="rows-hidden")
     limits = (
@@ -90,9 +90,9 @@ def of_inputs(
 ) -> Refusal | None:
     """Return what does not fit once base and rows are loaded; ``longest`` is the longest row in tokens."""
     if base_sha256 != sheet.base_sha256:
-        return Refusal(code="base", hashes={"study": sheet.base_sha256, "site": base_sha256})
+        return Refusal(code="base-differs", hashes={"study": sheet.base_sha256, "site": base_sha256})
     if tokenizer_sha256 != sheet.tokenizer_sha256:
-        return Refusal(code="tokenizer", hashes={"study": sheet.tokenizer_sha256, "site": tokenizer_sha256})
+        return Refusal(code="tokenizer-differs", hashes={"study": sheet.tokenizer_sha256, "site": tokenizer_sha256})
     if num_rows < policy.min_rows:
         return Refusal(code="rows", numbers={"allowed": policy.min_rows, "rows": told_rows(policy, num_rows)})
     if longest > policy.max_tokens_per_pass:

@@ -39,7 +39,7 @@ def scored_by_sites(engine: SitesEngine, round: int, adapter: Adapter) -> dict[s
         if taken is None:
             continue
         site, head, _ = taken
-        is_lost = site.name in asked and engine.clock() - asked[site.name] > engine.ask_again_seconds
+        is_lost = engine.is_lost(asked.get(site.name))
         if isinstance(head, Scored) and head.round == round:
             found[site.name] = head
             if head.refusal is not None:

@@ -73,7 +73,9 @@ class Policy(Table):
     )
     row_cap: Count = setting(20000, "Largest number of rows told with `hide_row_count`.")
     confirm: Literal["first", "never"] = setting(
-        "first", "`first`: a person agrees to each run once, with `fedloom site confirm`; `never`: nobody is asked."
+        "first",
+        "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes; "
+        "`never`: nobody is asked.",
     )
 
 

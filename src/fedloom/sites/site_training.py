@@ -34,7 +34,7 @@ from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation
 from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
-from fedloom.training.row_losses import row_losses
+from fedloom.training.row_losses import row_losses_of
 
 Note = Callable[[str], None]
 
@@ -57,8 +57,10 @@ class SiteTraining:
     ``newest`` gives the newest round that was asked for: a task of an older one stops between two steps.
     """
 
-    def __init__(self, site: SiteSettings, sheet: Sheet, newest: Callable[[], int], note: Note) -> None:
-        self.site, self.sheet = site, sheet
+    def __init__(
+        self, site: SiteSettings, sheet: Sheet, sheet_sha256: str, newest: Callable[[], int], note: Note
+    ) -> None:
+        self.site, self.sheet, self._sheet_sha256 = site, sheet, sheet_sha256
         self.refusal: Refusal | None = None
         self._newest, self._note = newest, note
         self._recall, self._rows_told, self._rows = Recall(), 0, TokenSet.from_rows([])
@@ -68,12 +70,12 @@ class SiteTraining:
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
             self.refusal = self._refused(error)
 
-    def ready(self, sheet_sha256: str) -> Ready:
+    def ready(self) -> Ready:
         """Return what the server is told of this site."""
         recall = self._recall
         return Ready(
             run=self.sheet.run,
-            sheet=sheet_sha256,
+            sheet=self._sheet_sha256,
             rows=self._rows_told,
             held_out_rows=0 if self._held_out is None else policy.told_rows(self.site.policy, len(self._held_out)),
             kept_version=recall.kept.version,
@@ -105,9 +107,7 @@ class SiteTraining:
                 raise RefusedError(self.refusal or Refusal(code="held-out"))
             adapter = Adapter.from_tensors(read_tensors(body))
             check_covers(adapter, self._lora.shapes)
-            self._lora.set_side(adapter or None)
-            self._lora.route_all(None)
-            losses = row_losses(self._lora, self._held_out, token_budget=self.sheet.batch_tokens)
+            losses = row_losses_of(self._lora, adapter, self._held_out, token_budget=self.sheet.batch_tokens)
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
             return head.model_copy(update={"refusal": self._refused(error)})
         sums = {"sum_nats": float(losses.sum_nats.sum()), "num_loss_tokens": int(losses.num_loss_tokens.sum())}
@@ -118,7 +118,7 @@ class SiteTraining:
         sheet, own = self.sheet, self.site.policy
         if (refusal := policy.of_sheet(own, sheet)) is not None:
             raise RefusedError(refusal)
-        if own.confirm == "first" and not confirmation(self.site.folder, sheet.run).exists():
+        if own.confirm == "first" and not confirmation(self.site.folder, self._sheet_sha256).exists():
             raise RefusedError(Refusal(code=policy.UNCONFIRMED))
         base = load_site_base(self.site)
         self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))

@@ -231,7 +231,7 @@ class SiteWorker:
         if self._ready is None or self._ready.refusal is None or self._sheet is None:
             return
         is_asked_for = self._ready.refusal.code == policy.UNCONFIRMED
-        if is_asked_for and confirmation(self.site.folder, self._sheet[1].run).exists():
+        if is_asked_for and confirmation(self.site.folder, self._sheet[0]).exists():
             self._is_asked = True
             self._restart()
 

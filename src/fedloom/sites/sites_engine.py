@@ -9,15 +9,19 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Any
 
+from fedloom.clients.memory import Memory
+from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError, UpdateError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import RoundPlan
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState
 from fedloom.sites import policy
 from fedloom.sites.frames import (
@@ -35,8 +39,10 @@ from fedloom.sites.link import Link
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_state import SiteState
 from fedloom.sites.sites_round import SitesRound
+from fedloom.training.row_losses import RowLosses, row_losses_of
 
-_ASK_AGAIN_SECONDS = 5.0
+ASK_AGAIN_SECONDS = 5.0
+"""A sheet or task that shows no effect for this long may be lost, and is sent again."""
 _POLL_SECONDS = 0.2
 
 
@@ -61,6 +67,7 @@ class SitesEngine:
     """
 
     link: Link
+    lora: LoRAModel
     names: Sequence[str]
     sheets: Sequence[Sheet]
     wire: WireDtype
@@ -71,7 +78,6 @@ class SitesEngine:
     rows: dict[int, int]
     counted: dict[int, int] = field(default_factory=dict)
     versions: str = ""
-    ask_again_seconds: float = _ASK_AGAIN_SECONDS
     clock: Callable[[], float] = time.monotonic
     dropped: Dropped = field(default_factory=Dropped)
 
@@ -108,6 +114,18 @@ class SitesEngine:
         SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals).run()
         for broadcast in broadcasts:
             yield arrivals[broadcast.client]
+
+    def held(self) -> Mapping[int, Memory]:
+        """Return nothing: what clients keep lies at the sites."""
+        return {}
+
+    def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
+        """Return the loss of every row that the server itself holds out."""
+        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)
+
+    def is_lost(self, sent: float | None) -> bool:
+        """Tell whether what was sent then should have shown an effect by now."""
+        return sent is not None and self.clock() - sent > ASK_AGAIN_SECONDS
 
     def report(self) -> list[dict[str, Any]]:
         """Return where every site stands, for the round's record."""
@@ -188,6 +206,5 @@ class SitesEngine:
         """Send a sheet again where it may have been lost: while a site is registered anew, a message can be."""
         now = self.clock()
         for site in self.sites.values():
-            waits = site.ready is None and site.is_near(now) and site.sheet_sent is not None
-            if waits and now - (site.sheet_sent or 0.0) >= self.ask_again_seconds:
+            if site.ready is None and site.is_near(now) and self.is_lost(site.sheet_sent):
                 self.greet(site)

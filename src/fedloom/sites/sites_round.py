@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import TYPE_CHECKING
 
+from fedloom.engines.receiving import arrival_of
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import decode_answer, encode_broadcast, largest_answer
+from fedloom.federation.messages import encode_broadcast, largest_answer
 from fedloom.federation.server import addressed
-from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Work
 from fedloom.methods.side import digest
@@ -75,9 +75,8 @@ class SitesRound:
         elif isinstance(head, Ready):
             self._post(client)
         elif isinstance(head, Hello):
-            now = self.engine.clock()
-            is_lost = site.posted is not None and now - site.posted > self.engine.ask_again_seconds
-            if site.is_usable and head.task != self.keys[client] and (site.posted is None or is_lost):
+            is_idle = site.posted is None or (self.engine.is_lost(site.posted) and head.task != self.keys[client])
+            if site.is_usable and is_idle:
                 self._post(client)
         elif isinstance(head, Result):
             self._take_result(site, head, body)
@@ -95,12 +94,12 @@ class SitesRound:
 
     def _take_answer(self, site: SiteState, head: Result, body: bytes) -> None:
         client, engine = site.client, self.engine
-        broadcast, plan = self.waiting.pop(client), engine.plan
-
-        def drawn(draw: Draw) -> Adapter:
-            return draw.adapter(dict(plan.shapes), broadcast.rank, engine.sheets[client].seed)
-
-        outcome = decode_answer(body, broadcast, self.work, plan.shapes, engine.wire, drawn)
+        broadcast, shapes = self.waiting.pop(client), engine.plan.shapes
+        seed = engine.sheets[client].seed
+        arrival = arrival_of(
+            body, broadcast, self.sent[client], work=self.work, shapes=shapes, wire=engine.wire, seed=seed
+        )
+        outcome = arrival.outcome
         site.posted, site.seconds = None, head.seconds
         if isinstance(outcome, Update):
             site.last_loss, site.held = outcome.stats.loss_nats, outcome.held
@@ -110,7 +109,7 @@ class SitesRound:
             )
         else:
             site.left_out = outcome.reason
-        self.arrivals[client] = Arrival(outcome, self.sent[client], len(body))
+        self.arrivals[client] = arrival
 
     def _kept(self, site: SiteState) -> int:
         return site.held_version(self.engine.counted.get(site.client, 0))

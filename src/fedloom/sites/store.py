@@ -1,7 +1,7 @@
 """What a site must not lose, in its folder: the side, its memory before and after the last answer, and the ledger.
 
     runs/<run>/state.safetensors   side, both memories, the answer; one file, replaced in one step
-    confirmed/<run>                a person has agreed to the run
+    confirmed/<sheet>              a person has agreed to the sheet of that hash
     ledger.jsonl                   every task and what came of it
 
 The memory after an answer counts only once the server says that the answer did; see :meth:`Recall.settled`.
@@ -159,6 +159,6 @@ class Ledger:
         return found
 
 
-def confirmation(folder: Path, run: str) -> Path:
-    """Return the file whose presence says that a person agreed to the run."""
-    return folder / "confirmed" / run
+def confirmation(folder: Path, sheet_sha256: str) -> Path:
+    """Return the file whose presence says that a person agreed to the run of a sheet, as it says it is."""
+    return folder / "confirmed" / sheet_sha256

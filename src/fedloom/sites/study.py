@@ -127,6 +127,8 @@ def _method_problems(settings: Settings) -> list[Problem]:
         found.append(Problem("method.name", wanted, settings.method.name, "choose such a method for a study"))
     if settings.federation.num_clients != len(settings.client_ranks):
         found.append(Problem("method.ranks", "a rank per site", str(settings.method.ranks), "give one per site"))
+    if settings.federation.participation is not None:
+        found.append(Problem("federation.participation", "none in a study", "one", "remove it: sites take part or not"))
     if settings.evaluation.suites:
         wanted = "none in a study: score the finished run with `fedloom evaluate`"
         found.append(Problem("evaluation.suites", wanted, str(settings.evaluation.suites), "remove them"))

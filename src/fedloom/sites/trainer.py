@@ -44,7 +44,6 @@ class Trainer:
         self._newest = 0
         self._max_body = site.policy.max_message_mib << 20
         self._run: object | None = None
-        self._sheet = ""
 
     def hear(self, data: bytes) -> None:
         """Look at a frame that waits, from another thread: a newer round stops an older one between two steps."""
@@ -63,7 +62,7 @@ class Trainer:
         elif isinstance(self._run, SiteTraining) and head.run == self._run.sheet.run:
             if isinstance(head, Task):
                 result, answer = self._run.answer(head, body)
-                self._reply(frame(self._run.ready(self._sheet)))  # what it holds now, for whoever asks next
+                self._reply(frame(self._run.ready()))  # what it holds now, for whoever asks next
                 self._reply(frame(result, answer))
             elif isinstance(head, Score):
                 self._reply(frame(self._run.score(head, body)))
@@ -78,9 +77,9 @@ class Trainer:
         except UpdateError as error:
             self._note(str(error))
             return Ready(run=head.run, sheet=found, refusal=Refusal(code="sheet"))
-        self._newest, self._sheet = 0, found
-        self._run = SiteTraining(self._site, sheet, lambda: self._newest, self._note)
-        return self._run.ready(found)
+        self._newest = 0
+        self._run = SiteTraining(self._site, sheet, found, lambda: self._newest, self._note)
+        return self._run.ready()
 
 
 class TrainerProcess:
@@ -150,9 +149,9 @@ def main(write_end: int) -> None:
     if given is None:
         return
     site = resolve_site(json.loads(given), "the site's settings")
-    import torch
+    from fedloom.models.threads import compute_with
 
-    torch.set_num_threads(site.site.threads)
+    compute_with(site.site.threads)
     trainer = Trainer(site, lambda data: _write(replies, data), lambda text: print(text, file=sys.stderr, flush=True))
     waiting: queue.Queue[bytes] = queue.Queue()
 
