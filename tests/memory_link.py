@@ -123,12 +123,14 @@ def site_of(name: str, rows: Path, folder: Path, base: Path, **policy: Any) -> S
     return resolve_site(document, "site.toml")
 
 
-def study_of(settings: Settings, names: list[str], **sites: Any) -> Study:
+def study_of(settings: Settings, names: list[str], *, held_out_at: str = "server", **sites: Any) -> Study:
     """Return the study that trains as the settings of one process do."""
     document = settings.as_dict()
     kept = ("model", "method", "server", "training", "wire", "evaluation", "run")
     data = {key: document["data"][key] for key in ("shape", "template", "overlong", "max_length", "loss_on")}
-    data["eval_path"] = document["data"]["eval_path"]
+    sites["evaluate"] = held_out_at
+    if held_out_at == "server":
+        data["eval_path"] = document["data"]["eval_path"]
     data = {key: value for key, value in data.items() if value is not None}
     federation = {
         key: value

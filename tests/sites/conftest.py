@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_link import NAMES, Hub, SiteThread, site_of
 
 from fedloom import config
 from fedloom.config import Settings
@@ -59,3 +60,19 @@ def recipe(base_folder: Path, site_rows: Path) -> Callable[..., Settings]:
         return config.resolve(document, "a test")
 
     return make
+
+
+@pytest.fixture
+def sites(base_folder: Path, site_rows: Path, tmp_path: Path) -> Iterator[Callable[..., list[SiteThread]]]:
+    """Return a function that starts the three sites in threads."""
+    started: list[SiteThread] = []
+
+    def start(hub: Hub, **policy: object) -> list[SiteThread]:
+        for number, name in enumerate(NAMES):
+            rows = site_rows / "training" / f"local_training_{number}.json"
+            started.append(SiteThread(site_of(name, rows, tmp_path / "state", base_folder, **policy), hub))
+        return started
+
+    yield start
+    for site in started:
+        site.end()

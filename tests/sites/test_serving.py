@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from memory_link import NAMES, Hub, SiteThread, served, study_of
 
 from fedloom.config import Settings
 from fedloom.experiment.session import run
@@ -19,22 +19,6 @@ METHODS = [
     ({"method__name": "ffa-lora", "federation__clients_per_round": 2}, "fp32"),
     ({"method__name": "flora", "federation__clients_per_round": 2, "federation__num_rounds": 5}, "bf16"),
 ]
-
-
-@pytest.fixture
-def sites(base_folder: Path, site_rows: Path, tmp_path: Path) -> Iterator[Callable[..., list[SiteThread]]]:
-    """Return a function that starts the three sites in threads."""
-    started: list[SiteThread] = []
-
-    def start(hub: Hub, **policy: object) -> list[SiteThread]:
-        for number, name in enumerate(NAMES):
-            rows = site_rows / "training" / f"local_training_{number}.json"
-            started.append(SiteThread(site_of(name, rows, tmp_path / "state", base_folder, **policy), hub))
-        return started
-
-    yield start
-    for site in started:
-        site.end()
 
 
 def adapter_of(folder: Path) -> bytes:

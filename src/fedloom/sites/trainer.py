@@ -7,6 +7,7 @@ output is the log's, so nothing a library prints can be taken for a frame.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -117,14 +118,20 @@ class TrainerProcess:
         self._is_closed = True
         self._process.kill()
         self._process.wait()
+        self._close_pipe()
 
     def _listen(self) -> None:
         with self._from:
             while (data := _read(self._from)) is not None:
                 self._reply(data)
         code = self._process.wait()
+        self._close_pipe()
         if not self._is_closed:
             self._ended(code)
+
+    def _close_pipe(self) -> None:
+        with contextlib.suppress(OSError):  # what is left in its buffer has no reader any more
+            self._to.close()
 
 
 def _write(stream: IO[bytes], data: bytes) -> None:
