@@ -98,6 +98,16 @@ class Sheet(Part):
         """What the client does in a round."""
         return LocalTraining(**dict(self.training))
 
+    @property
+    def line(self) -> str:
+        """Say in a line what is asked, for the site's owner."""
+        training = self.training
+        budget = f"{training.steps} steps" if training.steps is not None else f"{training.epochs:g} passes"
+        return (
+            f"run {self.run}: {self.method}, rank {self.rank}, {training.total_rounds} rounds of {budget}, "
+            f"base {self.base_sha256[:12]}"
+        )
+
     def half(self, shapes: dict[str, tuple[int, int]]) -> ClientHalf:
         """Return what the method's client trains, sends and keeps.
 
@@ -142,8 +152,8 @@ def sheet_of(settings: Settings, client: int, run: str, base_sha256: str, tokeni
     )
 
 
-def read_sheet(body: bytes, run: str) -> Sheet:
-    """Read a sheet of a run at a site.
+def read_sheet(body: bytes, run: str | None = None) -> Sheet:
+    """Read a sheet at a site, of a run where that is said.
 
     Raises:
         UpdateError: it is not of this form.
@@ -158,7 +168,7 @@ def read_sheet(body: bytes, run: str) -> Sheet:
         raise UpdateError(
             f"expected a sheet of this form, got another{where}; run the same version of fedloom on both sides"
         ) from error
-    if sheet.run != run:
+    if run is not None and sheet.run != run:
         raise UpdateError(f"expected a sheet of run {run}, got one of {sheet.run}; send its own")
     return sheet
 

@@ -84,6 +84,11 @@ class SiteTraining:
             refusal=self.refusal,
         )
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that the site trains on, for its owner alone."""
+        return len(self._rows)
+
     def answer(self, task: Task, body: bytes) -> tuple[Result, bytes]:
         """Train, or send the last answer again where this task is the one it answered."""
         begun = time.perf_counter()

@@ -37,7 +37,7 @@ from fedloom.sites.frames import (
 from fedloom.sites.link import CONNECTED, SERVER, Link
 from fedloom.sites.sheet import Sheet, read_sheet
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.store import Ledger, confirmation
+from fedloom.sites.store import Ledger, confirmation, keep_asked
 from fedloom.sites.trainer import TrainerHandle
 
 HELLO_SECONDS = 5.0
@@ -70,10 +70,10 @@ class SiteWorker:
         self._versions = {"fedloom": version("fedloom"), "torch": version("torch")}
 
     def run(self, stop: threading.Event) -> None:
-        """Take part until ``stop`` is set."""
+        """Take part until ``stop`` is set, and then to the end of the task in progress."""
         greeted = -self.hello_seconds
         try:
-            while not stop.is_set():
+            while not (stop.is_set() and self._task is None):
                 if (now := time.monotonic()) - greeted >= self.hello_seconds:
                     greeted = now
                     self._confirm()
@@ -142,7 +142,8 @@ class SiteWorker:
             self._tell_ready()
             return
         try:
-            self._introduce(read_sheet(body, head.run))
+            sheet = read_sheet(body, head.run)
+            self._introduce(sheet, found, body)
         except UpdateError as error:
             self.note(str(error))
             self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code="sheet")))
@@ -150,13 +151,10 @@ class SiteWorker:
         self._sheet, self._deaths = (found, head, data), 0
         self._restart()
 
-    def _introduce(self, sheet: Sheet) -> None:
+    def _introduce(self, sheet: Sheet, found: str, body: bytes) -> None:
         training = sheet.training
-        budget = f"{training.steps} steps" if training.steps is not None else f"{training.epochs:g} passes"
-        self.note(
-            f"run {sheet.run}: {sheet.method}, rank {sheet.rank}, {training.total_rounds} rounds of {budget}, "
-            f"base {sheet.base_sha256[:12]}"
-        )
+        self.note(sheet.line)
+        keep_asked(self.site.folder, found, body)
         asked = {"rank": sheet.rank, "rounds": training.total_rounds, "steps": training.steps}
         self._ledger.add(event="run", run=sheet.run, method=sheet.method, base=sheet.base_sha256, **asked)
 

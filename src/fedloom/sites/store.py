@@ -1,6 +1,7 @@
 """What a site must not lose, in its folder: the side, its memory before and after the last answer, and the ledger.
 
     runs/<run>/state.safetensors   side, both memories, the answer; one file, replaced in one step
+    asked/<sheet>.json             every sheet that was sent
     confirmed/<sheet>              a person has agreed to the sheet of that hash
     ledger.jsonl                   every task and what came of it
 
@@ -162,3 +163,33 @@ class Ledger:
 def confirmation(folder: Path, sheet_sha256: str) -> Path:
     """Return the file whose presence says that a person agreed to the run of a sheet, as it says it is."""
     return folder / "confirmed" / sheet_sha256
+
+
+def keep_asked(folder: Path, sheet_sha256: str, body: bytes) -> None:
+    """Keep a sheet for the site's owner to read and agree to.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    path = folder / "asked" / f"{sheet_sha256}.json"
+    with durable.explained(str(path), _RETRY):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        durable.write_bytes(path, body)
+
+
+def unconfirmed(folder: Path) -> list[tuple[str, bytes]]:
+    """Return the sheets, with their hashes, that nobody has agreed to yet, the latest last."""
+    found = sorted((folder / "asked").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return [(path.stem, path.read_bytes()) for path in found if not confirmation(folder, path.stem).exists()]
+
+
+def confirm(folder: Path, sheet_sha256: str) -> None:
+    """Agree to a sheet.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    path = confirmation(folder, sheet_sha256)
+    with durable.explained(str(path), _RETRY):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        durable.write_bytes(path, b"")

@@ -93,6 +93,7 @@ class TrainerProcess:
             stdin=subprocess.PIPE,
             stdout=2,
             pass_fds=(write_end,),
+            start_new_session=True,  # ctrl-c is the parent's to answer
         )
         os.close(write_end)
         assert self._process.stdin is not None
