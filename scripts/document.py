@@ -18,6 +18,8 @@ import typer
 from fedloom.cli import app
 from fedloom.config import tables
 from fedloom.config.setting import Table, conditions, expected, in_words, shown
+from fedloom.sites.site_settings import site_tables
+from fedloom.sites.study import SITES, Sites
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
@@ -36,6 +38,16 @@ number. Paths are relative to the folder the command runs in. Unknown names are 
 would be ignored. If `--set method.name=...` names another method than the recipe, the settings that only the recipe's
 method uses are ignored, and a list of ranks becomes its mean for a method of one rank, as in `fedloom compare`.
 """
+STUDY_INTRODUCTION = """\
+## The file of a study
+
+What `fedloom serve` reads: a recipe without rows and without `[partition]`, and one more table.
+"""
+SITE_INTRODUCTION = """\
+## The file of a site
+
+What `fedloom site run` reads at a site. Nothing of it crosses.
+"""
 COMMANDS_INTRODUCTION = """\
 # Commands
 
@@ -48,19 +60,21 @@ per problem; 130 interrupted, with the state saved.
 
 def settings_page() -> str:
     """Return docs/settings.md."""
-    return "\n".join(
-        [SETTINGS_INTRODUCTION, *(part for name, kind in tables().items() for part in table_section(name, kind))]
-    )
+    sections = (part for name, kind in tables().items() for part in table_section(name, kind))
+    study = table_section(SITES, Sites, "###")
+    site = (part for name, kind in site_tables().items() for part in table_section(name, kind, "###", "Site: "))
+    return "\n".join([SETTINGS_INTRODUCTION, *sections, STUDY_INTRODUCTION, *study, SITE_INTRODUCTION, *site])
 
 
-def table_section(name: str, kind: type[Table]) -> Iterator[str]:
+def table_section(name: str, kind: type[Table], level: str = "##", of: str = "") -> Iterator[str]:
     """Yield the section of one table."""
-    yield f"## [{name}]\n\n{kind.__doc__}\n"
+    yield f"{level} {of}[{name}]\n\n{kind.__doc__}\n"
     for key, field in kind.model_fields.items():
         default = field.get_default()
         acts = "; ".join(f"`{other}` = {in_words(values)}" for other, values in conditions(field).items())
         says = f"{field.description} Only with {acts}." if acts else f"{field.description}"
         given = "optional" if default is None else f"default `{shown(default)}`"
+        given = "required" if field.is_required() else given
         yield item(f"`{name}.{key}` ({expected(field)}; {given}): {says}")
     yield ""
 

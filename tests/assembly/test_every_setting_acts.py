@@ -80,6 +80,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "federation.num_rounds": (7, {}),
     "federation.num_clients": (4, {}),
     "federation.clients_per_round": (2, {}),
+    "federation.participation": ("runs/other", {}),
     "federation.min_clients": (2, {}),
     "federation.max_norm_ratio": (5.0, {}),
     "federation.max_weight": (0.5, {}),
@@ -148,6 +149,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
 INPUTS = ("model.", "data.", "partition.")
 # Read where it is used instead of being handed over: the line that reads it.
 READ_IN = {
+    "federation.participation": ("assembly/round_plan.py", "participation_of(Path(settings.federation.participation)"),
     "federation.num_clients": ("assembly/inputs.py", "num_clients=wanted"),
     "run.seed": ("assembly/inputs.py", 'stream(settings.run.seed, "hold-out")'),
     "engine.name": ("assembly/engine_choice.py", 'if settings.engine.name == "ray"'),

@@ -127,6 +127,15 @@ class Workshop:
             None if held_tokens is None else held_tokens.sha256(),
         )
 
+    def held_out(self, settings: Settings, base: Base) -> tuple[Rows, Encoded] | None:
+        """Return the rows of ``data.eval_path`` alone, where there are any: a server has no others.
+
+        Raises:
+            DataError: if rows cannot be read or used.
+        """
+        name = settings.data.eval_path
+        return None if name is None else self._encoded(settings, base, name, Split.TEST, None)
+
     def base_scores(
         self, settings: Settings, held_out_sha256: str | None, score: Callable[[], dict[str, Any]], anew: bool = False
     ) -> dict[str, Any]:

@@ -11,8 +11,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 from fedloom.assembly.inputs import Inputs
+from fedloom.assembly.participation import participation_of
 from fedloom.config import Settings
 from fedloom.data.batches import num_batches
 from fedloom.data.tokens import TokenSet
@@ -86,9 +88,7 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         num_rounds=federation.num_rounds,
         strategy=strategy_of(settings, cohort),
         rules=rules_of(settings),
-        sample=partial(
-            sample_clients, seed, num_clients=population.num_clients, clients_per_round=population.clients_per_round
-        ),
+        sample=_sample_of(settings, population),
         shapes=lora.shapes,
         ranks=population.ranks,
         scales=population.scales,
@@ -99,6 +99,18 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         max_weight=1.0 if settings.traits.is_control else federation.max_weight,
         robust=robust_of(settings),
         evaluate_every=settings.evaluation.every,
+    )
+
+
+def _sample_of(settings: Settings, population: Population) -> Callable[[int], list[int]]:
+    """Return the clients of a round by its number: drawn, or those of a run that is replayed."""
+    if settings.federation.participation is not None:
+        return participation_of(Path(settings.federation.participation), population.num_clients)
+    return partial(
+        sample_clients,
+        settings.run.seed,
+        num_clients=population.num_clients,
+        clients_per_round=population.clients_per_round,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from fedloom import __version__
-from fedloom.cli import experiments, result_commands, score_commands, shipped, showing, splitting
+from fedloom.cli import experiments, result_commands, score_commands, shipped, showing, sites, splitting
 from fedloom.cli.output import output_explained, say
 from fedloom.errors import FedloomError
 
@@ -49,6 +49,7 @@ app.command("validate")(experiments.validate)
 app.command("describe")(experiments.describe)
 app.command("run")(experiments.run)
 app.command("compare")(experiments.compare)
+app.command("serve")(sites.serve)
 app.command("evaluate")(result_commands.evaluate)
 app.command("generate")(result_commands.generate)
 app.command("export")(result_commands.export)
@@ -59,6 +60,8 @@ app.add_typer(score_commands.app, name="score")
 app.command("demo")(showing.demo)
 app.command("report")(showing.report)
 app.add_typer(shipped.app, name="recipes")
+app.add_typer(sites.site_app, name="site")
+app.add_typer(sites.sites_app, name="sites")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from fedloom.config.setting import (
     Natural,
     NonNegative,
     OpenHalf,
+    PathOrName,
     Positive,
     PositivePerClient,
     Table,
@@ -96,6 +97,12 @@ class Federation(Table):
         None,
         "Clients drawn per round: a number, or a fraction with a decimal point (`1`: one, `1.0`: all); default: all.",
         when=TRAINED,
+    )
+    participation: PathOrName | None = setting(
+        None,
+        "Run folder whose rounds say who takes part: in each round those whose updates counted there. It replays a run "
+        "of `fedloom serve` in one process; default: everybody drawn.",
+        when=STEPPED,
     )
     min_clients: Count = setting(
         1,

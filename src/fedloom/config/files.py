@@ -99,6 +99,9 @@ def rows(settings: Settings) -> Iterator[Problem]:
     saved = settings.partition.path
     if saved is not None and not Path(saved).exists():
         yield absent("partition.path", saved, "a saved partition.json")
+    replayed = settings.federation.participation
+    if replayed is not None and not Path(replayed).is_dir():
+        yield absent("federation.participation", replayed, "the folder of a run")
     for suite, path in settings.evaluation.paths.items():
         if not Path(path).expanduser().exists():
             yield absent("evaluation.paths", path, f"a file or folder for {suite}")

@@ -181,7 +181,7 @@ def _drop(merged: Document, name: str) -> None:
 
 def _validated(document: Document) -> tuple[Settings, list[Problem]]:
     try:
-        return Settings.model_validate(_frozen(document)), []
+        return Settings.model_validate(frozen(document)), []
     except ValidationError as error:
         found = schema_problems(error, document)
     usable = {table: dict(keys) if isinstance(keys, dict) else keys for table, keys in document.items()}
@@ -190,12 +190,13 @@ def _validated(document: Document) -> tuple[Settings, list[Problem]]:
             _drop(usable, problem.setting)
         else:
             usable.pop(problem.setting, None)
-    return Settings.model_validate(_frozen(usable)), found
+    return Settings.model_validate(frozen(usable)), found
 
 
-def _frozen(value: Any) -> Any:
+def frozen(value: Any) -> Any:
+    """Return a parsed value with its lists as tuples, as the tables want them."""
     if isinstance(value, list):
-        return tuple(map(_frozen, value))
+        return tuple(map(frozen, value))
     if isinstance(value, dict):
-        return {key: _frozen(item) for key, item in value.items()}
+        return {key: frozen(item) for key, item in value.items()}
     return value

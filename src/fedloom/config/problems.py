@@ -12,8 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from fedloom.config.schema import every_setting, tables
-from fedloom.config.setting import MethodsHaving, choices, expected, shown
+from fedloom.config.schema import tables
+from fedloom.config.setting import MethodsHaving, Table, choices, expected, shown
 from fedloom.errors import SettingsError
 from fedloom.methods import table as methods
 
@@ -69,26 +69,31 @@ def refuse(problems: Sequence[Problem], origins: Mapping[str, str]) -> None:
         raise SettingsError("\n".join(problem.line(origins) for problem in problems))
 
 
-def schema_problems(error: ValidationError, document: Mapping[str, Any]) -> list[Problem]:
-    """Turn pydantic's findings into one problem per setting."""
+def schema_problems(
+    error: ValidationError, document: Mapping[str, Any], kinds: Mapping[str, type[Table]] | None = None
+) -> list[Problem]:
+    """Turn pydantic's findings into one problem per setting; ``kinds`` are other tables than a recipe's."""
     found: dict[str, Problem] = {}
     for detail in error.errors(include_url=False, include_context=False):
         table, key = (*map(str, detail["loc"][:2]), "")[:2]
         name = f"{table}.{key}" if key else table
         if name not in found:
-            found[name] = _schema_problem(table, key, document)
+            found[name] = _schema_problem(table, key, document, tables() if kinds is None else kinds)
     return list(found.values())
 
 
-def _schema_problem(table: str, key: str, document: Mapping[str, Any]) -> Problem:
-    kinds = tables()
+def _schema_problem(table: str, key: str, document: Mapping[str, Any], kinds: Mapping[str, type[Table]]) -> Problem:
     if table not in kinds:
-        return _unknown_table(table, document[table])
+        return _unknown_table(table, document[table], kinds)
     if not key:
-        return Problem(table, f"a table [{table}]", shown(document[table]), f"write its settings under [{table}]")
+        got = shown(document[table]) if table in document else "none"
+        return Problem(table, f"a table [{table}]", got, f"write its settings under [{table}]")
     field = kinds[table].model_fields.get(key)
     if field is None:
-        return Problem(f"{table}.{key}", f"a setting of [{table}]", shown(key), suggestion(f"{table}.{key}"))
+        action = suggestion(f"{table}.{key}", kinds)
+        return Problem(f"{table}.{key}", f"a setting of [{table}]", shown(key), action)
+    if key not in document[table]:
+        return Problem(f"{table}.{key}", expected(field), "none", "set it")
     value = document[table][key]
     wanted = expected(field)
     if any(
@@ -98,12 +103,12 @@ def _schema_problem(table: str, key: str, document: Mapping[str, Any]) -> Proble
     return Problem(f"{table}.{key}", wanted, shown(value), _remedy(field, value))
 
 
-def _unknown_table(table: str, value: object) -> Problem:
-    close = difflib.get_close_matches(table, list(tables()), 1, 0.5)
-    action = f"did you mean [{close[0]}]?" if close else suggestion(table)
+def _unknown_table(table: str, value: object, kinds: Mapping[str, type[Table]]) -> Problem:
+    close = difflib.get_close_matches(table, list(kinds), 1, 0.5)
+    action = f"did you mean [{close[0]}]?" if close else suggestion(table, kinds)
     if not isinstance(value, Mapping):
-        action = suggestion(table)
-    return Problem(table, "one of the tables " + ", ".join(tables()), shown(table), action)
+        action = suggestion(table, kinds)
+    return Problem(table, "one of the tables " + ", ".join(kinds), shown(table), action)
 
 
 def _remedy(field: FieldInfo, value: object) -> str:
@@ -122,12 +127,12 @@ def _remedy(field: FieldInfo, value: object) -> str:
     return "give such a value, or drop the setting for its default"
 
 
-def suggestion(name: str) -> str:
+def suggestion(name: str, kinds: Mapping[str, type[Table]] | None = None) -> str:
     """Say which setting was probably meant by the unknown ``name``: one spelt like it, here or in another table."""
-    names = [known for known, _ in every_setting()]
+    names = [f"{table}.{key}" for table, kind in (kinds or tables()).items() for key in kind.model_fields]
     table, _, key = name.rpartition(".")
     here = {known.rpartition(".")[2]: known for known in names if known.startswith(f"{table}.")}
-    elsewhere = [KNOWN_ELSEWHERE[key]] if key in KNOWN_ELSEWHERE else []
+    elsewhere = [KNOWN_ELSEWHERE[key]] if KNOWN_ELSEWHERE.get(key) in names else []
     elsewhere += [known for known in names if known.rpartition(".")[2] == key]
     close = [here[one] for one in difflib.get_close_matches(key, here, 1, 0.6)]
     meant = elsewhere or close or difflib.get_close_matches(name, names, 1, 0.6)

@@ -87,7 +87,7 @@ def encode(
     records: Records,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    template: str | Path = AUTO,
+    template: str | Path | Template = AUTO,
     max_length: int | None = None,
     loss_on: LossOn | str = LossOn.ANSWER,
     overlong: Overlong | str = Overlong.ERROR,
@@ -139,14 +139,16 @@ def encode(
     return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
 
 
-def resolve_template(name: str | Path, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Template | None:
-    """Return the template ``name`` stands for; None is the tokenizer's chat template.
+def resolve_template(name: str | Path | Template, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Template | None:
+    """Return the template ``name`` stands for, or is; None is the tokenizer's chat template.
 
     ``auto`` is the chat template for dialogues when the tokenizer has one, else ``default_template``.
 
     Raises:
         DataError: ``chat`` was asked for and the tokenizer has no chat template, or there is no template ``name``.
     """
+    if isinstance(name, Template):
+        return name
     has_chat = bool(tokenizer.chat_template)
     if str(name) == CHAT and not has_chat:
         raise DataError(

@@ -124,6 +124,15 @@ def load_template(name_or_path: str | Path) -> Template:
         DataError: there is no such template, or the file lacks an entry or a placeholder.
     """
     name = str(name_or_path)
+    return read_template(template_text(name), name)
+
+
+def template_text(name: str) -> str:
+    """Return the TOML of a shipped template by name, or of one's own file by path.
+
+    Raises:
+        DataError: there is no such template.
+    """
     if name in shipped_templates():
         text = (resources.files("fedloom.data") / "wording" / f"{name}.toml").read_text(encoding="utf-8")
     elif Path(name).is_file():
@@ -134,6 +143,15 @@ def load_template(name_or_path: str | Path) -> Template:
             f"data.template: expected one of {known}, or a TOML file, got {name!r}; choose one of these, or check the "
             "path"
         )
+    return text
+
+
+def read_template(text: str, name: str) -> Template:
+    """Make a template of its TOML; ``name`` is for messages.
+
+    Raises:
+        DataError: the text lacks an entry or a placeholder.
+    """
     try:
         entries = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as cause:

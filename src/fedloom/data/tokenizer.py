@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 from pathlib import Path
@@ -56,6 +57,18 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = _find_end_of_text(tokenizer, Path(name_or_path))
     return tokenizer
+
+
+def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
+    """Return the SHA-256 of all that decides how a tokenizer reads a text: two of one hash give the same tokens."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend |= {"truncation": None, "padding": None}  # set by whoever called it last
+    parts = [
+        json.dumps(backend, sort_keys=True),
+        json.dumps([tokenizer.bos_token_id, tokenizer.eos_token_id, sorted(tokenizer.all_special_ids)]),
+        json.dumps(tokenizer.chat_template, sort_keys=True),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from fedloom.assembly.split_run import (
 )
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
+from fedloom.engines.running import RunningEngine
 from fedloom.experiment.round_records import UpdateKeeper, metrics_of, update_keeper
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import Engine, RoundPlan, RoundRecord, run_rounds
@@ -89,10 +90,10 @@ def loop_of(settings: Settings, inputs: Inputs, base: Base, lora: LoRAModel, pop
 
 @dataclass(frozen=True, eq=False)
 class LoopKind:
-    """A loop that is set up but does not know its folder yet."""
+    """A loop that is set up but does not know its folder yet; no ``inputs`` where the rows are elsewhere."""
 
     settings: Settings
-    inputs: Inputs
+    inputs: Inputs | None
     base: Base
     lora: LoRAModel
     population: Population
@@ -158,12 +159,8 @@ class AdapterRounds:
     def rounds(self, evaluate: Evaluate) -> Generator[Completed]:
         """Run what is left, one round at a time."""
         settings, population = self.kind.settings, self.kind.population
-        around = Surroundings(
-            self.kind.base, self.kind.lora, self.kind.inputs, population, self._on_step, self.progress.note
-        )
         with ExitStack() as stack:
-            made = engine_of(settings, around, self.plan.strategy.client, self.state, self.memories)
-            engine = stack.enter_context(made)
+            engine = stack.enter_context(self.engine())
             shown = ShownEngine(engine, self.progress)
             keeper = None
             if settings.run.keep_updates:
@@ -175,9 +172,20 @@ class AdapterRounds:
                 return evaluate(standing_of(state, engine.held()), engine.row_losses)
 
             for record in run_rounds(self.state, self.plan, shown, scored, keep):
-                metrics = metrics_of(record, settings.method.name, population.names)
+                metrics = self.metrics(record)
                 files, standing = round_files(record.state, engine.held()), standing_of(record.state, engine.held())
                 yield Completed(record.round, metrics, files, self._writers(record, keeper), standing)
+
+    def engine(self) -> AbstractContextManager[RunningEngine]:
+        """Return where clients live, to be started."""
+        kind, half = self.kind, self.plan.strategy.client
+        assert kind.inputs is not None
+        around = Surroundings(kind.base, kind.lora, kind.inputs, kind.population, self._on_step, self.progress.note)
+        return engine_of(kind.settings, around, half, self.state, self.memories)
+
+    def metrics(self, record: RoundRecord) -> dict[str, Any]:
+        """Return a round's record; called once a round, before the next one begins."""
+        return metrics_of(record, self.kind.settings.method.name, self.kind.population.names)
 
     def _writers(self, record: RoundRecord, keeper: UpdateKeeper | None) -> dict[str, Writer]:
         if keeper is None:

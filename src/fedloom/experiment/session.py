@@ -7,15 +7,17 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from fedloom import embedded
 from fedloom.assembly.engine_choice import check_engine
-from fedloom.assembly.inputs import Inputs, Workshop
+from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.round_plan import Population, population_of, training_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.data.groups import Grouping, grouping_of
+from fedloom.data.sources import Rows
+from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
 from fedloom.experiment.round_records import holdings_of, peft_writer
@@ -120,7 +122,7 @@ def run(
     population = population_of(placed, inputs)
     kind = loop_of(placed, inputs, base, lora, population)
     if kind is not None and not fresh:
-        _refuse_fewer_rounds(out, kind.num_rounds)
+        refuse_fewer_rounds(out, kind.num_rounds)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
             base_sha256=base.revision_hash,
@@ -139,7 +141,12 @@ def run(
         return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
 
 
-def _refuse_fewer_rounds(out: Path, num_rounds: int) -> None:
+def refuse_fewer_rounds(out: Path, num_rounds: int) -> None:
+    """Check that a run has not completed more rounds than are asked for.
+
+    Raises:
+        RunError: it has.
+    """
     if (done := len(rounds_done(out))) > num_rounds:
         raise RunError(
             f"{out}: expected at least the {counted(done, 'round')} it has completed, got {num_rounds}; set "
@@ -162,6 +169,25 @@ def is_extensible(settings: Settings) -> bool:
     return settings.training.schedule == "constant" or training_of(settings).schedule_span == "round"
 
 
+class HeldOutRows(Protocol):
+    """What a session evaluates on; None where nothing is held out."""
+
+    @property
+    def held_out_rows(self) -> Rows | None:
+        """The rows."""
+        ...
+
+    @property
+    def held_out(self) -> TokenSet | None:
+        """Their tokens."""
+        ...
+
+    @property
+    def held_out_sha256(self) -> str | None:
+        """Hash of the tokens."""
+        ...
+
+
 @dataclass
 class Session:
     """One process's part of a run: from the last completed round to the end."""
@@ -170,7 +196,7 @@ class Session:
     folder: RunFolder
     base: Base
     lora: LoRAModel
-    inputs: Inputs
+    inputs: HeldOutRows
     population: Population
     kind: LoopKind | None
     workshop: Workshop
@@ -208,7 +234,7 @@ class Session:
             stack.callback(trackers.close)
             reset_device_peak()
             # Closed and not left to the collector: an engine may hold processes, which end with the rounds.
-            for done in stack.enter_context(closing(loop.rounds(self._evaluate))):
+            for done in stack.enter_context(closing(loop.rounds(self.evaluate))):
                 self.folder.write_round(done.round, done.metrics, done.files, done.writers)
                 state = done.standing
                 trackers.log(done.metrics)
@@ -225,7 +251,7 @@ class Session:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
         held_out, is_all = self.inputs.held_out_sha256, self.kind is None
         return self.workshop.base_scores(
-            self.settings, held_out, lambda: self._evaluate(Standing(0), score_here(self.lora)), is_all
+            self.settings, held_out, lambda: self.evaluate(Standing(0), score_here(self.lora)), is_all
         )
 
     @cached_property
@@ -233,7 +259,8 @@ class Session:
         rows = self.inputs.held_out_rows
         return None if rows is None else grouping_of(rows, self.settings.partition.column)
 
-    def _evaluate(self, state: Standing, score: Score) -> dict[str, Any]:
+    def evaluate(self, state: Standing, score: Score) -> dict[str, Any]:
+        """Score a state on what is held out, and by the suites."""
         chosen, inputs = self.settings.evaluation, self.inputs
         scores = evaluate_state(score, state, inputs.held_out, chosen.batch_tokens, self._grouping)
         if chosen.suites:

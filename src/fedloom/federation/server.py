@@ -66,6 +66,18 @@ def broadcasts_for(
     ]
 
 
+def addressed(broadcast: Broadcast, state: ServerState, strategy: Strategy, held: int | None) -> Broadcast:
+    """Return a broadcast for a client that says itself which version it holds; None: send it the whole side."""
+    seen = replace(state, seen={broadcast.client: held or 0})
+    sha256 = broadcast.news.sha256
+    whole = News(0, state.round, (state.side,), True, sha256)
+    return replace(
+        broadcast,
+        news=whole if held is None else news_for(seen, held, sha256),
+        crossing=_crossing(seen, strategy, broadcast.client),
+    )
+
+
 def news_for(state: ServerState, version: int, sha256: str) -> News:
     """Return the cheaper way from a held version to the present side: the missed additions, or all of it."""
     missed = state.round - version

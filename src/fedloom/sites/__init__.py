@@ -1,0 +1,1 @@
+"""Training across institutions: a server and sites, each in its own process, with messages between them."""

@@ -1,0 +1,205 @@
+"""A message between server and site: one frame of a length, a digest, a JSON head and a body.
+
+    4 bytes   length of the head, little-endian
+    32 bytes  SHA-256 of head and body
+    head      JSON, of one of the kinds below
+    body      a sheet, a broadcast, an update, an adapter, or nothing
+
+Nothing of a frame is believed unread: the digest first, then the head by its kind's schema, which knows no other
+entries. What a receiver does not expect (a server's kind at the server, another run, a body where none belongs) it
+drops and counts; see :class:`Dropped`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Le, MaxLen
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+
+from fedloom.errors import UpdateError
+
+FORMAT = 1
+"""Version of the frames and of what they mean: both ends must have the same."""
+MAX_HEAD_BYTES = 1 << 16
+MAX_SHEET_BYTES = 1 << 20
+_LENGTH_BYTES, _DIGEST_BYTES = 4, 32
+PREFIX_BYTES = _LENGTH_BYTES + _DIGEST_BYTES
+
+Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
+Code = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z-]{0,31}$")]
+Version = Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,40}$")]
+Count = Annotated[int, Ge(0), Le(1 << 53)]
+Round = Annotated[int, Ge(1), Le(1 << 53)]
+
+
+class Part(BaseModel):
+    """A part of a head: frozen, strict about types, closed to unknown entries, its numbers finite."""
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Refusal(Part):
+    """Why a site does not do what it is asked: a code, numbers, and hashes. Words stay at the site."""
+
+    code: Code
+    numbers: Annotated[dict[Code, int | float], MaxLen(8)] = {}
+    hashes: Annotated[dict[Code, Hash], MaxLen(4)] = {}
+
+
+class Hello(Part):
+    """Site: here I am, and this is what I am at; after every connection and every few seconds."""
+
+    kind: Literal["hello"] = "hello"
+    format: Count
+    fedloom: Version
+    torch: Version
+    run: RunId | None = None
+    state: Literal["waiting", "loading", "ready", "training", "scoring"]
+    task: Hash | None = None
+
+
+class Ready(Part):
+    """Site: the sheet is read, base and rows are loaded, or refused; ``kept`` and ``last`` are of its memory.
+
+    A site that has answered a round which it does not yet know to be counted holds two memories: the one before
+    (``kept``) and the one after (of round ``last_round``).
+    """
+
+    kind: Literal["ready"] = "ready"
+    run: RunId
+    sheet: Hash
+    rows: Count = 0
+    held_out_rows: Count = 0
+    kept_version: Count = 0
+    last_round: Count = 0
+    last_version: Count = 0
+    refusal: Refusal | None = None
+
+
+class Result(Part):
+    """Site: the answer to a task; without a body where it has no update, and then with the reason."""
+
+    kind: Literal["result"] = "result"
+    run: RunId
+    round: Round
+    task: Hash
+    refusal: Refusal | None = None
+    again: bool = False
+    seconds: Annotated[float, Ge(0)] = 0.0
+
+
+class Scored(Part):
+    """Site: how well the adapter does on its held-out rows: two sums and a count."""
+
+    kind: Literal["scored"] = "scored"
+    run: RunId
+    round: Count
+    sum_nats: Annotated[float, Ge(0)] = 0.0
+    num_loss_tokens: Count = 0
+    num_rows: Count = 0
+    refusal: Refusal | None = None
+
+
+class SheetSent(Part):
+    """Server: what the run is; the body is the sheet."""
+
+    kind: Literal["sheet"] = "sheet"
+    run: RunId
+    format: Count
+
+
+class Task(Part):
+    """Server: a round's work; the body is a broadcast. ``counted`` is the last round that the site's update counted in.
+
+    ``task`` names the work itself and not the bytes that say it: the same for a site that holds another version.
+    """
+
+    kind: Literal["task"] = "task"
+    run: RunId
+    round: Round
+    task: Hash
+    counted: Count
+
+
+class Score(Part):
+    """Server: score this adapter, the body, after this round."""
+
+    kind: Literal["score"] = "score"
+    run: RunId
+    round: Count
+
+
+class End(Part):
+    """Server: the run is complete."""
+
+    kind: Literal["end"] = "end"
+    run: RunId
+
+
+ToServer = Hello | Ready | Result | Scored
+ToSite = SheetSent | Task | Score | End
+TO_SERVER: TypeAdapter[ToServer] = TypeAdapter(Annotated[ToServer, Field(discriminator="kind")])
+TO_SITE: TypeAdapter[ToSite] = TypeAdapter(Annotated[ToSite, Field(discriminator="kind")])
+_WITH_BODY = ("result", "sheet", "task", "score")
+
+
+def frame(head: ToServer | ToSite, body: bytes = b"") -> bytes:
+    """Return a message as bytes."""
+    text = head.model_dump_json().encode()
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + _digest(text, body) + text + body
+
+
+def unframe(data: bytes, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, bytes]:
+    """Return a message's head and body; ``kinds`` are those that the receiver takes.
+
+    Raises:
+        UpdateError: it is damaged, of no such kind, or longer than it can be.
+    """
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    end = PREFIX_BYTES + length
+    if length > MAX_HEAD_BYTES or len(data) < end or len(data) - end > max_body:
+        raise UpdateError(
+            f"expected a whole frame with at most {max_body} bytes of body, got {len(data)} bytes; send it again"
+        )
+    text, body = data[PREFIX_BYTES:end], data[end:]
+    if _digest(text, body) != data[_LENGTH_BYTES:PREFIX_BYTES]:
+        raise UpdateError(f"expected a frame that fits its digest, got {len(data)} bytes that do not; send it again")
+    try:
+        head = kinds.validate_json(text)
+    except (ValidationError, RecursionError) as error:
+        raise UpdateError(
+            "expected a head of a known kind, got another; run the same version of fedloom on both sides"
+        ) from error
+    if body and head.kind not in _WITH_BODY:
+        raise UpdateError(f"expected no body in a frame of kind {head.kind}, got {len(body)} bytes; leave it out")
+    return head, body
+
+
+def _digest(text: bytes, body: bytes) -> bytes:
+    found = hashlib.sha256(text)
+    found.update(body)
+    return found.digest()
+
+
+@dataclass
+class Dropped:
+    """What a receiver dropped, by its sender and a word for the reason; at most so many different ones."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    _LARGEST = 1 << 10
+
+    def add(self, sender: str, why: str) -> None:
+        """Count one message."""
+        key = (sender[:200], why)
+        if key in self.counts or len(self.counts) < self._LARGEST:
+            self.counts[key] += 1
+
+    @property
+    def total(self) -> int:
+        """Messages dropped in all."""
+        return sum(self.counts.values())

@@ -1,0 +1,42 @@
+"""What carries frames between the server and the sites, and proves who sent them.
+
+A link is one end: the server's, which sends to sites by name, or a site's, which sends to :data:`SERVER` alone. It
+knows nothing of what it carries. Frames to one receiver arrive in the order of sending, or not at all: whoever needs an
+answer asks again (see ``sites_engine`` and ``site_worker``), so a link need not keep what a broken connection lost.
+"""
+
+from __future__ import annotations
+
+from queue import Queue
+from typing import Protocol
+
+SERVER = "server"
+"""Name of the server, as a site's link sends to it and names it as the sender."""
+
+CONNECTED = b""
+"""What a site's link puts into its inbox, as of :data:`SERVER`, after every new connection: the site greets at once.
+
+A site greets every few seconds besides, so a link that cannot tell loses seconds, no more.
+"""
+
+SEND_SECONDS = 20.0
+"""The longest that a call of :meth:`Link.send` may take."""
+
+
+class Link(Protocol):
+    """One end of the connections between the server and the sites."""
+
+    inbox: Queue[tuple[str, bytes]]
+    """(proven name of the sender, frame); at a site the sender is :data:`SERVER`."""
+
+    def send(self, to: str, frame: bytes) -> bool:
+        """Send a frame, or return False where the receiver cannot be reached now.
+
+        It never raises, and never waits longer than :data:`SEND_SECONDS`. True says that the frame is on its way, not
+        that it arrived.
+        """
+        ...
+
+    def close(self) -> None:
+        """End every connection of this end."""
+        ...

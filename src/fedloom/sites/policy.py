@@ -1,0 +1,112 @@
+"""What a site refuses, by its owner's policy and by what does not fit; and the words for what crosses of it.
+
+A refusal is a code, numbers and hashes: a message of an error may quote rows and paths, so its text stays in the site's
+own log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fedloom.data.batches import num_batches
+from fedloom.sites.frames import FORMAT, Refusal
+from fedloom.sites.sheet import Sheet
+from fedloom.sites.site_settings import Policy
+
+UNCONFIRMED = "unconfirmed"
+BEHIND = "behind"
+SUPERSEDED = "superseded"
+ENDED = "trainer-ended"
+
+_WORDS: Mapping[str, str] = {
+    "method": "its policy (policy.methods) does not allow the study's method",
+    "rank": "its policy (policy.max_rank) allows ranks up to {allowed}, the study asks for {asked}",
+    "rounds": "its policy (policy.max_rounds) allows {allowed} rounds, the study asks for {asked}",
+    "steps": "its policy (policy.max_steps_per_round) allows {allowed} steps a round, the study asks for {asked}",
+    "tokens": "its policy (policy.max_tokens_per_pass) allows {allowed} tokens a pass, the study asks for {asked}",
+    "base-not-allowed": "its policy (policy.bases) does not list the study's base {asked}",
+    "rows": "its policy (policy.min_rows) takes part from {allowed} rows on, it has {rows}",
+    "rows-hidden": "its policy (policy.hide_row_count) wants training.local_steps: epochs would tell its rows",
+    UNCONFIRMED: "its owner has not agreed to this run yet (fedloom site confirm)",
+    "base-differs": "expected base {study}, it has {site}",
+    "tokenizer-differs": "expected tokenizer {study}, it has {site}",
+    "format": "expected frames of format {server}, it has {site}: run the same version of fedloom on both sides",
+    "sheet": "it could not read the sheet: run the same version of fedloom on both sides",
+    "method-missing": "the study's method is not installed there",
+    "data": "its rows could not be read or used; its own log says why",
+    "model": "its base could not be loaded or used; its own log says why",
+    "diverged": "its training diverged: lower training.learning_rate",
+    "message": "it could not read the task; its own log says why",
+    BEHIND: "its side does not lead to the server's",
+    SUPERSEDED: "a newer round took its place",
+    ENDED: "its training process ended with code {code}; its own log says why",
+    "memory": "it ran out of memory",
+    "held-out": "it has no held-out rows (data.eval_fraction in its file)",
+    "disk": "it could not write its folder; its own log says why",
+}
+_HASH_SHOWN = 12
+
+
+def in_words(refusal: Refusal) -> str:
+    """Return a refusal as a clause about the site; a code that is not known is shown as it is."""
+    words = _WORDS.get(refusal.code)
+    shown = {**{k: f"{v:g}" for k, v in refusal.numbers.items()}}
+    shown |= {k: v[:_HASH_SHOWN] for k, v in refusal.hashes.items()}
+    try:
+        return words.format(**shown) if words is not None else f"it refuses: {refusal.code}"
+    except (KeyError, IndexError):
+        return f"it refuses: {refusal.code}"
+
+
+def of_format(format: int) -> Refusal | None:
+    """Refuse frames of another format."""
+    return None if format == FORMAT else Refusal(code="format", numbers={"server": format, "site": FORMAT})
+
+
+def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
+    """Return the first line of the policy that a study goes beyond, as far as its sheet alone shows."""
+    training = sheet.training
+    if policy.methods and sheet.method not in policy.methods:
+        return Refusal(code="method")
+    if policy.bases and sheet.base_sha256 not in {base.removeprefix("sha256:") for base in policy.bases}:
+        return Refusal(code="base-not-allowed", hashes={"asked": sheet.base_sha256})
+    if policy.hide_row_count and training.steps is None:
+        return Refusal(code="rows-hidden")
+    limits = (
+        ("rank", sheet.rank, policy.max_rank),
+        ("rounds", training.total_rounds, policy.max_rounds),
+        ("steps", training.steps or 0, policy.max_steps_per_round),
+        ("tokens", max(training.token_budget, sheet.max_length or 0), policy.max_tokens_per_pass),
+        ("tokens", sheet.batch_tokens if sheet.scores else 0, policy.max_tokens_per_pass),
+    )
+    for code, asked, allowed in limits:
+        if asked > allowed:
+            return Refusal(code=code, numbers={"asked": asked, "allowed": allowed})
+    return None
+
+
+def of_inputs(
+    policy: Policy, sheet: Sheet, base_sha256: str, tokenizer_sha256: str, num_rows: int, longest: int
+) -> Refusal | None:
+    """Return what does not fit once base and rows are loaded; ``longest`` is the longest row in tokens."""
+    if base_sha256 != sheet.base_sha256:
+        return Refusal(code="base-differs", hashes={"study": sheet.base_sha256, "site": base_sha256})
+    if tokenizer_sha256 != sheet.tokenizer_sha256:
+        return Refusal(code="tokenizer-differs", hashes={"study": sheet.tokenizer_sha256, "site": tokenizer_sha256})
+    if num_rows < policy.min_rows:
+        return Refusal(code="rows", numbers={"allowed": policy.min_rows, "rows": told_rows(policy, num_rows)})
+    if longest > policy.max_tokens_per_pass:
+        return Refusal(code="tokens", numbers={"asked": longest, "allowed": policy.max_tokens_per_pass})
+    training = sheet.training
+    if training.steps is None:
+        steps = num_batches(num_rows, training.batch_size, epochs=training.epochs or 0.0)
+        if steps > policy.max_steps_per_round:
+            return Refusal(code="steps", numbers={"asked": steps, "allowed": policy.max_steps_per_round})
+    return None
+
+
+def told_rows(policy: Policy, num_rows: int) -> int:
+    """Return the number of rows that the server is told; it is the site's weight too, where rows weigh."""
+    if not policy.hide_row_count:
+        return num_rows
+    return max(1, min(num_rows, policy.row_cap) // 100 * 100)

@@ -1,0 +1,237 @@
+"""Run a study at the server, into an ordinary run folder: what ``experiment.run`` does, with the clients elsewhere."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from fedloom.assembly.inputs import Workshop
+from fedloom.assembly.round_plan import Population, plan_of
+from fedloom.data.sources import Rows
+from fedloom.data.tokenizer import fingerprint
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import RunError
+from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
+from fedloom.experiment.session import NOTHING_HELD_OUT, RunSummary, Session, is_extensible, refuse_fewer_rounds
+from fedloom.federation.blob import WireDtype, largest_message
+from fedloom.federation.rounds import RoundRecord
+from fedloom.lora.layer import LoRAModel
+from fedloom.methods.state import Standing
+from fedloom.models.load import Base
+from fedloom.reporting.progress import Progress, SilentProgress
+from fedloom.results.state_scores import Score
+from fedloom.run_folder.claim import is_begun, refuse_another, refuse_foreign
+from fedloom.run_folder.manifest import read_manifest
+from fedloom.run_folder.reader import Holding, holdings_document
+from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
+from fedloom.sites.frames import MAX_HEAD_BYTES
+from fedloom.sites.link import Link
+from fedloom.sites.sheet import sheet_of
+from fedloom.sites.site_scores import scored_by_sites
+from fedloom.sites.sites_engine import Patience, SitesEngine
+from fedloom.sites.study import Study
+
+OpenLink = Callable[[Study, int], Link]
+"""Opens the server's end, given the study and the most bytes that a frame of a site can have."""
+
+
+@dataclass(frozen=True, eq=False)
+class _HeldOut:
+    held_out_rows: Rows | None
+    held_out: TokenSet | None
+    held_out_sha256: str | None
+
+
+def serve(
+    study: Study,
+    out: Path | str,
+    open_link: OpenLink,
+    *,
+    fresh: bool = False,
+    progress: Progress | None = None,
+    workshop: Workshop | None = None,
+) -> RunSummary:
+    """Run a study into ``out``, or go on with the run in it, and return the result.
+
+    Raises:
+        FedloomError: for anything wrong with the study, the folder, the link, or too few sites.
+    """
+    out, progress = Path(out), progress or SilentProgress()
+    workshop = workshop or Workshop(progress)
+    settings = study.written
+    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    if fresh:
+        refuse_foreign(out)
+    else:
+        refuse_another(out, settings.as_dict(), may_change)
+    base, lora = workshop.base(settings)
+    held_out = _held_out(study, workshop, base)
+    if held_out.held_out is None and study.sites.evaluate == "server":
+        progress.note(NOTHING_HELD_OUT)
+    served = _Served(study, base, lora, progress, open_link)
+    if not fresh:
+        refuse_fewer_rounds(out, served.plan.num_rounds)
+    identity = {"seed": settings.run.seed, "run_id": _run_id(out, fresh)}
+    with RunFolder.open(out, settings.as_dict(), identity, fresh, may_change) as folder:
+        folder.confirm_identity(
+            base_sha256=base.revision_hash,
+            tokenizer_sha256=served.tokenizer_sha256,
+            held_out_sha256=held_out.held_out_sha256,
+            sites=list(study.sites.names),
+        )
+        with served.started(folder) as kind:
+            session = SitesSession(settings, folder, base, lora, held_out, served.population, kind, workshop, progress)
+            session.engine, session.scores_at_sites = kind.engine, study.sites.evaluate == "sites"
+            summary = session.complete()
+            kind.engine.end()
+            return summary
+
+
+class _Served:
+    """What a served run is made of before its folder is known."""
+
+    def __init__(self, study: Study, base: Base, lora: LoRAModel, progress: Progress, open_link: OpenLink) -> None:
+        settings = study.settings
+        self._study, self._base, self._progress, self._open_link = study, base, progress, open_link
+        self.tokenizer_sha256 = fingerprint(base.tokenizer)
+        ranks, scales = dict(enumerate(settings.client_ranks)), dict(enumerate(settings.client_scales))
+        self._rows = dict.fromkeys(ranks, 0)  # told by each site as it becomes ready
+        names = study.sites.names
+        size = settings.cohort_size
+        self.population = Population(len(names), size, ranks, scales, _no_rows, names, self._rows)
+        self.plan = plan_of(settings, self.population, lora)
+        self._lora = lora
+
+    @contextmanager
+    def started(self, folder: RunFolder) -> Iterator[SitesKind]:
+        """Open the link for a run folder, yield its loop, and close the link at the end."""
+        study, settings, plan = self._study, self._study.settings, self.plan
+        run, scores = str(folder.manifest["identity"]["run_id"]), study.sites.evaluate == "sites"
+        hashes = (self._base.revision_hash, self.tokenizer_sha256)
+        sheets = [sheet_of(settings, client, run, *hashes, scores) for client in range(len(study.sites.names))]
+        link = self._open_link(study, self._largest_frame())
+        try:
+            engine = SitesEngine(
+                link=link,
+                lora=self._lora,
+                names=study.sites.names,
+                sheets=sheets,
+                wire=WireDtype(settings.wire.dtype),
+                plan=plan,
+                state=plan.strategy.initial(),
+                patience=Patience(study.sites.quorum, study.sites.deadline_s, study.sites.grace_s),
+                note=self._progress.note,
+                rows=self._rows,
+                versions=f"fedloom {version('fedloom')}, torch {version('torch')}",
+            )
+            yield SitesKind(settings, None, self._base, self._lora, self.population, plan, None, engine)
+        finally:
+            link.close()
+
+    def _largest_frame(self) -> int:
+        shapes, rank = self._lora.shapes, max(self.population.ranks.values())
+        numbers = sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
+        return MAX_HEAD_BYTES + largest_message(2 * len(shapes), 4 * numbers)
+
+
+@dataclass(frozen=True, eq=False)
+class SitesKind(LoopKind):
+    """A loop whose clients are sites."""
+
+    engine: SitesEngine
+
+    def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
+        """Wait for the quorum, and return the loop at the point that the folder has reached."""
+        loop, engine = super().resume(folder, write_adapter, progress), self.engine
+        assert isinstance(loop, AdapterRounds)
+        engine.state = loop.state
+        engine.counted |= {
+            client["client"]: record["round"]
+            for record in folder.records()
+            for client in record["clients"]
+            if client["reason"] is None
+        }
+        if loop.state.round < loop.num_rounds:
+            engine.wait_for(engine.patience.quorum, engine.patience.deadline_s)
+        _write_holdings(folder, self.population)
+        return SitesRounds(
+            self, loop.plan, loop.state, loop.memories, loop.path, loop.write_adapter, progress, folder, engine
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class SitesRounds(AdapterRounds):
+    """Rounds whose clients are sites."""
+
+    folder: RunFolder
+    sites: SitesEngine
+
+    @contextmanager
+    def _started(self) -> Iterator[SitesEngine]:
+        yield self.sites
+
+    def engine(self) -> AbstractContextManager[SitesEngine]:
+        """Return the engine; its link is opened and closed around the whole run."""
+        return self._started()
+
+    def metrics(self, record: RoundRecord) -> dict[str, Any]:
+        """Return the round's record with a part per site, show it, and let the engine know what counted."""
+        metrics = super().metrics(record)
+        self.sites.state = record.state
+        self.sites.counted |= {client.client: record.round for client in record.clients if client.reason is None}
+        for client in record.clients:
+            if client.reason is not None:
+                self.sites.sites[self.sites.names[client.client]].left_out = client.reason
+        metrics["sites"] = self.sites.report()
+        for line in self.sites.lines():
+            self.progress.note(f"  {line}")
+        _write_holdings(self.folder, self.kind.population)
+        return metrics
+
+
+@dataclass
+class SitesSession(Session):
+    """A session that may evaluate at the sites."""
+
+    scores_at_sites: bool = False
+    engine: SitesEngine = field(init=False)
+
+    def evaluate(self, state: Standing, score: Score) -> dict[str, Any]:
+        """Score a state on the server's held-out rows, or on the sites'."""
+        if not self.scores_at_sites:
+            return super().evaluate(state, score)
+        return scored_by_sites(self.engine, state.round, state.shared)
+
+
+def _held_out(study: Study, workshop: Workshop, base: Base) -> _HeldOut:
+    found = workshop.held_out(study.written, base)
+    if found is None:
+        return _HeldOut(None, None, None)
+    rows, encoded = found
+    return _HeldOut(rows, encoded.tokens, encoded.tokens.sha256())
+
+
+def _run_id(out: Path, fresh: bool) -> str:
+    """Return the id of the run in ``out``, also where it has no round yet; of another run a new one.
+
+    Sites keep by it what they remember. It is drawn, so that two runs of one study are two at the sites.
+    """
+    known = {} if fresh or not is_begun(out) else read_manifest(out)["identity"]
+    return str(known.get("run_id") or secrets.token_hex(16))
+
+
+def _write_holdings(folder: RunFolder, population: Population) -> None:
+    holdings = [
+        Holding(name, population.num_rows[client], population.ranks[client], {})
+        for client, name in enumerate(population.names)
+    ]
+    folder.write_json("holdings.json", holdings_document(holdings, None))
+
+
+def _no_rows(client: int) -> TokenSet:
+    raise RunError(f"expected the rows of client {client} at its site, asked for them at the server; ask the site")

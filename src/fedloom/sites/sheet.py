@@ -1,0 +1,182 @@
+"""The sheet: what a site must know of a run, as a whitelist. Nothing else of the study crosses.
+
+No path is in it: a prompt template travels as its text, and base, tokenizer and rows are those that the site's owner
+names. Hashes say whether they are the study's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MaxLen
+from pydantic import StringConstraints, ValidationError
+
+from fedloom.assembly.round_plan import training_of
+from fedloom.config import Settings
+from fedloom.config.input_tables import Data
+from fedloom.data.encoding import LossOn, Overlong, Unanswered
+from fedloom.data.records import Shape
+from fedloom.data.templates import AUTO, CHAT, Template, read_template, template_text
+from fedloom.errors import UpdateError
+from fedloom.federation.blob import WireDtype
+from fedloom.methods import table
+from fedloom.methods.client_half import ClientHalf
+from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.sites.frames import Hash, Part, RunId
+from fedloom.training.cohort_round import LocalTraining
+
+_LARGEST = 10**9
+Number = Annotated[int, Ge(1), Le(_LARGEST)]
+Rate = Annotated[float, Ge(0), Le(1e9)]
+Share = Annotated[float, Ge(0), Lt(1)]
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class SheetTraining(Part):
+    """What a client does in a round: ``LocalTraining``, bounded."""
+
+    learning_rate: Annotated[float, Gt(0), Le(1e9)]
+    batch_size: Number
+    steps: Number | None
+    epochs: Annotated[float, Gt(0), Le(1e9)] | None
+    micro_batch_size: Number | None
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Annotated[int, Ge(0), Le(_LARGEST)]
+    schedule_span: Literal["round", "run"]
+    total_rounds: Number
+    weight_decay: Rate
+    betas: tuple[Share, Share]
+    max_grad_norm: Rate | None
+    dropout: Share
+    label_smoothing: Share
+    token_budget: Number
+
+
+class SheetTemplate(Part):
+    """How prompts are worded: the shape's own way, the tokenizer's chat template, or a text."""
+
+    kind: Literal["auto", "chat", "text"]
+    text: Annotated[str, MaxLen(1 << 16)] = ""
+
+    def template(self) -> str | Template:
+        """Return what rows are encoded with.
+
+        Raises:
+            DataError: the text is no template.
+        """
+        return read_template(self.text, "the sheet's template") if self.kind == "text" else self.kind
+
+
+class Sheet(Part):
+    """A run as one site sees it."""
+
+    run: RunId
+    client: Annotated[int, Ge(0), Le(10**6)]
+    rank: Annotated[int, Ge(1), Le(1 << 20)]
+    scale: Rate
+    method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
+    weighting: Literal["rows", "tokens", "uniform", "norm"]
+    initialisation: Literal["independent", "shared"]
+    training: SheetTraining
+    wire: WireDtype
+    seed: Annotated[int, Ge(0), Le(1 << 63)]
+    base_sha256: Hash
+    tokenizer_sha256: Hash
+    target_modules: Annotated[tuple[Pattern, ...], MaxLen(4096)] | None
+    template: SheetTemplate
+    shape: Shape
+    max_length: Number | None
+    overlong: Overlong
+    unanswered: Unanswered
+    loss_on: LossOn
+    scores: bool
+    batch_tokens: Number
+
+    @property
+    def local_training(self) -> LocalTraining:
+        """What the client does in a round."""
+        return LocalTraining(**dict(self.training))
+
+    @property
+    def line(self) -> str:
+        """Say in a line what is asked, for the site's owner."""
+        training = self.training
+        budget = f"{training.steps} steps" if training.steps is not None else f"{training.epochs:g} passes"
+        return (
+            f"run {self.run}: {self.method}, rank {self.rank}, {training.total_rounds} rounds of {budget}, "
+            f"base {self.base_sha256[:12]}"
+        )
+
+    def half(self, shapes: dict[str, tuple[int, int]]) -> ClientHalf:
+        """Return what the method's client trains, sends and keeps.
+
+        Raises:
+            MethodError: the method is not installed here, or sends nothing.
+        """
+        cohort = Cohort(shapes, self.rank, lambda client: self.rank, self.seed)
+        options = table.MethodOptions(weighting=self.weighting, initialisation=self.initialisation)
+        strategy: Strategy = table.make(self.method, cohort, options)
+        return strategy.client
+
+
+def sheet_of(settings: Settings, client: int, run: str, base_sha256: str, tokenizer_sha256: str, scores: bool) -> Sheet:
+    """Return the sheet of one client of a study.
+
+    Raises:
+        DataError: its template is none.
+    """
+    data, method = settings.data, settings.method
+    return Sheet(
+        run=run,
+        client=client,
+        rank=settings.client_ranks[client],
+        scale=settings.client_scales[client],
+        method=method.name,
+        weighting=method.weighting,
+        initialisation=method.initialisation,
+        training=SheetTraining(**asdict(training_of(settings))),
+        wire=WireDtype(settings.wire.dtype),
+        seed=settings.run.seed,
+        base_sha256=base_sha256,
+        tokenizer_sha256=tokenizer_sha256,
+        target_modules=settings.model.target_modules,
+        template=_template_of(data),
+        shape=Shape(data.shape),
+        max_length=data.max_length,
+        overlong=Overlong(data.overlong),
+        unanswered=Unanswered(data.unanswered),
+        loss_on=LossOn(data.loss_on),
+        scores=scores,
+        batch_tokens=settings.evaluation.batch_tokens,
+    )
+
+
+def read_sheet(body: bytes, run: str | None = None) -> Sheet:
+    """Read a sheet at a site, of a run where that is said.
+
+    Raises:
+        UpdateError: it is not of this form.
+    """
+    try:
+        sheet = Sheet.model_validate_json(body)
+    except (ValidationError, RecursionError) as error:
+        where = ""
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where = f" ({'.'.join(map(str, first['loc']))[:80]}: {first['msg'].lower()})"
+        raise UpdateError(
+            f"expected a sheet of this form, got another{where}; run the same version of fedloom on both sides"
+        ) from error
+    if run is not None and sheet.run != run:
+        raise UpdateError(f"expected a sheet of run {run}, got one of {sheet.run}; send its own")
+    return sheet
+
+
+def _template_of(data: Data) -> SheetTemplate:
+    name = data.template or AUTO
+    if name in (AUTO, CHAT):
+        return SheetTemplate(kind="auto" if name == AUTO else "chat")
+    text = template_text(name)
+    read_template(text, name)
+    return SheetTemplate(kind="text", text=text)

@@ -1,0 +1,184 @@
+"""A site's own commands: take part, or look whether it could."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from importlib.metadata import version
+from typing import Any
+
+from fedloom.data.tokenizer import fingerprint
+from fedloom.errors import RunError, UpdateError
+from fedloom.run_folder import claim, durable
+from fedloom.sites import policy
+from fedloom.sites.frames import FORMAT, MAX_HEAD_BYTES, TO_SITE, Hello, SheetSent, frame, unframe
+from fedloom.sites.grpc_link import GrpcSiteLink
+from fedloom.sites.kit import Kit, read_kit
+from fedloom.sites.link import SERVER
+from fedloom.sites.sheet import read_sheet
+from fedloom.sites.site_settings import SiteSettings
+from fedloom.sites.site_training import SiteTraining, load_site_base
+from fedloom.sites.site_worker import SiteWorker
+from fedloom.sites.trainer import TrainerProcess
+
+_SECONDS_FOR_A_SHEET = 15.0
+
+
+def run_site(site: SiteSettings, note: Callable[[str], None]) -> None:
+    """Take part until a person ends it: the first ctrl-c leaves after the task in progress, a second one at once.
+
+    Raises:
+        RunError: the kit does not fit, the server turns this site away, or the folder is in use.
+    """
+    kit = _own_kit(site)
+    stop, refusals = threading.Event(), list[str]()
+
+    def refused(why: str) -> None:
+        refusals.append(why)
+        stop.set()
+
+    with _held(site), _left_between_tasks(stop, note):
+        link = _dialled(site, kit, note, refused)
+        try:
+            note(f"{site.site.name}: dialling {site.site.server}; ctrl-c leaves between tasks")
+            SiteWorker(site, link, lambda reply, ended: TrainerProcess(site, reply, ended), note).run(stop)
+        finally:
+            link.close()
+    if refusals:
+        raise RunError(f"{refusals[0]}; ask the coordinator to add the site, or install the kit of this project")
+
+
+@dataclass(frozen=True)
+class SiteCheck:
+    """What a look at a site found."""
+
+    name: str
+    base_sha256: str
+    tokenizer_sha256: str
+    study: str | None
+    num_rows: int | None
+    refusal: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return dict(self.__dict__)
+
+    def lines(self) -> list[str]:
+        """Return it for people."""
+        lines = [f"site {self.name}: kit and certificate fit"]
+        lines += [f"base sha256:{self.base_sha256}", f"tokenizer sha256:{self.tokenizer_sha256}"]
+        if self.study is None:
+            return [*lines, "no study is being served now: rows and policy were not looked at"]
+        lines.append(self.study)
+        if self.refusal is not None:
+            return [*lines, f"the site refuses this study: {self.refusal}"]
+        return [*lines, f"{self.num_rows:,} rows are usable; the site would take part"]
+
+
+def check_site(site: SiteSettings, note: Callable[[str], None]) -> SiteCheck:
+    """Look at kit, base, and, where a study is being served, at rows and policy; train nothing.
+
+    Raises:
+        FedloomError: the kit does not fit, the base cannot be loaded, or the server turns this site away.
+    """
+    kit = _own_kit(site)
+    with _held(site):
+        base = load_site_base(site)
+        found = (site.site.name, base.revision_hash, fingerprint(base.tokenizer))
+        sent = _sheet_now(site, kit, note)
+        if sent is None:
+            return SiteCheck(*found, None, None, None)
+        run, body = sent
+        sheet = read_sheet(body, run)
+        own = site.policy.model_copy(update={"confirm": "never"})
+        del base
+        training = SiteTraining(
+            site.model_copy(update={"policy": own}), sheet, sha256(body).hexdigest(), lambda: 0, lambda text: note(text)
+        )
+        refusal = None if training.refusal is None else policy.in_words(training.refusal)
+        return SiteCheck(*found, sheet.line, training.num_rows, refusal)
+
+
+def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tuple[str, bytes] | None:
+    refusals: list[str] = []
+    link = _dialled(site, kit, note, refusals.append)
+    hello = Hello(format=FORMAT, fedloom=version("fedloom"), torch=version("torch"), state="loading")
+    until = time.monotonic() + _SECONDS_FOR_A_SHEET
+    try:
+        while time.monotonic() < until and not refusals:
+            link.send(SERVER, frame(hello))
+            try:
+                _, data = link.inbox.get(timeout=1.0)
+                head, body = unframe(data, TO_SITE, site.policy.max_message_mib << 20)
+            except (queue.Empty, UpdateError):
+                continue
+            if isinstance(head, SheetSent):
+                return head.run, body
+    finally:
+        link.close()
+    if refusals:
+        raise RunError(f"{refusals[0]}; ask the coordinator to add the site, or install the kit of this project")
+    return None
+
+
+def _dialled(site: SiteSettings, kit: Kit, note: Callable[[str], None], refused: Callable[[str], None]) -> GrpcSiteLink:
+    largest = MAX_HEAD_BYTES + (site.policy.max_message_mib << 20)
+    return GrpcSiteLink(site.site.server, kit, largest, note, refused)
+
+
+def _own_kit(site: SiteSettings) -> Kit:
+    kit = read_kit(site.site.kit, "client")
+    if kit.name != site.site.name:
+        raise RunError(
+            f"{site.site.kit}: expected a certificate of {site.site.name} (site.name), got one of {kit.name}; correct "
+            "site.name, or install the site's own kit"
+        )
+    return kit
+
+
+@contextmanager
+def _held(site: SiteSettings) -> Iterator[None]:
+    """Hold the site's folder for this process."""
+    with durable.explained(site.site.folder, "choose another folder (site.folder)"):
+        site.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        descriptor = claim.lock(site.folder)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _left_between_tasks(stop: threading.Event, note: Callable[[str], None]) -> Iterator[None]:
+    """Let ctrl-c, and a service that is stopped, end the site after the task in progress; again: at once."""
+
+    def leave(_number: int, _frame: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        note("leaving after the task in progress; once more: at once")
+        stop.set()
+
+    former = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def shown_entry(entry: Any) -> str:
+    """Return a line of the ledger for people."""
+    known = ("time", "event", "run", "round")
+    head = [str(entry.get("time", "")), str(entry.get("event", "")), str(entry.get("run", ""))[:8]]
+    if "round" in entry:
+        head.append(f"round {entry['round']}")
+    rest = [f"{key} {json.dumps(value)}" for key, value in entry.items() if key not in known]
+    return "  ".join([*head, ", ".join(rest)])

@@ -1,0 +1,258 @@
+"""A run at a site: its sheet read, base and rows loaded, and each task answered by the one client that lives there."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedloom.clients.client import Assignment, Client
+from fedloom.clients.held_sides import HeldSides
+from fedloom.data.encoding import encode
+from fedloom.data.holdout import hold_out
+from fedloom.data.records import read_records
+from fedloom.data.sources import load_rows
+from fedloom.data.tokenizer import fingerprint
+from fedloom.data.tokens import TokenSet
+from fedloom.errors import BehindError, DataError, FedloomError, MethodError, RunError, UpdateError
+from fedloom.federation.blob import read_tensors
+from fedloom.federation.messages import Received, decode_broadcast, encode_update
+from fedloom.lora.layer import LoRAModel, check_covers
+from fedloom.lora.pair import Adapter
+from fedloom.methods.state import Failure
+from fedloom.models.causal import context_of
+from fedloom.models.families import resolve_targets
+from fedloom.models.load import Base, load_base
+from fedloom.seeding import stream
+from fedloom.sites import policy
+from fedloom.sites.frames import Ready, Refusal, Result, Score, Scored, Task
+from fedloom.sites.sheet import Sheet
+from fedloom.sites.site_settings import SiteSettings
+from fedloom.sites.store import Recall, Store, confirmation
+from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
+from fedloom.training.row_losses import row_losses_of
+
+Note = Callable[[str], None]
+
+
+class _SupersededError(Exception):
+    """A newer round was asked for while this one was at work."""
+
+
+class RefusedError(FedloomError):
+    """The site does not take part; the text stays at the site."""
+
+    def __init__(self, refusal: Refusal, text: str = "") -> None:
+        super().__init__(text or policy.in_words(refusal))
+        self.refusal = refusal
+
+
+class SiteTraining:
+    """A run that a site takes part in, or why it does not (``refusal``).
+
+    ``newest`` gives the newest round that was asked for: a task of an older one stops between two steps.
+    """
+
+    def __init__(
+        self, site: SiteSettings, sheet: Sheet, sheet_sha256: str, newest: Callable[[], int], note: Note
+    ) -> None:
+        self.site, self.sheet, self._sheet_sha256 = site, sheet, sheet_sha256
+        self.refusal: Refusal | None = None
+        self._newest, self._note = newest, note
+        self._recall, self._rows_told, self._rows = Recall(), 0, TokenSet.from_rows([])
+        self._held_out: TokenSet | None = None
+        try:
+            self._open()
+        except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
+            self.refusal = self._refused(error)
+
+    def ready(self) -> Ready:
+        """Return what the server is told of this site."""
+        recall = self._recall
+        return Ready(
+            run=self.sheet.run,
+            sheet=self._sheet_sha256,
+            rows=self._rows_told,
+            held_out_rows=0 if self._held_out is None else policy.told_rows(self.site.policy, len(self._held_out)),
+            kept_version=recall.kept.version,
+            last_round=recall.round,
+            last_version=recall.last.version,
+            refusal=self.refusal,
+        )
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the site trains on, for its owner alone."""
+        return len(self._rows)
+
+    def answer(self, task: Task, body: bytes) -> tuple[Result, bytes]:
+        """Train, or send the last answer again where this task is the one it answered."""
+        begun = time.perf_counter()
+        self._recall = self._recall.settled(task.counted)
+        head = Result(run=task.run, round=task.round, task=task.task)
+        if task.task == self._recall.task and self.refusal is None:
+            return head.model_copy(update={"again": True}), self._recall.answer
+        try:
+            if self.refusal is not None:
+                raise RefusedError(self.refusal)
+            blob = self._trained(task, body)
+        except (FedloomError, _SupersededError, torch.OutOfMemoryError, MemoryError) as error:
+            return head.model_copy(update={"refusal": self._refused(error)}), b""
+        return head.model_copy(update={"seconds": time.perf_counter() - begun}), blob
+
+    def score(self, asked: Score, body: bytes) -> Scored:
+        """Score an adapter on the site's held-out rows: two sums and a count cross."""
+        head = Scored(run=asked.run, round=asked.round)
+        try:
+            if self.refusal is not None or not self.sheet.scores or self._held_out is None:
+                raise RefusedError(self.refusal or Refusal(code="held-out"))
+            adapter = Adapter.from_tensors(read_tensors(body))
+            check_covers(adapter, self._lora.shapes)
+            losses = row_losses_of(self._lora, adapter, self._held_out, token_budget=self.sheet.batch_tokens)
+        except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
+            return head.model_copy(update={"refusal": self._refused(error)})
+        sums = {"sum_nats": float(losses.sum_nats.sum()), "num_loss_tokens": int(losses.num_loss_tokens.sum())}
+        rows = policy.told_rows(self.site.policy, len(self._held_out))
+        return head.model_copy(update={**sums, "num_rows": rows})
+
+    def _open(self) -> None:
+        sheet, own = self.sheet, self.site.policy
+        if (refusal := policy.of_sheet(own, sheet)) is not None:
+            raise RefusedError(refusal)
+        if own.confirm == "first" and not confirmation(self.site.folder, self._sheet_sha256).exists():
+            raise RefusedError(Refusal(code=policy.UNCONFIRMED))
+        base = load_site_base(self.site)
+        self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))
+        rows = encoded_rows(self.site, sheet, base)
+        self._rows, self._held_out = _held_out(rows, self.site.data.eval_fraction, sheet.seed)
+        longest = int(rows.lengths.max())
+        found = (base.revision_hash, fingerprint(base.tokenizer), len(self._rows), longest)
+        if (refusal := policy.of_inputs(own, sheet, *found)) is not None:
+            raise RefusedError(refusal)
+        self._rows_told = policy.told_rows(own, len(self._rows))
+        self._half = sheet.half(dict(self._lora.shapes))
+        self._store = Store(self.site.folder, sheet.run)
+        self._recall = self._store.read()
+        self._sides = HeldSides(self._recall.version, self._recall.side)
+
+    def _trained(self, task: Task, body: bytes) -> bytes:
+        sheet = self.sheet
+        received = decode_broadcast(body, self._lora.shapes)
+        _check_asked(received, sheet, task)
+        client = Client(
+            sheet.client, self._half, self._lora.shapes, sheet.seed, lambda: self._rows, self._sides, self._recall.kept
+        )
+        assignment = client.prepare(received)
+        result = self._train(assignment, task.round)
+        stats = replace(result.stats, num_rows=self._rows_told)
+        outcome, tensors = client.conclude(assignment, replace(result, stats=stats), sheet.wire)
+        if isinstance(outcome, Failure):
+            raise RefusedError(Refusal(code="diverged"), outcome.reason)
+        blob = encode_update(outcome, tensors, sheet.wire)
+        self._recall = Recall(
+            version=client.memory.version,
+            side=assignment.side,
+            kept=self._recall.kept,
+            last=client.memory,
+            round=task.round,
+            task=task.task,
+            answer=blob,
+        )
+        self._store.write(self._recall)
+        return blob
+
+    def _train(self, assignment: Assignment, round: int) -> ClientResult:
+        def stop_between_steps(_: StepReport) -> None:
+            if self._newest() > round:
+                raise _SupersededError
+
+        self._lora.set_side(assignment.side)
+        training, seed = self.sheet.local_training, self.sheet.seed
+        (result,) = train_cohort(
+            self._lora, [assignment.task], training, seed=seed, round=round, on_step=stop_between_steps
+        )
+        return result
+
+    def _refused(self, error: BaseException) -> Refusal:
+        """Write down why, and return what may cross of it."""
+        if isinstance(error, RefusedError):
+            self._note(str(error))
+            return error.refusal
+        code = _code_of(error)
+        self._note(f"{code}: {error}")
+        return Refusal(code=code)
+
+
+def load_site_base(site: SiteSettings) -> Base:
+    """Load the base that lies at the site.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    model = site.model
+    return load_base(
+        model.base,
+        tokenizer=model.tokenizer,
+        dtype=model.dtype,
+        device=model.device,
+        quantization=model.quantization,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
+    """Return the site's rows as tokens, as the sheet says.
+
+    Raises:
+        DataError: they cannot be read or used.
+    """
+    rows = load_rows(str(Path(site.data.path)), site.data.split)
+    encoded = encode(
+        read_records(rows, sheet.shape, site.data.columns),
+        base.tokenizer,
+        template=sheet.template.template(),
+        max_length=sheet.max_length or context_of(base.model.config),
+        loss_on=sheet.loss_on,
+        overlong=sheet.overlong,
+        unanswered=sheet.unanswered,
+    )
+    return encoded.tokens
+
+
+def _held_out(rows: TokenSet, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
+    if fraction is None:
+        return rows, None
+    split = hold_out(len(rows), fraction, stream(seed, "hold-out"))
+    return rows.select(split.kept), rows.select(split.held)
+
+
+def _check_asked(received: Received, sheet: Sheet, task: Task) -> None:
+    for what in ("round", "client", "rank", "scale"):
+        found = getattr(received, what)
+        expected = task.round if what == "round" else getattr(sheet, what)
+        if found != expected:
+            raise UpdateError(f"expected a task for {what} {expected}, as the sheet says, got {found}; send that")
+
+
+def _code_of(error: Any) -> str:
+    match error:
+        case _SupersededError():
+            return policy.SUPERSEDED
+        case BehindError():
+            return policy.BEHIND
+        case UpdateError():
+            return "message"
+        case MethodError():
+            return "method-missing"
+        case DataError():
+            return "data"
+        case RunError():
+            return "disk"
+        case FedloomError():
+            return "model"
+        case _:
+            return "memory"

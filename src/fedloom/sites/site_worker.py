@@ -1,0 +1,245 @@
+"""A site: it greets the server, passes its frames to the process that trains, and sends what comes back.
+
+One thread takes one event after another: frames of the server, frames of the trainer, the trainer's end. Whatever is
+lost on the way is asked for again by the server, which a greeting tells what the site is at; so nothing here waits for
+an answer. The trainer keeps the last answer on disk and sends it again for the same task.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from hashlib import sha256
+from importlib.metadata import version
+
+from fedloom.errors import UpdateError
+from fedloom.sites import policy
+from fedloom.sites.frames import (
+    FORMAT,
+    TO_SERVER,
+    TO_SITE,
+    Dropped,
+    End,
+    Hello,
+    Ready,
+    Refusal,
+    Result,
+    Score,
+    Scored,
+    SheetSent,
+    Task,
+    frame,
+    unframe,
+)
+from fedloom.sites.link import CONNECTED, SERVER, Link
+from fedloom.sites.sheet import Sheet, read_sheet
+from fedloom.sites.site_settings import SiteSettings
+from fedloom.sites.store import Ledger, confirmation, keep_asked
+from fedloom.sites.trainer import TrainerHandle
+
+HELLO_SECONDS = 5.0
+_TRAINER, _ENDED = "(trainer)", "(trainer ended)"
+"""Senders inside the site; a link's names have no brackets, and at a site it names the server alone."""
+_DEATHS_WHILE_LOADING = 3
+
+Start = Callable[[Callable[[bytes], None], Callable[[int], None]], TrainerHandle]
+"""Starts a trainer, given what takes its frames and what is told its exit code."""
+
+
+@dataclass
+class SiteWorker:
+    """A site's part of a link: give it events by :meth:`run`."""
+
+    site: SiteSettings
+    link: Link
+    start: Start
+    note: Callable[[str], None]
+    hello_seconds: float = HELLO_SECONDS
+    dropped: Dropped = field(default_factory=Dropped)
+
+    def __post_init__(self) -> None:
+        self._ledger = Ledger(self.site.folder)
+        self._trainer: TrainerHandle | None = None
+        self._sheet: tuple[str, SheetSent, bytes] | None = None
+        self._ready: Ready | None = None
+        self._is_asked, self._scoring, self._deaths = False, False, 0
+        self._task: Task | None = None
+        self._versions = {"fedloom": version("fedloom"), "torch": version("torch")}
+
+    def run(self, stop: threading.Event) -> None:
+        """Take part until ``stop`` is set, and then to the end of the task in progress."""
+        greeted = -self.hello_seconds
+        try:
+            while not (stop.is_set() and self._task is None):
+                if (now := time.monotonic()) - greeted >= self.hello_seconds:
+                    greeted = now
+                    self._confirm()
+                    self.greet()
+                try:
+                    sender, data = self.link.inbox.get(timeout=min(self.hello_seconds, 0.5))
+                except queue.Empty:
+                    continue
+                self.take(sender, data)
+        finally:
+            if self._trainer is not None:
+                self._trainer.close()
+
+    def greet(self) -> None:
+        """Tell the server what the site is at."""
+        state = "waiting"
+        if self._sheet is not None:
+            at_work = "training" if self._task is not None else "scoring" if self._scoring else "ready"
+            state = "loading" if self._ready is None else at_work
+        run = None if self._sheet is None else self._sheet[1].run
+        task = None if self._task is None else self._task.task
+        self._send(Hello(format=FORMAT, run=run, state=state, task=task, **self._versions))  # type: ignore[arg-type]
+
+    def take(self, sender: str, data: bytes) -> None:
+        """Take one event; what is not expected is dropped and counted."""
+        if sender == _ENDED:
+            self._trainer_ended(int(data))
+            return
+        if sender == SERVER and data == CONNECTED:
+            self.greet()
+            return
+        try:
+            kinds = TO_SERVER if sender == _TRAINER else TO_SITE
+            head, body = unframe(data, kinds, self.site.policy.max_message_mib << 20)
+        except UpdateError as error:
+            self.dropped.add(sender, "damaged")
+            self.note(f"dropped a message of the server: {error}")
+            return
+        if sender == _TRAINER:
+            self._of_trainer(head, data)
+        elif sender != SERVER:
+            self.dropped.add(sender, "stranger")
+        elif isinstance(head, SheetSent):
+            self._take_sheet(head, body, data)
+        elif self._sheet is None or head.run != self._sheet[1].run or self._trainer is None:
+            self.dropped.add(sender, "run")
+            self.greet()
+        elif isinstance(head, End):
+            self._end()
+        elif isinstance(head, Score):
+            if not self._scoring:
+                self._scoring = True
+                self._trainer.send(data)
+        elif self._task is None or self._task.task != head.task:
+            self._task = head
+            self._trainer.send(data)
+
+    def _take_sheet(self, head: SheetSent, body: bytes, data: bytes) -> None:
+        found = sha256(body).hexdigest()
+        refusal = policy.of_format(head.format)
+        if refusal is not None:
+            self._send(Ready(run=head.run, sheet=found, refusal=refusal))
+            return
+        self._is_asked = True
+        if self._sheet is not None and self._sheet[0] == found:
+            self._tell_ready()
+            return
+        try:
+            sheet = read_sheet(body, head.run)
+            self._introduce(sheet, found, body)
+        except UpdateError as error:
+            self.note(str(error))
+            self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code="sheet")))
+            return
+        self._sheet, self._deaths = (found, head, data), 0
+        self._restart()
+
+    def _introduce(self, sheet: Sheet, found: str, body: bytes) -> None:
+        training = sheet.training
+        self.note(sheet.line)
+        keep_asked(self.site.folder, found, body)
+        asked = {"rank": sheet.rank, "rounds": training.total_rounds, "steps": training.steps}
+        self._ledger.add(event="run", run=sheet.run, method=sheet.method, base=sheet.base_sha256, **asked)
+
+    def _restart(self) -> None:
+        """Start a trainer for the sheet; another run's gives its memory back."""
+        if self._trainer is not None:
+            self._trainer.close()
+        inbox = self.link.inbox
+        self._ready, self._task, self._scoring = None, None, False
+        self._trainer = self.start(
+            lambda data: inbox.put((_TRAINER, data)), lambda code: inbox.put((_ENDED, str(code).encode()))
+        )
+        assert self._sheet is not None
+        self._trainer.send(self._sheet[2])
+
+    def _of_trainer(self, head: object, data: bytes) -> None:
+        if self._sheet is None or getattr(head, "run", None) != self._sheet[1].run:
+            return
+        if isinstance(head, Ready):
+            self._take_ready(head)
+        elif isinstance(head, Result):
+            if self._task is not None and head.task == self._task.task:
+                self._task = None
+            self._book(head, len(data))
+            self.link.send(SERVER, data)
+        elif isinstance(head, Scored):
+            self._scoring = False
+            self.link.send(SERVER, data)
+
+    def _take_ready(self, head: Ready) -> None:
+        self._deaths, is_news = 0, self._ready is None
+        self._ready = head
+        if is_news and head.refusal is not None:
+            words = policy.in_words(head.refusal)
+            self._ledger.add(event="refused", run=head.run, code=head.refusal.code, why=words)
+            self.note(f"run {head.run} is refused: {words}")
+        self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        if self._is_asked and self._ready is not None:
+            self._is_asked = False
+            self._send(self._ready)
+
+    def _book(self, head: Result, sent: int) -> None:
+        entry = {"run": head.run, "round": head.round, "seconds": round(head.seconds, 3), "sent_bytes": sent}
+        if head.refusal is not None:
+            why = policy.in_words(head.refusal)
+            self._ledger.add(event="task", **entry, code=head.refusal.code, why=why)
+            self.note(f"round {head.round}: no update: {why}")
+        else:
+            self._ledger.add(event="task", **entry, again=head.again)
+            self.note(f"round {head.round}: {'sent again' if head.again else f'trained in {head.seconds:.1f} s'}")
+
+    def _trainer_ended(self, code: int) -> None:
+        """Tell the server at once, and start another."""
+        refusal, task = Refusal(code=policy.ENDED, numbers={"code": code}), self._task
+        if self._sheet is None:
+            return
+        if task is not None:
+            answer = Result(run=task.run, round=task.round, task=task.task, refusal=refusal)
+            self._book(answer, 0)
+            self._send(answer)
+        elif self._ready is None:
+            self._deaths += 1
+            if self._deaths >= _DEATHS_WHILE_LOADING:
+                self._take_ready(Ready(run=self._sheet[1].run, sheet=self._sheet[0], refusal=refusal))
+                return
+        self._restart()
+
+    def _confirm(self) -> None:
+        """Load a run to which a person has agreed meanwhile."""
+        if self._ready is None or self._ready.refusal is None or self._sheet is None:
+            return
+        is_asked_for = self._ready.refusal.code == policy.UNCONFIRMED
+        if is_asked_for and confirmation(self.site.folder, self._sheet[0]).exists():
+            self._is_asked = True
+            self._restart()
+
+    def _end(self) -> None:
+        assert self._sheet is not None
+        self.note(f"run {self._sheet[1].run} is complete")
+        self._ledger.add(event="complete", run=self._sheet[1].run)
+        if self._trainer is not None:
+            self._trainer.close()
+        self._trainer, self._sheet, self._ready, self._task = None, None, None, None
+
+    def _send(self, head: Hello | Ready | Result) -> None:
+        self.link.send(SERVER, frame(head))

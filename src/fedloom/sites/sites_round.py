@@ -1,0 +1,151 @@
+"""One round over a link: who is asked, who is waited for and how long, and what came."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from typing import TYPE_CHECKING
+
+from fedloom.engines.receiving import arrival_of
+from fedloom.federation.intake import Arrival
+from fedloom.federation.messages import encode_broadcast, largest_answer
+from fedloom.federation.server import addressed
+from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import Work
+from fedloom.methods.side import digest
+from fedloom.methods.state import Broadcast, Failure, Update
+from fedloom.sites import policy
+from fedloom.sites.frames import Hello, Ready, Result, Task, frame
+from fedloom.sites.site_state import SiteState
+
+if TYPE_CHECKING:
+    from fedloom.sites.sites_engine import SitesEngine
+
+
+@dataclass
+class SitesRound:
+    """One round of the engine: who is waited for, and what came."""
+
+    engine: SitesEngine
+    broadcasts: Sequence[Broadcast]
+    work: Work
+    arrivals: dict[int, Arrival]
+
+    def __post_init__(self) -> None:
+        self.waiting = {broadcast.client: broadcast for broadcast in self.broadcasts}
+        self.keys = {broadcast.client: task_key(self.engine.run, broadcast) for broadcast in self.broadcasts}
+        self.sent = dict.fromkeys(self.waiting, 0)
+        self.begun = self.engine.clock()
+        self.quorum_at: float | None = None
+        shapes, wire = self.engine.plan.shapes, self.engine.wire
+        self.engine.expect(max(largest_answer(b, self.work, shapes, wire) for b in self.broadcasts))
+
+    def run(self) -> None:
+        """Ask, and take answers until all have come or the round waits no longer."""
+        for client in list(self.waiting):
+            self._post(client)
+        while self.waiting and not self._is_over():
+            taken = self.engine.take()
+            if taken is not None:
+                self._hear(*taken)
+        seconds = self.engine.clock() - self.begun
+        for client in list(self.waiting):
+            site = self._site(client)
+            asked = "did not answer" if site.posted is not None else "was not reachable"
+            self._fail(client, f"{asked} within {seconds:.0f} s")
+
+    def _is_over(self) -> bool:
+        engine, now = self.engine, self.engine.clock()
+        if now - self.begun > engine.patience.deadline_s:
+            return True
+        used = sum(isinstance(arrival.outcome, Update) for arrival in self.arrivals.values())
+        if used < min(engine.patience.quorum, len(self.broadcasts)):
+            return False
+        self.quorum_at = self.quorum_at or now
+        at_work = [c for c in self.waiting if self._site(c).posted is not None and self._site(c).is_near(now)]
+        return not at_work or now - self.quorum_at > engine.patience.grace_s
+
+    def _hear(self, site: SiteState, head: object, body: bytes) -> None:
+        client = site.client
+        if isinstance(head, Result) and (client not in self.waiting or head.task != self.keys[client]):
+            self.engine.dropped.add(site.name, "late")
+        elif client not in self.waiting:
+            return
+        elif isinstance(head, Ready):
+            self._post(client)
+        elif isinstance(head, Hello):
+            is_idle = site.posted is None or (self.engine.is_lost(site.posted) and head.task != self.keys[client])
+            if site.is_usable and is_idle:
+                self._post(client)
+        elif isinstance(head, Result):
+            self._take_result(site, head, body)
+
+    def _take_result(self, site: SiteState, head: Result, body: bytes) -> None:
+        client, refusal = site.client, head.refusal
+        if refusal is not None and refusal.code == policy.BEHIND and not site.is_whole_sent:
+            site.is_whole_sent = True
+            self.engine.note(f"{site.name} needs the whole side")
+            self._post(client)
+        elif refusal is not None:
+            self._fail(client, policy.in_words(refusal))
+        else:
+            self._take_answer(site, head, body)
+
+    def _take_answer(self, site: SiteState, head: Result, body: bytes) -> None:
+        client, engine = site.client, self.engine
+        broadcast, shapes = self.waiting.pop(client), engine.plan.shapes
+        seed = engine.sheets[client].seed
+        arrival = arrival_of(
+            body, broadcast, self.sent[client], work=self.work, shapes=shapes, wire=engine.wire, seed=seed
+        )
+        outcome = arrival.outcome
+        site.posted, site.seconds = None, head.seconds
+        if isinstance(outcome, Update):
+            site.last_loss, site.held = outcome.stats.loss_nats, outcome.held
+            assert site.ready is not None
+            site.ready = site.ready.model_copy(
+                update={"last_round": head.round, "last_version": outcome.held, "kept_version": self._kept(site)}
+            )
+        else:
+            site.left_out = outcome.reason
+        self.arrivals[client] = arrival
+
+    def _kept(self, site: SiteState) -> int:
+        return site.held_version(self.engine.counted.get(site.client, 0))
+
+    def _post(self, client: int) -> None:
+        """Give a site its task, with the news since the version that it holds; all of the side where it says so."""
+        engine, site, broadcast = self.engine, self._site(client), self.waiting[client]
+        if site.refusal is not None:
+            self._fail(client, policy.in_words(site.refusal))
+            return
+        if not site.is_usable:
+            return
+        counted = engine.counted.get(client, 0)
+        held = None if site.is_whole_sent else min(site.held_version(counted), engine.state.round)
+        body = encode_broadcast(addressed(broadcast, engine.state, engine.plan.strategy, held), engine.wire)
+        task = Task(run=engine.run, round=broadcast.round, task=self.keys[client], counted=counted)
+        data = frame(task, body)
+        if engine.link.send(site.name, data):
+            site.posted = engine.clock()
+            self.sent[client] += len(body)
+        else:
+            site.posted = None
+
+    def _fail(self, client: int, reason: str) -> None:
+        site = self._site(client)
+        site.posted, site.left_out = None, reason
+        self.arrivals[client] = Arrival(Failure(client, reason), self.sent[client], 0)
+        del self.waiting[client]
+
+    def _site(self, client: int) -> SiteState:
+        return self.engine.sites[self.engine.names[client]]
+
+
+def task_key(run: str, broadcast: Broadcast) -> str:
+    """Return what names a task whatever version its site holds: the run, the round, and what training starts from."""
+    start = broadcast.start
+    begins = digest(start) if isinstance(start, Adapter) else f"{start.name} {start.rank}"
+    named = f"{run} {broadcast.round} {broadcast.client} {broadcast.rank} {broadcast.scale!r} {broadcast.news.sha256}"
+    return sha256(f"{named} {begins}".encode()).hexdigest()

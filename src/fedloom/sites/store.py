@@ -1,0 +1,195 @@
+"""What a site must not lose, in its folder: the side, its memory before and after the last answer, and the ledger.
+
+    runs/<run>/state.safetensors   side, both memories, the answer; one file, replaced in one step
+    asked/<sheet>.json             every sheet that was sent
+    confirmed/<sheet>              a person has agreed to the sheet of that hash
+    ledger.jsonl                   every task and what came of it
+
+The memory after an answer counts only once the server says that the answer did; see :meth:`Recall.settled`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedloom.clients.memory import Memory, decode_memories, encode_memories
+from fedloom.errors import AdapterError, RunError
+from fedloom.lora.pair import Adapter
+from fedloom.run_folder import durable
+
+_STATE = "state.safetensors"
+_RETRY = "free space or mend the disk; the site takes part again from where it is"
+
+
+@dataclass(frozen=True, eq=False)
+class Recall:
+    """What a site remembers of a run.
+
+    Attributes:
+        version, side: the side it holds, of the last task it answered.
+        kept: its memory before its last answer; ``last`` the one after.
+        round, task, answer: of that answer; round 0 is none.
+    """
+
+    version: int = 0
+    side: Adapter = field(default_factory=Adapter)
+    kept: Memory = field(default_factory=Memory)
+    last: Memory = field(default_factory=Memory)
+    round: int = 0
+    task: str = ""
+    answer: bytes = b""
+
+    def settled(self, counted: int) -> Recall:
+        """Return this once it is known whether the last answer counted: its memory is kept, or never was."""
+        if self.round == 0:
+            return self
+        return replace(self, kept=self.last if counted >= self.round else self.kept)
+
+
+class Store:
+    """One run's part of a site's folder."""
+
+    def __init__(self, folder: Path, run: str) -> None:
+        self._folder = folder / "runs" / run
+        with durable.explained(str(self._folder), _RETRY):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def read(self) -> Recall:
+        """Return what is remembered; nothing where there is no file, or one that is damaged.
+
+        A site that has lost its memory is sent the whole side and goes on.
+        """
+        path = self._folder / _STATE
+        try:
+            return _decode(path.read_bytes())
+        except (OSError, SafetensorError, AdapterError, ValueError, KeyError, TypeError):
+            return Recall()
+
+    def write(self, recall: Recall) -> None:
+        """Replace what is remembered, in one step.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        with durable.explained(str(self._folder / _STATE), _RETRY):
+            durable.write_bytes(self._folder / _STATE, _encode(recall))
+
+
+def _encode(recall: Recall) -> bytes:
+    numbers = {
+        "version": recall.version,
+        "kept": recall.kept.version,
+        "last": recall.last.version,
+        "round": recall.round,
+        "task": recall.task,
+    }
+    tensors: dict[str, Tensor] = {f"side/{key}": t.contiguous() for key, t in recall.side.as_tensors().items()}
+    memories = encode_memories({0: recall.kept, 1: recall.last}) or b""
+    head = save(tensors, metadata={"numbers": json.dumps(numbers)})
+    parts = [head, memories, recall.answer]
+    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+
+
+def _decode(data: bytes) -> Recall:
+    parts: list[bytes] = []
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        parts.append(data[8 : 8 + size])
+        if len(parts[-1]) != size:
+            raise ValueError("cut short")
+        data = data[8 + size :]
+    head, memories, answer = parts
+    length = int.from_bytes(head[:8], "little")
+    numbers = json.loads(json.loads(head[8 : 8 + length])["__metadata__"]["numbers"])
+    side = Adapter.from_tensors({key.removeprefix("side/"): tensor for key, tensor in load(head).items()})
+    found = decode_memories(memories) if memories else {}
+    kept, last = (
+        replace(found.get(place, Memory()), version=numbers[key]) for place, key in ((0, "kept"), (1, "last"))
+    )
+    return Recall(numbers["version"], side, kept, last, numbers["round"], numbers["task"], answer)
+
+
+class Ledger:
+    """A site's own record of every task: what was asked, what was done, what was refused and why."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "ledger.jsonl"
+
+    def add(self, **entry: Any) -> None:
+        """Append one line, with the time.
+
+        Raises:
+            RunError: the disk refused.
+        """
+        line = durable.encode_json({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
+        with durable.explained(str(self.path), _RETRY):
+            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with self.path.open("ab") as file:
+                file.write(line.encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def entries(self) -> list[Mapping[str, Any]]:
+        """Return every line, without one that was cut off.
+
+        Raises:
+            RunError: the file cannot be read.
+        """
+        if not self.path.exists():
+            return []
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except OSError as error:
+            raise RunError(f"{self.path}: expected the ledger, got {error.strerror}; check its rights") from error
+        found = []
+        for line in lines:
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                continue
+        return found
+
+
+def confirmation(folder: Path, sheet_sha256: str) -> Path:
+    """Return the file whose presence says that a person agreed to the run of a sheet, as it says it is."""
+    return folder / "confirmed" / sheet_sha256
+
+
+def keep_asked(folder: Path, sheet_sha256: str, body: bytes) -> None:
+    """Keep a sheet for the site's owner to read and agree to.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    path = folder / "asked" / f"{sheet_sha256}.json"
+    with durable.explained(str(path), _RETRY):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        durable.write_bytes(path, body)
+
+
+def unconfirmed(folder: Path) -> list[tuple[str, bytes]]:
+    """Return the sheets, with their hashes, that nobody has agreed to yet, the latest last."""
+    found = sorted((folder / "asked").glob("*.json"), key=lambda path: path.stat().st_mtime)
+    return [(path.stem, path.read_bytes()) for path in found if not confirmation(folder, path.stem).exists()]
+
+
+def confirm(folder: Path, sheet_sha256: str) -> None:
+    """Agree to a sheet.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    path = confirmation(folder, sheet_sha256)
+    with durable.explained(str(path), _RETRY):
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        durable.write_bytes(path, b"")

@@ -1,0 +1,178 @@
+"""The process that holds a site's base, and its parent's handle on it.
+
+The parent keeps the connection; a crash in here (of a driver, or for lack of memory) costs a task and not the
+membership. Frames go through two pipes, each behind its length; the first one holds the site's settings. Standard
+output is the log's, so nothing a library prints can be taken for a frame.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from hashlib import sha256
+from typing import IO, Protocol
+
+from fedloom.errors import UpdateError
+from fedloom.sites.frames import TO_SITE, Ready, Refusal, Score, SheetSent, Task, frame, unframe
+from fedloom.sites.site_settings import SiteSettings, resolve_site
+
+_LENGTH_BYTES = 8
+
+
+class TrainerHandle(Protocol):
+    """What a site's worker knows of the process that trains."""
+
+    def send(self, data: bytes) -> None:
+        """Give it a frame; what becomes of it comes back as a frame, or as the end of the process."""
+        ...
+
+    def close(self) -> None:
+        """End it."""
+        ...
+
+
+class Trainer:
+    """Answers frames: a sheet by whether the site is ready, a task by a result, an adapter to score by two sums."""
+
+    def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], note: Callable[[str], None]) -> None:
+        self._site, self._reply, self._note = site, reply, note
+        self._newest = 0
+        self._max_body = site.policy.max_message_mib << 20
+        self._run: object | None = None
+
+    def hear(self, data: bytes) -> None:
+        """Look at a frame that waits, from another thread: a newer round stops an older one between two steps."""
+        head, _ = unframe(data, TO_SITE, self._max_body)
+        if isinstance(head, Task):
+            self._newest = max(self._newest, head.round)
+
+    def handle(self, data: bytes) -> None:
+        """Answer one frame."""
+        head, body = unframe(data, TO_SITE, self._max_body)
+        from fedloom.sites.site_training import SiteTraining
+
+        if isinstance(head, SheetSent):
+            self._run = None
+            self._reply(frame(self._opened(head, body)))
+        elif isinstance(self._run, SiteTraining) and head.run == self._run.sheet.run:
+            if isinstance(head, Task):
+                result, answer = self._run.answer(head, body)
+                self._reply(frame(self._run.ready()))  # what it holds now, for whoever asks next
+                self._reply(frame(result, answer))
+            elif isinstance(head, Score):
+                self._reply(frame(self._run.score(head, body)))
+
+    def _opened(self, head: SheetSent, body: bytes) -> Ready:
+        from fedloom.sites.sheet import read_sheet
+        from fedloom.sites.site_training import SiteTraining
+
+        found = sha256(body).hexdigest()
+        try:
+            sheet = read_sheet(body, head.run)
+        except UpdateError as error:
+            self._note(str(error))
+            return Ready(run=head.run, sheet=found, refusal=Refusal(code="sheet"))
+        self._newest = 0
+        self._run = SiteTraining(self._site, sheet, found, lambda: self._newest, self._note)
+        return self._run.ready()
+
+
+class TrainerProcess:
+    """A trainer in a process of its own."""
+
+    def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], ended: Callable[[int], None]) -> None:
+        read_end, write_end = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "fedloom.sites.trainer", str(write_end)],
+            stdin=subprocess.PIPE,
+            stdout=2,
+            pass_fds=(write_end,),
+            start_new_session=True,  # ctrl-c is the parent's to answer
+        )
+        os.close(write_end)
+        assert self._process.stdin is not None
+        self._to, self._from = self._process.stdin, os.fdopen(read_end, "rb")
+        self._reply, self._ended, self._is_closed = reply, ended, False
+        threading.Thread(target=self._listen, name="trainer", daemon=True).start()
+        self.send(json.dumps(site.model_dump(mode="json")).encode())
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+        return self._process.pid
+
+    def send(self, data: bytes) -> None:
+        """Give it a frame; one that its end makes impossible is told as its end."""
+        try:
+            _write(self._to, data)
+        except (OSError, ValueError):
+            return
+
+    def close(self) -> None:
+        """End it."""
+        self._is_closed = True
+        self._process.kill()
+        self._process.wait()
+        self._close_pipe()
+
+    def _listen(self) -> None:
+        with self._from:
+            while (data := _read(self._from)) is not None:
+                self._reply(data)
+        code = self._process.wait()
+        self._close_pipe()
+        if not self._is_closed:
+            self._ended(code)
+
+    def _close_pipe(self) -> None:
+        with contextlib.suppress(OSError):  # what is left in its buffer has no reader any more
+            self._to.close()
+
+
+def _write(stream: IO[bytes], data: bytes) -> None:
+    stream.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
+    stream.write(data)
+    stream.flush()
+
+
+def _read(stream: IO[bytes]) -> bytes | None:
+    """Return the next frame; None at the end, within a frame too."""
+    length = stream.read(_LENGTH_BYTES)
+    if len(length) < _LENGTH_BYTES:
+        return None
+    data = stream.read(size := int.from_bytes(length, "little"))
+    return data if len(data) == size else None
+
+
+def main(write_end: int) -> None:
+    """Train until the parent ends or says so."""
+    source, replies = sys.stdin.buffer, os.fdopen(write_end, "wb")
+    given = _read(source)
+    if given is None:
+        return
+    site = resolve_site(json.loads(given), "the site's settings")
+    from fedloom.models.threads import compute_with
+
+    compute_with(site.site.threads)
+    trainer = Trainer(site, lambda data: _write(replies, data), lambda text: print(text, file=sys.stderr, flush=True))
+    waiting: queue.Queue[bytes] = queue.Queue()
+
+    def listen() -> None:
+        while (data := _read(source)) is not None:
+            trainer.hear(data)
+            waiting.put(data)
+        os._exit(0)  # the parent is gone: nobody would be told what a step in progress comes to
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        trainer.handle(waiting.get())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,147 @@
+"""Links in memory for tests: queues, with what a test wants to happen to a frame; and a trainer in a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedloom.config import Settings
+from fedloom.experiment.session import RunSummary
+from fedloom.sites.link import CONNECTED, SERVER
+from fedloom.sites.serving import serve
+from fedloom.sites.site_settings import SiteSettings, resolve_site
+from fedloom.sites.site_worker import SiteWorker
+from fedloom.sites.study import Study, resolve_study
+from fedloom.sites.trainer import Trainer
+
+NAMES = ["berlin", "oslo", "rome"]
+Meddle = Callable[[str, str, bytes], list[bytes]]
+"""From sender, receiver and frame to what arrives of it."""
+
+
+@dataclass
+class Hub:
+    """Connects ends by name."""
+
+    meddle: Meddle = lambda sender, to, data: [data]
+    ends: dict[str, MemoryLink] = field(default_factory=dict)
+
+    def end(self, name: str) -> MemoryLink:
+        link = self.ends[name] = MemoryLink(name, self)
+        if name != SERVER:
+            link.inbox.put((SERVER, CONNECTED))
+        return link
+
+
+@dataclass
+class MemoryLink:
+    """One end."""
+
+    name: str
+    hub: Hub
+    inbox: queue.Queue[tuple[str, bytes]] = field(default_factory=queue.Queue)
+
+    def send(self, to: str, frame: bytes) -> bool:
+        other = self.hub.ends.get(to)
+        if other is None:
+            return False
+        for data in self.hub.meddle(self.name, to, frame):
+            other.inbox.put((self.name, data))
+        return True
+
+    def close(self) -> None:
+        if self.hub.ends.get(self.name) is self:
+            del self.hub.ends[self.name]
+
+
+class ThreadTrainer:
+    """A trainer in a thread of this process, in place of a process of its own."""
+
+    def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], ended: Callable[[int], None]) -> None:
+        self._trainer = Trainer(site, self._answer, lambda text: None)
+        self._reply, self._ended, self._is_closed = reply, ended, False
+        self._waiting: queue.Queue[bytes | None] = queue.Queue()
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def send(self, data: bytes) -> None:
+        self._trainer.hear(data)
+        self._waiting.put(data)
+
+    def close(self) -> None:
+        self._is_closed = True
+        self._waiting.put(None)
+
+    def _answer(self, data: bytes) -> None:
+        if not self._is_closed:
+            self._reply(data)
+
+    def _work(self) -> None:
+        while (data := self._waiting.get()) is not None:
+            self._trainer.handle(data)
+
+
+@dataclass
+class SiteThread:
+    """A site in a thread."""
+
+    site: SiteSettings
+    hub: Hub
+    notes: list[str] = field(default_factory=list)
+    hello_seconds: float = 0.2
+
+    def __post_init__(self) -> None:
+        self.stop = threading.Event()
+        self.link = self.hub.end(self.site.site.name)
+        self.worker = SiteWorker(
+            self.site,
+            self.link,
+            lambda reply, ended: ThreadTrainer(self.site, reply, ended),
+            self.notes.append,
+            self.hello_seconds,
+        )
+        self.thread = threading.Thread(target=self.worker.run, args=(self.stop,), daemon=True)
+        self.thread.start()
+
+    def end(self) -> None:
+        self.link.close()
+        self.stop.set()
+        self.thread.join(20)
+
+
+def site_of(name: str, rows: Path, folder: Path, base: Path, **policy: Any) -> SiteSettings:
+    """Return a site's settings."""
+    document = {
+        "site": {"name": name, "server": "localhost:1", "kit": "kit", "folder": str(folder / name)},
+        "data": {"path": str(rows)},
+        "model": {"base": str(base), "tokenizer": "bytes"},
+        "policy": {"confirm": "never", **policy},
+    }
+    return resolve_site(document, "site.toml")
+
+
+def study_of(settings: Settings, names: list[str], *, held_out_at: str = "server", **sites: Any) -> Study:
+    """Return the study that trains as the settings of one process do."""
+    document = settings.as_dict()
+    kept = ("model", "method", "server", "training", "wire", "evaluation", "run")
+    data = {key: document["data"][key] for key in ("shape", "template", "overlong", "max_length", "loss_on")}
+    sites["evaluate"] = held_out_at
+    if held_out_at == "server":
+        data["eval_path"] = document["data"]["eval_path"]
+    data = {key: value for key, value in data.items() if value is not None}
+    federation = {
+        key: value
+        for key, value in document["federation"].items()
+        if key in ("num_rounds", "min_clients", "clients_per_round") and value is not None
+    }
+    tables = {name: {k: v for k, v in document[name].items() if v is not None} for name in kept}
+    given = {**tables, "data": data, "federation": federation, "sites": {"names": names, "deadline_s": 60.0, **sites}}
+    return resolve_study(given, "study.toml")
+
+
+def served(study: Study, out: Path, hub: Hub) -> RunSummary:
+    """Serve a study over a hub."""
+    return serve(study, out, lambda study, largest: hub.end(SERVER))

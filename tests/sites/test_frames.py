@@ -1,0 +1,99 @@
+"""Frames: what is damaged, foreign or too long is refused before anything of it is used."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedloom.errors import UpdateError
+from fedloom.seeding import stream
+from fedloom.sites.frames import (
+    FORMAT,
+    TO_SERVER,
+    TO_SITE,
+    Dropped,
+    End,
+    Hello,
+    Refusal,
+    Result,
+    Scored,
+    SheetSent,
+    Task,
+    frame,
+    unframe,
+)
+
+RUN, SHA = "ab" * 16, "cd" * 32
+HELLO = Hello(format=FORMAT, fedloom="0.1.0", torch="2.8.0+cpu", run=RUN, state="ready", task=SHA)
+RESULT = Result(run=RUN, round=3, task=SHA, refusal=Refusal(code="rank", numbers={"asked": 8, "allowed": 4}))
+UP = [(HELLO, b""), (RESULT, b"update"), (Scored(run=RUN, round=0, sum_nats=1.5, num_loss_tokens=3), b"")]
+DOWN = [(SheetSent(run=RUN, format=FORMAT), b"{}"), (Task(run=RUN, round=1, task=SHA, counted=0), b"x" * 99)]
+
+
+@pytest.mark.parametrize(("head", "body"), UP)
+def test_a_frame_to_the_server_comes_back_as_it_was(head: Hello, body: bytes) -> None:
+    assert unframe(frame(head, body), TO_SERVER, 100) == (head, body)
+
+
+@pytest.mark.parametrize(("head", "body"), DOWN)
+def test_a_frame_to_a_site_comes_back_as_it_was(head: Task, body: bytes) -> None:
+    assert unframe(frame(head, body), TO_SITE, 100) == (head, body)
+
+
+def test_a_receiver_takes_no_frame_of_the_other_direction() -> None:
+    for head, body in UP:
+        with pytest.raises(UpdateError):
+            unframe(frame(head, body), TO_SITE, 100)
+    for down, body in DOWN:
+        with pytest.raises(UpdateError):
+            unframe(frame(down, body), TO_SERVER, 100)
+
+
+def test_a_body_where_none_belongs_or_a_longer_one_is_refused() -> None:
+    with pytest.raises(UpdateError, match="no body in a frame of kind end"):
+        unframe(frame(End(run=RUN), b"x"), TO_SITE, 100)
+    with pytest.raises(UpdateError, match="at most 5 bytes"):
+        unframe(frame(RESULT, b"update"), TO_SERVER, 5)
+
+
+def test_a_head_with_an_unknown_entry_is_refused() -> None:
+    text = HELLO.model_dump_json().replace("{", '{"path":"/etc/passwd",', 1)
+    honest = frame(HELLO)
+    forged = frame(Hello.model_construct(**HELLO.model_dump()))
+    assert honest == forged
+    import hashlib
+
+    raw = text.encode()
+    data = len(raw).to_bytes(4, "little") + hashlib.sha256(raw).digest() + raw
+    with pytest.raises(UpdateError, match="known kind"):
+        unframe(data, TO_SERVER, 100)
+
+
+@pytest.mark.parametrize("numbers", [(TO_SERVER, UP), (TO_SITE, DOWN)])
+def test_a_thousand_mutated_frames_are_all_refused(numbers: tuple) -> None:
+    kinds, messages = numbers
+    rng = stream(7, "mutations")
+    for turn in range(1000):
+        head, body = messages[turn % len(messages)]
+        data = bytearray(frame(head, body))
+        match int(rng.integers(4)):
+            case 0:
+                place = int(rng.integers(len(data)))
+                data[place] ^= 1 << int(rng.integers(8))
+            case 1:
+                data = data[: int(rng.integers(len(data)))]
+            case 2:
+                data += rng.bytes(int(rng.integers(1, 50)))
+            case 3:
+                place = int(rng.integers(len(data)))
+                data[place:place] = rng.bytes(int(rng.integers(1, 9)))
+        with pytest.raises(UpdateError):
+            unframe(bytes(data), kinds, 200)
+
+
+def test_what_is_dropped_is_counted_by_sender_and_reason_without_growing_for_ever() -> None:
+    dropped = Dropped()
+    for turn in range(5000):
+        dropped.add(f"name-{turn}", "foreign")
+    dropped.add("name-0", "foreign")
+    assert dropped.counts["name-0", "foreign"] == 2
+    assert len(dropped.counts) <= 1 << 10

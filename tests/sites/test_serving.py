@@ -1,0 +1,44 @@
+"""A study over sites comes to what one process with the same rows comes to, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from memory_link import NAMES, Hub, SiteThread, served, study_of
+
+from fedloom.config import Settings
+from fedloom.experiment.session import run
+
+METHODS = [
+    ({"method__name": "flora"}, "fp32"),
+    ({"method__name": "fedit", "method__ranks": 4}, "fp32"),
+    ({"method__name": "rolora", "method__ranks": 4}, "bf16"),
+    ({"method__name": "ffa-lora", "federation__clients_per_round": 2}, "fp32"),
+    ({"method__name": "flora", "federation__clients_per_round": 2, "federation__num_rounds": 5}, "bf16"),
+]
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("changes", "dtype"), METHODS)
+def test_sites_give_the_adapter_of_one_process(
+    changes: dict[str, object],
+    dtype: str,
+    recipe: Callable[..., Settings],
+    sites: Callable[..., list[SiteThread]],
+    tmp_path: Path,
+) -> None:
+    settings, hub = recipe(**changes, wire__dtype=dtype), Hub()
+    alone = run(settings, tmp_path / "alone")
+    sites(hub)
+    summary = served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
+    assert adapter_of(tmp_path / "served") == adapter_of(tmp_path / "alone")
+    assert summary.eval == alone.eval
+    records = [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").read_text().splitlines()]
+    assert [site["name"] for site in records[-1]["sites"]] == NAMES
+    assert all(client["reason"] is None for record in records for client in record["clients"])

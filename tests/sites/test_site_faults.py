@@ -1,0 +1,277 @@
+"""Lost, doubled, damaged and foreign frames, sites and servers that end: the result is that of who counted."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+
+from fedloom.config import Settings
+from fedloom.errors import RunError, TooFewClientsError
+from fedloom.experiment.session import run
+from fedloom.seeding import stream
+from fedloom.sites import sites_engine
+from fedloom.sites.frames import TO_SERVER, TO_SITE, Refusal, Result, frame, unframe
+from fedloom.sites.link import SERVER
+
+StartSites = Callable[..., list[SiteThread]]
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sites_engine, "ASK_AGAIN_SECONDS", 0.5)
+
+
+def adapter_of(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def replayed(recipe: Callable[..., Settings], folder: Path, **changes: Any) -> bytes:
+    """Return the adapter of one process in which those take part who counted in a served run."""
+    run(recipe(**changes, federation__participation=str(folder)), folder.with_name("replayed"))
+    return adapter_of(folder.with_name("replayed"))
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_lost_and_doubled_frames_change_nothing(
+    seed: int, recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    rng, lock = stream(seed, "losses"), threading.Lock()
+
+    def meddle(_sender: str, _to: str, data: bytes) -> list[bytes]:
+        with lock:
+            draw = rng.random()
+        return [] if draw < 0.2 else [data, data] if draw < 0.4 else [data]
+
+    settings, hub = recipe(method__name="rolora", method__ranks=4), Hub(meddle)
+    alone = run(settings, tmp_path / "alone")
+    sites(hub)
+    served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
+    assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+
+
+def test_a_thousand_mutated_frames_each_way_are_not_taken(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    rng, lock, sent = stream(3, "mutations"), threading.Lock(), {"up": 0, "down": 0}
+
+    def mutated(data: bytes) -> bytes:
+        changed = bytearray(data)
+        changed[int(rng.integers(len(changed)))] ^= 1 << int(rng.integers(8))
+        return bytes(changed) if rng.random() < 0.7 else bytes(changed[: int(rng.integers(1, len(changed)))])
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        way = "down" if sender == SERVER else "up"
+        with lock:
+            extra = [mutated(data) for _ in range(120)]
+            sent[way] += len(extra)
+        return [*extra[:60], data, *extra[60:]]
+
+    settings, hub = recipe(), Hub(meddle)
+    alone = run(settings, tmp_path / "alone")
+    started = sites(hub)
+    served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
+    assert min(sent.values()) >= 1000
+    assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+    assert all(site.thread.is_alive() and site.worker.dropped.total > 100 for site in started)
+
+
+def test_a_site_that_ends_in_a_round_is_left_out_and_comes_back(
+    recipe: Callable[..., Settings], sites: StartSites, site_rows: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    started: list[SiteThread] = []
+    back: list[SiteThread] = []
+
+    def meddle(_sender: str, to: str, data: bytes) -> list[bytes]:
+        if to == NAMES[1] and not back and b'"task"' in data and unframe(data, TO_SITE, 1 << 30)[0].round == 2:
+            hub.ends.pop(NAMES[1], None)  # the process is gone, and what was sent to it with it
+
+            def again() -> None:
+                time.sleep(1.0)
+                rows = site_rows / "training" / "local_training_1.json"
+                back.append(SiteThread(site_of(NAMES[1], rows, tmp_path / "state", base_folder), hub))
+
+            started[1].stop.set()
+            threading.Thread(target=again).start()
+            return []
+        return [data]
+
+    hub = Hub(meddle)
+    changes = {"method__name": "rolora", "method__ranks": 4, "federation__num_rounds": 6}
+    started += sites(hub)
+    try:
+        study = study_of(recipe(**changes), NAMES, quorum=2, grace_s=0.2)
+        served(study, tmp_path / "served", hub)
+    finally:
+        for site in back:
+            site.end()
+    rounds = records_of(tmp_path / "served")
+    left_out = {record["round"]: [c["name"] for c in record["clients"] if c["reason"]] for record in rounds}
+    assert left_out[2] == [NAMES[1]]
+    assert "did not answer within" in rounds[1]["clients"][1]["reason"]
+    assert rounds[1]["sites"][1]["left_out"] == rounds[1]["clients"][1]["reason"]
+    assert adapter_of(tmp_path / "served") == replayed(recipe, tmp_path / "served", **changes)
+
+
+def test_the_server_goes_on_after_a_kill_and_sites_do_not_train_again(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """The server ends when two of three have answered round 2; the two send their answers again."""
+    results: list[str] = []
+
+    class KilledError(Exception):
+        pass
+
+    def meddle(sender: str, to: str, data: bytes) -> list[bytes]:
+        if to == SERVER and b'"result"' in data:
+            head, _ = unframe(data, TO_SERVER, 1 << 30)
+            if head.round == 2 and not head.again:
+                results.append(sender)
+        return [data]
+
+    changes = {"method__name": "rolora", "method__ranks": 4, "federation__num_rounds": 4}
+    settings, hub = recipe(**changes), Hub(meddle)
+    alone = run(settings, tmp_path / "alone")
+    started = sites(hub)
+    study, take = study_of(settings, NAMES, quorum=3), sites_engine.SitesEngine.take
+
+    def dying(engine: Any) -> Any:
+        if len(results) == 2:
+            raise KilledError
+        return take(engine)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sites_engine.SitesEngine, "take", dying)
+        with pytest.raises(KilledError):
+            served(study, tmp_path / "served", hub)
+    served(study, tmp_path / "served", hub)
+    assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+    again = [note for site in started for note in site.notes if "sent again" in note]
+    assert len(again) >= 2
+
+
+def test_a_memory_of_a_round_that_did_not_count_is_taken_back(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """An answer is lost for good: the site has trained, the server went on without, and the replay knows nothing."""
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        is_lost = sender == NAMES[0] and b'"result"' in data and unframe(data, TO_SERVER, 1 << 30)[0].round == 2
+        return [] if is_lost else [data]
+
+    changes = {"method__name": "ffa-lora", "method__ranks": 4, "federation__num_rounds": 4, "wire__dtype": "bf16"}
+    hub = Hub(meddle)
+    sites(hub)
+    served(study_of(recipe(**changes), NAMES, quorum=2, grace_s=1.5), tmp_path / "served", hub)
+    rounds = records_of(tmp_path / "served")
+    assert [bool(record["clients"][0]["reason"]) for record in rounds] == [False, True, False, False]
+    assert adapter_of(tmp_path / "served") == replayed(recipe, tmp_path / "served", **changes)
+
+
+def test_a_site_that_lost_its_folder_is_sent_the_whole_side(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """The site believes it holds version 0 and does not: the hash says so, and it gets everything."""
+    sent: list[bool] = []
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        if sender == NAMES[2] and b'"result"' in data:
+            head, _ = unframe(data, TO_SERVER, 1 << 30)
+            if head.round == 3 and not sent:
+                sent.append(True)
+                refusal = Refusal(code="behind")
+                return [frame(Result(run=head.run, round=3, task=head.task, refusal=refusal))]
+        return [data]
+
+    settings, hub = recipe(wire__dtype="bf16"), Hub(meddle)
+    alone = run(settings, tmp_path / "alone")
+    sites(hub)
+    served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
+    assert sent
+    assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+
+
+def test_strangers_foreign_runs_and_late_answers_are_dropped(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    def meddle(_sender: str, to: str, data: bytes) -> list[bytes]:
+        if to == SERVER and b'"result"' in data:
+            head, body = unframe(data, TO_SERVER, 1 << 30)
+            foreign = head.model_copy(update={"run": "0" * 32})
+            late = head.model_copy(update={"task": "0" * 64})
+            hub.ends[SERVER].inbox.put(("paris", data))
+            return [frame(foreign, body), frame(late, body), data, data]
+        return [data]
+
+    settings, hub = recipe(), Hub(meddle)
+    alone = run(settings, tmp_path / "alone")
+    sites(hub)
+    engines: list[sites_engine.SitesEngine] = []
+    with pytest.MonkeyPatch.context() as patch:
+        end = sites_engine.SitesEngine.end
+        patch.setattr(sites_engine.SitesEngine, "end", lambda engine: (engines.append(engine), end(engine)))
+        served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
+    assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+    counts = engines[0].dropped.counts
+    assert counts["paris", "stranger"] >= 1
+    assert all(counts[name, why] >= 1 for name in NAMES for why in ("run", "late"))
+
+
+def test_fewer_sites_than_the_quorum_are_one_line(recipe: Callable[..., Settings], tmp_path: Path) -> None:
+    hub = Hub()
+    with pytest.raises(RunError, match=r"expected 3 sites \(sites.quorum\) within 0.5 s .*berlin: never seen"):
+        served(study_of(recipe(), NAMES, quorum=3, deadline_s=0.5), tmp_path / "served", hub)
+
+
+def test_a_policy_that_refuses_is_told_by_number_and_the_round_goes_on(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    hub = Hub()
+    started = sites(hub, max_rank=2)
+    served(study_of(recipe(), NAMES, quorum=2, grace_s=5.0), tmp_path / "served", hub)
+    rounds = records_of(tmp_path / "served")
+    reasons = [record["clients"][0]["reason"] for record in rounds]
+    assert all("allows ranks up to 2, the study asks for 4" in reason for reason in reasons)
+    assert rounds[0]["sites"][0]["state"] == "refuses"
+    assert adapter_of(tmp_path / "served") == replayed(recipe, tmp_path / "served")
+    assert any("is refused" in note for note in started[0].notes)
+
+
+def test_too_few_usable_updates_end_the_run_and_the_same_command_goes_on(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    hub, settings = Hub(), recipe(federation__min_clients=3)
+    sites(hub, max_rank=2)
+    with pytest.raises(TooFewClientsError, match="at least 3 clients"):
+        served(study_of(settings, NAMES, quorum=2, grace_s=0.1), tmp_path / "served", hub)
+
+
+def test_sites_score_the_common_adapter_on_their_own_rows(
+    recipe: Callable[..., Settings], base_folder: Path, site_rows: Path, tmp_path: Path
+) -> None:
+    hub, settings = Hub(), recipe()
+    started = []
+    for number, name in enumerate(NAMES):
+        rows = site_rows / "training" / f"local_training_{number}.json"
+        site = site_of(name, rows, tmp_path / "state", base_folder)
+        data = site.data.model_copy(update={"eval_fraction": 0.25})
+        started.append(SiteThread(site.model_copy(update={"data": data}), hub))
+    study = study_of(settings, NAMES, held_out_at="sites", quorum=3)
+    try:
+        summary = served(study, tmp_path / "served", hub)
+    finally:
+        for thread in started:
+            thread.end()
+    assert set(summary.eval["loss_nats_of_site"]) == set(NAMES)
+    assert summary.eval["loss_nats"] < summary.base_eval["loss_nats"]
+    assert summary.eval["num_rows"] == 5 + 3 + 4

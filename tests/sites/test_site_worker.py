@@ -1,0 +1,243 @@
+"""A site: what it does with its trainer, its owner's word, and what it writes down."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+from memory_link import Hub, SiteThread, ThreadTrainer, site_of, study_of
+
+from fedloom.config import Settings
+from fedloom.data.tokenizer import fingerprint
+from fedloom.federation.blob import WireDtype
+from fedloom.federation.messages import encode_broadcast
+from fedloom.federation.server import broadcasts_for
+from fedloom.methods import table
+from fedloom.methods.strategy import Cohort
+from fedloom.models.load import load_base
+from fedloom.sites.frames import FORMAT, TO_SERVER, Hello, Ready, Result, SheetSent, Task, frame, unframe
+from fedloom.sites.link import SERVER
+from fedloom.sites.sheet import Sheet, sheet_of
+from fedloom.sites.site_settings import SiteSettings
+from fedloom.sites.store import Ledger, Recall, Store, confirmation
+from fedloom.sites.trainer import Trainer, TrainerProcess
+
+RUN = "0" * 32
+NAME = "berlin"
+
+
+@pytest.fixture
+def sheet(recipe: Callable[..., Settings], base_folder: Path) -> Sheet:
+    base = load_base(base_folder, tokenizer="bytes")
+    settings = study_of(recipe(), ["berlin", "oslo", "rome"]).settings
+    return sheet_of(settings, 0, RUN, base.revision_hash, fingerprint(base.tokenizer), scores=False)
+
+
+@pytest.fixture
+def settings(base_folder: Path, site_rows: Path, tmp_path: Path) -> SiteSettings:
+    return site_of(NAME, site_rows / "training" / "local_training_0.json", tmp_path, base_folder)
+
+
+def sheet_frame(sheet: Sheet, format: int = FORMAT) -> bytes:
+    return frame(SheetSent(run=RUN, format=format), sheet.model_dump_json().encode())
+
+
+def task_frame(sheet: Sheet, shapes: dict[str, tuple[int, int]], round: int = 1) -> bytes:
+    strategy: Any = table.make(
+        sheet.method, Cohort(shapes, sheet.rank, lambda client: sheet.rank, sheet.seed), table.MethodOptions()
+    )
+    state = replace(strategy.initial(), round=round - 1)
+    (broadcast,) = broadcasts_for(state, [0], strategy, {0: sheet.rank}, {0: sheet.scale})
+    key = sha256(str(round).encode()).hexdigest()
+    return frame(Task(run=RUN, round=round, task=key, counted=0), encode_broadcast(broadcast, WireDtype.FP32))
+
+
+def shapes_of(base_folder: Path) -> dict[str, tuple[int, int]]:
+    from fedloom.lora.layer import LoRAModel
+    from fedloom.models.families import resolve_targets
+
+    base = load_base(base_folder, tokenizer="bytes")
+    return dict(LoRAModel(base.model, resolve_targets(base.model, None)).shapes)
+
+
+def heads(link: Any, kind: type, seconds: float = 20.0) -> Any:
+    """Return the next head of a kind."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            _, data = link.inbox.get(timeout=0.2)
+        except queue.Empty:
+            continue
+        head, _ = unframe(data, TO_SERVER, 1 << 30)
+        if isinstance(head, kind):
+            return head
+    raise AssertionError(f"no {kind.__name__}")
+
+
+def test_a_site_waits_for_its_owner_and_goes_on_when_there_is_a_yes(sheet: Sheet, settings: SiteSettings) -> None:
+    own = settings.policy.model_copy(update={"confirm": "first"})
+    hub = Hub()
+    server, site = hub.end(SERVER), SiteThread(settings.model_copy(update={"policy": own}), hub)
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal.code == "unconfirmed"
+        yes = confirmation(settings.folder, sha256(sheet.model_dump_json().encode()).hexdigest())
+        yes.parent.mkdir(parents=True)
+        yes.touch()
+        ready = heads(server, Ready)
+        assert (ready.refusal, ready.rows) == (None, 20)
+    finally:
+        site.end()
+    assert [entry["event"] for entry in Ledger(settings.folder).entries()] == ["run", "refused"]
+
+
+def test_another_format_and_another_base_are_refused(sheet: Sheet, settings: SiteSettings) -> None:
+    hub = Hub()
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    try:
+        server.send(NAME, sheet_frame(sheet, FORMAT + 1))
+        assert heads(server, Ready).refusal.code == "format"
+        other = sheet.model_copy(update={"base_sha256": "ab" * 32})
+        server.send(NAME, sheet_frame(other))
+        assert heads(server, Ready).refusal.hashes["study"] == "ab" * 32
+    finally:
+        site.end()
+
+
+def test_a_reason_that_crosses_is_a_code_and_never_a_text(sheet: Sheet, settings: SiteSettings, tmp_path: Path) -> None:
+    rows = tmp_path / "secret-patients.json"
+    rows.write_text('[{"instruction": "secret", "context": "", "response": ""}]')
+    hub = Hub()
+    data = settings.data.model_copy(update={"path": str(rows)})
+    server, site = hub.end(SERVER), SiteThread(settings.model_copy(update={"data": data}), hub)
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        while True:
+            _, raw = server.inbox.get(timeout=20)
+            assert b"secret" not in raw
+            head, _ = unframe(raw, TO_SERVER, 1 << 20)
+            if isinstance(head, Ready):
+                break
+        assert head.refusal is not None
+        assert head.refusal.code == "data"
+    finally:
+        site.end()
+
+
+def test_a_trainer_that_ends_is_told_at_once_and_another_one_trains(
+    sheet: Sheet, settings: SiteSettings, base_folder: Path
+) -> None:
+    """The first trainer dies of the task; the second answers it, and a third time the disk does."""
+    hub, lives, task = Hub(), [], task_frame(sheet, shapes_of(base_folder))
+
+    class Mortal(ThreadTrainer):
+        def send(self, data: bytes) -> None:
+            if b'"task"' in data[:400] and b'"sheet"' not in data[:400] and lives[-1] is self and len(lives) == 1:
+                self._ended(-9)
+            else:
+                super().send(data)
+
+    def start(reply: Callable[[bytes], None], ended: Callable[[int], None]) -> ThreadTrainer:
+        trainer = Mortal.__new__(Mortal)
+        lives.append(trainer)
+        trainer.__init__(settings, reply, ended)  # type: ignore[misc]
+        return trainer
+
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    site.worker.start = start
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal is None
+        server.send(NAME, task)
+        refusal = heads(server, Result).refusal
+        assert (refusal.code, refusal.numbers) == ("trainer-ended", {"code": -9})
+        while heads(server, Hello).state != "ready":
+            pass
+        server.send(NAME, task)
+        assert heads(server, Result).refusal is None
+        server.send(NAME, task)
+        assert heads(server, Result).again
+    finally:
+        site.end()
+    entries = [entry for entry in Ledger(settings.folder).entries() if entry["event"] == "task"]
+    assert [entry.get("code") or entry["again"] for entry in entries] == ["trainer-ended", False, True]
+
+
+def test_a_task_that_is_not_the_sheets_is_refused(sheet: Sheet, settings: SiteSettings, base_folder: Path) -> None:
+    hub, shapes = Hub(), shapes_of(base_folder)
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal is None
+        server.send(NAME, task_frame(sheet.model_copy(update={"rank": 3}), shapes))
+        assert heads(server, Result).refusal.code == "message"
+    finally:
+        site.end()
+
+
+def test_a_newer_round_stops_an_older_one_between_two_steps(
+    sheet: Sheet, settings: SiteSettings, base_folder: Path
+) -> None:
+    replies: list[bytes] = []
+    trainer, shapes = Trainer(settings, replies.append, lambda text: None), shapes_of(base_folder)
+    trainer.handle(sheet_frame(sheet))
+    first, second = task_frame(sheet, shapes), task_frame(sheet, shapes, 2)
+    trainer.hear(second)
+    trainer.handle(first)
+    head, _ = unframe(replies[-1], TO_SERVER, 1 << 30)
+    assert head.refusal.code == "superseded"
+
+
+@pytest.mark.slow
+def test_a_killed_trainer_process_is_replaced(sheet: Sheet, settings: SiteSettings, base_folder: Path) -> None:
+    hub, lives = Hub(), []
+
+    def start(reply: Callable[[bytes], None], ended: Callable[[int], None]) -> TrainerProcess:
+        lives.append(TrainerProcess(settings, reply, ended))
+        return lives[-1]
+
+    task = task_frame(sheet, shapes_of(base_folder))
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    site.worker.start = start
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready, 120).refusal is None
+        os.kill(lives[0].pid, signal.SIGKILL)
+        while len(lives) < 2:
+            time.sleep(0.1)
+        while heads(server, Hello, 120).state != "ready":
+            pass
+        server.send(NAME, task)
+        assert heads(server, Result, 120).refusal is None
+    finally:
+        site.end()
+
+
+def test_what_is_remembered_comes_back_and_a_damaged_file_is_forgotten(tmp_path: Path) -> None:
+    store = Store(tmp_path, RUN)
+    assert store.read().round == 0
+    store.write(Recall(version=3, round=4, task="ab" * 32, answer=b"answer"))
+    found = store.read()
+    assert (found.version, found.round, found.task, found.answer) == (3, 4, "ab" * 32, b"answer")
+    path = next(tmp_path.rglob("state.safetensors"))
+    for size in (0, 5, len(path.read_bytes()) - 3):
+        data = path.read_bytes()
+        path.write_bytes(data[:size])
+        assert store.read().round == 0
+        path.write_bytes(data)
+
+
+def test_a_line_of_the_ledger_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    ledger.add(event="run", run=RUN)
+    with ledger.path.open("ab") as file:
+        file.write(b'{"event": "ta')
+    assert [entry["event"] for entry in ledger.entries()] == ["run"]
