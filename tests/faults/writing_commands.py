@@ -23,7 +23,7 @@ from faults.forked_commands import CRASHED, command, forked
 from fedloom.run_folder.manifest import SEAL
 
 _TIMED = {"seconds", "peak_memory_bytes", "sessions", "latency_seconds", "created"}
-_HOLD_TIMES = {"record.json", "finished.json", "adapter/README.md"}
+_HOLD_TIMES = {"record.json", "finished.json", "README.md", "update.json"}
 _TIMES = re.compile(rb'"(?:seconds|latency_seconds)": ?[-+.e0-9]+|\b\d+(?:\.\d+)? (?:s|ms|MB|GB)\b')
 _NOT_COMPARED = ("tensorboard/", ".fedloom.lock")
 SMALL = (
@@ -130,7 +130,7 @@ def _content(path: Path) -> str:
 def _untimed(value: Any) -> Any:
     """Leave out what the clock or the run's drawn name decides: times, hashes of files that hold them, and seals."""
     if isinstance(value, dict) and isinstance(value.get("run"), str) and "files" in value:
-        files = {name: found for name, found in value["files"].items() if name not in _HOLD_TIMES}
+        files = {name: found for name, found in value["files"].items() if Path(name).name not in _HOLD_TIMES}
         value = {key: item for key, item in value.items() if key not in ("run", SEAL)} | {"files": files}
     if isinstance(value, dict):
         return {key: _untimed(item) for key, item in value.items() if key not in _TIMED}
