@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -20,6 +22,11 @@ from fedloom.methods import table
 from fedloom.reporting.progress import Progress
 
 _ERROR = "error: "
+_CHILD = (
+    "import runpy, sys; from fedloom.experiment.parallel_runs import end_with; end_with(int(sys.argv.pop(1))); "
+    "runpy.run_module('fedloom', run_name='__main__', alter_sys=True)"
+)
+"""The ordinary command, in a process that ends with the one that started it."""
 _ENDING_SECONDS = 60.0
 """How long an interrupted run may take to end."""
 
@@ -45,6 +52,17 @@ def check_parallel(variants: Sequence[Settings], parallel: int) -> None:
                 f"--parallel: expected methods of installed packages, got {one.method.name}, which only this process "
                 "knows; install it, or drop --parallel"
             )
+
+
+def end_with(parent: int) -> None:
+    """Interrupt this process, as ctrl-c does, once its parent is gone: nobody would read what it says."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run_in_processes(
@@ -91,7 +109,8 @@ class _Processes:
         """Run one, pass its lines on with its name before each, and return its summary."""
         recipe, printed = self.folder / f"{out.name}.json", self.folder / f"{out.name}.out"
         recipe.write_text(json.dumps(settings.as_dict()), encoding="utf-8")
-        command = [sys.executable, "-m", "fedloom", "run", str(recipe), "--out", str(out), "--json"]
+        command = [sys.executable, "-c", _CHILD, str(os.getpid())]
+        command += ["run", str(recipe), "--out", str(out), "--json"]
         errors: list[str] = []
         with printed.open("w", encoding="utf-8") as output, self._started(command, output) as process:
             assert process.stderr is not None
