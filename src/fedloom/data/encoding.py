@@ -109,7 +109,14 @@ def encode(
     answered, num_trailing = _answered(records, unanswered, named)
     rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer), tokenizer)
     special = _special_ids(tokenizer)
-    rows = [_close(row, tokenizer.eos_token_id, special) for row in token_rows(rendered, tokenizer)]
+    rows = []
+    for index, row in zip(answered, token_rows(rendered, tokenizer), strict=True):
+        if not row.answer.any():
+            raise DataError(
+                f"{records.rows.where(index)}: expected an answer with at least one token, got characters that the "
+                "tokenizer drops; correct or remove the row"
+            )
+        rows.append(_close(row, tokenizer.eos_token_id, special))
     kept: list[tuple[int, TokenRow]] = []
     num_truncated = num_cut_off = 0
     limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)

@@ -25,12 +25,14 @@ class Rendered:
     """A record's text.
 
     ``spans`` are the half-open character ranges of the answers, in order. ``framed`` says that the text carries its
-    own special tokens (a chat template's does), so that none is put in front.
+    own special tokens (a chat template's does), so that none is put in front. ``special_spans`` are where the template
+    writes special tokens, in a text whose contents spell some that are none; None elsewhere.
     """
 
     text: str
     spans: tuple[tuple[int, int], ...]
     framed: bool = False
+    special_spans: tuple[tuple[int, int], ...] | None = None
 
     @property
     def prompt(self) -> str:

@@ -6,6 +6,8 @@ carries its own special tokens: a chat template writes them all, and a text that
 A prompt is read as training reads the row it begins: the row is written with a stand-in for its answer, and the prompt
 is every token before the answer's first. So a token that reaches over the border (the blank before a first word, in
 most tokenizers) is left for the model to write, as in training.
+
+What a record's author wrote never becomes a special token, whatever it spells (``fedloom.data.special_text``).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import numpy.typing as npt
 
 from fedloom.data.chat import render_chat
 from fedloom.data.records import Dialogue, Prompt, Record, Turn
+from fedloom.data.special_text import contents_of, special_text
 from fedloom.data.templates import Rendered, Template
 from fedloom.errors import DataError
 
@@ -50,7 +53,19 @@ class PromptTokens:
 
 
 def render(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    """Write one record with ``template``, or with the tokenizer's chat template for None."""
+    """Write one record with ``template``, or with the tokenizer's chat template for None.
+
+    Raises:
+        DataError: the chat template rejects the turns, or changes contents that spell a special token.
+    """
+    written, special = _write(record, template, tokenizer), special_text(tokenizer)
+    if not special.spelt_in(contents_of(record)):
+        return written
+    hidden = _write(special.hidden(record), template, tokenizer)
+    return replace(written, special_spans=special.template_spans(written.text, hidden.text))
+
+
+def _write(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     return render_chat(record, tokenizer) if template is None else template.render(record, tokenizer.eos_token)
 
 
@@ -58,7 +73,7 @@ def token_rows(rendered: Iterable[Rendered], tokenizer: PreTrainedTokenizerFast)
     """Yield the tokens of each text; a token is of an answer when one of the answer's characters is in it."""
     prefix, texts = prefix_ids(tokenizer), iter(rendered)
     while batch := list(islice(texts, _ROWS_PER_CALL)):
-        for item, encoding in zip(batch, _encodings([item.text for item in batch], tokenizer), strict=True):
+        for item, encoding in zip(batch, _encodings(batch, tokenizer), strict=True):
             yield _marked(item, encoding, [] if item.framed else _missing(prefix, encoding.ids))
 
 
@@ -83,17 +98,43 @@ def record_prompts(
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Any) -> list[PromptTokens]:
-    """Return texts that no template wraps, each as it stands.
+    """Return texts that no template wraps, each as it stands: the special tokens it spells are meant.
 
     Raises:
         DataError: a prompt is not text: bytes of it are not UTF-8, or it holds half a pair of surrogates.
     """
-    for text in texts:
-        _check_is_text(text)
+    return _prompts([Rendered(text, ()) for text in texts], tokenizer)
+
+
+def content_prompts(texts: Sequence[str], tokenizer: Any) -> list[PromptTokens]:
+    """Return texts that no template wraps, such as questions of a file: no special token they spell is one.
+
+    Raises:
+        DataError: a prompt is not text, or holds a private-use character beside a special token's text.
+    """
+    return _prompts([_content(text, tokenizer) for text in texts], tokenizer)
+
+
+def content_encodings(texts: Sequence[str], tokenizer: Any) -> list[Encoding]:
+    """Return the tokens of texts alone, with nothing put before them; no special token they spell is one.
+
+    Raises:
+        DataError: a text holds a private-use character beside a special token's text.
+    """
+    return _encodings([_content(text, tokenizer) for text in texts], tokenizer)
+
+
+def _content(text: str, tokenizer: Any) -> Rendered:
+    return Rendered(text, (), special_spans=() if special_text(tokenizer).spelt_in([text]) else None)
+
+
+def _prompts(items: Sequence[Rendered], tokenizer: Any) -> list[PromptTokens]:
+    for item in items:
+        _check_is_text(item.text)
     prefix = prefix_ids(tokenizer)
     return [
-        PromptTokens(text, (*_missing(prefix, encoding.ids), *encoding.ids))
-        for text, encoding in zip(texts, _encodings(list(texts), tokenizer), strict=True)
+        PromptTokens(item.text, (*_missing(prefix, encoding.ids), *encoding.ids))
+        for item, encoding in zip(items, _encodings(items, tokenizer), strict=True)
     ]
 
 
@@ -103,10 +144,15 @@ def prefix_ids(tokenizer: Any) -> list[int]:
     return list(encoded["input_ids"][: encoded["special_tokens_mask"].index(0)])
 
 
-def _encodings(texts: list[str], tokenizer: Any) -> list[Encoding]:
-    if not texts:
-        return []
-    return list(tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings)
+def _encodings(items: Sequence[Rendered], tokenizer: Any) -> list[Encoding]:
+    usual = [item.text for item in items if item.special_spans is None]
+    read = []
+    if usual:
+        read = tokenizer(usual, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+    spelling = [(item.text, item.special_spans) for item in items if item.special_spans is not None]
+    apart = special_text(tokenizer).encodings(spelling) if spelling else []
+    following, following_apart = iter(read), iter(apart)
+    return [next(following if item.special_spans is None else following_apart) for item in items]
 
 
 def _missing(prefix: list[int], ids: list[int]) -> list[int]:

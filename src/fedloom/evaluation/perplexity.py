@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.data.token_rows import prefix_ids
+from fedloom.data.token_rows import content_encodings, prefix_ids
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.intervals import Difference, Estimate, bootstrap, bootstrap_difference, ratio, ratio_statistics
@@ -128,8 +128,8 @@ def plain_text_rows(model: Any, tokenizer: Any, texts: Sequence[str]) -> tuple[T
     rows: list[tuple[list[int], list[bool]]] = []
     spelled: list[str] = []
     for text in (text for text in texts if text):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        [encoding] = content_encodings([text], tokenizer)
+        ids, offsets = encoding.ids, encoding.offsets
         starts = range(0, len(ids), room)
         limits = [0, *(offsets[start][0] for start in starts[1:]), len(text)]
         for start, (begin, end) in zip(starts, pairwise(limits), strict=True):

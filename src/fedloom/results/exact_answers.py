@@ -12,7 +12,7 @@ from fedloom.data.encoding import resolve_template
 from fedloom.data.groups import grouping_of
 from fedloom.data.records import Dialogue, Prompt, Record, Records, read_records
 from fedloom.data.sources import Rows
-from fedloom.data.token_rows import PromptTokens, record_prompts
+from fedloom.data.token_rows import PromptTokens, content_encodings, record_prompts
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import GREEDY, Decoded, DecodingSettings, OnProgress, decode
 from fedloom.evaluation.exact_match import METRIC, Part, has_part, score_matches
@@ -122,7 +122,7 @@ def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice) -> list[AskedRow
 
 def answer_settings(tokenizer: Any, asked: Sequence[AskedRow], max_new_tokens: int) -> DecodingSettings:
     """Return greedy decoding with room for the longest expected answer and at most ``max_new_tokens``."""
-    lengths = [len(tokenizer(one.answer, add_special_tokens=False)["input_ids"]) for one in asked]
+    lengths = [len(encoding.ids) for encoding in content_encodings([one.answer for one in asked], tokenizer)]
     return replace(GREEDY, max_new_tokens=min(max_new_tokens, max(lengths) + 1))
 
 

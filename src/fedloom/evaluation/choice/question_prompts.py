@@ -12,7 +12,7 @@ from typing import Any, assert_never
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.data.token_rows import prefix_ids, text_prompts
+from fedloom.data.token_rows import content_prompts, prefix_ids
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.choice.questions import LETTERS, Question
 from fedloom.evaluation.choice.shared_prefix import Query
@@ -110,7 +110,7 @@ def fit_prompts(
     while waiting:
         texts = [prompt_text(questions[i], examples[questions[i].subject][: kept[i]], answering) for i in waiting]
         overlong = []
-        for index, prompt in zip(waiting, text_prompts(texts, tokenizer), strict=True):
+        for index, prompt in zip(waiting, content_prompts(texts, tokenizer), strict=True):
             ids = list(prompt.ids)
             if len(ids) > rooms[index] and kept[index] > 0:
                 kept[index] -= 1
@@ -134,8 +134,8 @@ def _shots_that_fit(
     sizes: dict[str, NDArray[np.int64]] = {}
     for subject in dict.fromkeys(question.subject for question in questions):
         texts = [f"{_solved(example, answering)}\n\n" for example in examples[subject]]
-        sizes[subject] = np.cumsum([len(prompt.ids) for prompt in text_prompts(texts, tokenizer)])
-    alone = text_prompts([prompt_text(question, (), answering) for question in questions], tokenizer)
+        sizes[subject] = np.cumsum([len(prompt.ids) for prompt in content_prompts(texts, tokenizer)])
+    alone = content_prompts([prompt_text(question, (), answering) for question in questions], tokenizer)
     return [
         int(np.searchsorted(sizes[question.subject], room - len(prompt.ids), side="right")) if shots else 0
         for question, prompt, room in zip(questions, alone, rooms, strict=True)
@@ -159,10 +159,10 @@ def _continuations(tokenizer: Any, questions: Sequence[Question], answering: Ans
         case _:
             assert_never(answering)
     unique = list(dict.fromkeys(texts))
-    [lead_prompt] = text_prompts([lead], tokenizer)
+    [lead_prompt] = content_prompts([lead], tokenizer)
     added = {
         text: list(prompt.ids[len(lead_prompt.ids) :])
-        for text, prompt in zip(unique, text_prompts([f"{lead} {text}" for text in unique], tokenizer), strict=True)
+        for text, prompt in zip(unique, content_prompts([f"{lead} {text}" for text in unique], tokenizer), strict=True)
     }
     following = iter(texts)
     return [[added[next(following)] for _ in question.choices] for question in questions]
