@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ PREFIX = "fedloom-ray-"
 _STARTS = 2
 """Ray waits 30 s for its own parts and no setting changes that: a busy machine gets a second try."""
 _SETTLE_SECONDS = 15.0
+_KNOCK_SECONDS = 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
 _LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 """Ray's own switch for one machine: every part of it then listens on the loopback address alone."""
@@ -110,6 +112,7 @@ def _connect(ray: Any, address: str | None, folder: Path | None, resources: Reso
     shared: dict[str, Any] = {"log_to_driver": False, "logging_level": "CRITICAL", "configure_logging": False}
     if address is not None:
         try:
+            _knock(address)
             ray.init(address=address, **shared)
         except Exception as error:
             ray.shutdown()
@@ -131,6 +134,17 @@ def _connect(ray: Any, address: str | None, folder: Path | None, resources: Reso
                 ) from error
         else:
             return
+
+
+def _knock(address: str) -> None:
+    """Connect to ``host:port`` once: where nothing answers, Ray would try for minutes.
+
+    Raises:
+        OSError: nothing answers.
+    """
+    host, _, port = address.rpartition(":")
+    if host and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:
