@@ -29,7 +29,7 @@ _KILLED, _SECONDS = "oslo", 1800.0
 _RECIPE: Mapping[str, Mapping[str, Any]] = {
     "method": {"name": next(iter(table.shipped("starts_fresh"))), "ranks": list(RANKS)},
     "federation": {"num_rounds": 10},
-    "training": {"local_steps": 10, "batch_size": 16, "learning_rate": 3e-3},
+    "training": {"local_steps": 8, "batch_size": 8, "learning_rate": 3e-3},
     "evaluation": {"every": 5},
 }
 _WORDING = {"template": "plain"}
