@@ -201,6 +201,23 @@ def test_a_site_that_lost_its_folder_is_sent_the_whole_side(
     assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
 
 
+def test_a_site_that_never_answers_is_waited_for_to_the_deadline_and_no_longer(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """The quorum cannot be reached; min_clients can."""
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        return [] if sender == NAMES[0] and b'"result"' in data else [data]
+
+    hub, settings = Hub(meddle), recipe(federation__num_rounds=1, federation__min_clients=2)
+    sites(hub)
+    served(study_of(settings, NAMES, quorum=3, deadline_s=3.0), tmp_path / "served", hub)
+    (record,) = records_of(tmp_path / "served")
+    assert 3.0 <= record["seconds"]["train"] < 10.0
+    assert "did not answer within 3 s" in record["clients"][0]["reason"]
+    assert [client["reason"] for client in record["clients"][1:]] == [None, None]
+
+
 def test_strangers_foreign_runs_and_late_answers_are_dropped(
     recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
 ) -> None:
