@@ -11,6 +11,7 @@ from memory_link import NAMES, Hub, SiteThread, served, study_of
 
 from fedloom.config import Settings
 from fedloom.experiment.session import run
+from fedloom.reporting.report import write_report
 
 METHODS = [
     ({"method__name": "flora"}, "fp32"),
@@ -42,3 +43,15 @@ def test_sites_give_the_adapter_of_one_process(
     records = [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").read_text().splitlines()]
     assert [site["name"] for site in records[-1]["sites"]] == NAMES
     assert all(client["reason"] is None for record in records for client in record["clients"])
+
+
+def test_the_report_says_who_was_left_out_of_which_round_and_why(
+    recipe: Callable[..., Settings], sites: Callable[..., list[SiteThread]], tmp_path: Path
+) -> None:
+    hub = Hub()
+    sites(hub, max_rank=2)
+    served(study_of(recipe(federation__num_rounds=1), NAMES, quorum=2, grace_s=5.0), tmp_path / "served", hub)
+    write_report([tmp_path / "served"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "left out of" in page
+    assert "round 1: its policy (policy.max_rank) allows ranks up to 2, the study asks for 4" in page
