@@ -16,10 +16,11 @@ from tiny_models import TARGETS, tiny_model
 
 from fedloom.errors import AdapterError
 from fedloom.lora import algebra, peft_settings
+from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.lora.peft_files import WEIGHTS_NAME, load_peft, save_peft
+from fedloom.lora.peft_files import WEIGHTS_NAME, base_of, load_peft, save_peft
 from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.seeding import torch_stream
 
@@ -274,3 +275,39 @@ def test_a_header_that_lies_about_its_length_is_one_line(tmp_path: Path, adapter
     (tmp_path / WEIGHTS_NAME).write_bytes(length.to_bytes(8, "little") + whole[8:])
     with pytest.raises(AdapterError, match="expected a safetensors file"):
         load_peft(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "name", "is_folder"),
+    [
+        ("HuggingFaceTB/SmolLM-135M", "HuggingFaceTB/SmolLM-135M", False),
+        ("gpt2", "gpt2", False),
+        ("embedded", "embedded", False),
+        ("/somebody/models/gpt2", "gpt2", True),
+        ("~/models/tiny", "tiny", True),
+        ("../tiny", "tiny", True),
+        ("/home/somebody/.cache/huggingface/hub/models--org--name/snapshots/0a1b", "org/name", False),
+    ],
+)
+def test_a_base_is_named_by_its_hub_name_or_its_folder_s_name(
+    base: str, name: str, is_folder: bool, tmp_path: Path
+) -> None:
+    reference = BaseReference.of(base, "c0ffee")
+    save_peft(Adapter({"q": Pair(torch.ones(3, 1), torch.ones(1, 2))}), tmp_path, base_name=reference)
+    assert json.loads((tmp_path / CONFIG_NAME).read_text())["base_model_name_or_path"] == name
+    assert base_of(tmp_path) == (name, BaseReference(name, is_folder, "c0ffee"))
+
+
+def test_weights_with_metadata_are_the_same_bytes_every_time_and_load(tmp_path: Path) -> None:
+    adapter = Adapter({"q": Pair(torch.ones(3, 1), torch.ones(1, 2)), "v": Pair(torch.ones(5, 1), torch.ones(1, 2))})
+    for number in range(8):
+        save_peft(adapter, tmp_path / str(number), base_name=BaseReference("base", is_folder=True, sha256="c0ffee"))
+    assert len({(tmp_path / str(number) / WEIGHTS_NAME).read_bytes() for number in range(8)}) == 1
+    assert algebra.distance(load_peft(tmp_path / "0"), adapter) == 0.0
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_peft_loads_what_names_its_base_by_folder_and_hash_without_a_warning(family: str, tmp_path: Path) -> None:
+    reference = BaseReference("base", is_folder=True, sha256="c0ffee")
+    save_peft(mixed_rank_adapter(family), tmp_path, base_name=reference, conv1d=family == "gpt2")
+    PeftModel.from_pretrained(tiny_model(family), tmp_path)

@@ -9,18 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from example_runs import rewrite
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from fedloom.assembly.inputs import Workshop
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
 from fedloom.data.tokenizer import load_tokenizer
+from fedloom.embedded import model_path
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.experiment import run
 from fedloom.lora.algebra import distance, norm
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.lora.peft_files import load_peft, save_peft
+from fedloom.lora.peft_files import base_of, load_peft, save_peft
 from fedloom.results.export import export_adapter, export_merged
 from fedloom.results.opened_result import RESULT, open_result
 from fedloom.run_folder.writer import RunFolder
@@ -104,12 +105,30 @@ def test_a_card_does_not_tell_where_the_base_lies_on_this_machine(
     assert "base_model:" not in card_of(tmp_path / "out")
 
 
-def test_an_export_on_the_embedded_base_loads_in_stock_peft_by_itself(settings_for: Make, tmp_path: Path) -> None:
+def test_no_exported_file_tells_where_the_base_lies_on_this_machine(
+    flora: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    export_adapter(flora, tmp_path / "out", rank=2)
+    export_adapter(tmp_path / "out", tmp_path / "again")
+    export_merged(flora, tmp_path / "merged")
+    for name in ("out", "again", "merged"):
+        for file in (tmp_path / name).iterdir():
+            assert str(base_folder.parent).encode() not in file.read_bytes(), file
+    first, second = (base_of(tmp_path / name) for name in ("out", "again"))
+    assert first == second == base_of(flora / "adapter")
+    assert first is not None
+    assert (first[0], first[1].is_folder) == (base_folder.name, True)
+    assert "base_model:" not in card_of(tmp_path / "again")
+
+
+def test_an_export_on_the_embedded_base_names_it_and_loads_in_stock_peft(settings_for: Make, tmp_path: Path) -> None:
     embedded = {"model__base": "embedded", "model__tokenizer": None, "data__max_length": 100}
     run(settings_for(**embedded, federation__num_rounds=1), tmp_path / "run")
     export_adapter(tmp_path / "run", tmp_path / "out")
-    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert model.peft_config["default"].r > 0
+    base = AutoModelForCausalLM.from_pretrained(model_path())
+    assert PeftModel.from_pretrained(base, tmp_path / "out").peft_config["default"].r > 0
+    assert json.loads((tmp_path / "out/adapter_config.json").read_text())["base_model_name_or_path"] == "embedded"
+    assert open_result(tmp_path / "out").adapters
     assert "fedloom.embedded" in card_of(tmp_path / "out")
 
 
@@ -204,7 +223,7 @@ def test_gpt2s_transposed_weights_are_merged_the_right_way_round(tmp_path: Path)
         for i in range(2)
     }
     save_peft(Adapter(pairs), tmp_path / "adapter", base_name=str(base), conv1d=True)
-    export_merged(tmp_path / "adapter", tmp_path / "merged")
+    export_merged(tmp_path / "adapter", tmp_path / "merged", base=base)
     export_adapter(tmp_path / "adapter", tmp_path / "copy", rank=1)
     theirs = logits_of(base, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(tmp_path / "merged"), theirs, rtol=1e-4, atol=1e-5)
@@ -257,7 +276,7 @@ def test_a_target_that_shares_its_weights_is_not_merged_into(tmp_path: Path) -> 
         Adapter({"lm_head": Pair(torch.ones(256, 1), torch.ones(1, 16))}), tmp_path / "adapter", base_name=str(base)
     )
     with pytest.raises(ModelError, match=r"lm_head shares its weights with transformer\.wte"):
-        export_merged(tmp_path / "adapter", tmp_path / "out")
+        export_merged(tmp_path / "adapter", tmp_path / "out", base=base)
 
 
 @pytest.mark.slow

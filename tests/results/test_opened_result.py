@@ -179,24 +179,42 @@ def test_another_base_is_refused_by_hash_for_a_run_and_by_shape_for_an_adapter(f
         open_result(flora, base=other)
     gpt2 = tmp_path / "gpt2"
     seeded_model("gpt2", vocab_size=256).float().save_pretrained(gpt2)
-    with pytest.raises(AdapterError, match="is for another base"):
+    with pytest.raises(ModelError, match=r"expected the base it was trained on \(sha256 \w{12}\), got .*sha256 \w{12}"):
         open_result(flora / "adapter", base=gpt2, tokenizer="bytes")
+    save_peft(next(iter(find_result(flora).adapters.values())), tmp_path / "unhashed", base_name="elsewhere/llama")
+    with pytest.raises(AdapterError, match="is for another base"):
+        open_result(tmp_path / "unhashed", base=gpt2, tokenizer="bytes")
 
 
 def test_a_base_that_moved_is_named_with_the_option_that_finds_it(flora: Path, base_folder: Path) -> None:
     moved = Path(shutil.copytree(flora / "adapter", flora.parent / "moved"))
+    asked = rf"moved: expected its base, a folder called '{base_folder.name}', found none here; give it with --base"
+    with pytest.raises(ModelError, match=asked):
+        open_result(moved, tokenizer="bytes")
     config = moved / "adapter_config.json"
-    config.write_text(config.read_text().replace(str(base_folder), "/nowhere/base"))
+    config.write_text(config.read_text().replace(f'"{base_folder.name}"', '"/nowhere/base"'))
     with pytest.raises(ModelError, match=r"'/nowhere/base' cannot be loaded from here.*--base FOLDER"):
         open_result(moved, tokenizer="bytes")
     assert open_result(moved, base=base_folder, tokenizer="bytes").adapters
+
+
+def test_an_adapter_of_a_run_is_opened_over_the_base_that_the_run_names(flora: Path) -> None:
+    assert open_result(flora / "adapter", tokenizer="bytes").adapters
+
+
+def test_a_base_folder_of_the_right_name_is_found_where_the_command_runs(
+    flora: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = Path(shutil.copytree(flora / "adapter", flora.parent / "moved"))
+    monkeypatch.chdir(base_folder.parent)
+    assert open_result(moved, tokenizer="bytes").adapters
 
 
 def test_an_adapter_that_touches_a_part_of_the_modules_opens(base_folder: Path, tmp_path: Path) -> None:
     name = "model.layers.1.self_attn.q_proj"
     pair = Pair(torch.ones(16, 1), torch.ones(1, 16))
     save_peft(Adapter({name: pair}), tmp_path / "part", base_name=str(base_folder))
-    opened = open_result(tmp_path / "part", tokenizer="bytes")
+    opened = open_result(tmp_path / "part", base=base_folder, tokenizer="bytes")
     assert list(opened.lora.shapes) == [name]
     assert fresh_adapter(opened.lora.shapes, 1, 0).keys() == {name}
 

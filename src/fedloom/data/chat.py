@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from fedloom.data.records import Dialogue, Record, Turn
 from fedloom.data.templates import Rendered
+from fedloom.data.time_limit import TookTooLong, time_limit
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+RENDER_SECONDS = 5.0
+"""Time for writing one row: templates need milliseconds."""
+MAX_FACTOR, MAX_EXTRA = 10, 1_000_000
+"""Characters a template may write: so many for each of the contents, and so many of its own."""
+_LARGEST_NUMBER = 10_000_000
 
 
 def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
@@ -21,7 +29,7 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
 
     Raises:
         DataError: the template rejects the turns, rewrites earlier turns so that P_i or Q_i does not begin the text,
-            or asks for an answer in other words than it writes one.
+            or asks for an answer in other words than it writes one; it takes too long or writes too much.
     """
     turns = _turns(record)
     text = _apply(tokenizer, turns, cue="without")
@@ -75,12 +83,43 @@ def _turns(record: Record) -> tuple[Turn, ...]:
 
 def _apply(tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], *, cue: str) -> str:
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    limit = MAX_FACTOR * sum(len(turn.content) for turn in turns) + MAX_EXTRA
+    _check_numbers(str(tokenizer.chat_template))
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue == "with")
+        with time_limit(RENDER_SECONDS):
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue == "with"))
+    except TookTooLong as cause:
+        raise DataError(
+            f"expected a chat template that writes the turns within {RENDER_SECONDS:.0f} s, got one that does not; "
+            "correct the chat template, or set data.template to 'plain'"
+        ) from cause
     except Exception as cause:  # the template is a stranger's program: whatever it raises is its mistake
         roles = ", ".join(turn.role for turn in turns) or "none"
         raise DataError(
             f"expected turns that the tokenizer's chat template accepts, got {roles}: {cause}; "
             "correct the row, or set data.template to 'plain'"
         ) from cause
-    return str(text)
+    if len(text) > limit:
+        raise DataError(
+            f"expected a chat template that writes at most {limit:,} characters for these turns, got {len(text):,}; "
+            "correct the chat template, or set data.template to 'plain'"
+        )
+    return text
+
+
+@lru_cache(maxsize=16)
+def _check_numbers(template: str) -> None:
+    """Refuse what a time limit cannot stop: a power, or text repeated, is one call of C code."""
+    from jinja2 import Environment, TemplateSyntaxError
+
+    try:
+        tokens = [(kind, value) for _, kind, value in Environment().lex(template)]
+    except TemplateSyntaxError:
+        return  # the tokenizer says so in its own words
+    numbers = [value for kind, value in tokens if kind == "integer" and len(value) > len(str(_LARGEST_NUMBER))]
+    powers = [value for kind, value in tokens if kind == "operator" and value == "**"]
+    if found := [*powers, *numbers]:
+        raise DataError(
+            f"expected a chat template without powers (**) and numbers above {_LARGEST_NUMBER:,}, got {found[0][:40]}; "
+            "correct the chat template, or set data.template to 'plain'"
+        )

@@ -16,6 +16,7 @@ from fedloom.data.sources import Rows
 from fedloom.federation.intake import ClientRecord
 from fedloom.federation.messages import numbers_of
 from fedloom.federation.rounds import RoundRecord
+from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.methods.state import Update
@@ -103,10 +104,10 @@ def update_keeper(
         yield UpdateKeeper(waiting, save, scale_of)
 
 
-def peft_writer(base_name: str, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:
+def peft_writer(base: BaseReference, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:
     """Return a function that writes an adapter of this base as a PEFT folder at a scale."""
 
     def write(adapter: Adapter, folder: Path, scale: float) -> None:
-        save_peft(adapter, folder, base_name=base_name, scale=scale, conv1d=conv1d, dropout=dropout)
+        save_peft(adapter, folder, base_name=base, scale=scale, conv1d=conv1d, dropout=dropout)
 
     return write

@@ -9,7 +9,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom import embedded
 from fedloom.assembly.engine_choice import check_engine
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.round_plan import Population, population_of, training_of
@@ -22,6 +21,7 @@ from fedloom.errors import RunError
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
 from fedloom.experiment.round_records import holdings_of, peft_writer
 from fedloom.lora.algebra import compress
+from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
@@ -298,9 +298,8 @@ class Session:
         return []
 
     def _writer(self) -> Callable[[Adapter, Path, float], None]:
-        return peft_writer(
-            str(embedded.base_path(self.settings.model.base)), self.lora.uses_conv1d, self.settings.training.dropout
-        )
+        base = BaseReference.of(self.settings.model.base, self.base.revision_hash)
+        return peft_writer(base, self.lora.uses_conv1d, self.settings.training.dropout)
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]

@@ -6,16 +6,19 @@ out of :func:`load_peft` is effective pairs, what goes in is effective pairs.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedloom.errors import AdapterError
+from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.pair import Adapter, Pair, check_finite
 from fedloom.lora.peft_settings import Scales, read_peft_settings, shortened
 
@@ -27,7 +30,7 @@ def save_peft(
     adapter: Adapter,
     folder: str | Path,
     *,
-    base_name: str,
+    base_name: str | BaseReference,
     scale: float = 1.0,
     conv1d: bool = False,
     dropout: float = 0.0,
@@ -35,7 +38,8 @@ def save_peft(
     """Write an adapter as a PEFT folder, with ``lora_alpha = scale · r`` and ``b / scale`` in the file.
 
     Ranks that differ between modules go into ``rank_pattern`` and ``alpha_pattern``; a module of rank 0 adds nothing
-    and is not written.
+    and is not written. A base that is a folder goes by the folder's name, without its place on this machine; what else
+    is known of the base, such as its hash, stands in the metadata of the weights.
 
     Raises:
         AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing; if
@@ -55,6 +59,7 @@ def save_peft(
     for name, pair in pairs.items():
         stored[name] = Pair(pair.b_OR.detach().cpu() / scale, pair.a_RI.detach().cpu())
     check_finite(stored, "the adapter to write", "train it at a lower learning rate, or write it in a wider dtype")
+    base = BaseReference.of(base_name) if isinstance(base_name, str) else base_name
     ranks = {name: pair.rank for name, pair in pairs.items()}
     rank = max(ranks.values())
     differing = {name: r for name, r in ranks.items() if r != rank}
@@ -67,7 +72,7 @@ def save_peft(
         fan_in_fan_out=conv1d,
         lora_dropout=dropout,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=base_name,
+        base_model_name_or_path=base.name,
         inference_mode=True,
     )
     folder = Path(folder)
@@ -76,7 +81,7 @@ def save_peft(
     except (FileExistsError, NotADirectoryError) as error:
         raise AdapterError(f"{folder}: expected a folder to write to, found a file; choose another folder") from error
     config.save_pretrained(str(folder))
-    save_file(_peft_tensors(stored), folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    (folder / WEIGHTS_NAME).write_bytes(_with_metadata(save(_peft_tensors(stored)), {"format": "pt"} | base.metadata))
 
 
 def load_peft(folder: str | Path) -> Adapter:
@@ -108,10 +113,17 @@ def load_peft(folder: str | Path) -> Adapter:
     return Adapter(pairs)
 
 
-def base_name_of(folder: Path) -> str | None:
-    """Return the base model that a PEFT folder names."""
+def base_of(folder: Path) -> tuple[str, BaseReference] | None:
+    """Return the base model that a PEFT folder names, as written there and as it may be told to others.
+
+    Raises:
+        AdapterError: if a file is absent or malformed.
+    """
     name = read_peft_settings(folder).get("base_model_name_or_path")
-    return str(name) if name else None
+    if not name:
+        return None
+    with _explained(folder / WEIGHTS_NAME), safe_open(folder / WEIGHTS_NAME, framework="pt") as file:
+        return str(name), BaseReference.recorded(str(name), file.metadata() or {})
 
 
 def _peft_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
@@ -122,12 +134,26 @@ def _peft_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     return tensors
 
 
+def _with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return a safetensors file with metadata in the given order; safetensors writes several keys in any order."""
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.dumps({"__metadata__": dict(metadata)} | json.loads(blob[8:end]), separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + blob[end:]
+
+
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         raise AdapterError(f"{folder}: expected {WEIGHTS_NAME}, found none; convert .bin files to safetensors")
-    try:
+    with _explained(path):
         return load_file(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{path}: expected a safetensors file, got one that is corrupt or truncated ({error}); fetch it again"

@@ -8,10 +8,12 @@ from typing import Any
 
 from fedloom import embedded
 from fedloom.config.setting import values_of
-from fedloom.names import looks_like_hub_name
+from fedloom.lora.base_reference import BaseReference
 from fedloom.results.opened_result import Found
 from fedloom.wording import written_bytes
 
+UNNAMED = BaseReference("the base", is_folder=True)
+"""The base of an adapter whose files name none."""
 _HASHES = (
     ("base_sha256", "base, sha256 of configuration and weights"),
     ("data_sha256", "training rows as tokens, sha256"),
@@ -43,9 +45,9 @@ def adapter_card(found: Found, losses: Sequence[str], is_exact: bool) -> str:
 
     A base that is a folder goes by the folder's name, without its place on this machine.
     """
-    name, is_public = _base_of(found)
-    loading = _LOAD_ADAPTER.format(base=name if is_public else f"path/to/{name}")
-    if name == embedded.NAME:
+    base = found.reference or UNNAMED
+    loading = _LOAD_ADAPTER.format(base=base.name if base.is_public else f"path/to/{base.name}")
+    if base.name == embedded.NAME:
         loading = _LOAD_ON_EMBEDDED
     return _card(found, losses, is_exact, "peft", "A low-rank adapter", loading)
 
@@ -56,21 +58,18 @@ def merged_card(found: Found, losses: Sequence[str], is_exact: bool) -> str:
     return _card(found, losses, is_exact, "transformers", what, _LOAD_MERGED)
 
 
-def _base_of(found: Found) -> tuple[str, bool]:
-    """Return the base's public name, and whether it is on the hub: a folder goes by its own name alone."""
-    name = str(found.base_name)
-    if embedded.base_path(name) == embedded.model_path() or Path(name) == embedded.model_path():
-        return embedded.NAME, False
-    is_folder = Path(name).expanduser().exists() or not looks_like_hub_name(name)
-    return (Path(name).name, False) if is_folder else (name, True)
-
-
 def _card(found: Found, losses: Sequence[str], is_exact: bool, library: str, what: str, loading: str) -> str:
-    base, is_public = _base_of(found)
-    front = ["---", *([f"base_model: {base}"] if is_public else []), f"library_name: {library}", "tags:", "- lora"]
+    base = found.reference or UNNAMED
+    front = [
+        "---",
+        *([f"base_model: {base.name}"] if base.is_public else []),
+        f"library_name: {library}",
+        "tags:",
+        "- lora",
+    ]
     if found.run is not None:
         front.append("- federated-learning")
-    lines = [*front, "---", "", f"# {found.path.name}", "", f"{what} for `{base}`, made by fedloom.", ""]
+    lines = [*front, "---", "", f"# {found.path.name}", "", f"{what} for `{base.name}`, made by fedloom.", ""]
     lines += ["## The file", "", *(f"* {line.partition(': ')[2] or line}" for line in losses[:1])]
     lines += [*(f"* {line}" for line in losses[1:]), ""]
     if found.run is not None and found.settings is not None:
@@ -95,7 +94,8 @@ def _training(found: Found) -> Iterator[tuple[str, object]]:
     yield "clients", f"{settings.federation.num_clients}, {settings.cohort_size} a round"
     yield "ranks of the clients", ", ".join(map(str, values_of(ranks)))
     yield "seed", settings.run.seed
-    yield "data", f"`{settings.data.path}`"
+    data = Path(settings.data.path)
+    yield "data", f"`{data.name if data.is_absolute() else data}`"
     identity = run.manifest["identity"]
     for key, meaning in _HASHES:
         if identity.get(key):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fedloom import embedded
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.lora.algebra import compress, distance, norm, pad
 from fedloom.lora.linear import LoRALinear
@@ -109,8 +108,7 @@ def export_adapter(
     exported = Exported(to, "adapter", dtype, cast.ranks, norm(adapter), rank_error, cast_error)
 
     def write(folder: Path) -> None:
-        base_name = str(embedded.base_path(found.base_name or ""))
-        save_peft(cast, folder, base_name=base_name, conv1d=_is_conv1d(found), dropout=0.0)
+        save_peft(cast, folder, base_name=found.reference or "", conv1d=_is_conv1d(found), dropout=0.0)
         (folder / CARD).write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)

@@ -1,7 +1,8 @@
 """Open a result, that is, a run folder or any PEFT folder, over its base.
 
-A run's base is the one its settings name, checked by hash; a PEFT folder's is the one it names itself. Either can be
-replaced by another location. The weights of the base never change: an adapter is added next to them and removed again.
+A run's base is the one its settings name, a PEFT folder's the one it names itself; either is checked by hash where the
+files hold one, and can be given another location. The weights of the base never change: an adapter is added next to
+them and removed again.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from fedloom.config import Settings
 from fedloom.config.conduct import Engine
 from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
+from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
-from fedloom.lora.peft_files import base_name_of, load_peft
+from fedloom.lora.peft_files import base_of, load_peft
 from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
@@ -37,7 +39,8 @@ class Found:
     """The contents of a result's folder, read without loading a base.
 
     ``adapters`` is empty where training added nothing (the method ``base``); ``settings`` and ``run`` are None for a
-    PEFT folder; ``notes`` are for people.
+    PEFT folder; ``notes`` are for people. ``base_name`` is where the base is looked for, ``reference`` what others may
+    know of it.
     """
 
     path: Path
@@ -46,6 +49,7 @@ class Found:
     settings: Settings | None = None
     run: StoredRun | None = None
     notes: tuple[str, ...] = ()
+    reference: BaseReference | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,8 +113,7 @@ def find_result(path: Path) -> Found:
     if (path / "manifest.json").exists():
         return _find_run(path)
     if (path / CONFIG_NAME).exists():
-        check_in_run(path)
-        return Found(path, {RESULT: load_peft(path)}, base_name_of(path))
+        return _find_adapter(path)
     raise RunError(
         f"{path}: expected a run (manifest.json) or a PEFT adapter ({CONFIG_NAME}), found {_listed(path)}; "
         "give the folder of the run or adapter itself"
@@ -150,6 +153,10 @@ def load_base_of(
     name = base or found.base_name
     if name is None:
         raise ModelError(f"{found.path}: the adapter does not name its base; give it with --base FOLDER_OR_HUB_NAME")
+    if base is None and found.run is None and _is_elsewhere(found):
+        raise ModelError(
+            f"{found.path}: expected its base, a folder called {name!r}, found none here; give it with --base FOLDER"
+        )
     options: dict[str, Any] = {"tokenizer": tokenizer, "dtype": "auto", "device": device or "auto"}
     options["trust_remote_code"] = bool(os.environ.get(TRUST_VARIABLE))
     if found.settings is not None:
@@ -201,18 +208,35 @@ def unfinished_note(run: StoredRun) -> str:
     )
 
 
+def _find_adapter(path: Path) -> Found:
+    """Read a PEFT folder; one that is part of a run has the base that the run's settings name."""
+    run, adapter, named = check_in_run(path), load_peft(path), base_of(path)
+    name, reference = named or (None, None)
+    if run is not None:
+        name = config.load(run / "config.json", also=()).model.base
+    return Found(path, {RESULT: adapter}, name, reference=reference)
+
+
+def _is_elsewhere(found: Found) -> bool:
+    """Whether the files name a folder by its name alone, and none of that name is here: it is not one on the hub."""
+    reference = found.reference
+    is_bare = reference is not None and reference.is_folder and found.base_name == reference.name
+    return is_bare and not Path(str(found.base_name)).is_dir()
+
+
 def _find_run(path: Path) -> Found:
     run = read_run(path)
     settings = config.load(path / "config.json", also=())
+    reference = BaseReference.of(settings.model.base, run.manifest["identity"].get("base_sha256"))
     if run.finished is not None:
         if missing := missing_adapters(path, run.finished):
             raise RunError(
                 f"{missing[0]}: expected the adapter that this run wrote, found none; write it again with: "
                 f"fedloom run {path / 'config.json'} --out {path}"
             )
-        return Found(path, _finished_adapters(run), settings.model.base, settings, run)
+        return Found(path, _finished_adapters(run), settings.model.base, settings, run, (), reference)
     adapters = _state_adapters(run)
-    return Found(path, adapters, settings.model.base, settings, run, (unfinished_note(run),))
+    return Found(path, adapters, settings.model.base, settings, run, (unfinished_note(run),), reference)
 
 
 def _finished_adapters(run: StoredRun) -> dict[str, Adapter]:
@@ -237,9 +261,7 @@ def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
 
 
 def _check_identity(found: Found, base: Base) -> None:
-    if found.run is None:
-        return
-    trained_on = found.run.manifest["identity"].get("base_sha256")
+    trained_on = None if found.reference is None else found.reference.sha256
     if trained_on is not None and trained_on != base.revision_hash:
         raise ModelError(
             f"{found.path}: expected the base it was trained on (sha256 {trained_on[:12]}), got {base.name} "

@@ -95,8 +95,10 @@ def check_adapter(run: Path, manifest: Mapping[str, Any], name: str) -> None:
         _check(run, manifest, path, _hash_of(run / path, remedy), remedy)
 
 
-def check_in_run(path: Path) -> None:
-    """Check an adapter's folder or a file that may be part of a run: the result, a kept update, a partition.
+def check_in_run(path: Path) -> Path | None:
+    """Check an adapter's folder or a file that may be part of a run, and return that run's folder.
+
+    Such are the result, a kept update and a partition.
 
     Raises:
         RunError: it is part of a run and not what was written there.
@@ -104,7 +106,7 @@ def check_in_run(path: Path) -> None:
     path = path.resolve()
     run = next((parent for parent in list(path.parents)[:_DEPTH] if _is_run(parent)), None)
     if run is None:
-        return
+        return None
     manifest, name = read_manifest(run), path.relative_to(run)
     files = [name / file for file in PEFT_FILES] if path.is_dir() else [name]
     if name.parts[0] == ROUNDS and len(name.parts) > 2 and _ROUND.fullmatch(name.parts[1]):
@@ -114,6 +116,7 @@ def check_in_run(path: Path) -> None:
     elif name.parts[0] == ADAPTER or name.as_posix() in manifest["files"]:
         for file in files:
             _check(run, manifest, file.as_posix(), _hash_of(run / file, _RESTORE), _RESTORE)
+    return run
 
 
 def _is_run(folder: Path) -> bool:
