@@ -16,6 +16,8 @@ from fedloom.sites.store import Ledger, confirmation, keep_asked
 from fedloom.sites.study import resolve_study
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
 
+pytestmark = pytest.mark.extra("sites")
+
 NAMES = ["a", "b"]
 
 

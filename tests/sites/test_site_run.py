@@ -23,6 +23,8 @@ from fedloom.sites.site_run import check_site, run_site
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
 
+pytestmark = pytest.mark.extra("sites")
+
 RUN = "0" * 32
 
 

@@ -11,6 +11,7 @@ from fedloom.sites import sites_demo
 
 
 @pytest.mark.slow
+@pytest.mark.extra("sites")
 def test_the_demo_gives_the_adapter_of_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"local_steps": 2, "batch_size": 4, "learning_rate": 3e-3}
     monkeypatch.setattr(sites_demo, "_RECIPE", {**sites_demo._RECIPE, "training": small})
