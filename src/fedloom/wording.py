@@ -7,10 +7,6 @@ from collections.abc import Iterable
 from typing import Literal
 
 Unit = Literal["", "%", "B", "s"]
-# Control characters by their pictures, and what no text may hold or what would turn its direction by the usual sign.
-_PICTURES = {code: 0x2400 + code for code in range(0x20)} | {0x7F: 0x2421, 0x2028: 0x240A, 0x2029: 0x240A}
-_UNSEEN = (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A), *range(0xD800, 0xE000))
-_SHOWN = _PICTURES | dict.fromkeys(_UNSEEN, 0xFFFD)
 # C0 and C1 but for tab and line end, line separators, what turns the direction of writing, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
@@ -20,7 +16,16 @@ def printable(text: str) -> str:
 
     Names of files, rows and replies are other people's text. JSON stays the same JSON.
     """
-    return _UNPRINTABLE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _UNPRINTABLE.sub(_spelt, text)
+
+
+def one_line(text: str) -> str:
+    """Return printable text whose tabs and line ends are spelt out too: a label, a reason, a cell of a table."""
+    return re.sub(r"[\t\n]", _spelt, printable(text))
+
+
+def _spelt(found: re.Match[str]) -> str:
+    return f"\\u{ord(found[0]):04x}"
 
 
 def written(value: float, unit: Unit, digits: int = 3) -> str:
@@ -54,8 +59,3 @@ def written_bytes(num_bytes: float) -> str:
             break
         num_bytes /= 1000
     return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.3g} {unit}"
-
-
-def visible(text: str) -> str:
-    """Return a text that stays one line and does nothing to a terminal, a page or a file: line ends show as ␊."""
-    return text.translate(_SHOWN)

@@ -311,3 +311,19 @@ def test_peft_loads_what_names_its_base_by_folder_and_hash_without_a_warning(fam
     reference = BaseReference("base", is_folder=True, sha256="c0ffee")
     save_peft(mixed_rank_adapter(family), tmp_path, base_name=reference, conv1d=family == "gpt2")
     PeftModel.from_pretrained(tiny_model(family), tmp_path)
+
+
+@pytest.mark.parametrize("key", ["peft_type", "init_lora_weights", "rank_pattern", "bias", "use_dora", "anything"])
+@pytest.mark.parametrize("depth", [50, 400, 700, 5000])
+def test_settings_nested_however_deep_are_one_line_or_do_not_matter(key: str, depth: int, tmp_path: Path) -> None:
+    save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
+    settings = json.loads((tmp_path / CONFIG_NAME).read_text()) | {key: "HERE"}
+    for value in ("[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "9" * depth):
+        (tmp_path / CONFIG_NAME).write_text(json.dumps(settings).replace('"HERE"', value))
+        said = ""
+        try:
+            load_peft(tmp_path)
+        except AdapterError as error:
+            said = str(error)
+        assert "\n" not in said
+        assert len(said) < 1000

@@ -12,7 +12,7 @@ from rich.console import Console
 from fedloom.errors import EvaluationError
 from fedloom.reporting.metrics import Metric
 from fedloom.reporting.tables import compare, paired_difference, student_t975
-from fedloom.wording import visible, written, written_bytes
+from fedloom.wording import one_line, written, written_bytes
 
 LOSS = Metric("loss_nats", "loss [nats]")
 EXACT = Metric("exact", "exact match", better="higher", unit="%")
@@ -108,7 +108,7 @@ def test_markdown_shows_any_label_in_its_own_cell() -> None:
         assert len(re.findall(r"(?<!\\)\|", line)) == 4
     assert re.findall(r"(?<!\\)[`<&$\[]", row + caption) == []
     first = re.split(r"(?<!\\)\|", row)[1].strip()
-    assert re.sub(r"\\(.)", r"\1", first) == visible(HOSTILE)
+    assert re.sub(r"\\(.)", r"\1", first) == one_line(HOSTILE)
 
 
 def test_the_terminal_shows_any_label_as_it_is_and_obeys_none() -> None:
@@ -116,13 +116,15 @@ def test_the_terminal_shows_any_label_as_it_is_and_obeys_none() -> None:
     console.print(compare({HOSTILE: RESULTS["fedit"], "b": RESULTS["flora"]}, [LOSS], HOSTILE).to_rich(HOSTILE))
     text = console.file.getvalue()  # type: ignore[attr-defined]
     flat = "".join(text.split())
-    assert flat.count("".join(visible(HOSTILE).split())) == 3  # title, row, caption
+    assert flat.count("".join(one_line(HOSTILE).split())) == 3  # title, row, caption
     assert not {"\x1b", "\x00"} & set(text)
     assert LOSS.title in text
 
 
 def test_what_cannot_be_seen_is_shown() -> None:
-    assert visible("a\n\t\x00\x1b\x7f\x85\u2028\u202e\ud800é≤") == "a␊␉␀␛␡\ufffd␊\ufffd\ufffdé≤"
+    assert one_line("a\n\t\x00\x1b\x7f\x85\u2028\u202e\ud800é≤") == (
+        r"a\u000a\u0009\u0000\u001b\u007f\u0085\u2028\u202e\ud800é≤"
+    )
 
 
 def test_json_keeps_every_digit() -> None:

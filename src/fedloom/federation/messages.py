@@ -40,7 +40,7 @@ from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.client_half import Payload, Work
 from fedloom.methods.state import Broadcast, Failure, News, Update
 from fedloom.training.stats import TrainingStats
-from fedloom.wording import visible
+from fedloom.wording import one_line
 
 MAX_PARTS = 1 << 16
 MAX_REASON = 2000
@@ -203,11 +203,11 @@ def decode_answer(
         _check_sender(head.client, client)
         if isinstance(head, _FailureHead):
             held = None if head.held is None or head.held > broadcast.news.version else head.held
-            return Failure(client, visible(head.reason), held)
+            return Failure(client, one_line(head.reason), held)
         check_entries(entries, expected, SAFETENSORS_NAMES[dtype])
         tensors = read_tensors(blob)
     except UpdateError as error:
-        return Failure(client, visible(str(error)[:MAX_REASON]))
+        return Failure(client, one_line(str(error)[:MAX_REASON]))
     stats = TrainingStats(**head.model_dump(include=set(TrainingStats.__dataclass_fields__)))
     adapter = _whole(tensors, broadcast.start, work, shapes, broadcast.rank, start_of)
     return Update(head.round, client, adapter, stats, head.held)

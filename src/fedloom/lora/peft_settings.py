@@ -50,6 +50,7 @@ _CHANGES_BASE = {
 _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "base_model_name_or_path": ((str,), "text"),
     "bias": ((str,), "text"),
+    "init_lora_weights": ((bool, str), "true, false or a name"),
     "use_rslora": ((bool,), "true or false"),
     "fan_in_fan_out": ((bool,), "true or false"),
     "rank_pattern": ((dict,), "numbers by module"),

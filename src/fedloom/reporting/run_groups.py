@@ -14,7 +14,7 @@ from fedloom.reporting.metrics import LOSS, Metric, figures_of, metrics_among
 from fedloom.reporting.tables import Comparison, compare
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.reader import StoredRun
-from fedloom.wording import visible
+from fedloom.wording import one_line
 
 _INDIVIDUAL = {"run.seed"}
 
@@ -81,7 +81,7 @@ def _label(run: StoredRun, runs: Sequence[StoredRun], called: Callable[[str], st
         for name in mine
         if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
     ]
-    return visible(f"{run.method} ({', '.join(shown)})" if shown else run.method)
+    return one_line(f"{run.method} ({', '.join(shown)})" if shown else run.method)
 
 
 def curve(group: RunGroup, per_run: Mapping[int, Sequence[tuple[int, float, float]]]) -> Curve:

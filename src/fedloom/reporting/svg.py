@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fedloom.wording import Unit, visible, written_bytes
+from fedloom.wording import Unit, one_line, written_bytes
 
 ScaleKind = Literal["linear", "log"]
 
@@ -19,11 +19,11 @@ def element(tag: str, *children: str, text: str = "", **attributes: Any) -> str:
     Text and attributes may hold anything: they are escaped, and control characters shown by their pictures.
     """
     written = "".join(
-        f' {name.rstrip("_").replace("_", "-")}="{html.escape(visible(_number(value)), quote=True)}"'
+        f' {name.rstrip("_").replace("_", "-")}="{html.escape(one_line(_number(value)), quote=True)}"'
         for name, value in attributes.items()
         if value is not None
     )
-    content = html.escape(visible(text)) + "".join(children)
+    content = html.escape(one_line(text)) + "".join(children)
     return f"<{tag}{written}>{content}</{tag}>"
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from fedloom.errors import EvaluationError
 from fedloom.methods.table import BASELINE
 from fedloom.reporting.metrics import Better, Metric
-from fedloom.wording import visible, written
+from fedloom.wording import one_line, written
 
 Verdict = Literal["better", "worse", "within noise", "too few seeds", "not judged"]
 
@@ -67,15 +67,15 @@ class Comparison:
     def to_rich(self, title: str | None = None) -> Table:
         """Return the table for a terminal; the best value of a column is bold."""
         # Text and not str: rich would read [brackets] and :names: in a str as markup.
-        head = None if title is None else Text(visible(title), style="table.title")
-        caption = Text(visible(self.caption()), style="table.caption")
+        head = None if title is None else Text(one_line(title), style="table.title")
+        caption = Text(one_line(self.caption()), style="table.caption")
         table = Table(title=head, caption=caption, caption_justify="left")
         table.add_column("method")
         for metric in self.metrics:
-            table.add_column(Text(visible(metric.title)), justify="right")
+            table.add_column(Text(one_line(metric.title)), justify="right")
         for method, cells in self.rows():
             shown = (Text(text, style="bold" if is_best else "") for text, is_best in cells)
-            table.add_row(Text(visible(method)), *shown)
+            table.add_row(Text(one_line(method)), *shown)
         return table
 
     def to_markdown(self) -> str:
@@ -214,7 +214,7 @@ def _by_seed(seeds: Mapping[int, Mapping[str, float | None]], key: str) -> dict[
 
 def _as_markdown(text: str) -> str:
     """Return a text that Markdown shows as it is, within a table's cell too."""
-    return re.sub(r"([\\`*_|<>\[\]&~$])", r"\\\1", visible(text))
+    return re.sub(r"([\\`*_|<>\[\]&~$])", r"\\\1", one_line(text))
 
 
 def _cell_text(cell: Cell | None, metric: Metric) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from fedloom.reporting.run_groups import RunGroup
 from fedloom.reporting.svg import element
-from fedloom.wording import visible
+from fedloom.wording import one_line
 
 
 def section(name: str, title: str, text: str, *figures: str) -> str:
@@ -42,7 +42,7 @@ def choice(labels: Sequence[str], panels: Sequence[tuple[tuple[str, ...], str]])
 
     A panel's names say which entry of each list it belongs to.
     """
-    panels = [(tuple(map(visible, names)), content) for names, content in panels]
+    panels = [(tuple(map(one_line, names)), content) for names, content in panels]
     if len(panels) < 2:
         return "".join(content for _, content in panels)
     selects = []
