@@ -64,6 +64,7 @@ class Separate:
 
     half: ClientHalf
     wire: WireDtype
+    fails: Callable[[Assignment], bool] = lambda assignment: False
     clients: dict[int, Client] = field(default_factory=dict)
     seen: list[Assignment] = field(default_factory=list)
 
@@ -81,6 +82,8 @@ class Separate:
 
     def trained(self, assignment: Assignment) -> ClientResult:
         self.seen.append(assignment)
+        if self.fails(assignment):
+            raise ModelError("expected a model that trains, got none; load one")
         return moved(assignment)
 
 
@@ -90,9 +93,13 @@ def plan_of(strategy: Strategy, rules: ServerRules, sample: Callable[[int], list
 
 
 def run(
-    strategy: Strategy, rules: ServerRules, sample: Callable[[int], list[int]], num_rounds: int
+    strategy: Strategy,
+    rules: ServerRules,
+    sample: Callable[[int], list[int]],
+    num_rounds: int,
+    fails: Callable[[Assignment], bool] = lambda assignment: False,
 ) -> tuple[Separate, list[RoundRecord]]:
-    engine = Separate(strategy.client, rules.wire)
+    engine = Separate(strategy.client, rules.wire, fails)
     plan = plan_of(strategy, rules, sample, num_rounds)
     return engine, list(run_rounds(strategy.initial(), plan, engine, lambda state: {}))
 
@@ -295,6 +302,18 @@ def test_training_that_diverges_is_a_failure_and_leaves_the_memory_as_it_was() -
     assert isinstance(outcome, Failure)
     assert "finite" in outcome.reason
     assert client.memory.is_empty
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_client_whose_training_failed_starts_from_what_the_others_start_from(name: str) -> None:
+    strategy, rules = METHODS[name]()
+    engine, records = run(strategy, rules, lambda n: [0, 1, 2], 6, lambda a: a.task.client == 0 and a.round in (2, 3))
+    assert [[c.client for c in record.clients if c.reason] for record in records] == [[], [0], [0], [], [], []]
+    for round, record in enumerate(records[:-1], start=2):
+        start = strategy.start_for(record.state, 0)
+        wanted = start.adapter(SHAPES, RANKS[0], 1) if isinstance(start, Draw) else start
+        (got,) = [a.task.start.as_tensors() for a in engine.seen if (a.round, a.task.client) == (round, 0)]
+        assert all(torch.equal(tensor, got[key]) for key, tensor in wanted.as_tensors().items()), round
 
 
 def test_what_goes_wrong_in_training_is_told_in_bytes_with_the_version_held() -> None:

@@ -36,7 +36,6 @@ class Assignment:
     side: Adapter
     work: Work
     round: int
-    keeps_start: bool
 
 
 @dataclass
@@ -80,8 +79,10 @@ class Client:
     def prepare(self, received: Received) -> Assignment:
         """Apply the news, and make a task of the start and of what this client keeps."""
         side = self.sides.caught_up(self.memory.version, received.news)
-        self.memory = replace(self.memory, version=received.news.version)
         work, start = self.half.work(received.round), self._start_of(received)
+        # Together, and before the training: whoever holds a version is not sent again what led to it.
+        held = {} if received.origin is None else start.as_tensors()
+        self.memory = replace(self.memory, version=received.news.version, start=held)
         moments = self.memory.moments if work.moments is Moments.OWN and self.memory.moments else None
         task = ClientTask(
             client=self.number,
@@ -93,7 +94,7 @@ class Client:
             trains=work.trains,
             measures_gradient=work.payload is Payload.GRADIENT,
         )
-        return Assignment(task, side, work, received.round, received.origin is not None)
+        return Assignment(task, side, work, received.round)
 
     def answer(self, assignment: Assignment, result: ClientResult, dtype: WireDtype) -> bytes:
         """Return an update in bytes, and keep what is this client's own."""
@@ -114,7 +115,6 @@ class Client:
             owed = {key: tensor - tensor.to(dtype.torch).to(tensor.dtype) for key, tensor in tensors.items()}
         self.memory = replace(
             self.memory,
-            start=start.as_tensors() if assignment.keeps_start else {},
             own=result.adapter.as_tensors(work.keeps),
             moments=(result.optimiser_state or {}) if work.moments is Moments.OWN else {},
             owed=owed,
