@@ -9,7 +9,11 @@ PYTEST_FLAGS ?=
 
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup test check format demo docs clean
+# The extras that users may install; `[dev]` and `[docs]` are ours.
+EXTRAS := lm-eval,meteor,mlflow,quantized,sentencepiece,sites,wandb
+EXTRAS_READY := $(VENV)/.extras-ready
+
+.PHONY: setup test faults test-extras check format demo docs clean
 
 setup: $(READY)
 
@@ -22,6 +26,17 @@ $(READY): pyproject.toml constraints.txt
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+
+$(EXTRAS_READY): $(READY)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,$(EXTRAS)]'
+	touch $@
+
+test-extras: $(EXTRAS_READY)
+	FEDLOOM_EXTRAS=1 $(BIN)/python -m pytest -m extra $(PYTEST_FLAGS)
+
+# FAULTS=0.1 tries a seeded tenth; STAGES="kills inputs" some of it.
+faults: $(READY)
+	PYTHONPATH=tests $(BIN)/python -m faults $(STAGES)
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from installed_extras import absent
 
 pytest_plugins = ["small_settings", "example_runs", "installed_methods"]
 
@@ -17,6 +18,13 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data absent: set FEDLOOM_DATA (looked in {folder})")
     return folder
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the test of an extra that is not installed, unless FEDLOOM_EXTRAS says that all of them are."""
+    for mark in item.iter_markers("extra"):
+        if (packages := absent(*mark.args)) and not os.environ.get("FEDLOOM_EXTRAS"):
+            pytest.skip(f"needs the extra {mark.args[0]}: {', '.join(packages)} not installed")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedloom.run_folder.contents import sha256
+from fedloom.run_folder.durable import json_bytes
+from fedloom.run_folder.manifest import read_manifest, write_manifest
 from fedloom.run_folder.reader import Holding, holdings_document
 from fedloom.run_folder.writer import RunFolder
 
@@ -60,6 +63,15 @@ def write_example_run(
         if finish == "finished":
             folder.finish({"seconds": 60.0})
     return path
+
+
+def rewrite(run: Path, name: str, value: Any) -> None:
+    """Replace a file of a run as the run itself does: the manifest names its new hash."""
+    manifest = read_manifest(run)
+    data = json_bytes(value)
+    manifest["files"][name] = [sha256(data)]
+    (run / name).write_bytes(data)
+    write_manifest(run, manifest)
 
 
 def example_holdings() -> list[Holding]:

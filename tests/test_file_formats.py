@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import sqlite3
@@ -75,6 +76,7 @@ def make_partition(folder: Path) -> None:
 def make_outputs(folder: Path) -> None:
     header = {"fedloom_outputs": DECODED_OUTPUTS.oldest, "model": "m", "settings": DecodingSettings().__dict__}
     row = {"key": "k", "prompt": "p", "output": "o", "is_cut_off": False}
+    row["sha256"] = hashlib.sha256(json.dumps([header, row], sort_keys=True).encode()).hexdigest()
     (folder / "outputs.jsonl").write_text(f'{json.dumps(header)}\n{json.dumps(row)}\n{{"key": "cut')
 
 
@@ -227,7 +229,7 @@ def test_a_run_names_the_version_that_wrote_it(tmp_path: Path) -> None:
 def test_a_manifest_without_its_parts_is_damaged(change: dict[str, object], tmp_path: Path) -> None:
     file = made(KINDS["run folder"], tmp_path / "x")
     file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
-    with pytest.raises(RunError, match=r"manifest\.json: expected the run's identity .*, found a damaged file"):
+    with pytest.raises(RunError, match=r"manifest\.json: expected what the run wrote, found a damaged file"):
         read_run(tmp_path / "x")
 
 

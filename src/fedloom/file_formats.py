@@ -52,11 +52,11 @@ class FileFormat:
         )
 
 
-RUN_FOLDER = FileFormat("run folder", 2, "choose another folder")
-"""1: own adapters and moments of clients in files of the server's; read. 2: in a file of the clients'."""
+RUN_FOLDER = FileFormat("run folder", 3, "choose another folder", oldest=3)
+"""1, 2: without hashes of the files; not read, but for the adapter in it as a PEFT folder. 3: with them."""
 COMPARISON = FileFormat("comparison", 1, "choose another --out")
 PARTITION = FileFormat("partition", 1, "make a new partition")
-DECODED_OUTPUTS = FileFormat("file of decoded outputs", 2, "remove it to decode anew", oldest=2)
-"""1: decoded from prompts tokenised otherwise than in training; not read, outputs may differ."""
+DECODED_OUTPUTS = FileFormat("file of decoded outputs", 3, "remove it to decode anew", oldest=3)
+"""1: from prompts tokenised otherwise than in training; 2: lines without a hash; neither is read. 3: with it."""
 VERDICT_CACHE = FileFormat("cache of verdicts", 2, "choose another file")
 """1: without a hash over each verdict; read, and given one. 2: with it."""

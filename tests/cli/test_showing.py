@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import pytest
 from fedloom.cli.app import exit_code
 from fedloom.errors import RunError
 from fedloom.experiment import demo
-from fedloom.run_folder.manifest import new_manifest
+from fedloom.run_folder.writer import RunFolder
 
 
 class Ran(NamedTuple):
@@ -33,11 +34,9 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Any:
 def run_folder(tmp_path: Path) -> Path:
     """Write the files of a run of one round."""
     folder = tmp_path / "runs" / "mine"
-    folder.mkdir(parents=True)
-    (folder / "manifest.json").write_text(json.dumps(new_manifest({}, {})), encoding="utf-8")
-    (folder / "config.json").write_text(json.dumps({"method": {"name": "flora"}, "run": {"seed": 1}}), encoding="utf-8")
-    record = {"round": 1, "eval": {"loss_nats": 1.0}, "upload_bytes": 1, "download_bytes": 1, "seconds": {"train": 1.0}}
-    (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    record = {"eval": {"loss_nats": 1.0}, "upload_bytes": 1, "download_bytes": 1, "seconds": {"train": 1.0}}
+    with RunFolder.open(folder, {"method": {"name": "flora"}, "run": {"seed": 1}}, {}) as run:
+        run.write_round(1, record)
     return folder
 
 
@@ -75,7 +74,7 @@ def test_nothing_a_folder_without_runs_and_a_run_without_rounds_are_refused(
     invoke: Any, run_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
-    (run_folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    shutil.rmtree(run_folder / "rounds")
     for path, said in (
         (tmp_path / "nowhere", "found no folder; check the path"),
         (tmp_path / "empty", "found no run in it"),

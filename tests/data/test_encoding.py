@@ -92,6 +92,28 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused() -> None:
         encode(rows, chat_tokenizer(FORGETFUL))
 
 
+@pytest.mark.parametrize(
+    "program",
+    [
+        "1 + messages",
+        "messages / 0",
+        "messages.x.y",
+        "1 / 0",
+        "messages[0]['content'] % messages",
+        "range(10 ** 9) | list",
+    ],
+)
+def test_whatever_a_chat_template_raises_is_one_line_that_names_the_row(program: str) -> None:
+    tokenizer = chat_tokenizer("{{ " + program + " }}")
+    with pytest.raises(DataError, match=r"a.json row 1: expected turns that the tokenizer's chat template accepts"):
+        encode(read_records(rows_of(dialogue("u:%d", "a:b"))), tokenizer)
+
+
+def test_a_chat_template_that_writes_no_answer_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"a.json row 1: turn 2: expected a chat template that writes the answer"):
+        encode(read_records(rows_of(dialogue("u:q", "a:b"))), chat_tokenizer("constant"))
+
+
 def test_a_chat_template_that_refuses_the_turns_is_named() -> None:
     refusing = chat_tokenizer("{{ raise_exception('no system turn') }}")
     with pytest.raises(DataError, match=r"a.json row 1: .*no system turn"):

@@ -104,11 +104,16 @@ def test_a_row_that_does_not_fit_is_named(row: dict[str, Any], shape: str, messa
         read_records(rows_of({"instruction": "i", "output": "o"}, row), shape)
 
 
+NO_ROLES: list[object] = [{"a": 1}, ["user"], None, 7, True, 1.5]
+
+
 @pytest.mark.parametrize(
     ("turns", "message"),
     [
         ("text", "expected a list of turns, got str"),
         ([{"from": "human", "value": "x"}], "turn 1: expected 'role' and 'content', found 'from', 'value'"),
+        *[([{"role": role, "content": "x"}], "turn 1: expected 'role' to be one of system") for role in NO_ROLES],
+        *[([{"role": "user", "content": no}], "column 'content': expected text") for no in ({}, [], True)],
         ([{"role": "wizard", "content": "x"}], "turn 1: expected 'role' to be one of system.*got 'wizard'"),
     ],
 )

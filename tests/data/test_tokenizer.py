@@ -46,3 +46,16 @@ def test_an_end_of_text_that_no_file_names_is_found_in_the_vocabulary_or_refused
 @pytest.mark.data
 def test_plain_gpt2_files_get_their_end_of_text(data_dir: Path) -> None:
     assert load_tokenizer(data_dir / "tokenizers" / "gpt2").eos_token_id == 50_256
+
+
+@pytest.mark.extra("sentencepiece")
+@pytest.mark.filterwarnings("ignore")
+def test_a_sentencepiece_model_alone_is_a_tokenizer(tmp_path: Path, data_dir: Path) -> None:
+    import sentencepiece
+
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes((data_dir / "tokenizers" / "llama" / "tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    text = "The weaver\u2019s loom, 42 threads: na\u00efve caf\u00e9."
+    ours = load_tokenizer(tmp_path)(text, add_special_tokens=False)["input_ids"]
+    assert ours == sentencepiece.SentencePieceProcessor(model_file=str(model)).encode(text)

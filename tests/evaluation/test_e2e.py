@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +12,14 @@ from fedloom.evaluation.e2e import meteor
 from fedloom.evaluation.e2e.bleu import bleu, bleu_and_nist_statistics
 from fedloom.evaluation.e2e.e2e_files import matched_texts, read_outputs, read_references
 from fedloom.evaluation.e2e.rouge import rouge_l
-from fedloom.evaluation.e2e.scorer import METRICS, available_metrics, score_e2e
+from fedloom.evaluation.e2e.scorer import METRICS, score_e2e
 from fedloom.evaluation.e2e.tokenisers import mteval_words, ptb_words
 from fedloom.evaluation.intervals import paired_differences
 
 PYTHON_METRICS = ("BLEU", "NIST", "ROUGE_L", "CIDEr")
 REFERENCES = [["the cat sat on the mat .", "a cat is on the mat ."], ["there is a dog here .", "a dog is here now ."]]
 
-needs_meteor = pytest.mark.skipif("METEOR" in available_metrics()[1], reason="METEOR's Java program is absent")
+needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="METEOR is a Java program")
 
 
 def official_scores(folder: Path) -> list[dict[str, str]]:
@@ -40,7 +41,8 @@ def test_eight_systems_score_as_the_official_scorer_says(data_dir: Path) -> None
 
 
 @pytest.mark.data
-@needs_meteor
+@pytest.mark.extra("meteor")
+@needs_java
 def test_the_official_scorers_example_gives_its_five_figures(data_dir: Path) -> None:
     folder = data_dir / "e2e" / "example-inputs"
     references = read_references(folder / "devel-conc.txt")
@@ -54,7 +56,8 @@ def test_the_official_scorers_example_gives_its_five_figures(data_dir: Path) -> 
     ]
 
 
-@needs_meteor
+@pytest.mark.extra("meteor")
+@needs_java
 def test_meteor_resamples_with_the_formula_of_the_program() -> None:
     words = [[ptb_words(text) for text in texts] for texts in REFERENCES]
     outputs = [ptb_words("The cat sat on the mat."), ptb_words("A hound is here, running.")]
@@ -71,7 +74,8 @@ def test_meteor_without_its_package_names_the_extra(monkeypatch: pytest.MonkeyPa
     assert "fedloom[meteor]" in scores.absent["METEOR"]
 
 
-@needs_meteor
+@pytest.mark.extra("meteor")
+@needs_java
 def test_meteor_without_java_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(meteor.shutil, "which", lambda _: None)
     with pytest.raises(EvaluationError, match="expected a Java runtime"):

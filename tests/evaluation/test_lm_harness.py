@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import builtins
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 from fedloom.errors import EvaluationError, MissingExtraError
 from fedloom.evaluation.lm_harness import run_harness_tasks
 
-needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="needs the extra lm-eval")
 TASK = """\
 task: fedloom_sums
 dataset_path: json
@@ -40,7 +38,7 @@ def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         run_harness_tasks(None, None, ["arc_easy"])
 
 
-@needs_harness
+@pytest.mark.extra("lm-eval")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_harness_agrees_with_our_own_likelihoods(model: Any, tokenizer: Any, tmp_path: Path) -> None:
@@ -64,9 +62,9 @@ def test_the_harness_agrees_with_our_own_likelihoods(model: Any, tokenizer: Any,
     assert accuracy.low < accuracy.value < accuracy.high
 
 
-@needs_harness
+@pytest.mark.extra("lm-eval")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_an_unknown_task_is_refused(model: Any, tokenizer: Any) -> None:
-    with pytest.raises(EvaluationError, match=r"has no task \['no_such_task'\]"):
+    with pytest.raises(EvaluationError, match=r"expected tasks of .*, got \['no_such_task'\]"):
         run_harness_tasks(model, tokenizer, ["no_such_task"])

@@ -61,16 +61,6 @@ def test_a_run_resumed_with_another_number_of_threads_says_what_that_changes_and
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 3
 
 
-def test_a_run_begun_before_the_number_was_recorded_says_so(settings_for: Make, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    run(settings_for(federation__num_rounds=1), out)
-    manifest, config = (json.loads((out / name).read_text()) for name in ("manifest.json", "config.json"))
-    del manifest["sessions"][0]["threads"], config["engine"]
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    (out / "config.json").write_text(json.dumps(config))
-    assert "for the rounds before it was not recorded" in notes_of(settings_for(), out)
-
-
 def test_a_result_is_opened_with_the_threads_of_its_run(settings_for: Make, tmp_path: Path) -> None:
     run(settings_for(engine__threads=2), tmp_path / "run")
     torch.set_num_threads(3)

@@ -14,6 +14,7 @@ from safetensors.torch import load, save
 from fedloom.config import Settings
 from fedloom.errors import FedloomError
 from fedloom.experiment import run
+from fedloom.federation.blob import sealed, unsealed
 from fedloom.methods.state import Failure
 from fedloom.split.client_halves import LocalSplitClients
 from fedloom.split.cut_messages import SplitMessage
@@ -50,12 +51,12 @@ def test_a_changed_message_costs_its_client_the_period(
             if isinstance(message, Failure) or message.client != 1:
                 yield message
                 continue
-            blob = message.to_bytes()
+            blob = unsealed(message.to_bytes())
             length = int.from_bytes(blob[:8], "little")
             fields, tensors = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["split"]), load(blob)
             CASES[case](tensors, fields)
             try:
-                yield SplitMessage.from_bytes(save(tensors, metadata={"split": json.dumps(fields)}))
+                yield SplitMessage.from_bytes(sealed(save(tensors, metadata={"split": json.dumps(fields)})))
             except FedloomError as error:
                 yield Failure(1, str(error))
 

@@ -15,6 +15,7 @@ from safetensors.torch import load, save
 from fedloom.config import Settings
 from fedloom.engines import receiving
 from fedloom.experiment import run
+from fedloom.federation.blob import sealed, unsealed
 
 Make = Callable[..., Settings]
 Mutate = Callable[[dict[str, torch.Tensor], dict[str, Any]], object]
@@ -29,13 +30,14 @@ def records_of(
 
     def decode(blob: bytes, broadcast: Any, *rest: Any) -> Any:
         if broadcast.client == HOSTILE and (not rounds or broadcast.round in rounds):
+            blob = unsealed(blob)
             length = int.from_bytes(blob[:8], "little")
             numbers = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["message"])
             tensors = load(blob)
             got = mutate(tensors, numbers)
             text = got if isinstance(got, str) else json.dumps(numbers)
             blob = save({key: t.contiguous() for key, t in tensors.items()}, metadata={"message": text})
-            blob = got(blob) if callable(got) else blob
+            blob = sealed(got(blob) if callable(got) else blob)
         return original(blob, broadcast, *rest)
 
     monkeypatch.setattr(receiving, "decode_answer", decode)

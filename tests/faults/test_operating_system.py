@@ -25,9 +25,7 @@ from fedloom.errors import DataError, ModelError, PartitionError, RunError, Sett
 from fedloom.models.load import load_base
 from fedloom.reporting.progress import PlainProgress
 from fedloom.run_folder import durable
-from fedloom.run_folder.claim import complete_lines
-
-MANIFEST = {"format": "fedloom-run", "format_version": 1, "identity": {}, "sessions": [{"versions": {}}]}
+from fedloom.run_folder.manifest import new_manifest, write_manifest
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -60,8 +58,8 @@ SMALL = [
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        *((".partition.json", number) for number in (errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EMFILE)),
-        *((name, errno.ENOSPC) for name in (".partition.json", "manifest.json", "metrics.jsonl", "adapter_model")),
+        *(("partition.json", number) for number in (errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EIO, errno.EMFILE)),
+        *((name, errno.ENOSPC) for name in ("partition.json", "manifest.json", "metrics.jsonl", "adapter_model")),
     ],
 )
 def test_a_disk_that_refuses_any_file_of_a_run_is_one_line(
@@ -72,7 +70,7 @@ def test_a_disk_that_refuses_any_file_of_a_run_is_one_line(
 
     from fedloom.lora import peft_files
 
-    refusing_name = ".tmp-" if name.endswith(".json") and name != ".partition.json" else name
+    refusing_name = f".tmp-{name}" if name.endswith(".json") else name
     real_open, real_save = io.open, peft_files.save_file
 
     def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
@@ -92,7 +90,7 @@ def test_a_disk_that_refuses_any_file_of_a_run_is_one_line(
         run = tmp_path / "run"
         line = refused(capsys, "run", "demo", *SMALL, "--out", run)
     assert os.strerror(number).lower() in line or "the disk is full" in line
-    left = [entry.name for entry in run.rglob("*") if entry.name.startswith((".tmp-", ".partition"))]
+    left = [entry.name for entry in run.rglob("*") if entry.name.startswith(".tmp-")]
     assert left == []
 
 
@@ -122,7 +120,7 @@ def test_a_folder_in_place_of_a_file_is_named(
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
     if name != "manifest.json":
-        (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
+        write_manifest(tmp_path, new_manifest({}))
     assert name in refused(capsys, command, tmp_path, *(["--prompt", "x"] if command == "generate" else []))
 
 
@@ -191,12 +189,10 @@ def test_a_configuration_of_wrong_types_is_named(
 
 
 @pytest.mark.parametrize("content", [b"\xff\n", b"[" * 100_000 + b"\n", b"9" * 5000 + b"\n", b'{"round": 1\n'])
-def test_damaged_records_and_json_are_named(tmp_path: Path, content: bytes) -> None:
-    file = tmp_path / "metrics.jsonl"
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "comparison.json"
     file.write_bytes(content)
-    with pytest.raises(RunError, match=r"metrics\.jsonl: expected one JSON record per line"):
-        complete_lines(file)
-    with pytest.raises(RunError, match=r"metrics\.jsonl: expected JSON, got"):
+    with pytest.raises(RunError, match=r"comparison\.json: expected JSON, got"):
         durable.read_json(file)
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 
 from fedloom.errors import UpdateError
 from fedloom.federation import blob as blobs
-from fedloom.federation.blob import WireDtype
+from fedloom.federation.blob import SEAL_BYTES, WireDtype, sealed, unsealed
 from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import (
     decode_answer,
@@ -67,11 +67,16 @@ def update() -> Update:
 
 
 def sent() -> bytes:
-    return encode_update(update(), update().adapter.as_tensors(), WireDtype.FP32)
+    return unsealed(encode_update(update(), update().adapter.as_tensors(), WireDtype.FP32))
+
+
+def received(message: bytes) -> Update | Failure:
+    return decode_answer(message, broadcast(), Work(), SHAPES, WireDtype.FP32, lambda draw: draw.adapter(SHAPES, 2, 1))
 
 
 def answer(blob: bytes) -> Update | Failure:
-    return decode_answer(blob, broadcast(), Work(), SHAPES, WireDtype.FP32, lambda draw: draw.adapter(SHAPES, 2, 1))
+    """Read a blob that its client sent as it is, with the right hash."""
+    return received(sealed(blob))
 
 
 def parts(blob: bytes) -> tuple[dict[str, Any], bytes]:
@@ -159,6 +164,21 @@ def test_a_message_that_is_too_long_is_refused_before_it_is_parsed(monkeypatch: 
     assert "bytes, got" in found.reason
 
 
+def test_a_message_of_which_any_bit_was_changed_on_the_way_is_refused_before_it_is_parsed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    message = sealed(sent())
+    assert isinstance(received(message), Update)
+    monkeypatch.setattr(blobs.json, "loads", lambda *args, **named: pytest.fail("it was parsed"))
+    for position in [*range(0, len(message), 7), *range(len(message) - SEAL_BYTES, len(message))]:
+        changed = bytearray(message)
+        changed[position] ^= 1 << position % 8
+        assert isinstance(received(bytes(changed)), Failure), position
+    for length in range(0, len(message), 11):
+        assert isinstance(received(message[:length]), Failure), length
+        assert isinstance(received(message + message[:length] + b"x"), Failure), length
+
+
 def test_an_honest_answer_is_shorter_than_the_limit_in_every_dtype_of_the_wire() -> None:
     for dtype in WireDtype:
         blob = encode_update(update(), update().adapter.as_tensors(), dtype)
@@ -231,7 +251,7 @@ MUTATIONS = [_flip, _cut, _grow, _header, _numbers]
 
 
 def test_no_mutated_answer_raises_and_none_is_taken_for_more_than_it_is() -> None:
-    messages = [sent(), encode_failure(Failure(1, "out of memory", 0))]
+    messages = [sent(), unsealed(encode_failure(Failure(1, "out of memory", 0)))]
     taken = 0
     for number in range(NUMBER):
         rng = stream(12, "mutated answers", number)
@@ -256,7 +276,7 @@ def test_no_mutated_broadcast_raises_anything_but_our_error_at_a_client() -> Non
     assert decode_broadcast(whole, SHAPES).news.parts[0].shapes == SHAPES
     for number in range(NUMBER // 3):
         with suppress(UpdateError):
-            decode_broadcast(mutated(whole, stream(12, "mutated broadcasts", number)), SHAPES)
+            decode_broadcast(sealed(mutated(unsealed(whole), stream(12, "mutated broadcasts", number))), SHAPES)
 
 
 # ---- what an engine hands over -------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from tiny_models import TARGETS, tiny_model
 
 from fedloom.errors import AdapterError, ModelError
 from fedloom.lora import algebra
+from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
@@ -92,22 +93,23 @@ def test_the_backward_formula_equals_numerical_differentiation(family: str) -> N
     def of_a(a: torch.Tensor) -> torch.Tensor:
         from fedloom.lora.linear import _LowRankLinear
 
-        return _LowRankLinear.apply(x.detach(), a, layer.bt_RO, layer, lora._route.blocks(5), [None, None])
+        return _LowRankLinear.apply(x.detach(), a, layer.bt_RO, layer, lora._route.blocks(5), None)
 
     assert torch.autograd.gradcheck(of_a, (start,))
 
 
-def test_dropout_comes_from_the_clients_own_stream_and_not_without_gradients(family: str) -> None:
+def test_dropout_comes_from_the_rows_and_not_without_gradients(family: str) -> None:
     lora = LoRAModel(tiny_model(family), TARGETS[family])
+    lora.open([Slot(4, 1.0)])
+    lora.load(0, random_adapter(lora, 4, 1))
 
-    def outputs() -> torch.Tensor:
-        lora.open([Slot(4, 1.0, dropout=0.5, generator=torch_stream(3, "dropout"))])
-        lora.load(0, random_adapter(lora, 4, 1))
-        lora.route([(0, 24)])
+    def outputs(client: int = 0) -> torch.Tensor:
+        lora.route([(0, 24)], dropout_of(0.5, [row_keys(3, 1, client, [0, 1])], [12, 12], "cpu"))
         return lora.model(TOKENS).logits.detach()
 
     dropped = outputs()
     assert torch.equal(dropped, outputs())
+    assert not torch.allclose(dropped, outputs(client=1))
     with torch.no_grad():
         assert not torch.allclose(dropped, outputs())
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_models import TARGETS, tiny_model
 
 from fedloom.errors import AdapterError
-from fedloom.lora import algebra
+from fedloom.lora import algebra, peft_settings
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.lora.peft_files import CONFIG_NAME, WEIGHTS_NAME, load_peft, save_peft
+from fedloom.lora.peft_files import WEIGHTS_NAME, load_peft, save_peft
+from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.seeding import torch_stream
 
 TOKENS = torch.arange(24).view(1, 24) % 50
@@ -141,10 +144,16 @@ def test_an_initialisation_that_leaves_the_base_alone_is_read(initialisation: st
     [
         (b"[]", r"expected the settings of an adapter, got \[\]"),
         (b"\xff\xfe", "expected JSON"),
-        (b'{"peft_type": "LORA", "lora_alpha": 3}', "expected r of q as a number, got none"),
-        (b'{"peft_type": "LORA", "r": 3, "lora_alpha": null}', "expected lora_alpha of q as a number, got none"),
-        (b'{"peft_type": "LORA", "r": "3", "lora_alpha": 3}', 'expected r of q as a number, got "3"'),
-        (b'{"peft_type": "LORA", "r": 3, "lora_alpha": NaN}', "expected lora_alpha of q as a number, got NaN"),
+        (b'{"peft_type": "LORA", "lora_alpha": 3}', "expected r of q as a number.*, got none"),
+        (
+            b'{"peft_type": "LORA", "r": 3, "lora_alpha": null}',
+            "expected lora_alpha of q as a number.*, got none",
+        ),
+        (b'{"peft_type": "LORA", "r": "3", "lora_alpha": 3}', 'expected r of q as a number.*, got "3"'),
+        (
+            b'{"peft_type": "LORA", "r": 3, "lora_alpha": NaN}',
+            "expected lora_alpha of q as a number.*, got NaN",
+        ),
         (
             b'{"peft_type": "LORA", "r": 3, "lora_alpha": 3, "rank_pattern": [1]}',
             r"expected rank_pattern .*, got \[1\]",
@@ -189,3 +198,79 @@ def test_an_adapter_that_adds_nothing_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="adds nothing"):
         save_peft(Adapter(), tmp_path / "nothing", base_name="tiny")
     assert not (tmp_path / "nothing").exists()
+
+
+@pytest.fixture
+def adapter() -> Adapter:
+    return mixed_rank_adapter("llama")
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "r"])
+@pytest.mark.parametrize("value", ["10" * 200, "NaN", "Infinity", "-4", '"4"', "true", "[4]", "{}", "null", "1e400"])
+def test_a_number_that_is_none_is_refused_by_name(tmp_path: Path, adapter: Adapter, key: str, value: str) -> None:
+    save_peft(adapter, tmp_path, base_name="base")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    config |= {"rank_pattern": {}, "alpha_pattern": {}, key: "@"}
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config).replace('"@"', value))
+    with pytest.raises(AdapterError, match=r"expected (r|lora_alpha|rank) .*; fetch it again") as caught:
+        load_peft(tmp_path)
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("pattern", ["(a|", "(?P<n>", "[z-a]", "(?<!"])
+def test_a_pattern_must_be_one(tmp_path: Path, adapter: Adapter, key: str, pattern: str) -> None:
+    save_peft(adapter, tmp_path, base_name="base")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {key: {pattern: 8} | config[key]}))
+    with pytest.raises(AdapterError, match=f"{CONFIG_NAME}: expected regular expressions in {key}"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("pattern", ["(([a-z_.0-9])+)+(!|#)", "(a|aa|aaa)*(b|c)"])
+def test_matching_has_a_time_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str) -> None:
+    monkeypatch.setattr(peft_settings, "MATCHING_SECONDS", 0.2)
+    scales = peft_settings.Scales({"r": 4, "lora_alpha": 4, "rank_pattern": {pattern: 8}}, tmp_path)
+    begun = time.monotonic()
+    with pytest.raises(AdapterError, match="expected a rank_pattern that is matched within"):
+        scales.of("a" * 2000, 4)
+    assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize("key", sorted(peft_settings._TYPES))
+def test_a_setting_of_the_wrong_type_is_refused_by_name(tmp_path: Path, adapter: Adapter, key: str) -> None:
+    save_peft(adapter, tmp_path, base_name="base")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {key: 7.5}))
+    with pytest.raises(AdapterError, match=f"{CONFIG_NAME}: expected {key} as .*, got 7.5"):
+        load_peft(tmp_path)
+
+
+def test_settings_nested_beyond_reason_are_one_line(tmp_path: Path, adapter: Adapter) -> None:
+    save_peft(adapter, tmp_path, base_name="base")
+    (tmp_path / CONFIG_NAME).write_text("[" * 200_000)
+    with pytest.raises(AdapterError, match="expected JSON"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda t: t.flatten(), lambda t: t[None], lambda t: t.to(torch.int8), lambda t: t[:1], lambda t: t[:0]]
+)
+def test_a_tensor_of_another_shape_or_dtype_is_refused_by_name(
+    tmp_path: Path, adapter: Adapter, wrong: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    save_peft(adapter, tmp_path, base_name="base")
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    key = next(key for key in tensors if "lora_A" in key)
+    save_file(tensors | {key: wrong(tensors[key]).contiguous()}, tmp_path / WEIGHTS_NAME)
+    with pytest.raises(AdapterError, match="expected"):
+        load_peft(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 1 << 20, 1 << 40, (1 << 64) - 1])
+def test_a_header_that_lies_about_its_length_is_one_line(tmp_path: Path, adapter: Adapter, length: int) -> None:
+    save_peft(adapter, tmp_path, base_name="base")
+    whole = (tmp_path / WEIGHTS_NAME).read_bytes()
+    (tmp_path / WEIGHTS_NAME).write_bytes(length.to_bytes(8, "little") + whole[8:])
+    with pytest.raises(AdapterError, match="expected a safetensors file"):
+        load_peft(tmp_path)

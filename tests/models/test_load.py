@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 import transformers
 
+import fedloom
 from fedloom import embedded
 from fedloom.data.sources import load_rows
 from fedloom.errors import MissingExtraError, ModelError
@@ -144,11 +144,43 @@ def test_an_absent_device_is_refused(folder: Path, device: str) -> None:
         load_base(folder, tokenizer="bytes", device=device)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_quantization_without_its_extra_names_the_extra(folder: Path, quantization: str) -> None:
+def test_quantization_without_its_extra_names_the_extra(
+    folder: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedloom.models.load.find_spec", lambda _: None)
     with pytest.raises(MissingExtraError, match=r"fedloom\[quantized\]"):
         load_base(folder, tokenizer="bytes", quantization=quantization)  # type: ignore[arg-type]
+
+
+@pytest.mark.extra("quantized")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("quantization", "most"), [("8bit", 0.02), ("4bit", 0.2)])
+def test_a_quantized_base_scores_near_the_whole_one(quantization: str, most: float, data_dir: Path) -> None:
+    model, texts = data_dir / "models" / "stories3M", ["Once upon a time, there was a little girl named Lily."]
+    losses = []
+    for choice in ("none", quantization):
+        base = load_base(model, device="cpu", quantization=choice)  # type: ignore[arg-type]
+        ids = torch.tensor([base.tokenizer(texts[0])["input_ids"]])
+        losses.append(float(base.model(input_ids=ids, labels=ids).loss))
+    assert losses[1] != losses[0]
+    assert losses[1] == pytest.approx(losses[0], abs=most)
+
+
+@pytest.mark.extra("quantized")
+@pytest.mark.filterwarnings("ignore")
+def test_clients_train_beside_a_quantized_base(tmp_path: Path, data_dir: Path) -> None:
+    changes = [
+        f"model.base={data_dir / 'models' / 'stories3M'}",
+        "model.quantization=4bit",
+        "method.name=flora",
+        "federation.num_rounds=1",
+        "training.local_steps=2",
+        "data.max_rows=80",
+        "evaluation.suites=[]",
+    ]
+    summary = fedloom.run(fedloom.load_settings("demo", changes), tmp_path / "run")
+    assert summary.eval["loss_nats"] < summary.base_eval["loss_nats"]
 
 
 @pytest.mark.data

@@ -156,11 +156,13 @@ def test_a_damaged_run_is_skipped_and_named(make_run: MakeRun, tmp_path: Path) -
     write_report([whole.parent], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "<title>fedloom report: fedit, zero-padding</title>" in page
-    assert "config.json: expected JSON" in page
-    assert str(torn / "adapter") in page
+    assert "config.json: expected what the run wrote" in page
+    assert str(weights) in page
+    with pytest.raises(RunError, match=r"adapter_model\.safetensors: expected what the run wrote .*; remove "):
+        write_report([torn], tmp_path / "none.html")
     for path in (whole, torn):
         (path / "config.json").write_text("{")
-    with pytest.raises(RunError, match=r"config.json: expected JSON"):
+    with pytest.raises(RunError, match=r"config.json: expected what the run wrote"):
         write_report([whole.parent], tmp_path / "none.html")
 
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from example_runs import rewrite
 
 from fedloom.reporting import run_groups
 from fedloom.reporting.metrics import NOISE
@@ -66,7 +67,7 @@ def test_a_curve_is_the_mean_of_the_seeds_over_the_rounds_all_have(make_run: Mak
 
 def test_the_curve_of_a_finished_run_starts_at_its_base(make_run: MakeRun) -> None:
     path = make_run("flora", num_rounds=2)
-    (path / "finished.json").write_text(json.dumps({"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 2.0}}))
+    rewrite(path, "finished.json", {"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 2.0}})
     (group,) = group_runs([path])
     assert (loss_by_round(group).xs, loss_by_round(group).ys[0]) == ([0, 1, 2], 4.5)
     assert (loss_by_bytes(group).xs, loss_by_bytes(group).ys[0]) == ([0, 22e6, 44e6], 4.5)
@@ -114,7 +115,7 @@ def test_suites_give_their_scores_and_clients_and_intervals_no_columns(make_run:
     scores = {"suite": "exact-match", "metrics": {"exact_match": {"value": 0.25, "low": 0.2, "high": 0.3, "n": 9}}}
     own = {"loss_nats_of_client": {"0": 2.0, "1": 4.0}, "loss_nats_sd": 1.0}
     finished["eval"] = {"loss_nats": 3.0, "num_rows": 9, "suites": {"exact-match": scores}, **own}
-    (path / "finished.json").write_text(json.dumps(finished))
+    rewrite(path, "finished.json", finished)
     (group,) = group_runs([path])
     figures = results(group.first)
     costs = {"upload_bytes", "download_bytes", "seconds", "aggregation_noise"}
@@ -127,7 +128,7 @@ def test_figures_by_group_are_means_over_the_seeds_beside_every_method(make_run:
         path = make_run("flora", seed=seed)
         scores = {"metrics": {"exact_match": {"value": 0.5}}, "per_group": {"towns": {"value": 0.25 * seed}}}
         evaluation = {"loss_nats": 3.0, "loss_nats_of_group": {"towns": loss}, "suites": {"exact-match": scores}}
-        (path / "finished.json").write_text(json.dumps({"eval": evaluation}))
+        rewrite(path, "finished.json", {"eval": evaluation})
     fedit = make_run("fedit")
     groups = group_runs([path.parent / f"flora-seed{seed}" for seed in (1, 2)] + [fedit])
     found = by_group(groups)
@@ -139,8 +140,7 @@ def test_figures_by_group_are_means_over_the_seeds_beside_every_method(make_run:
 
 def test_a_run_without_rounds_has_the_loss_it_was_finished_with(make_run: MakeRun) -> None:
     path = make_run("base", num_rounds=0)
-    (path / "metrics.jsonl").write_text("")
     shutil.rmtree(path / "rounds")
-    (path / "finished.json").write_text(json.dumps({"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 4.5}}))
+    rewrite(path, "finished.json", {"base_eval": {"loss_nats": 4.5}, "eval": {"loss_nats": 4.5}})
     (group,) = group_runs([path])
     assert (loss_by_round(group).xs, loss_by_round(group).ys) == ([0.0], [4.5])

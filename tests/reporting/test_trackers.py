@@ -11,7 +11,14 @@ from typing import Any
 import pytest
 
 from fedloom.errors import MissingExtraError
-from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, WandbTracker, scalars
+from fedloom.reporting.trackers import (
+    AllTrackers,
+    MlflowTracker,
+    TensorBoardTracker,
+    WandbTracker,
+    run_name_filter,
+    scalars,
+)
 
 RECORD = {
     "round": 1,
@@ -27,7 +34,8 @@ def test_numbers_of_a_record_are_named_by_their_path() -> None:
 
 
 def test_tensorboard_reads_back_what_was_logged_and_a_resumed_run_hides_what_it_repeats(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator as accumulator
+
     first = TensorBoardTracker(tmp_path)
     for n in (1, 2, 3):
         first.log({"round": n, "eval": {"loss_nats": float(n)}})
@@ -58,8 +66,25 @@ def test_weights_and_biases_learns_which_way_is_better(monkeypatch: pytest.Monke
     assert dict(scalars({"eval": {"suites": {"e2e": {"metrics": {"BLEU": {"value": 0.5}}}}}})).keys() <= told.keys()
 
 
+@pytest.mark.extra("wandb")
+@pytest.mark.filterwarnings("ignore")
+def test_weights_and_biases_keeps_a_run_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)
+    tracker = WandbTracker("project", "name", {"run": {"seed": 1}})
+    tracker.log({"round": 1, "eval": {"loss_nats": 1.0}})
+    tracker.close()
+    (log,) = tmp_path.glob("wandb/offline-run-*/run-name.wandb")
+    assert log.stat().st_size > 0
+    assert b"eval/loss_nats" in log.read_bytes()
+
+
+@pytest.mark.extra("mlflow")
+@pytest.mark.filterwarnings("ignore")
 def test_mlflow_continues_a_resumed_run_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
     for n in (1, 2):
         tracker = MlflowTracker("project", "name", {"run": {"seed": 1}})
@@ -86,3 +111,8 @@ def test_every_tracker_receives_every_record() -> None:
     both.log(RECORD)
     both.close()
     assert [tracker.seen for tracker in trackers] == [[RECORD, "closed"]] * 2
+
+
+def test_a_quote_in_a_name_does_not_end_mlflows_filter() -> None:
+    assert run_name_filter("plain, 100 %") == "attributes.run_name = 'plain, 100 %'"
+    assert run_name_filter("""it's "a" \\ run""") == "attributes.run_name LIKE 'it_s _a_ _ run'"

@@ -17,6 +17,7 @@ from fedloom.data.sources import Rows
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.decoding import DecodingSettings, decode
 from fedloom.evaluation.exact_match import METRIC
+from fedloom.evaluation.outputs_file import OutputsFile
 from fedloom.lora.layer import LoRAModel
 from fedloom.results.exact_answers import (
     AskedRow,
@@ -116,12 +117,10 @@ def test_what_is_answered_is_kept_and_not_decoded_again(opened: tuple[LoRAModel,
     kept = kept_outputs(stem, tokenizer, asked, choice)
     assert len(kept) == 4
     (file,) = tmp_path.iterdir()
-    lines = file.read_text().splitlines()
-    rows = [json.loads(line) for line in lines[1:]]
-    changed = [
-        json.dumps({**row, "output": one.answer}) for row in rows for one in asked if one.prompt == row["prompt"]
-    ]
-    file.write_text("\n".join([lines[0], *changed]) + "\n")
+    header = json.loads(file.read_text().splitlines()[0])
+    file.unlink()
+    answered = OutputsFile.open(file, DecodingSettings(**header["settings"]), header["model"])
+    answered.append([(one.prompt, one.answer, False) for one in asked])
     again = exact_match(lora, tokenizer, inputs.rows, choice, outputs=stem)
     assert first.estimates[METRIC].value < again.estimates[METRIC].value == 1.0
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from example_runs import rewrite
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +23,7 @@ from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.peft_files import load_peft, save_peft
 from fedloom.results.export import export_adapter, export_merged
 from fedloom.results.opened_result import RESULT, open_result
+from fedloom.run_folder.writer import RunFolder
 from fedloom.seeding import torch_stream
 
 Make = Callable[..., Settings]
@@ -168,7 +170,9 @@ def test_a_merged_model_stands_alone(flora: Path, tmp_path: Path) -> None:
 
 
 def test_weights_beyond_the_range_of_the_type_are_not_written(flora: Path, tmp_path: Path) -> None:
-    save_peft(load_peft(flora / "adapter").scaled(1e9), flora / "adapter", base_name="")
+    large = load_peft(flora / "adapter").scaled(1e9)
+    with RunFolder.open(flora, json.loads((flora / "config.json").read_text()), {}) as folder:
+        folder.write_folder("adapter", lambda path: save_peft(large, path, base_name=""))
     for export in (export_adapter, export_merged):
         with pytest.raises(AdapterError, match=r"expected finite .*(wider dtype|--dtype)"):
             export(flora, tmp_path / "out", dtype="float16")
@@ -238,7 +242,7 @@ def test_one_client_of_a_standalone_run_is_exported(settings_for: Make, tmp_path
 def test_a_quantized_base_is_not_merged_into(flora: Path, tmp_path: Path) -> None:
     settings = json.loads((flora / "config.json").read_text())
     settings["model"]["quantization"] = "4bit"
-    (flora / "config.json").write_text(json.dumps(settings))
+    rewrite(flora, "config.json", settings)
     with pytest.raises(ModelError, match=r"quantized to 4bit, .*without --merge"):
         export_merged(flora, tmp_path / "out")
 

@@ -48,8 +48,8 @@ def stopped(folder: Path, num_rounds: int) -> Path:
     for name in ("finished.json", "adapter"):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(lines[:num_rounds]))
+    for n in range(num_rounds + 1, 1 + len(list((folder / "rounds").iterdir()))):
+        shutil.rmtree(folder / "rounds" / str(n))
     return folder
 
 
@@ -141,7 +141,6 @@ def test_an_unfinished_run_opens_at_its_last_round_and_says_how_to_finish(flora:
 
 
 def stopped_without_rounds(folder: Path) -> Path:
-    (folder / "metrics.jsonl").write_text("")
     shutil.rmtree(folder / "rounds")
     return folder
 
@@ -185,11 +184,12 @@ def test_another_base_is_refused_by_hash_for_a_run_and_by_shape_for_an_adapter(f
 
 
 def test_a_base_that_moved_is_named_with_the_option_that_finds_it(flora: Path, base_folder: Path) -> None:
-    config = flora / "adapter/adapter_config.json"
+    moved = Path(shutil.copytree(flora / "adapter", flora.parent / "moved"))
+    config = moved / "adapter_config.json"
     config.write_text(config.read_text().replace(str(base_folder), "/nowhere/base"))
     with pytest.raises(ModelError, match=r"'/nowhere/base' cannot be loaded from here.*--base FOLDER"):
-        open_result(flora / "adapter", tokenizer="bytes")
-    assert open_result(flora / "adapter", base=base_folder, tokenizer="bytes").adapters
+        open_result(moved, tokenizer="bytes")
+    assert open_result(moved, base=base_folder, tokenizer="bytes").adapters
 
 
 def test_an_adapter_that_touches_a_part_of_the_modules_opens(base_folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from fedloom.run_folder.writer import RunFolder
 def run(path, num_rounds, size):
     with RunFolder.open(Path(path), {"a": {"b": 1}}, {"base": "x"}) as folder:
         done = folder.last_round() or 0
-        state = folder.read_round_file(done, "state/chain") if done else b"start"
+        state = folder.round_files(done).read("state/chain") if done else b"start"
         for n in range(done + 1, num_rounds + 1):
             state = hashlib.sha256(state[:32] + bytes([n])).digest() * size
             writers = {"global": lambda p: p.write_bytes(b"g")}

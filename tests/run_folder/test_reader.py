@@ -43,5 +43,5 @@ def test_what_is_no_run_is_named(tmp_path: Path, make_run: Callable[..., Path]) 
         find_runs(tmp_path)
     path = make_run("fedit", num_rounds=1)
     (path / "holdings.json").write_text(json.dumps({"clients": [{"name": "0"}]}))
-    with pytest.raises(RunError, match=r"holdings\.json: expected the clients"):
+    with pytest.raises(RunError, match=r"holdings\.json: expected what the run wrote"):
         read_run(path)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from fedloom.errors import RunError
+from fedloom.run_folder.manifest import read_manifest
 from fedloom.run_folder.writer import RunFolder
 
 CONFIG = {"run": {"seed": 1, "out": "x"}, "federation": {"num_rounds": 3}, "method": {"name": "fedit", "ranks": (4, 8)}}
@@ -34,7 +35,7 @@ def test_a_new_run_records_settings_versions_and_hashes(tmp_path: Path) -> None:
     with opened(tmp_path / "x") as folder:
         assert folder.last_round() is None
         assert folder.read_json("config.json")["method"] == {"name": "fedit", "ranks": [4, 8]}
-        manifest = folder.read_json("manifest.json")
+    manifest = read_manifest(tmp_path / "x")
     assert manifest["identity"] == IDENTITY
     assert {"python", "fedloom", "torch", "transformers", "peft"} <= manifest["sessions"][0]["versions"].keys()
 
@@ -46,7 +47,7 @@ def test_a_round_holds_its_record_files_and_what_the_writers_wrote(tmp_path: Pat
 
     with opened(tmp_path) as folder:
         folder.write_round(1, {"loss_nats": 0.5}, {"state/server": b"s"}, {"clients/3": write_adapter})
-        assert folder.read_round_file(1, "state/server") == b"s"
+        assert folder.round_files(1).read("state/server") == b"s"
         assert (folder.round_path(1) / "clients/3/adapter_config.json").exists()
         assert folder.records() == [{"round": 1, "loss_nats": 0.5}]
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"round": 1, "loss_nats": 0.5}
@@ -170,9 +171,9 @@ def test_pruning_keeps_the_last_states_and_every_record(tmp_path: Path) -> None:
     with_rounds(tmp_path, 4)
     with opened(tmp_path) as folder:
         folder.prune(keep=2)
-        assert folder.read_round_file(3, "state/server") == b"\x03"
-        with pytest.raises(RunError, match="expected a file of round 2"):
-            folder.read_round_file(2, "state/server")
+        assert folder.round_files(3).read("state/server") == b"\x03"
+        with pytest.raises(RunError, match=r"rounds/2/state/server: expected a file that the run wrote"):
+            folder.round_files(2).read("state/server")
         assert len(folder.records()) == 4
         with pytest.raises(ValueError, match="at least 1"):
             folder.prune(keep=0)

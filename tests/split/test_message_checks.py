@@ -16,6 +16,7 @@ from safetensors.torch import load, save
 from split.split_cases import SetUp
 
 from fedloom.errors import UpdateError
+from fedloom.federation.blob import sealed, unsealed
 from fedloom.methods.state import Failure
 from fedloom.seeding import stream
 from fedloom.split.codecs import Encoded, WireDtype, encode
@@ -118,8 +119,8 @@ def test_tokens_told_before_and_sizes_known_before_are_held_to() -> None:
 
 
 def test_no_mutated_split_message_raises_anything_but_our_error() -> None:
-    blobs = [message().to_bytes(), message("int8").to_bytes()]
-    assert SplitMessage.from_bytes(blobs[0]).num_loss_tokens == 3
+    blobs = [unsealed(message().to_bytes()), unsealed(message("int8").to_bytes())]
+    assert SplitMessage.from_bytes(sealed(blobs[0])).num_loss_tokens == 3
     odd = [None, True, -1, 1.5, "x", 10**400, [], {}, "gradients", [[1]], "F64", 2**60]
     for number in range(NUMBER):
         rng = stream(12, "mutated split messages", number)
@@ -144,11 +145,20 @@ def test_no_mutated_split_message_raises_anything_but_our_error() -> None:
             blob = bytearray(len(text).to_bytes(8, "little") + text + blob[8 + length :])
         cut = int(rng.integers(0, len(blob))) if rng.random() < 0.1 else len(blob)
         with suppress(UpdateError):
-            check_message(SplitMessage.from_bytes(bytes(blob[:cut])), EXPECTED)
+            check_message(SplitMessage.from_bytes(sealed(bytes(blob[:cut]))), EXPECTED)
+
+
+def test_a_split_message_of_which_any_bit_was_changed_on_the_way_is_refused() -> None:
+    blob = message().to_bytes()
+    for position in range(len(blob)):
+        changed = bytearray(blob)
+        changed[position] ^= 1 << position % 8
+        with pytest.raises(UpdateError, match="the hash they end with"):
+            SplitMessage.from_bytes(bytes(changed))
 
 
 def test_a_field_twice_too_many_or_too_few_is_refused() -> None:
-    tensors = load(message().to_bytes())
+    tensors = load(unsealed(message().to_bytes()))
     fields = json.loads(message()._metadata())
     texts = [
         json.dumps(fields)[:-1] + ', "step": 5}',
@@ -158,7 +168,7 @@ def test_a_field_twice_too_many_or_too_few_is_refused() -> None:
     ]
     for text in texts:
         with pytest.raises(UpdateError):
-            SplitMessage.from_bytes(save(tensors, metadata={"split": text}))
+            SplitMessage.from_bytes(sealed(save(tensors, metadata={"split": text})))
 
 
 # ---- a run ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from split.split_cases import PLAN, SGD, VOCABULARY, SetUp, wrapped
 
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import CutError, SettingsError, TooFewClientsError
+from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
@@ -51,11 +52,13 @@ def assert_identical(found: Adapter, expected: Adapter) -> None:
         assert torch.equal(found.as_tensors()[name], tensor), name
 
 
-def descend(lora: LoRAModel, slot: int, batch_rows: Sequence[Any], rate: float) -> None:
+def descend(
+    lora: LoRAModel, slot: int, batch_rows: Sequence[Any], rate: float, keys: Sequence[Any] = (), dropout: float = 0.0
+) -> None:
     """Take one step of plain gradient descent on the mean loss of the rows."""
     lora.zero_grad()
     batch = pack(batch_rows)
-    lora.route_all(slot)
+    lora.route_all(slot, dropout_of(dropout, keys, batch.lengths, "cpu"))
     weights_S = torch.full(batch.targets_S.shape, 1 / len(batch.targets_S), dtype=torch.float64)
     hidden_SD = hidden_states(lora.model, batch)[batch.target_index_S]
     supervised_cross_entropy(hidden_SD, output_head(lora.model), batch.targets_S, weights_S)[0].backward()
@@ -63,7 +66,7 @@ def descend(lora: LoRAModel, slot: int, batch_rows: Sequence[Any], rate: float) 
         factor.data -= rate * factor.grad
 
 
-def centralised(start: Adapter, rows: list[TokenSet], steps: int) -> Adapter:
+def centralised(start: Adapter, rows: list[TokenSet], steps: int, dropout: float = 0.0) -> Adapter:
     """Train the whole adapter on every client's batch together."""
     lora = wrapped("llama")
     output_head(lora.model)
@@ -73,18 +76,25 @@ def centralised(start: Adapter, rows: list[TokenSet], steps: int) -> Adapter:
         together = [
             own.row(int(i)) for k, own in enumerate(rows) for i in rows_of_step(PLAN.seed, k, len(own), 4, step)
         ]
-        descend(lora, 0, together, PLAN.training.learning_rate)
+        keys = [row_keys(PLAN.seed, step + 1, k, range(4 * step, 4 * step + 4)) for k in range(len(rows))]
+        descend(lora, 0, together, PLAN.training.learning_rate, keys, dropout)
     return lora.adapter(0)
 
 
 @pytest.mark.parametrize("cut_layers", [(1, 1, 1), (3, 3, 3), (1, 2, 3)])
 @pytest.mark.parametrize("tail_blocks", [None, 0])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_aggregating_every_step_with_sgd_is_centralised_training(
-    set_up: SetUp, cut_layers: tuple[int, ...], tail_blocks: int | None
+    set_up: SetUp, cut_layers: tuple[int, ...], tail_blocks: int | None, dropout: float
 ) -> None:
-    _, parties, rows = set_up(aggregate_every=1, num_rounds=4, cut_layers=cut_layers, tail_blocks=tail_blocks)
+    changes = {"cut_layers": cut_layers, "tail_blocks": tail_blocks, "training": with_dropout(dropout)}
+    _, parties, rows = set_up(aggregate_every=1, num_rounds=4, **changes)
     start = parties.initial()
-    assert_same_adapter(run(parties)[-1].state.global_adapter(), centralised(start.global_adapter(), rows, 4))
+    assert_same_adapter(run(parties)[-1].state.global_adapter(), centralised(start.global_adapter(), rows, 4, dropout))
+
+
+def with_dropout(dropout: float) -> Any:
+    return replace(PLAN.training, dropout=dropout)
 
 
 def test_a_tail_on_the_clients_is_centralised_training_too(set_up: SetUp) -> None:
@@ -121,9 +131,12 @@ def test_joint_and_sequential_are_different_algorithms(set_up: SetUp) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"tail_blocks": 1}, {"cut_layers": (1, 2, 3)}, {"server_update": "sequential"}]
+    "changes",
+    [{}, {"tail_blocks": 1}, {"cut_layers": (1, 2, 3)}, {"server_update": "sequential"}, {"client_half": "frozen"}],
 )
-def test_micro_batches_change_nothing(set_up: SetUp, changes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_micro_batches_change_nothing(set_up: SetUp, changes: dict[str, Any], dropout: float) -> None:
+    changes = changes | {"training": with_dropout(dropout)}
     whole = run(set_up(**changes)[1])
     for micro_batches in (2, 4):
         parts = run(set_up(micro_batches=micro_batches, **changes)[1])

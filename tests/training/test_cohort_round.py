@@ -68,11 +68,13 @@ def test_training_clients_together_equals_one_by_one(
         )
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("changes", [{"micro_batch_size": 1}, {"micro_batch_size": 2}, {"token_budget": 12}])
 def test_k_micro_batches_equal_one_batch(
-    llama_lora: LoRAModel, tasks: list[ClientTask], changes: dict[str, Any]
+    llama_lora: LoRAModel, tasks: list[ClientTask], changes: dict[str, Any], dropout: float
 ) -> None:
-    whole, cut = train(llama_lora, tasks), train(llama_lora, tasks, replace(SETTINGS, **changes))
+    settings = replace(SETTINGS, dropout=dropout)
+    whole, cut = train(llama_lora, tasks, settings), train(llama_lora, tasks, replace(settings, **changes))
     for one, other in zip(whole, cut, strict=True):
         assert_same(one.adapter, other.adapter, 1e-11)
 

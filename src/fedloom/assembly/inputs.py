@@ -28,6 +28,7 @@ from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
 from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
+from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
 
 
@@ -226,6 +227,7 @@ def _partition(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, sa
     if saved is not None:
         return Partition.load(saved, sha256)
     if table.path is not None:
+        check_in_run(Path(table.path))
         partition = Partition.load(Path(table.path), sha256)
     else:
         division = Division(

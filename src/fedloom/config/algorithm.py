@@ -130,7 +130,7 @@ class Training(Table):
     local_epochs: Positive | None = setting(None, "Passes over the client's rows per round.", when=TRAINED)
     batch_size: Count = setting(16, "Rows per optimiser step.", when=TRAINED)
     micro_batch_size: Count | None = setting(
-        None, "Rows per pass; default: the whole batch. Changes memory, not the result.", when=ROUNDS
+        None, "Rows per pass; default: the whole batch. Changes memory, and the result by rounding only.", when=ROUNDS
     )
     learning_rate: Positive = setting(3e-4, "AdamW's peak learning rate.", when=TRAINED)
     schedule: Literal["constant", "linear", "cosine"] = setting(
@@ -144,11 +144,13 @@ class Training(Table):
     beta1: Decay = setting(0.9, "AdamW's first decay.", when=TRAINED)
     beta2: Decay = setting(0.999, "AdamW's second decay.", when=TRAINED)
     max_grad_norm: NonNegative = setting(1.0, "Clip a client's gradient to this norm; 0: do not clip.", when=TRAINED)
-    dropout: Decay = setting(0.0, "Dropout on the adapters' input.", when=TRAINED)
+    dropout: Decay = setting(
+        0.0, "Dropout on the adapters' input. Every row has its own mask, whichever rows share its pass.", when=TRAINED
+    )
     label_smoothing: Decay = setting(0.0, "Share of the target spread evenly over the vocabulary.", when=TRAINED)
     token_budget: Count = setting(
         8192,
-        "Tokens per pass over all clients trained together. Changes memory and speed, not the result.",
+        "Tokens per pass over all clients trained together. Changes memory and speed, and the result by rounding only.",
         when=ROUNDS,
     )
 

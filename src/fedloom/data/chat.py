@@ -33,6 +33,11 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
         through = text if position + 1 == len(turns) else _apply(tokenizer, turns[: position + 1], cue="without")
         _check_begins(position, tokenizer, turns, text=text, through=through, before=before)
         spans.append((len(before), len(through.rstrip())))
+        if spans[-1][0] >= spans[-1][1]:
+            raise DataError(
+                f"turn {position + 1}: expected a chat template that writes the answer, got nothing for it; correct "
+                "the chat template, or set data.template to 'plain'"
+            )
     return Rendered(text, tuple(spans), framed=True)
 
 
@@ -69,12 +74,10 @@ def _turns(record: Record) -> tuple[Turn, ...]:
 
 
 def _apply(tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], *, cue: str) -> str:
-    import jinja2
-
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue == "with")
-    except (jinja2.TemplateError, IndexError, ValueError) as cause:
+    except Exception as cause:  # the template is a stranger's program: whatever it raises is its mistake
         roles = ", ".join(turn.role for turn in turns) or "none"
         raise DataError(
             f"expected turns that the tokenizer's chat template accepts, got {roles}: {cause}; "

@@ -92,6 +92,15 @@ class Partition:
 
     def save(self, path: Path, data_sha256: str) -> None:
         """Write the partition as JSON, tied to the data whose hash is given; the file appears whole or not at all."""
+        unfinished = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+        try:
+            unfinished.write_bytes(self.encoded(data_sha256))
+            unfinished.replace(path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def encoded(self, data_sha256: str) -> bytes:
+        """Return the partition as JSON, tied to the data whose hash is given."""
         document = {
             "format": f"{_FORMAT}{PARTITION.number}",
             "data_sha256": data_sha256,
@@ -101,12 +110,7 @@ class Partition:
                 {"name": name, "rows": self.rows_of(client).tolist()} for client, name in enumerate(self.names)
             ],
         }
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            unfinished.write_text(json.dumps(document), encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        return json.dumps(document).encode()
 
     @classmethod
     def load(cls, path: Path, data_sha256: str) -> Partition:

@@ -235,7 +235,7 @@ def _turns(value: object, role_key: str, content_key: str, roles: Mapping[str, s
                 "correct the row, or set data.shape (messages has role and content, sharegpt has from and value)"
             )
         role = turn[role_key]
-        if role not in roles:
+        if not isinstance(role, str) or role not in roles:
             raise DataError(
                 f"turn {number}: expected {role_key!r} to be one of {', '.join(roles)}, got {role!r}; rename it"
             )

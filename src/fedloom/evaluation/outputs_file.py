@@ -1,4 +1,7 @@
-"""The file decoded outputs are appended to: a first line with the settings, then one prompt and its output per line."""
+"""The file decoded outputs are appended to: a first line with the settings, then one prompt and its output per line.
+
+Every line but the first carries a hash over itself and the first.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,7 @@ from fedloom.errors import EvaluationError
 from fedloom.file_formats import DECODED_OUTPUTS
 
 _FORMAT = "fedloom_outputs"
+_HASH = "sha256"
 
 
 @dataclass
@@ -24,6 +28,7 @@ class OutputsFile:
 
     path: Path | None
     outputs: dict[str, tuple[str, bool]] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path | None, settings: Any, model_id: str) -> OutputsFile:
@@ -43,25 +48,23 @@ class OutputsFile:
         if not whole and _line(header).encode().startswith(content):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(_line(header), encoding="utf-8")
-            return cls(path)
+            return cls(path, header=header)
         found, outputs = _read(path, whole)
         if found != header:
             raise EvaluationError(f"{path}: expected outputs of {header}, found those of {found}: choose another file")
         if len(whole) < len(content):
             os.truncate(path, len(whole))
-        return cls(path, outputs)
+        return cls(path, outputs, header)
 
     def append(self, rows: Sequence[tuple[str, str, bool]]) -> None:
         """Add prompts with their outputs."""
         self.outputs.update({prompt: (output, cut) for prompt, output, cut in rows})
         if self.path is not None:
-            _append(
-                self.path,
-                [
-                    {"key": prompt_key(prompt), "prompt": prompt, "output": output, "is_cut_off": cut}
-                    for prompt, output, cut in rows
-                ],
-            )
+            lines = [
+                {"key": prompt_key(prompt), "prompt": prompt, "output": output, "is_cut_off": cut}
+                for prompt, output, cut in rows
+            ]
+            _append(self.path, [line | {_HASH: _hash(self.header, line)} for line in lines])
 
 
 def why_not_kept(folder: Path) -> str | None:
@@ -97,9 +100,20 @@ def _read(path: Path, whole: bytes) -> tuple[dict[str, Any], dict[str, tuple[str
         ) from error
     DECODED_OUTPUTS.check(path, number, EvaluationError)
     try:
-        return header, {row["prompt"]: (row["output"], row["is_cut_off"]) for _, row in lines}
-    except (ValueError, KeyError, TypeError) as error:
+        rows = list(lines)
+    except ValueError as error:
         raise EvaluationError(f"{path} is no file of decoded outputs ({error}): choose another file") from error
+    for number, row in rows:
+        if row.pop(_HASH, None) != _hash(header, row):
+            raise EvaluationError(
+                f"{path} line {number}: expected an output as it was written, got another (its sha256 does not fit): "
+                f"{DECODED_OUTPUTS.remedy}"
+            )
+    return header, {row["prompt"]: (row["output"], row["is_cut_off"]) for _, row in rows}
+
+
+def _hash(header: dict[str, Any], row: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([header, row], sort_keys=True).encode()).hexdigest()
 
 
 def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -115,7 +115,7 @@ class LoopKind:
         state, memories, last = self.plan.strategy.initial(), dict[int, Memory](), folder.last_round()
         if last is not None:
             with damage_named(folder.round_path(last)):
-                state, memories = read_round(folder.round_path(last))
+                state, memories = read_round(folder.round_files(last))
         return AdapterRounds(self, self.plan, state, memories, folder.path, write_adapter, progress)
 
 
@@ -124,9 +124,9 @@ def restored_split(run: SplitRun, folder: RunFolder) -> SplitState:
     last = folder.last_round()
     if last is None:
         return run.initial()
-    read = partial(folder.read_round_file, last)
     with damage_named(folder.round_path(last)):
-        return read_split_state(read(SPLIT_TENSORS), read(SPLIT_NUMBERS))
+        files = folder.round_files(last)
+        return read_split_state(files.read(SPLIT_TENSORS), files.read(SPLIT_NUMBERS))
 
 
 @dataclass(frozen=True, eq=False)

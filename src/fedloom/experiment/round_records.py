@@ -6,7 +6,7 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,10 @@ def update_keeper(
     run: Path, save: Callable[[Adapter, Path, float], None], scale_of: Callable[[int], float]
 ) -> Iterator[UpdateKeeper]:
     """Yield a keeper whose uploads wait in the run's folder, under a name that the next start clears away."""
-    waiting = durable.temporary_name(run)
-    with durable.explained(str(run), _RETRY):
-        waiting.mkdir()
-    try:
+    with ExitStack() as stack:
+        with durable.explained(str(run), _RETRY):
+            waiting = stack.enter_context(durable.temporary_folder(run))
         yield UpdateKeeper(waiting, save, scale_of)
-    finally:
-        durable.discard(waiting)
 
 
 def peft_writer(base_name: str, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:

@@ -31,10 +31,10 @@ from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTr
 from fedloom.results.export import write_cards
 from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
-from fedloom.run_folder import durable
-from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign, rounds_done
-from fedloom.run_folder.manifest import changed_threads
-from fedloom.run_folder.reader import ADAPTER, missing_adapters
+from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign
+from fedloom.run_folder.contents import ADAPTER, check_adapter, read_file, rounds_done
+from fedloom.run_folder.manifest import changed_threads, read_manifest
+from fedloom.run_folder.reader import missing_adapters
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
 from fedloom.wording import counted, written_bytes
 
@@ -109,7 +109,10 @@ def run(
         refuse_another(out, settings.as_dict(), may_change)
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
-    inputs = workshop.inputs(settings, base, saved if is_begun(out) and saved.exists() and not fresh else None)
+    is_saved = is_begun(out) and saved.exists() and not fresh
+    if is_saved:
+        read_file(out, read_manifest(out), saved.name)
+    inputs = workshop.inputs(settings, base, saved if is_saved else None)
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
@@ -128,8 +131,7 @@ def run(
             held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.__dict__,
         )
         if not (folder.path / "partition.json").exists():
-            with durable.explained(str(folder.path / "partition.json"), "free space, then run the same command again"):
-                inputs.partition.save(folder.path / "partition.json", inputs.data_sha256)
+            folder.write_bytes("partition.json", inputs.partition.encoded(inputs.data_sha256))
             ranks = dict(enumerate(placed.client_ranks)) if settings.traits.is_trained else {}
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
@@ -213,6 +215,9 @@ class Session:
         elif missing_adapters(self.folder.path, finished):
             self.progress.note("the adapter is missing: writing it again from the state of the last round")
             self._write_adapter(state)
+        else:
+            for name in finished.get("adapters", ()):
+                check_adapter(self.folder.path, self.folder.manifest, name)
         write_cards(self.folder.path)
         return self._summary(state)
 

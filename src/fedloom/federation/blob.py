@@ -1,7 +1,11 @@
-"""A message as one safetensors blob: tensors in the wire's dtype, numbers in the header, which is read before them."""
+"""A message as one safetensors blob and a hash of it: tensors in the wire's dtype, numbers in the header.
+
+The hash is read first, the header next, the tensors last.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from enum import StrEnum
@@ -26,6 +30,8 @@ to the bytes sent.
 MAX_HEADER_BYTES = 1 << 16
 """A header's fixed part; each tensor may add ``MAX_ENTRY_BYTES``."""
 MAX_ENTRY_BYTES = 1 << 10
+SEAL_BYTES = 16
+"""A message ends with so many bytes of BLAKE2b over all that is before them."""
 
 
 class WireDtype(StrEnum):
@@ -62,12 +68,36 @@ def pack(tensors: Mapping[str, Tensor], head: BaseModel) -> bytes:
     ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
     text = head.model_dump_json()
     room = -(-len(text) // NUMBERS_CHARACTERS) * NUMBERS_CHARACTERS
-    return save(ready, metadata={"message": text.ljust(room)})
+    return sealed(save(ready, metadata={"message": text.ljust(room)}))
+
+
+def sealed(blob: bytes) -> bytes:
+    """Return a blob with its hash behind it: what was changed on the way is found, whoever sent it."""
+    return blob + _seal(blob)
+
+
+def unsealed(message: bytes) -> bytes:
+    """Return the blob of a message, of which nothing has been parsed.
+
+    Raises:
+        UpdateError: the hash behind it is not its own.
+    """
+    blob = memoryview(message)[:-SEAL_BYTES]
+    if len(message) < SEAL_BYTES or _seal(blob) != message[-SEAL_BYTES:]:
+        raise UpdateError(
+            f"expected a whole message, got {len(message)} bytes that do not have the hash they end with (empty, cut "
+            "or changed on the way); send it again, with the same version of fedloom on both sides"
+        )
+    return bytes(blob)
+
+
+def _seal(blob: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(blob, digest_size=SEAL_BYTES).digest()
 
 
 def largest_message(num_tensors: int, num_bytes: int) -> int:
     """Return the most bytes that a message of so many tensors, of so many bytes together, can have."""
-    return 8 + MAX_HEADER_BYTES + num_tensors * MAX_ENTRY_BYTES + num_bytes
+    return 8 + MAX_HEADER_BYTES + num_tensors * MAX_ENTRY_BYTES + num_bytes + SEAL_BYTES
 
 
 def check_size(blob: bytes, largest: int) -> None:
@@ -87,7 +117,8 @@ def read_head(
 ) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
     """Return a message's numbers, and (dtype, shape) of each of its tensors, none of which is made yet.
 
-    ``room`` are the bytes that the entries of tensors may take in the header; ``name`` that of the numbers in it.
+    ``blob`` is without its hash; ``room`` are the bytes that the entries of tensors may take in the header; ``name`` is
+    that of the numbers in it.
 
     Raises:
         UpdateError: if the header is not whole, is larger than it can be, or its numbers do not fit the schema.

@@ -1,12 +1,12 @@
-"""What crosses between server and clients, as bytes: one safetensors blob a message, its numbers in the header.
+"""What crosses between server and clients, as bytes: one safetensors blob and its hash, its numbers in the header.
 
 The wire's dtype applies to every tensor that crosses, and only there: what arrives is fp32 again. The whole side keeps
 fp32 where the wire's dtype cannot hold its numbers exactly: a compacted side would be rounded otherwise, and server and
-client would train on different bases. A message's length is the length of its blob; nothing else is counted and nothing
+client would train on different bases. A message's length is that of blob and hash; nothing else is counted and nothing
 else is sent.
 
-Nothing is believed unread: the header is checked against a schema, names, shapes and dtypes against what is expected,
-before a tensor is made of it.
+Nothing is believed unread: the hash is checked before anything is parsed, the header against a schema, names, shapes
+and dtypes against what is expected, before a tensor is made of it.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from fedloom.federation.blob import (
     pack,
     read_head,
     read_tensors,
+    unsealed,
     without_loss,
 )
 from fedloom.lora.initial import Draw
@@ -145,6 +146,7 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     Raises:
         UpdateError: if it is not a whole message of this form, or of another base.
     """
+    blob = unsealed(blob)
     head, entries = read_head(blob, _BROADCAST, len(blob))
     for key, (dtype, _) in entries.items():
         if dtype not in SAFETENSORS_NAMES.values():
@@ -196,6 +198,7 @@ def decode_answer(
     expected = expected_tensors(shapes, broadcast.rank, work.sends)
     try:
         check_size(blob, largest_answer(broadcast, work, shapes, dtype))
+        blob = unsealed(blob)
         head, entries = read_head(blob, _ANSWER, len(expected) * MAX_ENTRY_BYTES)
         _check_sender(head.client, client)
         if isinstance(head, _FailureHead):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import AdapterError, ModelError
+from fedloom.lora.dropout import Dropout
 from fedloom.lora.initial import check_rank
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Adapter, Pair
@@ -61,7 +62,7 @@ class LoRAModel:
         for slot in slots:
             check_rank(self.shapes, slot.rank)
         self._route.slots = list(slots)
-        self._route.segments, self._route.everything_to = [], None
+        self.route_all(None)
         for layer in self.layers.values():
             layer.allocate()
 
@@ -130,13 +131,16 @@ class LoRAModel:
         for name, layer in self.layers.items():
             layer.set_side(side.get(name))
 
-    def route(self, segments: Sequence[tuple[int, int]]) -> None:
-        """Say which slot the token rows of the next passes belong to: ``[(slot, num_tokens), ...]`` in order."""
-        self._route.segments, self._route.everything_to = list(segments), None
+    def route(self, segments: Sequence[tuple[int, int]], dropout: Dropout | None = None) -> None:
+        """Say which slot the token rows of the next passes belong to: ``[(slot, num_tokens), ...]`` in order.
 
-    def route_all(self, slot: int | None) -> None:
+        ``dropout`` acts on the adapters' input in passes with gradients.
+        """
+        self._route.segments, self._route.everything_to, self._route.dropout = list(segments), None, dropout
+
+    def route_all(self, slot: int | None, dropout: Dropout | None = None) -> None:
         """Send every token of the next passes to one slot, or to none (base and side only)."""
-        self._route.segments, self._route.everything_to = [], slot
+        self._route.segments, self._route.everything_to, self._route.dropout = [], slot, dropout
 
     def unwrap(self) -> nn.Module:
         """Put the original modules back and return the model."""
@@ -154,7 +158,7 @@ class LoRAModel:
                 f"model.target_modules: expected a module of {type(self.model).__name__}, got {name!r}; "
                 "choose modules of this base"
             ) from None
-        layer = LoRALinear(base, self._route)
+        layer = LoRALinear(base, self._route, name)
         parent, _, leaf = name.rpartition(".")
         setattr(self.model.get_submodule(parent), leaf, layer)
         self.layers[name] = layer

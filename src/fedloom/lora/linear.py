@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
+from fedloom.lora.dropout import feature_words
 from fedloom.lora.pair import Pair
 from fedloom.lora.route import Route
 
@@ -26,54 +27,55 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, a: Tensor, bt: Tensor, layer: LoRALinear, blocks: list[Any], masks: list[Any]
+        ctx: Any, x: Tensor, a: Tensor, bt: Tensor, layer: LoRALinear, blocks: list[Any], mask_TI: Tensor | None
     ) -> Tensor:
         y = nn.functional.linear(x, layer.weight_OI(x.dtype), layer.bias)
-        if layer.side is not None:
-            y.addmm_(x @ layer.side.a_RI.T, layer.side.b_OR.T)
+        if (side := layer.side_in(x.dtype)) is not None:
+            y.addmm_(x @ side.a_RI.T, side.b_OR.T)
         a_x, bt_x, middles = a.to(x.dtype), bt.to(x.dtype), []
-        for (slot, tokens, rows), mask in zip(blocks, masks, strict=True):
-            seen = x[tokens] if mask is None else x[tokens] * mask
+        for slot, tokens, rows in blocks:
+            seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
             middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
             y[tokens].addmm_(middle, bt_x[rows])
             middles.append(middle)
         ctx.save_for_backward(x, a_x, bt_x, *middles)
-        ctx.layer, ctx.blocks, ctx.masks = layer, blocks, masks
+        ctx.layer, ctx.blocks, ctx.mask_TI = layer, blocks, mask_TI
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # A dropped x is masked again here instead of being kept: the mask is drawn once, the product is cheap.
         x, a, bt, *middles = ctx.saved_tensors
-        layer, grad = ctx.layer, grads[0].contiguous()
+        layer, mask_TI, grad = ctx.layer, ctx.mask_TI, grads[0].contiguous()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ layer.weight_OI(grad.dtype)
-            if layer.side is not None:
-                grad_x.addmm_(grad @ layer.side.b_OR, layer.side.a_RI)
+            if (side := layer.side_in(grad.dtype)) is not None:
+                grad_x.addmm_(grad @ side.b_OR, side.a_RI)
         grad_a = torch.zeros_like(a, dtype=layer.a_RI.dtype)
         grad_bt = torch.zeros_like(bt, dtype=layer.bt_RO.dtype)
-        for (slot, tokens, rows), mask, middle in zip(ctx.blocks, ctx.masks, middles, strict=True):
-            seen = x[tokens] if mask is None else x[tokens] * mask
+        for (slot, tokens, rows), middle in zip(ctx.blocks, middles, strict=True):
+            seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
             grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
             grad_bt[rows] += middle.T @ grad[tokens]
             grad_a[rows] += grad_middle.T @ seen
-            if grad_x is not None and mask is None:
+            if grad_x is not None and mask_TI is None:
                 grad_x[tokens].addmm_(grad_middle, a[rows])
             elif grad_x is not None:
-                grad_x[tokens].add_((grad_middle @ a[rows]).mul_(mask))
+                grad_x[tokens].add_((grad_middle @ a[rows]).mul_(mask_TI[tokens]))
         return grad_x, grad_a, grad_bt, None, None, None
 
 
 class LoRALinear(nn.Module):
     """Replace one frozen ``nn.Linear``, ``Conv1D`` or quantised linear, with slots and a side adapter."""
 
-    def __init__(self, base: nn.Module, route: Route) -> None:
+    def __init__(self, base: nn.Module, route: Route, name: str) -> None:
         super().__init__()
-        self.base, self.route = base, route
+        self.base, self.route, self.name = base, route, name
         self.out_features, self.in_features = _shape_of(base)
         self.side: Pair | None = None
         self._folded_OI: Tensor | None = None
+        self._feature_words_J: Tensor | None = None
         self.allocate()
 
     @property
@@ -117,24 +119,29 @@ class LoRALinear(nn.Module):
             weight = _dense_weight(self.base)
             self._folded_OI = torch.addmm(weight, pair.b_OR.to(weight.dtype), pair.a_RI.to(weight.dtype))
         else:
-            # A quantised weight has an integer dtype; its products are computed in bfloat16.
-            compute = self.weight.dtype if self.weight.dtype.is_floating_point else torch.bfloat16
-            self.side = pair.to(compute)
+            self.side = pair.to(self.weight.dtype) if self.weight.dtype.is_floating_point else pair
+
+    def side_in(self, dtype: torch.dtype) -> Pair | None:
+        """Return the side in the activations' dtype, which a quantised base does not tell before a pass."""
+        if self.side is not None and self.side.a_RI.dtype != dtype:
+            self.side = self.side.to(dtype)
+        return self.side
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
         blocks = self.route.blocks(flat.shape[0])
-        masks = [self._mask(slot, flat[tokens]) for slot, tokens, _ in blocks]
-        y: Tensor = _LowRankLinear.apply(flat, self.a_RI, self.bt_RO, self, blocks, masks)  # type: ignore[no-untyped-call]
+        mask_TI = self._mask(flat) if blocks else None
+        y: Tensor = _LowRankLinear.apply(flat, self.a_RI, self.bt_RO, self, blocks, mask_TI)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _mask(self, index: int, x: Tensor) -> Tensor | None:
-        """Draw a slot's dropout mask from its own stream; none without gradients."""
-        slot = self.route.slots[index]
-        if slot.dropout == 0.0 or not torch.is_grad_enabled():
+    def _mask(self, x_TI: Tensor) -> Tensor | None:
+        """Return the dropout mask of a pass; none without gradients."""
+        dropout = self.route.dropout
+        if dropout is None or not torch.is_grad_enabled():
             return None
-        keep = torch.empty_like(x).bernoulli_(1.0 - slot.dropout, generator=slot.generator)
-        return keep.div_(1.0 - slot.dropout)
+        if self._feature_words_J is None or self._feature_words_J.device != x_TI.device:
+            self._feature_words_J = feature_words(self.name, self.in_features, x_TI.device)
+        return dropout.mask(self._feature_words_J, len(x_TI), self.in_features, x_TI.dtype)
 
 
 def _shape_of(base: nn.Module) -> tuple[int, int]:

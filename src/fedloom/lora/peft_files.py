@@ -6,12 +6,9 @@ out of :func:`load_peft` is effective pairs, what goes in is effective pairs.
 
 from __future__ import annotations
 
-import json
 import math
-import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,37 +17,10 @@ from torch import Tensor
 
 from fedloom.errors import AdapterError
 from fedloom.lora.pair import Adapter, Pair, check_finite
+from fedloom.lora.peft_settings import Scales, read_peft_settings, shortened
 
 PREFIX = "base_model.model."
-CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
-
-_FOREIGN = (
-    "use_dora",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "use_bdlora",
-    "kasa_config",
-    "monteclora_config",
-    "arrow_config",
-    "target_parameters",
-    "layer_replication",
-    "modules_to_save",
-    "trainable_token_indices",
-)
-"""Settings with which peft (0.21) computes something else than ``W + s · B A``.
-
-VeLoRA is not listed: it changes only the backward pass.
-"""
-
-_CONVERT = (
-    "convert it to plain LoRA with peft's save_pretrained(folder, path_initial_model_for_weight_conversion=F), F being "
-    "the adapter saved before training"
-)
-_CHANGES_BASE = {
-    **dict.fromkeys(("pissa", "olora", "corda", "lora_ga"), _CONVERT),
-    "loftq": "peft cannot convert it: train again with init_lora_weights = true",
-}
-"""Initialisations (by prefix) that change the base's weights. EVA, orthogonal, gaussian and MiCA do not."""
+WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 def save_peft(
@@ -118,7 +88,8 @@ def load_peft(folder: str | Path) -> Adapter:
             initialisation changed (PiSSA, OLoRA, CorDA, LoRA-GA, LoftQ), or numbers that are not finite.
     """
     folder = Path(folder)
-    config, tensors = _read_config(folder), _read_tensors(folder)
+    config, tensors = read_peft_settings(folder), _read_tensors(folder)
+    scales = Scales(config, folder)
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         module, kind = _split_key(key, folder)
@@ -129,8 +100,8 @@ def load_peft(folder: str | Path) -> Adapter:
             raise AdapterError(
                 f"{folder / WEIGHTS_NAME}: expected lora_A and lora_B of {module}, found only one; fetch it again"
             )
-        pair = Pair(found["b"], found["a"])
-        pairs[module] = pair.to(torch.float32).scaled(_scale_of(config, module, pair.rank, folder))
+        pair = _pair_of(module, found, folder)
+        pairs[module] = pair.to(torch.float32).scaled(scales.of(module, pair.rank))
     if not pairs:
         raise AdapterError(f"{folder / WEIGHTS_NAME}: expected lora_A and lora_B tensors, found none; fetch it again")
     check_finite(pairs, str(folder / WEIGHTS_NAME), "its training diverged: train again at a lower learning rate")
@@ -139,7 +110,7 @@ def load_peft(folder: str | Path) -> Adapter:
 
 def base_name_of(folder: Path) -> str | None:
     """Return the base model that a PEFT folder names."""
-    name = _read_config(folder).get("base_model_name_or_path")
+    name = read_peft_settings(folder).get("base_model_name_or_path")
     return str(name) if name else None
 
 
@@ -149,43 +120,6 @@ def _peft_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a_RI.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b_OR.contiguous()
     return tensors
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG_NAME
-    if not path.is_file():
-        raise AdapterError(f"{folder}: expected a PEFT adapter with {CONFIG_NAME}, found none; check the path")
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise AdapterError(
-            f"{path}: expected JSON, got truncated or malformed text ({error}); fetch it again"
-        ) from error
-    if not isinstance(config, dict):
-        raise AdapterError(f"{path}: expected the settings of an adapter, got {_shortened(config)}; fetch it again")
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: expected peft_type LORA, got {config.get('peft_type')!r}; choose a LoRA adapter")
-    foreign = [key for key in _FOREIGN if config.get(key)]
-    if config.get("bias", "none") != "none":
-        foreign.append("bias")
-    if foreign:
-        raise AdapterError(
-            f"{path}: expected low-rank pairs only, {foreign[0]} = {config[foreign[0]]!r} cannot be expressed as one; "
-            "choose a plain LoRA adapter"
-        )
-    _refuse_changed_base(path, str(config.get("init_lora_weights")))
-    return config
-
-
-def _refuse_changed_base(path: Path, initialisation: str) -> None:
-    """Reject pairs that are not relative to the base itself: peft took their start out of it, or quantised it."""
-    kind = next((kind for kind in _CHANGES_BASE if initialisation.lower().startswith(kind)), None)
-    if kind is not None:
-        advice = _CHANGES_BASE[kind]
-        raise AdapterError(
-            f"{path}: expected pairs on the unchanged base, init_lora_weights = {initialisation!r} changes the base "
-            f"first; {advice}"
-        )
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -200,47 +134,29 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         ) from error
 
 
+def _pair_of(module: str, factors: Mapping[str, Tensor], folder: Path) -> Pair:
+    for kind, tensor in factors.items():
+        if tensor.ndim != 2 or not tensor.dtype.is_floating_point:
+            found = f"shape {tuple(tensor.shape)} and dtype {str(tensor.dtype).removeprefix('torch.')}"
+            raise AdapterError(
+                f"{folder / WEIGHTS_NAME}: expected lora_{kind.upper()} of {module} as a matrix of floats, got "
+                f"{found}; fetch it again"
+            )
+    try:
+        return Pair(factors["b"], factors["a"])
+    except AdapterError as error:
+        raise AdapterError(f"{folder / WEIGHTS_NAME}: {module}: {error}") from error
+
+
 def _split_key(key: str, folder: Path) -> tuple[str, str]:
     for kind in "ab":
         suffix = f".lora_{kind.upper()}.weight"
         if key.startswith(PREFIX) and key.endswith(suffix):
             return key.removeprefix(PREFIX).removesuffix(suffix), kind
     raise AdapterError(
-        f"{folder / WEIGHTS_NAME}: expected only lora_A and lora_B weights, got {key}; choose a plain LoRA adapter"
+        f"{folder / WEIGHTS_NAME}: expected only lora_A and lora_B weights, got {shortened(key)}; choose a plain LoRA "
+        "adapter"
     )
-
-
-def _scale_of(config: Mapping[str, Any], module: str, rank: int, folder: Path) -> float:
-    from peft.utils.other import get_pattern_key
-
-    path = folder / CONFIG_NAME
-
-    def setting(pattern: str, default: str) -> float:
-        patterns = config.get(pattern) or {}
-        if not isinstance(patterns, dict):
-            raise AdapterError(f"{path}: expected {pattern} by module, got {_shortened(patterns)}; fetch it again")
-        value = patterns.get(get_pattern_key(list(patterns), module), config.get(default))
-        # bool is a subclass of int
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise AdapterError(
-                f"{path}: expected {default} of {module} as a number, got {_shortened(value)}; fetch it again"
-            )
-        return value
-
-    stated = setting("rank_pattern", "r")
-    if stated != rank:
-        raise AdapterError(
-            f"{folder}: expected rank {stated} of {module} as {CONFIG_NAME} states, its tensors have rank {rank}; "
-            "fetch it again"
-        )
-    if rank < 1:
-        raise AdapterError(f"{folder}: expected a rank of 1 or more of {module}, got {rank}; fetch it again")
-    alpha = setting("alpha_pattern", "lora_alpha")
-    return alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-
-
-def _shortened(value: object) -> str:
-    return "none" if value is None else textwrap.shorten(json.dumps(value), 60)
 
 
 def _plain(value: float) -> float | int:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from fedloom.errors import ModelError
+from fedloom.lora.dropout import Dropout
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Room for one client's adapter: its rank, its scale s (``alpha / r``) and its dropout with its own stream."""
+    """Room for one client's adapter: its rank and its scale s (``alpha / r``)."""
 
     rank: int
     scale: float
-    dropout: float = 0.0
-    generator: torch.Generator | None = None
 
 
 @dataclass
@@ -26,6 +23,7 @@ class Route:
     slots: list[Slot] = field(default_factory=list)
     segments: list[tuple[int, int]] = field(default_factory=list)
     everything_to: int | None = None
+    dropout: Dropout | None = None
 
     @property
     def total_rank(self) -> int:

@@ -21,6 +21,9 @@ from fedloom.methods.state import ServerState
 TENSORS, NUMBERS = "state/server.safetensors", "state/server.json"
 _ADAPTERS = ("side", "start", "velocity", "residual")
 
+_MAX_CHAIN = 1 << 16
+"""The latest additions that a state can hold: more would be made before it is seen that they are not there."""
+
 Count = Annotated[int, Ge(0), Le(1 << 53)]
 
 
@@ -31,7 +34,7 @@ class _Numbers(BaseModel):
 
     round: Count
     has_start: bool
-    chain: Count
+    chain: Annotated[int, Ge(0), Le(_MAX_CHAIN)]
     seen: dict[Annotated[str, Field(pattern=r"^-?[0-9]{1,18}$")], Count]
     typical_norm: Annotated[float, Ge(0)] | None
 
@@ -94,8 +97,7 @@ def state_files(state: ServerState) -> dict[str, bytes]:
 
 def read_state(tensors: bytes, numbers: bytes) -> ServerState:
     """Rebuild a state from its files."""
-    found = {key: tensor for key, tensor in load(tensors).items() if not key.startswith("own/")}
-    return state_from(found, json.loads(numbers))
+    return state_from(load(tensors), json.loads(numbers))
 
 
 @contextmanager
@@ -107,7 +109,7 @@ def damage_named(round_folder: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (SafetensorError, AdapterError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, AdapterError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RunError(
             f"{round_folder}: expected the state of a round, found a damaged one ({str(error).splitlines()[0]}); "
             "remove "

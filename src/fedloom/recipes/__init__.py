@@ -6,6 +6,7 @@ A header is comment lines ``# key: text`` with the keys of :data:`KEYS`, continu
 from __future__ import annotations
 
 import re
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from importlib import resources
@@ -90,11 +91,15 @@ def copy(name: str, to: Path) -> Path:
     """
     text = read(name)
     file = to / f"{name}.toml" if to.is_dir() else to
+    unfinished = file.with_name(f".{file.name}.copying")
     try:
-        with file.open("x", encoding="utf-8") as stream:
-            stream.write(text)
+        unfinished.write_text(text, encoding="utf-8")
+        file.hardlink_to(unfinished)  # it appears whole or not at all, and never in the place of another
     except FileExistsError as error:
         raise SettingsError(f"{file}: expected a new file, got one that exists; choose another name") from error
     except OSError as error:
         raise SettingsError(f"{file}: cannot be written ({error.strerror}); choose another place") from error
+    finally:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
     return file

@@ -33,6 +33,8 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
     if not paths:
         raise RunError("expected at least one run folder to report on, got none; name one")
     found, damaged = _readable(dict.fromkeys(paths))
+    if len(paths) == 1 and found[0].adapter_folder is not None:
+        found[0].check_adapter()  # of several, the page says which was left out
     groups = group_runs(found)
     _check_begun(groups)
     page = report_html(groups, reference_among([group.label for group in groups], reference), damaged)

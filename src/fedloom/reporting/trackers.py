@@ -81,6 +81,9 @@ class WandbTracker:
         self._run.finish()
 
 
+_QUOTES = "'\"`\\"
+
+
 class MlflowTracker:
     """Log to MLflow, to the server or folder its own environment names; a resumed run continues under its name."""
 
@@ -91,7 +94,8 @@ class MlflowTracker:
             raise MissingExtraError("mlflow", "logging to MLflow") from error
         experiment = mlflow.set_experiment(project).experiment_id
         self._client = mlflow.MlflowClient()
-        earlier = self._client.search_runs([experiment], f"attributes.run_name = '{name}'", max_results=1)
+        named = self._client.search_runs([experiment], run_name_filter(name))
+        earlier = [run for run in named if run.info.run_name == name]
         run = earlier[0] if earlier else self._client.create_run(experiment, run_name=name)
         self._run_id = run.info.run_id
         if not earlier:
@@ -106,6 +110,12 @@ class MlflowTracker:
     def close(self) -> None:
         """Mark the run as finished."""
         self._client.set_terminated(self._run_id)
+
+
+def run_name_filter(name: str) -> str:
+    """Return MLflow's filter for runs of this name; its language has no escape, so a quote is matched by any sign."""
+    wild = name.translate(dict.fromkeys(map(ord, _QUOTES), "_"))
+    return f"attributes.run_name {'=' if wild == name else 'LIKE'} '{wild}'"
 
 
 class AllTrackers:

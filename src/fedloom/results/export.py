@@ -21,7 +21,8 @@ from fedloom.models.load import Base
 from fedloom.results.card import adapter_card, merged_card
 from fedloom.results.opened_result import RESULT, Found, find_result, load_base_of, of_client, unfinished_note, wrap
 from fedloom.run_folder import durable
-from fedloom.run_folder.reader import ADAPTER
+from fedloom.run_folder.contents import ADAPTER, read_object
+from fedloom.run_folder.manifest import read_manifest
 
 CARD = "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -166,7 +167,7 @@ def export_merged(
 
 def write_cards(run: Path) -> None:
     """Put a model card beside every adapter of a finished run that has none yet."""
-    names = durable.read_json(run / "finished.json").get("adapters", ())
+    names = read_object(run, read_manifest(run), "finished.json").get("adapters", ())
     if all((run / name / CARD).exists() for name in names):
         return
     found = find_result(run)
@@ -284,11 +285,6 @@ def _publish(to: Path, write: Callable[[Path], None]) -> None:
     _refuse_files(to)
     with durable.explained(str(to), "free space or choose another folder"):
         to.parent.mkdir(parents=True, exist_ok=True)
-        temporary = durable.temporary_name(to.parent)
-        try:
-            temporary.mkdir()
+        with durable.temporary_folder(to.parent, to.name) as temporary:
             write(temporary)
             durable.publish(temporary, to)
-        except BaseException:
-            durable.discard(temporary)
-            raise

@@ -21,6 +21,7 @@ from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
 from fedloom.results.opened_result import OpenedResult
+from fedloom.run_folder.contents import read_file
 from fedloom.run_folder.durable import plain
 
 BASE = "base"
@@ -205,9 +206,12 @@ def _spelled(ids: np.ndarray[Any, Any], supervised: np.ndarray[Any, Any], tokeni
 
 def own_inputs(opened: OpenedResult) -> Inputs | None:
     """Return the rows of a run, read and partitioned as it did; None for a PEFT folder."""
-    if opened.settings is None:
+    run = opened.found.run
+    if opened.settings is None or run is None:
         return None
-    saved = opened.found.path / "partition.json"
+    saved = run.path / "partition.json"
+    if saved.exists():
+        read_file(run.path, run.manifest, saved.name)
     return Workshop().inputs(opened.settings, opened.base, saved if saved.exists() else None)
 
 

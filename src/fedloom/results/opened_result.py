@@ -20,11 +20,13 @@ from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, MissingExtraError, ModelError, RunError
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
-from fedloom.lora.peft_files import CONFIG_NAME, base_name_of, load_peft
+from fedloom.lora.peft_files import base_name_of, load_peft
+from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
-from fedloom.run_folder.reader import ADAPTER, StoredRun, missing_adapters, read_run
+from fedloom.run_folder.contents import ADAPTER, check_in_run
+from fedloom.run_folder.reader import StoredRun, missing_adapters, read_run
 
 RESULT = "result"
 """Name of the shared adapter; if each client has its own, they are ``client-0``, ``client-1``, ..."""
@@ -107,6 +109,7 @@ def find_result(path: Path) -> Found:
     if (path / "manifest.json").exists():
         return _find_run(path)
     if (path / CONFIG_NAME).exists():
+        check_in_run(path)
         return Found(path, {RESULT: load_peft(path)}, base_name_of(path))
     raise RunError(
         f"{path}: expected a run (manifest.json) or a PEFT adapter ({CONFIG_NAME}), found {_listed(path)}; "
@@ -207,25 +210,26 @@ def _find_run(path: Path) -> Found:
                 f"{missing[0]}: expected the adapter that this run wrote, found none; write it again with: "
                 f"fedloom run {path / 'config.json'} --out {path}"
             )
-        return Found(path, _finished_adapters(path / ADAPTER), settings.model.base, settings, run)
+        return Found(path, _finished_adapters(run), settings.model.base, settings, run)
     adapters = _state_adapters(run)
     return Found(path, adapters, settings.model.base, settings, run, (unfinished_note(run),))
 
 
-def _finished_adapters(folder: Path) -> dict[str, Adapter]:
-    if (folder / CONFIG_NAME).exists():
-        return {RESULT: load_peft(folder)}
-    own = sorted(folder.glob("client-*"), key=lambda entry: int(entry.name.removeprefix("client-")))
-    return {entry.name: load_peft(entry) for entry in own}
+def _finished_adapters(run: StoredRun) -> dict[str, Adapter]:
+    found = {}
+    for name in (run.finished or {}).get("adapters", ()):
+        run.check_adapter(name)
+        found[RESULT if name == ADAPTER else Path(name).name] = load_peft(run.path / name)
+    return found
 
 
 def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
     """Return the adapters after the last complete round."""
-    folder = run.path / "rounds" / str(run.records[-1]["round"]) if run.records else None
-    if folder is None or not (folder / TENSORS).is_file():
+    files = run.round_files(len(run.records)) if run.records else None
+    if files is None or TENSORS not in files.hashes:
         raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
-    with damage_named(folder):
-        standing = standing_of(*read_round(folder))
+    with damage_named(files.folder):
+        standing = standing_of(*read_round(files))
     if len(standing.own) > 1:
         return {f"client-{client}": adapter for client, adapter in sorted(standing.own.items())}
     adapter = next(iter(standing.own.values()), standing.shared)

@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fedloom.errors import RunError
 from fedloom.run_folder import durable
+from fedloom.run_folder.contents import ADAPTER, accepted_on_disk, read_object, rounds_done, sha256
 from fedloom.run_folder.manifest import (
-    check_manifest,
     differences,
     new_manifest,
+    read_manifest,
     resumed_manifest,
     summary,
+    write_manifest,
 )
 
 LOCK = ".fedloom.lock"
 READY = ".ready-"
-RECORD = "record.json"
 EVALUATION = "evaluation"
 """The folder, in a run's, of what was decoded to be scored."""
-_ROUND = re.compile(r"[1-9][0-9]{0,17}")
-"""The name of a round's folder, as it is written: ``²`` is a digit too, and no number."""
 # In the order in which a fresh start removes them, up to the last two, which it replaces.
 ENTRIES = (
     "finished.json",
     "rounds",
     "metrics.jsonl",
     "tensorboard",
-    "adapter",
+    ADAPTER,
     EVALUATION,
     "report.html",
     "partition.json",
@@ -76,28 +73,13 @@ def refuse_another(path: Path, config: Mapping[str, Any], may_change: Collection
     """
     refuse_foreign(path)
     if is_begun(path):
-        refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
-
-
-def rounds_done(path: Path) -> list[int]:
-    """Return the numbers of the rounds that the run in ``path`` has completed, in order."""
-    folder = path / "rounds"
-    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(name) for name in names if _ROUND.fullmatch(name))
+        there = read_object(path, read_manifest(path), "config.json")
+        refuse_other_settings(path, there, config, may_change)
 
 
 def is_begun(path: Path) -> bool:
     """Tell whether ``path`` holds a run that has completed a round, or all that it has to do."""
     return (path / "manifest.json").exists() and (bool(rounds_done(path)) or (path / "finished.json").exists())
-
-
-def read_manifest(path: Path) -> dict[str, Any]:
-    """Return the manifest of the run folder ``path``.
-
-    Raises:
-        RunError: it is damaged, of something else, or of a format that this version does not read.
-    """
-    return check_manifest(path / "manifest.json", durable.read_json(path / "manifest.json"))
 
 
 def lock(path: Path) -> int:
@@ -140,12 +122,14 @@ def _refuse_links(path: Path) -> None:
 
 
 def recover(path: Path) -> None:
-    """Remove what a killed process left half-written, and complete a replacement it had ready."""
+    """Remove what killed processes left half-written, and complete a replacement that was ready."""
     for entry in sorted(path.iterdir()):
-        if entry.name.startswith(durable.TEMPORARY):
-            durable.discard(entry)
-        elif entry.name.startswith(READY):
+        if entry.name.startswith(READY):
             roll_forward(entry)
+    durable.remove_leftovers(path)
+    for written_beside in (ADAPTER, EVALUATION):  # a card beside each adapter, what judges were shown
+        for folder in [path / written_beside, *(path / written_beside).glob("**/")]:
+            durable.remove_leftovers(folder)
 
 
 def roll_forward(ready: Path) -> None:
@@ -176,9 +160,10 @@ def clear(path: Path) -> None:
 
 def start(path: Path, config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
     """Write the settings and the manifest of a new run; return the manifest."""
-    manifest = new_manifest(config, identity)
-    durable.write_json(path / "config.json", config)
-    durable.write_json(path / "manifest.json", manifest)
+    settings = durable.json_bytes(config)
+    manifest = new_manifest(config, identity) | {"files": {"config.json": [sha256(settings)]}}
+    durable.write_bytes(path / "config.json", settings)
+    write_manifest(path, manifest)
     return manifest
 
 
@@ -188,19 +173,35 @@ def start_or_resume(
     """Start a run where none has begun; otherwise check that the run there is this one, and note the new session.
 
     Raises:
-        RunError: the run there has other settings, or another base, data or partition.
+        RunError: the run there has other settings, or another base, data or partition, or is damaged.
     """
     if not is_begun(path):
         clear(path)
         return start(path, config, identity)
     manifest = read_manifest(path)
-    refuse_other_settings(path, durable.read_json(path / "config.json"), config, may_change)
+    refuse_other_settings(path, read_object(path, manifest, "config.json"), config, may_change)
     refuse_other_identity(path, manifest["identity"], durable.plain(identity))
     manifest["identity"] |= durable.plain(identity)
-    manifest = resumed_manifest(manifest, config, len(list((path / "rounds").glob("*"))))
-    durable.write_json(path / "config.json", config)
-    durable.write_json(path / "manifest.json", manifest)
+    manifest = resumed_manifest(manifest, config, len(rounds_done(path)))
+    settings = durable.json_bytes(config)
+    hashes = {"config.json": sha256(settings)}
+    announce(path, manifest, hashes)
+    durable.write_bytes(path / "config.json", settings)
+    settle(manifest, hashes)
     return manifest
+
+
+def announce(path: Path, manifest: dict[str, Any], hashes: Mapping[str, str]) -> None:
+    """Write the manifest with the hashes of files that are about to be replaced, beside those of what is there."""
+    there = {name: accepted_on_disk(path, name, manifest["files"].get(name, [])) for name in hashes}
+    both = {name: list(dict.fromkeys([*there[name], new])) for name, new in hashes.items()}
+    manifest["files"] = {**manifest["files"], **both}
+    write_manifest(path, manifest)
+
+
+def settle(manifest: dict[str, Any], hashes: Mapping[str, str]) -> None:
+    """Name the new hashes alone, now that the files are in place; on disk that is so from the next writing on."""
+    manifest["files"] = {**manifest["files"], **{name: [new] for name, new in hashes.items()}}
 
 
 def refuse_other_settings(
@@ -242,18 +243,3 @@ def inside(name: str) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"expected a name inside the run folder, got {name!r}")
     return path
-
-
-def complete_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSONL file, leaving out a last line that was cut off; none where the file is absent.
-
-    Raises:
-        RunError: a line before the last is not JSON.
-    """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    try:
-        return [json.loads(line) for line in lines]
-    except (ValueError, RecursionError) as error:
-        raise RunError(f"{path}: expected one JSON record per line, got {error}; restore the file") from error

@@ -1,13 +1,16 @@
 """Files that survive a crash: written beside their place, synced, then moved there in one step.
 
 A reader sees the old file or the new one, never half of either; the same holds after a power failure, because data
-reaches the disk before the name does.
+reaches the disk before the name does. What is half-written is locked by its process; what a killed one left is not, and
+is removed by the next that writes the same file.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
@@ -15,9 +18,9 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -30,20 +33,26 @@ _REFUSED |= {errno.EISDIR, errno.ENOTEMPTY, errno.ELOOP, errno.EMFILE, errno.ENF
 _RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
-def temporary_name(parent: Path) -> Path:
-    """Return an unused name inside ``parent`` that a later start recognises as left over."""
-    return parent / f"{TEMPORARY}{uuid.uuid4().hex}"
+def temporary_name(parent: Path, name: str = "") -> Path:
+    """Return an unused name inside ``parent`` for what becomes ``name``; a later start recognises it as left over."""
+    return parent / f"{_beginning(name)}{uuid.uuid4().hex}"
+
+
+def _beginning(name: str) -> str:
+    short = name.encode(errors="replace")[:100].decode(errors="ignore")
+    return f"{TEMPORARY}{short}-" if name else TEMPORARY
 
 
 def write_bytes(path: Path, data: bytes) -> None:
     """Replace the file ``path`` by ``data`` in one step."""
-    temporary = temporary_name(path.parent)
+    remove_leftovers(path.parent, path.name)
+    temporary = temporary_name(path.parent, path.name)
     try:
-        with temporary.open("wb") as file:
+        with _held_file(temporary) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+            temporary.replace(path)
     except BaseException:  # an interruption too: whatever happens, no half-written file stays behind
         temporary.unlink(missing_ok=True)
         raise
@@ -52,7 +61,75 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Replace the file ``path`` by ``value`` as indented JSON, in one step."""
-    write_bytes(path, (encode_json(value, indent=2) + "\n").encode())
+    write_bytes(path, json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """Return ``value`` as the content of an indented JSON file."""
+    return (encode_json(value, indent=2) + "\n").encode()
+
+
+@contextmanager
+def temporary_folder(parent: Path, name: str = "") -> Iterator[Path]:
+    """Yield a new folder in ``parent`` for what becomes ``name``, and remove it unless it was renamed."""
+    if name:
+        remove_leftovers(parent, name)
+    folder = temporary_name(parent, name)
+    folder.mkdir()
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        _hold(descriptor)
+        yield folder
+    finally:
+        os.close(descriptor)
+        discard(folder)
+
+
+def remove_leftovers(parent: Path, name: str = "") -> None:
+    """Remove what killed processes left half-written in ``parent``: of ``name``, or of every file."""
+    with suppress(OSError):  # a folder that cannot be listed, an entry of somebody else's: nothing depends on it
+        for entry in sorted(parent.iterdir()):
+            if entry.name.startswith(_beginning(name)):
+                _discard_unheld(entry)
+
+
+def _discard_unheld(entry: Path) -> None:
+    """Remove a half-written entry unless its process lives."""
+    try:
+        descriptor = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:  # a link, or gone
+        discard(entry)
+        return
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        discard(entry)
+    except BlockingIOError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _held_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a new file, locked for as long as it is open."""
+    while True:
+        with path.open("wb") as file:
+            _hold(file.fileno())
+            if os.fstat(file.fileno()).st_nlink:
+                yield file
+                return
+        # Another process took it for left over, in the moment before it was locked.
+
+
+def _hold(descriptor: int) -> None:
+    with suppress(OSError):  # not every file system has locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the hash of a file's content, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> Any:

@@ -1,22 +1,56 @@
-"""What a run is: the software it ran on, the hashes of what went in, and how two runs' settings differ."""
+"""What a run is: the software it ran on, the hashes of what went in and of its files, how two runs' settings differ.
+
+``manifest.json`` carries a hash over itself. Of every other file it names the hashes that are accepted: one, or two
+from before the file is replaced until the manifest is written again, so that a kill in between leaves a good folder.
+"""
 
 from __future__ import annotations
 
 import datetime
 import functools
+import hashlib
 import platform
+import uuid
 from collections.abc import Collection, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Ge, MinLen
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedloom.errors import RunError
 from fedloom.file_formats import RUN_FOLDER
+from fedloom.run_folder import durable
 from fedloom.run_folder.durable import plain
 
 FORMAT = "fedloom-run"
+MANIFEST = "manifest.json"
+SEAL = "sha256"
 _PACKAGES = ("fedloom", "torch", "transformers", "peft", "datasets", "tokenizers", "safetensors", "numpy")
 _SHOWN_DIFFERENCES = 4
+
+
+class _Session(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    started: str
+    num_rounds_done: Annotated[int, Ge(0)]
+    threads: Annotated[int, Ge(1)] | None
+    versions: dict[str, str]
+
+
+class _Manifest(BaseModel):
+    """The shape of manifest.json."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: str
+    format_version: int
+    run: str
+    identity: dict[str, Any]
+    files: dict[str, Annotated[list[str], MinLen(1)]]
+    sessions: Annotated[list[_Session], MinLen(1)]
 
 
 @functools.cache
@@ -36,7 +70,9 @@ def new_manifest(config: Mapping[str, Any], identity: Mapping[str, Any]) -> dict
     return {
         "format": FORMAT,
         "format_version": RUN_FOLDER.number,
+        "run": uuid.uuid4().hex,
         "identity": plain(identity),
+        "files": {},
         "sessions": [_session(config, 0)],
     }
 
@@ -50,6 +86,20 @@ def resumed_manifest(manifest: Mapping[str, Any], config: Mapping[str, Any], num
     return {**manifest, "format_version": RUN_FOLDER.number, "sessions": sessions}
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest of the run folder ``path``.
+
+    Raises:
+        RunError: it is damaged, of something else, or of a format that this version does not read.
+    """
+    return check_manifest(path / MANIFEST, durable.read_json(path / MANIFEST))
+
+
+def write_manifest(path: Path, manifest: Mapping[str, Any]) -> None:
+    """Replace the manifest of the run folder ``path``."""
+    durable.write_json(path / MANIFEST, sealed(manifest))
+
+
 def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
     """Return what the file ``path`` holds, where it is the manifest of a run that this version reads.
 
@@ -58,22 +108,53 @@ def check_manifest(path: Path, manifest: Any) -> dict[str, Any]:
     """
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise RunError(f"{path}: expected a manifest of fedloom, found another file: choose another folder")
-    sessions = _sessions(manifest)
-    written_by = sessions[-1]["versions"].get("fedloom") if sessions else None
-    RUN_FOLDER.check(path, manifest.get("format_version"), RunError, written_by)
-    if not sessions or not isinstance(manifest.get("identity"), dict):
+    RUN_FOLDER.check(path, manifest.get("format_version"), RunError, _written_by(manifest))
+    return unsealed(path, manifest, _Manifest, "restore it, or choose another folder")
+
+
+def sealed(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a document with the hash of its content."""
+    return {**plain(document), SEAL: _seal_of(document)}
+
+
+def unsealed(path: Path, document: Any, shape: type[BaseModel], remedy: str) -> dict[str, Any]:
+    """Return what :func:`sealed` was given, after a check of shape and hash.
+
+    Raises:
+        RunError: the document read from ``path`` has another shape or is not what was written.
+    """
+    try:
+        found = plain(document) if isinstance(document, dict) else {}
+        seal, got = found.pop(SEAL, None), _seal_of(found)
+        shape.model_validate(found)
+    except RecursionError as error:
+        raise RunError(f"{path}: expected what the run wrote, found lists nested too deep; {remedy}") from error
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"])) or type(document).__name__
         raise RunError(
-            f"{path}: expected the run's identity and sessions, found a damaged file; restore it, or start over with "
-            "--fresh"
+            f"{path}: expected what the run wrote, found a damaged file ({where}: {first['msg'].lower()}); {remedy}"
+        ) from error
+    if seal != got:
+        raise RunError(
+            f"{path}: expected what the run wrote (sha256 {str(seal)[:12]}), got something else (sha256 {got[:12]}); "
+            f"{remedy}"
         )
-    return manifest
+    return dict(found)
 
 
-def _sessions(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the sessions that say what they ran on."""
-    found = manifest.get("sessions")
-    sessions = found if isinstance(found, list) else []
-    return [one for one in sessions if isinstance(one, dict) and isinstance(one.get("versions"), dict)]
+def _seal_of(document: Mapping[str, Any]) -> str:
+    in_order = dict(sorted(plain(document).items()))
+    return hashlib.sha256(durable.encode_json(in_order).encode()).hexdigest()
+
+
+def _written_by(manifest: Mapping[str, Any]) -> str | None:
+    """Return the version of fedloom that a manifest of any format names."""
+    sessions = manifest.get("sessions")
+    last = sessions[-1] if isinstance(sessions, list) and sessions else None
+    named = last.get("versions") if isinstance(last, dict) else None
+    version = named.get("fedloom") if isinstance(named, dict) else None
+    return version if isinstance(version, str) else None
 
 
 def _session(config: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
@@ -83,17 +164,13 @@ def _session(config: Mapping[str, Any], num_rounds_done: int) -> dict[str, Any]:
 
 
 def changed_threads(manifest: Mapping[str, Any]) -> str | None:
-    """Say what it changes that this session computes with another number of threads than the last; None if it has not.
-
-    Runs of earlier versions did not record theirs.
-    """
+    """Say what another number of threads than the last session's changes; None where it is the same."""
     *before, now = manifest["sessions"]
-    if not before or before[-1].get("threads") == now["threads"]:
+    if not before or before[-1]["threads"] == now["threads"]:
         return None
-    was = before[-1].get("threads") or "not recorded"
     return (
-        f"engine.threads is {now['threads']} now; for the rounds before it was {was}. Sums round otherwise, so the "
-        "result can differ in its last bits from that of one number throughout"
+        f"engine.threads is {now['threads']} now; for the rounds before it was {before[-1]['threads']}. Sums "
+        "round otherwise, so the result can differ in its last bits from that of one number throughout"
     )
 
 

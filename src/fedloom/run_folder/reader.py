@@ -1,4 +1,4 @@
-"""A run folder as read: nothing is locked, changed or repaired."""
+"""A run folder as read: nothing is locked, changed or repaired, and what is not as it was written is refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.errors import RunError
-from fedloom.run_folder import durable
-from fedloom.run_folder.claim import RECORD, complete_lines, read_manifest, rounds_done
-
-ADAPTER = "adapter"
+from fedloom.run_folder.contents import (
+    ADAPTER,
+    PEFT_FILES,
+    RoundFiles,
+    check_adapter,
+    check_end,
+    read_object,
+    records_of,
+)
+from fedloom.run_folder.manifest import MANIFEST, read_manifest
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,23 @@ class StoredRun:
     def adapter_folder(self) -> Path | None:
         """Where the result is, or None while there is none."""
         folder = self.path / ADAPTER
-        return folder if (folder / "adapter_config.json").exists() else None
+        return folder if (folder / PEFT_FILES[0]).exists() else None
+
+    def check_adapter(self, name: str = ADAPTER) -> None:
+        """Check the result's files, or those of one client's: ``adapter/client-<k>``.
+
+        Raises:
+            RunError: one is missing or not what was written.
+        """
+        check_adapter(self.path, self.manifest, name)
+
+    def round_files(self, n: int) -> RoundFiles:
+        """Return the files of round ``n``.
+
+        Raises:
+            RunError: the round is missing, or its list of files is not what was written.
+        """
+        return RoundFiles.of(self.path, self.manifest, n)
 
     def evaluations(self) -> list[Mapping[str, Any]]:
         """Return the records that hold an evaluation, in order."""
@@ -66,23 +88,27 @@ def read_run(path: Path) -> StoredRun:
         raise RunError(
             f"{path}: expected a run folder, as `fedloom run --out` makes it, found no folder; check the path"
         )
-    if not (path / "manifest.json").exists():
+    if not (path / MANIFEST).exists():
         raise RunError(f"{path}: expected a run folder, found one without manifest.json; name the folder of a run")
     manifest = read_manifest(path)
-    finished = path / "finished.json"
+    finished = read_object(path, manifest, "finished.json") if (path / "finished.json").exists() else None
+    records = records_of(path, manifest)
+    if finished is not None:
+        check_end(path, finished, len(records))
     return StoredRun(
         path=path,
-        config=durable.read_json(path / "config.json"),
+        config=read_object(path, manifest, "config.json"),
         manifest=manifest,
-        records=tuple(_records(path)),
-        holdings=_holdings(path / "holdings.json"),
-        finished=durable.read_json(finished) if finished.exists() else None,
+        records=tuple(records),
+        holdings=_holdings(path, manifest),
+        finished=finished,
     )
 
 
 def missing_adapters(path: Path, finished: Mapping[str, Any]) -> list[Path]:
-    """Return the adapters' folders that the finished run in ``path`` wrote and that no longer exist."""
-    return [path / name for name in finished.get("adapters", ()) if not (path / name / "adapter_config.json").is_file()]
+    """Return the adapters' folders that the finished run in ``path`` wrote and that are no longer there as a whole."""
+    names = finished.get("adapters", ())
+    return [path / name for name in names if not all((path / name / file).is_file() for file in PEFT_FILES)]
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -91,9 +117,9 @@ def find_runs(path: Path) -> list[Path]:
     Raises:
         RunError: there is no run in it.
     """
-    if (path / "manifest.json").exists() or not path.is_dir():
+    if (path / MANIFEST).exists() or not path.is_dir():
         return [path]
-    inside = sorted(entry for entry in path.iterdir() if (entry / "manifest.json").exists())
+    inside = sorted(entry for entry in path.iterdir() if (entry / MANIFEST).exists())
     if not inside:
         raise RunError(f"{path}: expected a run folder, or a folder of run folders, found no run in it; check the path")
     return inside
@@ -108,21 +134,7 @@ def holdings_document(holdings: list[Holding], group: str | None) -> dict[str, A
     return {"group": group, "clients": clients}
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
-    """Return the completed rounds' records, from the rounds themselves where metrics.jsonl does not hold them all."""
-    lines = complete_lines(path / "metrics.jsonl")
-    rounds = rounds_done(path)
-    if [line.get("round") for line in lines] == rounds or not rounds:
-        return lines
-    return [durable.read_json(path / "rounds" / str(n) / RECORD) for n in rounds]
-
-
-def _holdings(path: Path) -> tuple[Holding, ...]:
-    if not path.exists():
+def _holdings(path: Path, manifest: Mapping[str, Any]) -> tuple[Holding, ...]:
+    if not (path / "holdings.json").exists():
         return ()
-    try:
-        return tuple(Holding(**client) for client in durable.read_json(path)["clients"])
-    except (KeyError, TypeError) as error:
-        raise RunError(
-            f"{path}: expected the clients' names and numbers of rows, got {error!r}; restore the file"
-        ) from error
+    return tuple(Holding(**client) for client in read_object(path, manifest, "holdings.json")["clients"])

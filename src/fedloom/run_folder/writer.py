@@ -2,30 +2,44 @@
 
     runs/x/
       config.json         settings, resolved
-      manifest.json       versions, seeds, hashes of base, data and partition
+      manifest.json       versions, seeds, hashes of base, data and partition, and of the files beside it
       partition.json      who owns which row
       holdings.json       what each client holds, counted by group, for people and the report
       metrics.jsonl       one record per round
       tensorboard/        the same as events
-      rounds/<n>/         record.json, state/ (pruned), clients/, global/
+      rounds/<n>/         record.json, state/ (pruned), clients/, global/, and hashes.json of all these
       adapter/            the result, a PEFT folder
       finished.json       there once the run is complete
 
 A round exists when ``rounds/<n>`` does: it is filled under a temporary name and renamed. ``metrics.jsonl`` is rebuilt
-from the rounds at every start, so it never holds half a line or a round that did not complete.
+from the rounds at every start and never read, so it never holds half a line or a round that did not complete.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import Any, Self
 
 from fedloom.errors import RunError
 from fedloom.run_folder import claim, durable
-from fedloom.run_folder.claim import ENTRIES, READY, RECORD, complete_lines, inside
+from fedloom.run_folder.claim import ENTRIES, READY, inside
+from fedloom.run_folder.contents import (
+    HASHES,
+    RECORD,
+    ROUNDS,
+    STATE,
+    RoundFiles,
+    hashes_in,
+    read_object,
+    records_of,
+    rounds_done,
+    sha256,
+)
+from fedloom.run_folder.manifest import MANIFEST, write_manifest
 
 MAY_CHANGE = ("federation.num_rounds", "engine", "run.keep_states", "run.trackers", "model.trust_remote_code")
 _RETRY = "free space or mend the disk, then run the same command again"
@@ -105,13 +119,14 @@ class RunFolder:
         claim.refuse_other_identity(self.path, known, durable.plain(identity))
         if not known.keys() >= identity.keys():
             self.manifest["identity"] = {**known, **durable.plain(identity)}
-            self.write_json("manifest.json", self.manifest)
+            with durable.explained(str(self.path / MANIFEST), f"the run is kept: {_RETRY}"):
+                write_manifest(self.path, self.manifest)
 
     # Rounds
 
     def rounds(self) -> list[int]:
         """Return the numbers of the completed rounds, in order."""
-        return claim.rounds_done(self.path)
+        return rounds_done(self.path)
 
     def last_round(self) -> int | None:
         """Return the number of the last completed round, or None before the first."""
@@ -131,7 +146,7 @@ class RunFolder:
         Raises:
             RunError: the round exists already, or the disk is full or read-only; the rounds before it are untouched.
         """
-        final = self.path / "rounds" / str(n)
+        final = self.round_path(n)
         if final.exists():
             raise RunError(f"{final} exists: expected the next round to be {(self.last_round() or 0) + 1}, got {n}")
         record = {"round": n, **{key: value for key, value in record.items() if key != "round"}}
@@ -139,28 +154,24 @@ class RunFolder:
             (self.path / "finished.json").unlink(missing_ok=True)
             final.parent.mkdir(exist_ok=True)
             encoded = {RECORD: durable.encode_json(record).encode(), **(files or {})}
-            self._publish(final, encoded, writers or {})
+            with self._filled(encoded, writers or {}) as temporary:
+                (temporary / HASHES).write_bytes(RoundFiles.listed(self.manifest["run"], n, temporary))
+                durable.publish(temporary, final)
             self._append_metrics(record)
 
-    def read_round_file(self, n: int, name: str) -> bytes:
-        """Return one file of round ``n``.
+    def round_files(self, n: int) -> RoundFiles:
+        """Return the files of round ``n``.
 
         Raises:
-            RunError: the round or the file is missing.
+            RunError: the round is missing, or its list of files is not what was written.
         """
-        path = self.round_path(n) / inside(name)
-        try:
-            return path.read_bytes()
-        except OSError as error:
-            raise RunError(
-                f"{path}: expected a file of round {n}, got {error.strerror}; restore it, or start over with --fresh"
-            ) from error
+        return RoundFiles.of(self.path, self.manifest, n)
 
     def round_path(self, n: int) -> Path:
         """Return the folder of round ``n``, to read from."""
-        return self.path / "rounds" / str(n)
+        return self.path / ROUNDS / str(n)
 
-    def prune(self, keep: int, entry: str = "state") -> None:
+    def prune(self, keep: int, entry: str = STATE) -> None:
         """Remove ``rounds/<n>/<entry>`` of all but the last ``keep`` (at least 1) rounds."""
         if keep < 1:
             raise ValueError(f"expected to keep at least 1 round's {entry}, got {keep}")
@@ -168,29 +179,46 @@ class RunFolder:
             claim.remove(self.path, self.round_path(n) / inside(entry))
 
     def records(self) -> list[dict[str, Any]]:
-        """Return the records of the completed rounds, in order."""
-        return complete_lines(self.path / "metrics.jsonl")
+        """Return the records of the completed rounds, in order.
+
+        Raises:
+            RunError: a round is missing, or its record is not what was written.
+        """
+        return records_of(self.path, self.manifest)
 
     # Other entries
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace the file ``name`` by ``value`` as JSON."""
-        path = self._entry(name)
+        self.write_bytes(name, durable.json_bytes(value))
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Replace the file ``name``, after the manifest names its hash."""
+        path, hashes = self._entry(name), {name: sha256(data)}
         with durable.explained(str(path), f"the run is kept: {_RETRY}"):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write_json(path, value)
+            claim.announce(self.path, self.manifest, hashes)
+            durable.write_bytes(path, data)
+            claim.settle(self.manifest, hashes)
 
     def read_json(self, name: str) -> Any:
-        """Return the content of the JSON file ``name``."""
-        return durable.read_json(self._entry(name))
+        """Return the content of the JSON file ``name``.
+
+        Raises:
+            RunError: it is missing or not what was written.
+        """
+        return read_object(self.path, self.manifest, self._entry(name).name)
 
     def write_folder(self, name: str, writer: Writer) -> None:
         """Replace the folder ``name`` by what ``writer`` writes into the path it is given, all or nothing."""
         final = self._entry(name)
         ready = self.path / f"{READY}{name}"
         with durable.explained(str(final), f"the run is kept: {_RETRY}"):
-            self._publish(ready, {}, {"": writer})
+            with self._filled({}, {"": writer}) as temporary:
+                hashes = {f"{name}/{file}": found for file, found in hashes_in(temporary).items()}
+                claim.announce(self.path, self.manifest, hashes)
+                durable.publish(temporary, ready)
             claim.roll_forward(ready)
+            claim.settle(self.manifest, hashes)
 
     def finish(self, record: Mapping[str, Any]) -> None:
         """Mark the run as complete; a later round (after an extension) takes the mark away."""
@@ -206,10 +234,10 @@ class RunFolder:
             raise ValueError(f"expected an entry of the run folder ({', '.join(ENTRIES)}), got {name!r}")
         return self.path / inside(name)
 
-    def _publish(self, final: Path, files: Mapping[str, bytes], writers: Mapping[str, Writer]) -> None:
-        temporary = durable.temporary_name(self.path)
-        try:
-            temporary.mkdir()
+    @contextmanager
+    def _filled(self, files: Mapping[str, bytes], writers: Mapping[str, Writer]) -> Iterator[Path]:
+        """Yield a temporary folder that holds the files and what the writers wrote; it is there to be renamed."""
+        with durable.temporary_folder(self.path) as temporary:
             for name, data in files.items():
                 path = temporary / inside(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -218,10 +246,7 @@ class RunFolder:
                 path = temporary / inside(name)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 writer(path)
-            durable.publish(temporary, final)
-        except BaseException:
-            durable.discard(temporary)
-            raise
+            yield temporary
 
     def _append_metrics(self, record: Mapping[str, Any]) -> None:
         with (self.path / "metrics.jsonl").open("ab") as file:
@@ -232,9 +257,7 @@ class RunFolder:
     def _repair_metrics(self) -> None:
         """Make metrics.jsonl hold exactly the completed rounds."""
         path = self.path / "metrics.jsonl"
-        lines = {line["round"]: line for line in complete_lines(path)}
-        kept = [lines.get(n) or durable.read_json(self.round_path(n) / RECORD) for n in self.rounds()]
-        wanted = "".join(durable.encode_json(record) + "\n" for record in kept).encode()
+        wanted = "".join(durable.encode_json(record) + "\n" for record in self.records()).encode()
         if not path.exists() or path.read_bytes() != wanted:
             with durable.explained(str(path), _RETRY):
                 durable.write_bytes(path, wanted)

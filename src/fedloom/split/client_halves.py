@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fedloom.clients.held_sides import HeldSides
 from fedloom.data.tokens import TokenSet
+from fedloom.lora.dropout import dropout_of
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
@@ -26,7 +27,7 @@ from fedloom.split.client_seam import Memory
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
 from fedloom.split.message_checks import Expected, fitting
-from fedloom.split.party import MakeOptimiser, Party, reseed_dropout, without
+from fedloom.split.party import MakeOptimiser, Party, without
 from fedloom.split.plan import Segment, SplitPlan
 from fedloom.split.split_step import run_bottom, tail_step
 from fedloom.training.loss import OutputHead
@@ -88,10 +89,11 @@ class LocalSplitClients:
         self._feedback = ErrorFeedback()
         self._sides = [HeldSides() for _ in segments]
         self._versions: dict[int, int] = {}
+        self._round = 0
 
     def begin(self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]) -> None:
         """Load every client's adapter into its slot and set up its optimiser."""
-        self._ready, self._graphs, self._parties, self._refused = {}, {}, {}, {}
+        self._ready, self._graphs, self._parties, self._refused, self._round = {}, {}, {}, {}, round
         self._broadcasts = {client: list(received) for client, received in broadcasts.items()}
         self._tallies = {client: _Tally() for client in broadcasts}
         self._memory = {client: dict(carried) for client, carried in memory.items()}
@@ -105,7 +107,6 @@ class LocalSplitClients:
         self._lora.set_side(Adapter(sides))
         for client, received in self._broadcasts.items():
             if received:
-                reseed_dropout(self._lora, client, self._plan.seed, round, client)
                 start, state = self._start_of(client), self._state_of(client)
                 self._parties[client] = Party(self._lora, client, start, self._plan, round, self._make, state)
 
@@ -139,7 +140,7 @@ class LocalSplitClients:
         targets = [self._targets_in(client, step, micro_batch) for client in clients]
         weights = torch.tensor([1.0 / max(1, whole[client]) for client in clients], dtype=torch.float64)
         weights_S = weights.repeat_interleave(torch.tensor(targets)).to(self._device)
-        self._route(counts)
+        self._route(counts, batch, step, micro_batch)
         received_TD = torch.cat([message.matrix.decode(self._dtype).to(self._device) for message in hidden])
         smoothing = self._plan.training.label_smoothing
         grad_TD, nats_S = tail_step(self._tail, self._head, received_TD, batch, weights_S, label_smoothing=smoothing)
@@ -246,7 +247,7 @@ class LocalSplitClients:
         if self._plan.is_frozen:
             return [self._frozen(cut_layer, client, own, step, micro_batch) for client, own in rows.items()]
         batch, counts = self._batch(rows)
-        self._route(counts)
+        self._route(counts, batch, step, micro_batch)
         hidden_TD = run_bottom(self._bottoms[cut_layer], batch)
         spans = _spans(counts)
         self._graphs.setdefault((step, micro_batch), []).append(_Graph(hidden_TD, spans))
@@ -282,11 +283,13 @@ class LocalSplitClients:
         lengths = {client: int(self._rows[client].lengths[list(own)].sum()) for client, own in rows.items()}
         return pack([self._rows[c].row(row) for c, own in rows.items() for row in own], self._device), lengths
 
-    def _route(self, counts: Mapping[int, int]) -> None:
+    def _route(self, counts: Mapping[int, int], batch: PackedBatch, step: int, micro_batch: int) -> None:
         if self._plan.is_frozen:
             self._lora.route_all(None)
-        else:
-            self._lora.route(list(counts.items()))
+            return
+        keys = [self._plan.row_keys(self._round, client, step, micro_batch) for client in counts]
+        dropout = dropout_of(self._plan.training.dropout, keys, batch.lengths, self._device)
+        self._lora.route(list(counts.items()), dropout)
 
     def _num_loss_tokens(self, client: int, step: int) -> int:
         return _count_targets(self._rows[client], self._plan.all_rows(client, step))

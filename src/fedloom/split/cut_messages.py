@@ -1,8 +1,8 @@
 """What crosses at every step of split training: activations and what the loss needs one way, gradients the other.
 
 Nothing else does: no token ids of the prompt, no keys or values, no masks (positions follow from the samples' lengths),
-and no labels where they stay with the client. A message is a flat record that is written as one safetensors blob; its
-``num_bytes`` is that blob's length, computed without writing it.
+and no labels where they stay with the client. A message is a flat record that is written as one safetensors blob with
+its hash behind it; its ``num_bytes`` is their length, computed without writing them.
 
 Letters: N samples, T tokens, D width, S supervised targets.
 """
@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.errors import UpdateError
-from fedloom.federation.blob import MAX_ENTRY_BYTES, read_head
+from fedloom.federation.blob import MAX_ENTRY_BYTES, SEAL_BYTES, read_head, sealed, unsealed
 from fedloom.split.codecs import Encoded
 
 _MAX_COUNT = 1 << 53
@@ -97,13 +97,12 @@ class SplitMessage:
             header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
             offset = span[1]
         length = len(json.dumps(header, separators=(",", ":")))
-        return 8 + length + (-length) % 8 + offset
+        return 8 + length + (-length) % 8 + offset + SEAL_BYTES
 
     def to_bytes(self) -> bytes:
-        """Write the message as one safetensors blob."""
+        """Write the message as one safetensors blob with its hash behind it."""
         tensors = {name: tensor.contiguous().cpu() for name, tensor in self._tensors().items()}
-        blob: bytes = save(tensors, metadata={"split": self._metadata()})
-        return blob
+        return sealed(save(tensors, metadata={"split": self._metadata()}))
 
     @classmethod
     def from_bytes(cls, blob: bytes) -> Self:
@@ -112,6 +111,7 @@ class SplitMessage:
         Raises:
             UpdateError: if the blob is not one; whether it is the one asked for is :mod:`.message_checks`'s to say.
         """
+        blob = unsealed(blob)
         head, entries = read_head(blob, _NUMBERS, len(_DIMENSIONS) * MAX_ENTRY_BYTES, "split")
         for name, (dtype, shape) in entries.items():
             if len(shape) != _DIMENSIONS.get(name) or dtype not in _ORDER:

@@ -9,7 +9,6 @@ from fedloom.errors import CutError
 from fedloom.federation.server import ServerRules
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.cut import cut, verify_cut
-from fedloom.seeding import torch_stream
 from fedloom.split.client_halves import LocalSplitClients
 from fedloom.split.parties import MakeStrategy, SplitParties
 from fedloom.split.party import MakeOptimiser, adamw
@@ -41,14 +40,8 @@ def local_parties(
         verify_cut(model, cut(model, cut_layer))
     lora.route_all(None)
     head = output_head(model)
-    device, dropout = next(model.parameters()).device, plan.training.dropout
-    names = [("dropout", 0, client) for client in range(plan.num_clients)] + [("dropout", 0, "server")]
-    generators = [torch_stream(plan.seed, *name, device=device) for name in names]
-    clients = zip(plan.ranks, plan.scales, strict=True)
-    sizes = [] if plan.is_frozen else list(clients)
-    ranks_and_scales = [*sizes, (plan.server_rank, plan.server_scale)]
-    used = generators[len(generators) - len(ranks_and_scales) :]
-    slots = [Slot(r, s, dropout, g) for (r, s), g in zip(ranks_and_scales, used, strict=True)]
+    sizes = [] if plan.is_frozen else list(zip(plan.ranks, plan.scales, strict=True))
+    slots = [Slot(rank, scale) for rank, scale in [*sizes, (plan.server_rank, plan.server_scale)]]
     parts = segments(plan, model, lora.shapes)
     return SplitParties(
         plan=plan,

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.seeding import derive
 from fedloom.split.plan import SplitPlan
 from fedloom.training.optimiser import ClientOptimiser, schedule
 
@@ -126,13 +125,6 @@ def load_partly(lora: LoRAModel, slot: int, adapter: Adapter) -> None:
     """Load an adapter of some modules into a slot; the others get zeros, which add nothing and are never trained."""
     rank = lora.slots[slot].rank
     lora.load(slot, _spread(adapter, lora, rank))
-
-
-def reseed_dropout(lora: LoRAModel, slot: int, seed: int, *name: str | int) -> None:
-    """Put a slot's stream of dropout masks at the start of a period's."""
-    generator = lora.slots[slot].generator
-    if generator is not None:
-        generator.manual_seed(derive(seed, "dropout", *name))
 
 
 def _spread(adapter: Adapter, lora: LoRAModel, rank: int) -> Adapter:

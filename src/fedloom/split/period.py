@@ -134,7 +134,7 @@ class Period:
             arrivals = [server.arrival(message) for message in self._intake.counted_targets(messages, micro_batch)]
         if not arrivals:
             return
-        server.forward(arrivals)
+        server.forward(arrivals, step, micro_batch)
         if self._plan.labels == "server":
             self._share = self._share or {arrival.client: arrival.num_loss_tokens for arrival in arrivals}
             server.weigh(self._share)

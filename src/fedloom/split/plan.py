@@ -14,6 +14,7 @@ from torch import nn
 from fedloom.errors import CutError, SettingsError
 from fedloom.federation.robust import RobustRule
 from fedloom.federation.sampling import sample_clients
+from fedloom.lora.dropout import row_keys
 from fedloom.models.cut import check_cuts, cuttable_parts, num_blocks
 from fedloom.split.codecs import WireDtype
 from fedloom.split.split_step import rows_of_step
@@ -112,6 +113,12 @@ class SplitPlan:
     def all_rows(self, client: int, step: int) -> NDArray[np.int64]:
         """Return the rows of a client's whole step."""
         return rows_of_step(self.seed, client, self.num_rows[client], self.training.batch_size, step)
+
+    def row_keys(self, round: int, client: int, step: int, micro_batch: int) -> NDArray[np.uint64]:
+        """Return the keys by which dropout knows the rows of a client's micro-batch, the same at client and server."""
+        size = self.training.batch_size
+        places = np.array_split(np.arange(step * size, (step + 1) * size), self.micro_batches)[micro_batch]
+        return row_keys(self.seed, round, client, places)
 
     def check(self, model: nn.Module, shapes: Shapes) -> None:
         """Refuse a plan that this model or these clients cannot follow.

@@ -9,15 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.models.causal import context_of
 from fedloom.models.cut import num_blocks
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
-from fedloom.split.party import MakeOptimiser, Party, reseed_dropout, without
+from fedloom.split.party import MakeOptimiser, Party, without
 from fedloom.split.plan import SplitPlan, block_of
-from fedloom.split.split_step import Arrival, ServerHalf, ServerPass, backward_from_labels, backward_from_tails
+from fedloom.split.split_step import (
+    Arrival,
+    ServerHalf,
+    ServerPass,
+    backward_from_labels,
+    backward_from_tails,
+    in_order_of_joining,
+)
 from fedloom.training.loss import OutputHead
 
 _ENDLESS = 1 << 20
@@ -52,6 +60,7 @@ class SplitServer:
         self.feedback = ErrorFeedback()
         self._cache: dict[int, dict[int, CachedRow]] = {}
         self._party: Party | None = None
+        self._round = 0
         self._done: ServerPass | None = None
 
     def begin(
@@ -59,7 +68,7 @@ class SplitServer:
     ) -> None:
         """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments yet."""
         self._lora.set_side(side)
-        reseed_dropout(self._lora, self._slot, self._plan.seed, round, "server")
+        self._round = round
         self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
 
     @property
@@ -124,10 +133,13 @@ class SplitServer:
             targets_S=message.targets_S,
         )
 
-    def forward(self, arrivals: Sequence[Arrival]) -> None:
-        """Run the server's blocks on all arrivals."""
-        self._lora.route_all(self._slot)
-        self._done = self._half.forward(arrivals, wants_gradients=not self._plan.is_frozen)
+    def forward(self, arrivals: Sequence[Arrival], step: int, micro_batch: int) -> None:
+        """Run the server's blocks on all arrivals of a micro-batch."""
+        ordered = in_order_of_joining(arrivals)
+        keys = [self._plan.row_keys(self._round, arrival.client, step, micro_batch) for arrival in ordered]
+        lengths = [length for arrival in ordered for length in arrival.lengths]
+        self._lora.route_all(self._slot, dropout_of(self._plan.training.dropout, keys, lengths, self._device))
+        self._done = self._half.forward(ordered, wants_gradients=not self._plan.is_frozen)
 
     def weigh(self, num_loss_tokens: Mapping[int, int]) -> None:
         """Set every client's share of the step: its supervised tokens among those of all."""

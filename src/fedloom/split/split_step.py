@@ -105,6 +105,11 @@ class ServerPass:
         }
 
 
+def in_order_of_joining(arrivals: Sequence[Arrival]) -> list[Arrival]:
+    """Return the arrivals as their token rows lie in the server's pass: by their cuts, the shallowest first."""
+    return sorted(arrivals, key=lambda arrival: arrival.cut_layer)
+
+
 class ServerHalf:
     """The server's blocks, in stages between the clients' distinct cuts, up to ``stop`` or to the final norm."""
 
@@ -118,7 +123,7 @@ class ServerHalf:
 
     def forward(self, arrivals: Sequence[Arrival], *, wants_gradients: bool) -> ServerPass:
         """Run all arrivals, each from its own cut, in one packed pass."""
-        ordered = sorted(arrivals, key=lambda arrival: arrival.cut_layer)
+        ordered = in_order_of_joining(arrivals)
         leaves = [arrival.hidden_TD.detach().requires_grad_(wants_gradients) for arrival in ordered]
         present: list[Tensor] = []
         lengths: list[int] = []

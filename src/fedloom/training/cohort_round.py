@@ -5,9 +5,9 @@ changes rounding at most. Per step and client the loss is the mean over all supe
 many micro-batches it is cut into.
 
 What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is given), the
-order of the rows (stream ``batches``), the dropout masks (stream ``dropout``), and with ``schedule_span = "round"``
-the learning-rate schedule with its warm-up. What persists: only what the caller passes in again, ``start``
-and ``optimiser_state``; with ``schedule_span = "run"`` the schedule continues from round to round.
+order of the rows (stream ``batches``), the dropout masks (one per row, :mod:`fedloom.lora.dropout`), and with
+``schedule_span = "round"`` the learning-rate schedule with its warm-up. What persists: only what the caller passes in
+again, ``start`` and ``optimiser_state``; with ``schedule_span = "run"`` the schedule continues from round to round.
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.batches import batches
 from fedloom.data.tokens import TokenSet
+from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import BOTH, Adapter, Factors, Pair
-from fedloom.seeding import stream, torch_stream
+from fedloom.seeding import stream
 from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
 from fedloom.training.packing import Row, hidden_states, num_targets, pack, split_by_tokens
@@ -37,8 +39,8 @@ class LocalTraining:
     """What a client does in a round. Exactly one of ``steps`` and ``epochs`` is given.
 
     A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
-    tokens of all clients together; a batch beyond either is accumulated over several passes, with the same result
-    (with dropout: other draws).
+    tokens of all clients together; a batch beyond either is accumulated over several passes, which changes
+    the result by rounding only: a row's dropout mask is its own.
     """
 
     learning_rate: float
@@ -133,12 +135,7 @@ def train_cohort(
         ModelError: if the model cannot train packed.
         AdapterError: if a start does not fit the model or its task's rank.
     """
-    device = next(lora.model.parameters()).device
-    slots = []
-    for task in tasks:
-        masks = torch_stream(seed, "dropout", round, task.client, device=device)
-        slots.append(Slot(task.rank, task.scale, settings.dropout, masks))
-    lora.open(slots)
+    lora.open([Slot(task.rank, task.scale) for task in tasks])
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head = output_head(lora.model)
@@ -161,6 +158,7 @@ class _MicroBatch:
 
     owner: _Client
     rows: list[Row]
+    keys: NDArray[np.uint64]
     num_tokens: int
     num_targets: int
     weight: float
@@ -173,7 +171,7 @@ class _Client:
         self, lora: LoRAModel, slot: int, task: ClientTask, settings: LocalTraining, seed: int, number: int
     ) -> None:
         self.slot, self.task = slot, task
-        self._lora, self._settings = lora, settings
+        self._lora, self._settings, self._seed, self._round = lora, settings, seed, number
         lora.load(slot, task.start)
         self._start = lora.adapter(slot)  # read back: the slot may round the start, and change_norm must not see that
         rng = stream(seed, "batches", number, task.client)
@@ -208,12 +206,14 @@ class _Client:
         learnt = sum(num_targets(supervised) for _, supervised in rows)
         self._batch_tokens, self._batch_targets, self._batch_nats = sum(lengths), learnt, 0.0
         self._examples += len(rows)
-        return [self._micro_batch([rows[i] for i in part], learnt) for part in parts]
+        places = self._examples - len(rows) + np.arange(len(rows))
+        keys = row_keys(self._seed, self._round, self.task.client, places)
+        return [self._micro_batch([rows[i] for i in part], keys[part], learnt) for part in parts]
 
-    def _micro_batch(self, rows: list[Row], targets_of_batch: int) -> _MicroBatch:
+    def _micro_batch(self, rows: list[Row], keys: NDArray[np.uint64], targets_of_batch: int) -> _MicroBatch:
         tokens = sum(len(ids) for ids, _ in rows)
         targets = sum(num_targets(supervised) for _, supervised in rows)
-        return _MicroBatch(self, rows, tokens, targets, 1.0 / max(1, targets_of_batch))
+        return _MicroBatch(self, rows, keys, tokens, targets, 1.0 / max(1, targets_of_batch))
 
     def add(self, sum_nats: float, seconds: float) -> None:
         """Record the loss and the time of one of this client's micro-batches."""
@@ -277,26 +277,27 @@ def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], se
     """Gather the gradients of every active client's next batch.
 
     The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one micro-batch
-    of a client at most, so that its stream of dropout masks is consumed in the same order whoever trains with it.
+    of a client at most.
     """
     waiting = [client.micro_batches() for client in active]
     for turn in range(max(len(parts) for parts in waiting)):
         ready = [parts[turn] for parts in waiting if turn < len(parts) and parts[turn].num_targets]
         for members in split_by_tokens([part.num_tokens for part in ready], settings.token_budget):
-            _run_pass(lora, head, [ready[i] for i in members], settings.label_smoothing)
+            _run_pass(lora, head, [ready[i] for i in members], settings)
 
 
-def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], label_smoothing: float) -> None:
+def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], settings: LocalTraining) -> None:
     """Run forward and backward over several clients' micro-batches, and record each one's losses and time."""
     begun = time.perf_counter()
     device = head.weight_VD.device
     batch = pack([row for part in parts for row in part.rows], device)
-    lora.route([(part.owner.slot, part.num_tokens) for part in parts])
+    dropout = dropout_of(settings.dropout, [part.keys for part in parts], batch.lengths, device)
+    lora.route([(part.owner.slot, part.num_tokens) for part in parts], dropout)
     hidden_SD = hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
     counts = [part.num_targets for part in parts]
     weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)
     loss, nats_S = supervised_cross_entropy(
-        hidden_SD, head, batch.targets_S, weights_S, label_smoothing=label_smoothing
+        hidden_SD, head, batch.targets_S, weights_S, label_smoothing=settings.label_smoothing
     )
     torch.autograd.backward(loss)
     sums = [float(part.sum()) for part in torch.split(nats_S.double().cpu(), counts)]

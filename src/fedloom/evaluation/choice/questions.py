@@ -60,7 +60,7 @@ def read_questions(file: Path) -> list[Question]:
 
 
 def _read_csv(file: Path, subject: str) -> Iterator[Question]:
-    for number, row in enumerate(csv.reader(StringIO(read_utf8(file), newline="")), start=1):
+    for number, row in enumerate(_cells(file), start=1):
         if number == 1 and row and row[0].strip().lower() == "question":
             continue
         if len(row) < 4:
@@ -69,6 +69,14 @@ def _read_csv(file: Path, subject: str) -> Iterator[Question]:
                 "correct or remove the row"
             )
         yield _question(row[0], row[1:-1], row[-1], subject, f"{file} row {number}")
+
+
+def _cells(file: Path) -> list[list[str]]:
+    reader = csv.reader(StringIO(read_utf8(file), newline=""))
+    try:
+        return list(reader)
+    except csv.Error as error:
+        raise EvaluationError(f"{file} line {reader.line_num}: expected CSV, got {error}; correct the line") from error
 
 
 def _from_row(row: dict[str, Any], where: str) -> Question:

@@ -113,7 +113,10 @@ def _table(path: Path, text: str, columns: tuple[str, str]) -> list[tuple[str, s
     """Return the two named columns; quoted as a whole or not, as published system outputs are."""
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.DictReader(StringIO(text, newline=""), delimiter=delimiter)
-    names: Mapping[str, str] = {name.lower().strip(): name for name in reader.fieldnames or ()}
+    try:
+        names: Mapping[str, str] = {name.lower().strip(): name for name in reader.fieldnames or ()}
+    except csv.Error as error:
+        raise EvaluationError(f"{path} line 1: expected CSV, got {error}: correct the line") from error
     if not set(columns) <= set(names):
         raise EvaluationError(
             f"{path}: expected the columns {columns[0]!r} and {columns[1]!r}, found {list(names)}: rename yours"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedloom.errors import AdapterError
+from fedloom.errors import AdapterError, RunError
 from fedloom.reporting.charts import Axis, Line, line_chart
 from fedloom.reporting.page.parts import choice, figure, table
 from fedloom.reporting.run_groups import RunGroup
@@ -19,8 +19,9 @@ def spectrum(groups: Sequence[RunGroup]) -> str:
     for group in groups:
         if group.first.adapter_folder is not None:
             try:
+                group.first.check_adapter()
                 found.append((group, spectra_of(group.first.adapter_folder)))
-            except AdapterError as error:
+            except (AdapterError, RunError) as error:
                 problems.append(element("p", text=f"Left out: {error}.", class_="warning"))
     lines = [
         Line(group.label, group.colour, [float(i + 1) for i in range(len(values))], values)

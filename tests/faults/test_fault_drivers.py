@@ -1,0 +1,68 @@
+"""The drivers of ``make faults`` find what they are there to find, and a small part of what they try is tried here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from faults.disk_faults import KILLED
+from faults.disk_trials import kills
+from faults.forked_commands import forked
+from faults.hostile_clients import powers
+from faults.mutated_inputs import Reader, readers, tried
+from faults.mutations import JSON
+
+from fedloom.errors import DataError
+
+
+def test_a_process_dies_in_the_middle_of_the_write_that_is_named(tmp_path: Path) -> None:
+    def write() -> None:
+        (tmp_path / "first").write_text("whole")
+        (tmp_path / "second").write_text("four")
+
+    changes = forked(tmp_path, write).changes
+    assert changes == ("open first", "write first", "open second", "write second")
+    assert forked(tmp_path, write, at=3).code == KILLED
+    assert [(tmp_path / name).read_text() for name in ("first", "second")] == ["whole", "fo"]
+
+
+def test_a_refused_disk_refuses_what_comes_after_too_but_removals(tmp_path: Path) -> None:
+    def write() -> None:
+        for name in ("first", "second"):
+            with pytest.raises(OSError, match="space"):
+                (tmp_path / name).write_text("four")
+        (tmp_path / "first").unlink()
+
+    assert forked(tmp_path, write, at=1, number=28).code == 0
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_reader_that_crashes_or_believes_is_found() -> None:
+    def careless(data: bytes) -> object:
+        try:
+            return json.loads(data)["a"] + 1
+        except ValueError as error:
+            raise DataError("no JSON") from error
+
+    found = tried(Reader("careless", [b'{"a": 1}'], careless, JSON), 40)
+    assert any("KeyError" in line or "TypeError" in line for line in found.wrong)
+    believing = tried(Reader("believing", [b'{"a": 1}'], lambda data: None, JSON, hashed=True), 5)
+    assert len(believing.wrong) == believing.total
+
+
+def test_a_few_mutated_inputs_of_every_reader_are_refused(tmp_path: Path) -> None:
+    wrong = [line for reader in readers(tmp_path) for line in tried(reader, 4).wrong]
+    assert wrong == []
+
+
+def test_a_killed_command_ends_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    tallies = kills(tmp_path / "bench", 1, lambda line: None, only=["recipes copy"])
+    assert [one.wrong for one in tallies] == [[]]
+
+
+@pytest.mark.parametrize("method", ["fedit", "rolora"])
+def test_a_hostile_client_stays_within_the_bound_on_the_wire(method: str) -> None:
+    found = list(powers(method, 0.1))
+    assert found
+    assert all(one.is_within for one in found)
