@@ -32,7 +32,7 @@ REVOKED = "disabled_clients.json"
 """FLARE's file of names that its server turns away, in the server's kit."""
 _PROFILE, _AUTHORITY = "profile.yaml", "ca.json"
 _LARGEST_MEMBER = 1 << 20
-_EXISTS = "CERT_ALREADY_EXISTS"
+_EXISTS, _FOREIGN = "CERT_ALREADY_EXISTS", "ROOTCA_FINGERPRINT_MISMATCH"
 
 
 @dataclass(frozen=True)
@@ -80,19 +80,28 @@ def begin(study: Study, project: str, host: str, port: int, authority: Path) -> 
         if path.exists() and any(path.iterdir()):
             raise RunError(f"{path} ({name}): expected a new folder, got one with files; choose another, or remove it")
     authority.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        fingerprint = _begin(project, host, port, authority, kit)
+    except BaseException:  # half an authority would stand in the way of the next try
+        shutil.rmtree(authority, ignore_errors=True)
+        raise
+    return Begun(project, fingerprint, authority, kit)
+
+
+def _begin(project: str, host: str, port: int, authority: Path, kit: Path) -> str:
     server = {"host": host, "fed_learn_port": port, "admin_port": port}
     profile = {"name": project, "scheme": "grpc", "connection_security": "mtls", "server": server}
-    # Without --org: the root's subject would have one and its issuer not, and no certificate would verify.
     _write_yaml(authority / _PROFILE, profile)
+    # Without --org: the root's subject would have one and its issuer not, and no certificate would verify.
     made = _flare("cert", "init", "--profile", authority / _PROFILE, "-o", authority)
     fingerprint = str(made["rootca_fingerprint_sha256"])
     with _workplace(kit.parent) as place:
-        asked = place / "request"
+        asked, signed = place / "request", place / f"{host}.signed.zip"
         _participant(place / "server.yaml", project, host, "server", "coordinator")
         _flare("cert", "request", "-p", place / "server.yaml", "--out", asked)
-        _sign(authority, asked / f"{host}.request.zip", place / "signed.zip")
-        _package(place, place / "signed.zip", asked, fingerprint, kit, "server")
-    return Begun(project, fingerprint, authority, kit)
+        _sign(authority, asked / f"{host}.request.zip", signed)
+        _package(place, signed, asked, fingerprint, kit, "server")
+    return fingerprint
 
 
 def request(name: str, project: str, organisation: str, folder: Path) -> Path:
@@ -309,6 +318,12 @@ def _refusal(answer: Mapping[str, Any], what: Path | None) -> FedloomError:
         path = message.rpartition(" ")[2]
         return RunError(f"{path}: expected no such file yet, got one; remove it, or choose another folder")
     head = "" if what is None else f"{what}: "
+    if answer.get("error_code") == _FOREIGN:
+        wanted, _, found = hint.removeprefix("Expected ").partition("; actual ")
+        return RunError(
+            f"{head}expected the root {wanted} (--fingerprint), got {found.partition('.')[0]}: another project's, or "
+            "somebody between; ask the coordinator for the fingerprint by telephone"
+        )
     return RunError(f"{head}expected what FLARE takes, got: {message}; {hint[:1].lower() + hint[1:] or 'correct it'}")
 
 
