@@ -19,6 +19,11 @@ from fedloom.run_folder import durable
 Role = Literal["server", "client"]
 
 ROLES = ("project_admin", "org_admin", "lead", "member")
+_CONNECTIONS = {
+    "allow_adhoc_conns": False,
+    # FLARE listens on loopback for processes of jobs; there are none, and without a certificate none gets in.
+    "internal": {"scheme": "tcp", "resources": {"host": "localhost", "connection_security": "mtls"}},
+}
 REMEDY = "install the kit again (fedloom site install), or restore that file"
 _COMPONENT = {"server": "fedloom.sites.flare_server.FedloomServer", "client": "fedloom.sites.flare_site.FedloomSite"}
 _HEART_BEAT_SECONDS = 60
@@ -63,6 +68,7 @@ def close_kit(folder: Path, role: Role) -> None:
     durable.write_json(local / "resources.json", _resources(folder, role))
     rights = {"format_version": "1.0", "permissions": dict.fromkeys(ROLES, "none")}
     durable.write_json(local / "authorization.json", rights)
+    durable.write_json(local / "comm_config.json", _CONNECTIONS)
     for path in (*local.glob("*.default"), *local.glob("*.sample")):
         if path.name != "log_config.json.default":
             path.unlink()
@@ -87,6 +93,9 @@ def check_kit(folder: Path | str, role: Role) -> FlareKit:
 def _open_doors(folder: Path, role: Role) -> Iterator[str]:
     yield from _foreign_files(folder)
     yield from _startup_doors(_startup(folder, role), role)
+    path = folder / "local" / "comm_config.json"
+    if (found := _json(path)) != _CONNECTIONS:
+        yield f"{path}: expected {json.dumps(_CONNECTIONS)}, got {_shown(found)}"
     path = folder / "local" / "resources.json"
     resources, wanted = _json(path), _resources(folder, role)
     for key in sorted({*resources, *wanted}):
@@ -151,6 +160,9 @@ def _foreign_files(folder: Path) -> Iterator[str]:
     for place in (folder / "startup", folder / "local"):
         for path in sorted(place.glob("*_resources.json")):
             yield f"{path}: expected no further resources, got a file that FLARE reads at its start"
+    for path in sorted(folder.rglob("comm_config*")):  # FLARE takes the first that it finds, wherever that is
+        if path != folder / "local" / "comm_config.json":
+            yield f"{path}: expected one file of connections, in local/, got another"
     local = folder / "local"
     for name in ("custom", "privacy.json", "study_runtime.yaml"):
         if (local / name).exists():
