@@ -160,7 +160,7 @@ def _held(site: SiteSettings) -> Iterator[None]:
 def _left_between_tasks(stop: threading.Event, note: Callable[[str], None]) -> Iterator[None]:
     """Let ctrl-c, and a service that is stopped, end the site after the task in progress; again: at once."""
 
-    def leave(number: int, _: object) -> None:
+    def leave(_number: int, _frame: object) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
         note("leaving after the task in progress; once more: at once")

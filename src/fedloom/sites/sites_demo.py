@@ -17,6 +17,7 @@ from fedloom import config
 from fedloom.data.sources import Split, load_rows
 from fedloom.errors import RunError
 from fedloom.experiment.session import run
+from fedloom.methods import table
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import read_run
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
@@ -24,11 +25,12 @@ from fedloom.sites.throwaway_certificates import ThrowawayRoot
 NAMES = ("berlin", "oslo", "rome")
 RANKS = (16, 8, 4)
 _MARK = "fedloom-sites-demo.json"
-_KILLED, _SECONDS = "oslo", 600.0
+_KILLED, _SECONDS = "oslo", 1800.0
 _RECIPE: Mapping[str, Mapping[str, Any]] = {
-    "method": {"name": "flora", "ranks": list(RANKS)},
-    "federation": {"num_rounds": 8},
-    "training": {"local_steps": 40, "batch_size": 16, "learning_rate": 1e-3},
+    "method": {"name": next(iter(table.shipped("starts_fresh"))), "ranks": list(RANKS)},
+    "federation": {"num_rounds": 10},
+    "training": {"local_steps": 10, "batch_size": 16, "learning_rate": 3e-3},
+    "evaluation": {"every": 5},
 }
 _WORDING = {"template": "plain"}
 
@@ -149,7 +151,7 @@ def _prepare(out: Path) -> None:
 
 def _write_files(out: Path) -> Path:
     """Write rows, kits and files of the sites and of the study; return the study's."""
-    root, rows = ThrowawayRoot(), list(load_rows("embedded", Split.TRAIN))
+    root, rows = ThrowawayRoot(), list(load_rows("embedded", Split.TRAIN).rows)
     root.write(out / "kit", "server", "server")
     address = f"127.0.0.1:{_free_port()}"
     for number, name in enumerate(NAMES):

@@ -1,0 +1,31 @@
+"""The examples of the pages are a study and a site as they are read."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.sites.site_settings import resolve_site
+from fedloom.sites.study import resolve_study
+
+PAGES = Path(__file__).parents[2] / "docs" / "sites"
+
+
+def example(page: str) -> dict[str, Any]:
+    (block,) = re.findall(r"^```toml\n(.*?)^```$", (PAGES / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return tomllib.loads(block)
+
+
+def test_the_coordinators_example_is_a_study() -> None:
+    study = resolve_study(example("coordinator.md"), "study.toml")
+    assert study.settings.client_ranks == (16, 8, 4)
+
+
+def test_the_owners_example_is_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.jsonl").touch()
+    assert resolve_site(example("site-owner.md"), "site.toml").policy.confirm == "first"
