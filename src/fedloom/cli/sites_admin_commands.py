@@ -120,15 +120,12 @@ def site_install(
 
 def add_commands(site: typer.Typer, sites: typer.Typer) -> None:
     """Add the commands to the groups of sites and of their coordinator."""
-    for name, command in (("request", site_request), ("install", site_install)):
-        site.command(name)(command)
-    for name, command in (
-        ("init", sites_init),
-        ("approve", sites_approve),
-        ("list", sites_list),
-        ("revoke", sites_revoke),
-    ):
-        sites.command(name)(command)
+    site.command("request")(site_request)
+    site.command("install")(site_install)
+    sites.command("init")(sites_init)
+    sites.command("approve")(sites_approve)
+    sites.command("list")(sites_list)
+    sites.command("revoke")(sites_revoke)
 
 
 def _authority(study: Path, given: Path | None) -> Path:

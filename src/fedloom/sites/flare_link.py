@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import multiprocessing
 import os
 import queue
 import subprocess
@@ -16,7 +17,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from multiprocessing import Pipe as pipe_ends
 from pathlib import Path
 
 from fedloom.errors import MissingExtraError, RunError
@@ -37,14 +37,19 @@ from fedloom.sites.flare_pipe import (
     Pipe,
     pieces,
 )
+from fedloom.sites.grpc_link import unreachable
+from fedloom.sites.kit import read_kit
 from fedloom.sites.kit_check import FlareKit
 from fedloom.sites.link import SEND_SECONDS, SERVER
 
 FRAMES_WAITING = 8
 _START_SECONDS = 120.0
 _CLOSE_SECONDS = 3.0
+_EXPLAIN_SECONDS = 10.0
 _LONGEST_WAIT = 5.0
 CONSOLE = "console.log"
+"""What FLARE's process prints, in the kit's folder."""
+_TURNED_AWAY = "error:client_registration "
 
 
 class FlareLink:
@@ -115,10 +120,14 @@ class FlareLink:
         self._end_process()
         self._runner.join(_CLOSE_SECONDS)
 
-    def last_line(self) -> str:
-        """Return the last thing that FLARE said, for a person whom it keeps waiting."""
+    def reason(self) -> str:
+        """Return what FLARE said last that explains an end, for a person."""
         path = self._kit.folder / CONSOLE
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+        for mark in (_TURNED_AWAY, "Error: ", "ERROR - "):
+            for line in reversed(lines):
+                if mark in line:
+                    return line.partition(mark)[2].strip() if mark == _TURNED_AWAY else line.strip()
         return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")
 
     def _run(self) -> None:
@@ -136,11 +145,11 @@ class FlareLink:
             self._is_closed.wait(wait)
 
     def _ended(self, code: int) -> None:
-        self._note(f"FLARE's process ended (exit code {code}: {self.last_line()}); starting it again")
+        self._note(f"FLARE's process ended (exit code {code}: {self.reason()}); starting it again")
 
     def _carry(self) -> None:
         """Start FLARE's process and take what it says, to its end."""
-        ours, theirs = pipe_ends()
+        ours, theirs = multiprocessing.Pipe()
         environment = {**os.environ, DESCRIPTOR: str(theirs.fileno()), NAMES: json.dumps(self._receivers)}
         with (self._kit.folder / CONSOLE).open("wb") as console:
             self.process = subprocess.Popen(
@@ -228,7 +237,7 @@ class FlareServerLink(FlareLink):
         if self.is_started.is_set():
             super()._ended(code)
         else:
-            self._failure = f"exit code {code}, {self.last_line()}"
+            self._failure = f"exit code {code}, {self.reason()}"
 
 
 class FlareSiteLink(FlareLink):
@@ -243,6 +252,27 @@ class FlareSiteLink(FlareLink):
             MissingExtraError: FLARE is not installed.
         """
         super().__init__(kit, (SERVER,), largest_frame, note, refused)
+        threading.Thread(target=self._explain, daemon=True).start()
+
+    def _ended(self, code: int) -> None:
+        reason = self.reason()
+        if reason.endswith("is disabled"):
+            self._refused(f"{self._kit.address}: the server turned this site away: {self._kit.name} is revoked")
+            return
+        super()._ended(code)
+
+    def _explain(self) -> None:
+        """Say why there is no server, where FLARE only tries again."""
+        kit, told = read_kit(self._kit.folder, "client"), ""
+        while not self._is_closed.wait(_EXPLAIN_SECONDS):
+            if self.connected:
+                told = ""
+                continue
+            why = unreachable(self._kit.address, kit)
+            why = why or "the server answers, but does not take this site in (a revoked one, or not yet)"
+            if why != told:
+                self._note(f"{self._kit.address}: {why}; trying again")
+            told = why
 
 
 def _command(kit: FlareKit) -> list[str]:

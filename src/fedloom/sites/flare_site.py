@@ -47,7 +47,7 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
         if pipe is None:
             self.log_error(fl_ctx, "this kit is started by `fedloom site run`, not by itself; it takes no part")
             return
-        self._pipe, self._is_connected = pipe, threading.Event()
+        self._pipe, self._is_connected, self._is_refused = pipe, threading.Event(), False
         self._cell = fl_ctx.get_engine().get_cell()
         self._cell.register_request_cb(channel=CHANNEL, topic=DOWN, cb=self._take)
         threading.Thread(target=self._listen, name="fedloom", daemon=True).start()
@@ -81,7 +81,9 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
         if reply.get_header(MessageHeaderKey.RETURN_CODE) != ReturnCode.OK:
             return False
         if reply.payload is not None and bytes(reply.payload) == STRANGER:
-            self._pipe.put(Event(REFUSED, SERVER))
+            if not self._is_refused:
+                self._is_refused = True
+                self._pipe.put(Event(REFUSED, SERVER))
             return False
         return True
 
@@ -94,7 +96,7 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
 
     def _look(self) -> None:
         """Ask the server, while it is not there, until it answers."""
-        while True:
+        while not self._is_refused:
             if not self._is_connected.is_set() and self._ask({}, b"", 5.0):
                 self._is_connected.set()
                 self._pipe.put(Event(CONNECTED, SERVER))
