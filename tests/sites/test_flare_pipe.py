@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import multiprocessing
-import random
 from itertools import pairwise
 
 import pytest
 
+from fedloom.seeding import stream
 from fedloom.sites import flare_pipe
 from fedloom.sites.flare_pipe import PIECE, Event, Joiner, Pipe, Place, pieces
 
@@ -26,13 +26,13 @@ def test_a_frame_of_any_size_comes_back(size: int) -> None:
 
 
 def test_whatever_is_lost_doubled_or_late_no_wrong_frame_and_no_order_but_the_senders() -> None:
-    rng = random.Random(4)
+    rng = stream(4, "pieces")
     for _ in range(200):
-        frames = {number: bytes([number]) * rng.randrange(40) for number in range(1, 8)}
+        frames = {number: bytes([number]) * int(rng.integers(40)) for number in range(1, 8)}
         sent = [piece for number, frame in frames.items() for piece in pieces(frame, "s", number)]
-        for _ in range(rng.randrange(6)):
-            at, to = rng.randrange(len(sent)), rng.randrange(len(sent))
-            match rng.randrange(3):
+        for _ in range(int(rng.integers(6))):
+            at, to = (int(number) for number in rng.integers(len(sent), size=2))
+            match int(rng.integers(3)):
                 case 0 if len(sent) > 1:
                     del sent[at]
                 case 1:

@@ -37,7 +37,7 @@ from fedloom.sites.flare_pipe import (
     Pipe,
     pieces,
 )
-from fedloom.sites.grpc_link import unreachable
+from fedloom.sites.grpc_link import check_free, unreachable
 from fedloom.sites.kit import read_kit
 from fedloom.sites.kit_check import FlareKit
 from fedloom.sites.link import SEND_SECONDS, SERVER
@@ -219,9 +219,10 @@ class FlareServerLink(FlareLink):
         """Start FLARE's server, and wait until it listens.
 
         Raises:
-            RunError: it does not start.
+            RunError: the port is taken, or FLARE does not start.
             MissingExtraError: FLARE is not installed.
         """
+        check_free(kit.address)
         self._failure: str | None = None
         super().__init__(kit, names, largest_frame, note, note, inbox_size=64 * len(names))
         until = time.monotonic() + _START_SECONDS

@@ -81,9 +81,9 @@ def check_kit(folder: Path | str, role: Role) -> FlareKit:
         RunError: one line per thing that is open.
     """
     folder = Path(folder).absolute()
-    found = list(_open_doors(folder, role))
-    if found:
-        raise RunError("\n".join(f"{line}; {REMEDY}" for line in found))
+    lines = [f"{line}; {REMEDY}" for line in _open_doors(folder, role)]
+    if lines:
+        raise RunError("\n".join(lines))
     startup = _json(_startup(folder, role))
     server = startup["servers"][0]
     name, organisation = _subject(folder, role)

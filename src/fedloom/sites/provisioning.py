@@ -127,10 +127,12 @@ def approve(asked: Path, study: Study, authority: Path) -> Path:
     if name not in study.sites.names:
         raise RunError(
             f"{asked}: expected a site of the study ({', '.join(study.sites.names)}), got {name}; add it to "
-            "sites.names, or do not sign it"
+            "sites.names, or keep it unsigned"
         )
     if found.get("cert_type") != "client":
-        raise RunError(f"{asked}: expected a request of a site, got one of a {found.get('cert_type')}; do not sign it")
+        raise RunError(
+            f"{asked}: expected a request of a site, got one of a {found.get('cert_type')}; keep it unsigned"
+        )
     signed = asked.with_name(f"{name}.signed.zip")
     made = _sign(authority, asked, signed)
     certificate = _member(signed, "signed.json", "a signed request")["certificate"]
@@ -304,9 +306,7 @@ def _flare(*arguments: object, what: Path | None = None) -> Mapping[str, Any]:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError) as error:
         last = (done.stderr or done.stdout).strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-        raise RunError(
-            f"nvflare {arguments[0]}: expected an answer, got: {last[0]}; repair its installation"
-        ) from error
+        raise RunError(f"nvflare {arguments[0]}: expected an answer, got: {last[0]}; install nvflare again") from error
     if answer.get("status") == "ok":
         return dict(answer["data"])
     raise _refusal(answer, what)
