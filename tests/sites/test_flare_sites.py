@@ -306,7 +306,7 @@ def test_the_key_never_leaves_the_site_and_the_kit_is_its_owners_alone(project: 
 def test_three_sites_with_one_killed_and_back_train_the_adapter_of_one_process(
     project: Project, tmp_path: Path
 ) -> None:
-    rows = list(load_rows("embedded", Split.TRAIN))
+    rows = list(load_rows("embedded", Split.TRAIN).rows)
     (tmp_path / "rows").mkdir()
     for number, name in enumerate(NAMES):
         path = tmp_path / "rows" / f"local_training_{number}.json"

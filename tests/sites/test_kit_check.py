@@ -64,6 +64,15 @@ def test_a_kit_as_it_is_installed_passes_and_says_where_the_server_is(tmp_path: 
     assert not (folder / "local" / "resources.json.default").exists()
 
 
+def test_a_servers_kit_that_was_moved_is_told_its_new_place(tmp_path: Path) -> None:
+    moved = kit(tmp_path / "kit", "server").rename(tmp_path / "moved")
+    check_kit(moved, "server")
+    text = (moved / RESOURCES).read_text()
+    assert f"{moved}/jobs" in text
+    assert f"{moved}/snapshots" in text
+    assert str(tmp_path / "kit") not in text
+
+
 def edited(path: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         document = json.loads((folder / path).read_text())

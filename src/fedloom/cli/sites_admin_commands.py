@@ -23,7 +23,7 @@ STUDY = Path("study.toml")
 def sites_init(
     study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file of the study.", show_default=False)],
     host: Annotated[str, typer.Option("--host", metavar="NAME", help="The server's name, as sites reach it.")],
-    port: Annotated[int, typer.Option("--port", help="The server's port.", min=1, max=65535)] = 8002,
+    port: Annotated[int, typer.Option("--port", metavar="PORT", help="The server's port.", min=1, max=65535)] = 8002,
     project: Annotated[
         str | None, typer.Option("--project", metavar="NAME", help="Name of the project; default: the study's file.")
     ] = None,

@@ -77,6 +77,8 @@ def close_kit(folder: Path, role: Role) -> None:
 def check_kit(folder: Path | str, role: Role) -> FlareKit:
     """Read a kit of FLARE, and refuse one in which anybody could start a job or a command.
 
+    A server's kit that was moved is told its new place: FLARE wants whole paths.
+
     Raises:
         RunError: one line per thing that is open.
     """
@@ -84,6 +86,9 @@ def check_kit(folder: Path | str, role: Role) -> FlareKit:
     lines = [f"{line}; {REMEDY}" for line in _open_doors(folder, role)]
     if lines:
         raise RunError("\n".join(lines))
+    path = folder / "local" / "resources.json"
+    if role == "server" and _place(_json(path), folder) != folder:
+        durable.write_json(path, _resources(folder, role))
     startup = _json(_startup(folder, role))
     server = startup["servers"][0]
     name, organisation = _subject(folder, role)
@@ -97,7 +102,8 @@ def _open_doors(folder: Path, role: Role) -> Iterator[str]:
     if (found := _json(path)) != _CONNECTIONS:
         yield f"{path}: expected {json.dumps(_CONNECTIONS)}, got {_shown(found)}"
     path = folder / "local" / "resources.json"
-    resources, wanted = _json(path), _resources(folder, role)
+    resources = _json(path)
+    wanted = _resources(_place(resources, folder), role)
     for key in sorted({*resources, *wanted}):
         if key == "components" and isinstance(resources.get(key), list):
             yield from _component_doors(path, resources[key], wanted[key])
@@ -167,6 +173,15 @@ def _foreign_files(folder: Path) -> Iterator[str]:
     for name in ("custom", "privacy.json", "study_runtime.yaml"):
         if (local / name).exists():
             yield f"{local / name}: expected nothing of this name, got a file or folder that FLARE would use"
+
+
+def _place(resources: Mapping[str, Any], folder: Path) -> Path:
+    """Return the folder that a server's resources were written for; of others, ``folder``."""
+    try:
+        storage = resources["snapshot_persistor"]["args"]["storage"]["args"]["root_dir"]
+        return Path(storage).parent if Path(storage).is_absolute() else folder
+    except (KeyError, TypeError):
+        return folder
 
 
 def _resources(folder: Path, role: Role) -> dict[str, Any]:

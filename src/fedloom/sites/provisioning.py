@@ -130,9 +130,7 @@ def approve(asked: Path, study: Study, authority: Path) -> Path:
             "sites.names, or keep it unsigned"
         )
     if found.get("cert_type") != "client":
-        raise RunError(
-            f"{asked}: expected a request of a site, got one of a {found.get('cert_type')}; keep it unsigned"
-        )
+        raise RunError(f"{asked}: expected a request of a site, got one of a {found.get('cert_type')}; keep it")
     signed = asked.with_name(f"{name}.signed.zip")
     made = _sign(authority, asked, signed)
     certificate = _member(signed, "signed.json", "a signed request")["certificate"]
