@@ -303,6 +303,91 @@ def test_the_key_never_leaves_the_site_and_the_kit_is_its_owners_alone(project: 
     assert kit.stat().st_mode & 0o077 == 0
 
 
+def lead_kit(project: Project, folder: Path) -> Path:
+    """Make a kit of a person whom FLARE's own defaults would let submit jobs and run commands."""
+    name, flare = LEAD, provisioning._flare
+    folder.mkdir()
+    person = {"name": name, "type": "admin", "org": "charite", "role": "lead"}
+    (folder / "lead.yaml").write_text(json.dumps({"name": "study", "participants": [person]}))
+    flare("cert", "request", "-p", folder / "lead.yaml", "--out", folder / "asked")
+    asked, signed = folder / "asked" / f"{name}.request.zip", folder / f"{name}.signed.zip"
+    with pytest.raises(RunError, match="expected a site of the study"):
+        provisioning.approve(asked, project.study, project.authority)
+    profile = project.authority / "profile.yaml"
+    flare("cert", "approve", "-c", project.authority, "--profile", profile, "--out", signed, asked)
+    proof = ("--fingerprint", project.begun.fingerprint)
+    made = flare("package", signed, "--request-dir", folder / "asked", *proof, "-w", folder / "made")
+    return Path(made["output_dir"])
+
+
+LEAD = "lead@charite.org"
+IN_A_PROCESS_OF_ITS_OWN = """
+import json, sys, time
+from nvflare.fuel.flare_api.flare_api import new_secure_session
+session = new_secure_session(sys.argv[1], sys.argv[2])
+answers = {}
+try:
+    job = session.submit_job(sys.argv[3])
+    time.sleep(15)
+    answers["job"] = session.get_job_meta(job)
+except Exception as error:
+    answers["job"] = f"{type(error).__name__}: {error}"
+for command in ("ls oslo", "cat oslo log.txt", "shutdown client oslo"):
+    answers[command] = str(session.do_command(command))
+print("ANSWERS" + json.dumps(answers, default=str))
+"""
+
+
+def asked_by_the_lead(kit: Path, job: Path) -> dict[str, Any]:
+    command = [sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN, LEAD, str(kit), str(job)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    answers: dict[str, Any] = json.loads(done.stdout.rpartition("ANSWERS")[2])
+    return answers
+
+
+def test_a_submitted_job_and_commands_are_refused_by_the_server_and_where_it_lets_them_by_the_site(
+    ends: Ends, project: Project, tmp_path: Path
+) -> None:
+    kit, job = lead_kit(project, tmp_path / "lead"), tmp_path / "job"
+    (job / "app" / "config").mkdir(parents=True)
+    (job / "meta.json").write_text(
+        json.dumps({"name": "evil", "resource_spec": {}, "min_clients": 1, "deploy_map": {"app": ["@ALL"]}})
+    )
+    for role, parts in (("server", {"workflows": []}), ("client", {"executors": []})):
+        text = json.dumps({"format_version": 2, "components": [], **parts})
+        (job / "app" / "config" / f"config_fed_{role}.json").write_text(text)
+    server, site = ends.server(), ends.site("oslo")
+    wait(lambda: site.send(SERVER, b"one"))
+    answers = asked_by_the_lead(kit, job)
+    assert "not authorized" in answers["job"]
+    server.close()
+    local, closed = project.folder / "server" / "local", project.server_kit
+    before = {path: path.read_bytes() for path in local.glob("*.json")}
+    try:  # a coordinator who wants to
+        resources = json.loads((local / "resources.json").read_text())
+        scheduler = "nvflare.app_common.job_schedulers.job_scheduler.DefaultJobScheduler"
+        launcher = "nvflare.app_common.job_launcher.server_process_launcher.ServerProcessJobLauncher"
+        resources["components"] += [
+            {"id": "job_scheduler", "path": scheduler, "args": {"max_jobs": 4}},
+            {"id": "process_launcher", "path": launcher, "args": {}},
+        ]
+        resources["class_list_enforcement_mode"] = "off"
+        (local / "resources.json").write_text(json.dumps(resources))
+        rights = {"format_version": "1.0", "permissions": {"lead": "any"}}
+        (local / "authorization.json").write_text(json.dumps(rights))
+        ends.open.append(again := FlareServerLink(closed, NAMES, LARGEST, ends.notes.append))
+        wait(lambda: site.send(SERVER, b"two"))
+        answers = asked_by_the_lead(kit, job)
+        assert answers["job"]["status"] == "SUBMITTED"
+        assert "not enough sites" in str(answers["job"])
+        assert all("is not authorized" in answers[name] for name in answers if name != "job")
+        wait(lambda: site.send(SERVER, b"three"))
+        wait(lambda: ("oslo", b"three") in list(again.inbox.queue))
+    finally:
+        for path, data in before.items():
+            path.write_bytes(data)
+
+
 def test_three_sites_with_one_killed_and_back_train_the_adapter_of_one_process(
     project: Project, tmp_path: Path
 ) -> None:
