@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
 
+from fedloom.clients.held_sides import HeldSides
 from fedloom.config import Settings
 from fedloom.errors import RunError, TooFewClientsError
 from fedloom.experiment.session import run
+from fedloom.lora.pair import Adapter
 from fedloom.seeding import stream
 from fedloom.sites import sites_engine
-from fedloom.sites.frames import TO_SERVER, TO_SITE, Refusal, Result, frame, unframe
+from fedloom.sites.frames import TO_SERVER, TO_SITE, frame, unframe
 from fedloom.sites.link import SERVER
 
 StartSites = Callable[..., list[SiteThread]]
@@ -178,27 +180,75 @@ def test_a_memory_of_a_round_that_did_not_count_is_taken_back(
     assert adapter_of(tmp_path / "served") == replayed(recipe, tmp_path / "served", **changes)
 
 
-def test_a_site_that_lost_its_folder_is_sent_the_whole_side(
+def test_a_site_that_holds_another_side_than_it_believes_is_sent_the_whole_one(
     recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
 ) -> None:
-    """The site believes it holds version 0 and does not: the hash says so, and it gets everything."""
-    sent: list[bool] = []
+    """The hash says so, and within the same round it gets everything."""
+    started: list[SiteThread] = []
+    spoilt: list[str] = []
 
-    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
-        if sender == NAMES[2] and b'"result"' in data:
-            head, _ = unframe(data, TO_SERVER, 1 << 30)
-            if head.round == 3 and not sent:
-                sent.append(True)
-                refusal = Refusal(code="behind")
-                return [frame(Result(run=head.run, round=3, task=head.task, refusal=refusal))]
+    def meddle(_sender: str, to: str, data: bytes) -> list[bytes]:
+        if to == NAMES[2] and not spoilt and b'"task"' in data and unframe(data, TO_SITE, 1 << 30)[0].round == 3:
+            spoilt.append(to)
+            training: Any = started[2].worker._trainer
+            training._trainer._run._sides = HeldSides(2, Adapter())
         return [data]
 
     settings, hub = recipe(wire__dtype="bf16"), Hub(meddle)
     alone = run(settings, tmp_path / "alone")
-    sites(hub)
+    started += sites(hub)
     served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
-    assert sent
+    assert spoilt
+    assert any("its side does not lead to the server's" in note for note in started[2].notes)
     assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+
+
+def test_answers_are_handed_on_in_the_order_of_the_broadcasts(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """The first site answers last."""
+    answers, order = [], []
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        if b'"result"' not in data:
+            return [data]
+        answers.append(sender)
+        if sender == NAMES[0]:
+            while answers.count(NAMES[1]) + answers.count(NAMES[2]) < 2:
+                time.sleep(0.01)
+        return [data]
+
+    hub = Hub(meddle)
+    sites(hub)
+    train = sites_engine.SitesEngine.train
+
+    def watched(engine: Any, broadcasts: Any) -> Any:
+        for arrival in train(engine, broadcasts):
+            order.append(arrival.outcome.client)
+            yield arrival
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sites_engine.SitesEngine, "train", watched)
+        study = study_of(recipe(federation__num_rounds=1), NAMES, quorum=3)
+        served(study, tmp_path / "served", hub)
+    assert order == [0, 1, 2]
+
+
+def test_a_site_that_never_answers_is_waited_for_to_the_deadline_and_no_longer(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """The quorum cannot be reached; min_clients can."""
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        return [] if sender == NAMES[0] and b'"result"' in data else [data]
+
+    hub, settings = Hub(meddle), recipe(federation__num_rounds=1, federation__min_clients=2)
+    sites(hub)
+    served(study_of(settings, NAMES, quorum=3, deadline_s=3.0), tmp_path / "served", hub)
+    (record,) = records_of(tmp_path / "served")
+    assert 3.0 <= record["seconds"]["train"] < 10.0
+    assert "did not answer within 3 s" in record["clients"][0]["reason"]
+    assert [client["reason"] for client in record["clients"][1:]] == [None, None]
 
 
 def test_strangers_foreign_runs_and_late_answers_are_dropped(

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from memory_link import Hub, SiteThread, ThreadTrainer, site_of, study_of
 
+from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.tokenizer import fingerprint
 from fedloom.federation.blob import WireDtype
@@ -233,6 +234,13 @@ def test_what_is_remembered_comes_back_and_a_damaged_file_is_forgotten(tmp_path:
         path.write_bytes(data[:size])
         assert store.read().round == 0
         path.write_bytes(data)
+
+
+def test_a_memory_stays_only_where_its_answer_counted() -> None:
+    """Without this a late answer would leave a site with a memory that no replay has."""
+    recall = Recall(kept=Memory(version=1), last=Memory(version=4), round=5)
+    assert [recall.settled(counted).kept.version for counted in (0, 4, 5, 6)] == [1, 1, 4, 4]
+    assert Recall(kept=Memory(version=1)).settled(9).kept.version == 1
 
 
 def test_a_line_of_the_ledger_that_was_cut_off_is_left_out(tmp_path: Path) -> None:

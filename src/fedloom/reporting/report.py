@@ -78,7 +78,9 @@ def report_html(groups: Sequence[RunGroup], reference: str | None = None, damage
             section("results", "Results", "", results.methods(groups, reference)),
             section("loss", "Loss", "", key(groups) + losses if losses else ""),
             section("groups", "By group of rows", "", results.groups_of_rows(groups)),
-            section("clients", "Clients", "", clients.clients(groups), clients.partition(groups)),
+            section(
+                "clients", "Clients", "", clients.clients(groups), clients.partition(groups), clients.sites(groups)
+            ),
             section("aggregation", "Aggregation", _NOISE, results.noise_and_rank(groups)),
             section("result", "The result", "", adapter.spectrum(groups)),
             section("costs", "Costs", "", costs.costs(groups)),

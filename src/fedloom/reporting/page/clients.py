@@ -13,6 +13,7 @@ from fedloom.run_folder.reader import Holding
 from fedloom.wording import written
 
 MAX_BARS = 60
+MAX_REASONS = 5
 
 
 def clients(groups: Sequence[RunGroup]) -> str:
@@ -46,6 +47,29 @@ def _client_figure(group: RunGroup, entries: Sequence[Mapping[str, Any]], metric
 def _client_label(client: int, names: Mapping[int, str]) -> str:
     name = names.get(client, str(client))
     return f"client {name}" if name.isdigit() else name
+
+
+def sites(groups: Sequence[RunGroup]) -> str:
+    """Return where the sites of served runs stood at the end, and who was left out of which round and why."""
+    panels = [((group.label,), _sites_table(group.first.records)) for group in groups if group.first.records]
+    return choice(("Sites of",), [panel for panel in panels if panel[1]])
+
+
+def _sites_table(records: Sequence[Mapping[str, Any]]) -> str:
+    rows = []
+    for site in records[-1].get("sites", ()):
+        name, loss, seconds = str(site["name"]), site.get("last_loss_nats"), site.get("seconds")
+        missed = [
+            f"round {record['round']}: {client['reason']}"
+            for record in records
+            for client in record["clients"]
+            if client.get("name") == name and client.get("reason") is not None
+        ]
+        more = f"; and {len(missed) - MAX_REASONS} more" if len(missed) > MAX_REASONS else ""
+        figures = ("–" if loss is None else f"{loss:.4f}", "–" if seconds is None else f"{seconds:.1f}")
+        left_out = "; ".join(missed[:MAX_REASONS]) + more
+        rows.append([name, str(site["state"]), str(site["held_version"]), *figures, left_out or "–"])
+    return table(["site", "at the end", "held version", "last loss", "seconds", "left out of"], rows) if rows else ""
 
 
 def partition(groups: Sequence[RunGroup]) -> str:
