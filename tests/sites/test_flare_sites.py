@@ -322,7 +322,7 @@ def lead_kit(project: Project, folder: Path) -> Path:
 
 LEAD = "lead@charite.org"
 IN_A_PROCESS_OF_ITS_OWN = """
-import json, sys, time
+import json, os, sys, time
 from nvflare.fuel.flare_api.flare_api import new_secure_session
 session = new_secure_session(sys.argv[1], sys.argv[2])
 answers = {}
@@ -334,7 +334,8 @@ except Exception as error:
     answers["job"] = f"{type(error).__name__}: {error}"
 for command in ("ls oslo", "cat oslo log.txt", "shutdown client oslo"):
     answers[command] = str(session.do_command(command))
-print("ANSWERS" + json.dumps(answers, default=str))
+print("ANSWERS" + json.dumps(answers, default=str), flush=True)
+os._exit(0)  # FLARE's session leaves threads behind
 """
 
 
