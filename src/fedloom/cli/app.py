@@ -15,7 +15,16 @@ from typing import Annotated
 import typer
 
 from fedloom import __version__
-from fedloom.cli import experiments, result_commands, score_commands, shipped, showing, sites, splitting
+from fedloom.cli import (
+    experiments,
+    result_commands,
+    score_commands,
+    shipped,
+    showing,
+    sites,
+    sites_admin_commands,
+    splitting,
+)
 from fedloom.cli.output import output_explained, say
 from fedloom.errors import FedloomError
 
@@ -60,6 +69,7 @@ app.add_typer(score_commands.app, name="score")
 app.command("demo")(showing.demo)
 app.command("report")(showing.report)
 app.add_typer(shipped.app, name="recipes")
+sites_admin_commands.add_commands(sites.site_app, sites.sites_app)
 app.add_typer(sites.site_app, name="site")
 app.add_typer(sites.sites_app, name="sites")
 

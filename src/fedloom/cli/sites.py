@@ -45,11 +45,17 @@ def serve(
 
 
 def listening(study: Study, largest_frame: int) -> Link:
-    """Return the server's end of the link that a study names."""
+    """Return the server's end of the link that a study's kit is made for: FLARE's, or with certificates alone gRPC."""
+    from fedloom.sites.flare_link import FlareServerLink
     from fedloom.sites.grpc_link import GrpcServerLink
     from fedloom.sites.kit import read_kit
+    from fedloom.sites.kit_check import check_kit, is_flare_kit
 
     kit = read_kit(study.sites.kit, "server")
+    if is_flare_kit(study.sites.kit, "server"):
+        flare = check_kit(study.sites.kit, "server")
+        say(f"starting FLARE's server at {flare.address} for {', '.join(study.sites.names)}")
+        return FlareServerLink(flare, study.sites.names, largest_frame, say)
     say(f"listening at {study.sites.address} for {', '.join(study.sites.names)}")
     return GrpcServerLink(study.sites.address, kit, study.sites.names, largest_frame)
 

@@ -58,7 +58,7 @@ class GrpcServerLink:
         credentials = grpc.ssl_server_credentials(
             [(kit.key, kit.certificate)], root_certificates=kit.root, require_client_auth=True
         )
-        _check_free(address)
+        check_free(address)
         try:
             bound = self._server.add_secure_port(address, credentials)
         except RuntimeError:
@@ -232,8 +232,12 @@ def _grpc() -> Any:
     return grpc
 
 
-def _check_free(address: str) -> None:
-    """Refuse an address that cannot be listened on; gRPC says no more than that it failed."""
+def check_free(address: str) -> None:
+    """Check that an address can be listened on; gRPC and FLARE say no more than that it failed.
+
+    Raises:
+        RunError: it cannot.
+    """
     host, _, port = address.rpartition(":")
     host = host.strip("[]")
     try:

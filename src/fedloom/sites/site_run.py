@@ -19,10 +19,12 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.errors import RunError, UpdateError
 from fedloom.run_folder import claim, durable
 from fedloom.sites import policy
+from fedloom.sites.flare_link import FlareSiteLink
 from fedloom.sites.frames import FORMAT, MAX_HEAD_BYTES, TO_SITE, Hello, SheetSent, frame, unframe
 from fedloom.sites.grpc_link import GrpcSiteLink
 from fedloom.sites.kit import Kit, read_kit
-from fedloom.sites.link import SERVER
+from fedloom.sites.kit_check import check_kit, is_flare_kit
+from fedloom.sites.link import SERVER, Link
 from fedloom.sites.sheet import read_sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.site_training import SiteTraining, load_site_base
@@ -30,6 +32,7 @@ from fedloom.sites.site_worker import SiteWorker
 from fedloom.sites.trainer import TrainerProcess
 
 _SECONDS_FOR_A_SHEET = 15.0
+_SECONDS_FOR_FLARE = 60.0
 
 
 def run_site(site: SiteSettings, note: Callable[[str], None]) -> None:
@@ -111,7 +114,8 @@ def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tup
     refusals: list[str] = []
     link = _dialled(site, kit, note, refusals.append)
     hello = Hello(format=FORMAT, fedloom=version("fedloom"), torch=version("torch"), state="loading")
-    until = time.monotonic() + _SECONDS_FOR_A_SHEET
+    is_flare = is_flare_kit(site.site.kit, "client")
+    until = time.monotonic() + (_SECONDS_FOR_FLARE if is_flare else _SECONDS_FOR_A_SHEET)
     try:
         while time.monotonic() < until and not refusals:
             link.send(SERVER, frame(hello))
@@ -129,8 +133,11 @@ def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tup
     return None
 
 
-def _dialled(site: SiteSettings, kit: Kit, note: Callable[[str], None], refused: Callable[[str], None]) -> GrpcSiteLink:
+def _dialled(site: SiteSettings, kit: Kit, note: Callable[[str], None], refused: Callable[[str], None]) -> Link:
+    """Dial over what the kit is made for: FLARE, or with certificates alone gRPC."""
     largest = MAX_HEAD_BYTES + (site.policy.max_message_mib << 20)
+    if is_flare_kit(site.site.kit, "client"):
+        return FlareSiteLink(check_kit(site.site.kit, "client"), largest, note, refused)
     return GrpcSiteLink(site.site.server, kit, largest, note, refused)
 
 
@@ -141,6 +148,13 @@ def _own_kit(site: SiteSettings) -> Kit:
             f"{site.site.kit}: expected a certificate of {site.site.name} (site.name), got one of {kit.name}; correct "
             "site.name, or install the site's own kit"
         )
+    if is_flare_kit(site.site.kit, "client"):
+        address = check_kit(site.site.kit, "client").address
+        if address != site.site.server:
+            raise RunError(
+                f"site.server: expected the address of the kit in {site.site.kit}, {address}, got {site.site.server}; "
+                "correct it"
+            )
     return kit
 
 

@@ -1,0 +1,177 @@
+"""Between fedloom's process and the process of NVIDIA FLARE that it starts: a pipe that only these two hold.
+
+FLARE's process carries messages and proves who sent them; it knows nothing of frames. Frames cross in pieces, so that
+FLARE never holds a large one: a piece says of which frame it is and where it belongs, and whoever joins them drops a
+frame of which one is missing, late or double.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+PIECE_BYTES = 16 << 20
+PIECES_WAITING = 4
+"""Pieces for one receiver that FLARE's process holds at most."""
+DESCRIPTOR, NAMES = "FEDLOOM_FLARE_PIPE", "FEDLOOM_FLARE_NAMES"
+"""Environment of FLARE's process: its end of the pipe, and at the server the names that may take part."""
+CHANNEL, UP, DOWN = "fedloom", "up", "down"
+REQUEST_SECONDS = 60.0
+
+PIECE, DONE, CONNECTED, GONE, REFUSED, STARTED = "piece", "done", "connected", "gone", "refused", "started"
+STRANGER = b"stranger"
+"""What the server's end answers to a site that the study does not name."""
+_LARGEST_HEAD = 4096
+_SLACK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a piece belongs: the sender's session, the number of the frame in it, its index, and whether it ends it."""
+
+    session: str
+    frame: int
+    index: int
+    last: bool
+
+    def as_headers(self) -> dict[str, Any]:
+        """Return it as headers of a message of FLARE."""
+        return {f"fedloom_{key}": value for key, value in self.__dict__.items()}
+
+    @classmethod
+    def of(cls, read: Callable[[str], Any]) -> Place | None:
+        """Read it from headers that a stranger may have written; None where they are no place."""
+        session, frame, index, last = (read(f"fedloom_{key}") for key in ("session", "frame", "index", "last"))
+        if not (isinstance(session, str) and len(session) <= 64 and isinstance(last, bool)):
+            return None
+        if not all(type(number) is int and 0 <= number < 1 << 53 for number in (frame, index)):
+            return None
+        return cls(session, frame, index, last)
+
+
+@dataclass(frozen=True)
+class Event:
+    """What crosses the pipe: its kind, whose it is, and for a piece where it belongs and its bytes."""
+
+    kind: str
+    name: str = ""
+    place: Place | None = None
+    data: bytes = b""
+    is_sent: bool = True
+
+
+class Pipe:
+    """One end; any thread may put, one gets."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection, self._lock = connection, threading.Lock()
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> Pipe | None:
+        """Take the end that this process was started with; None where it was started by something else."""
+        descriptor = environment.get(DESCRIPTOR, "")
+        if not descriptor.isdecimal():
+            return None
+        os.set_inheritable(int(descriptor), False)
+        return cls(Connection(int(descriptor)))
+
+    def put(self, event: Event) -> bool:
+        """Send an event; False where the other end is gone."""
+        head: dict[str, Any] = {"kind": event.kind, "name": event.name, "sent": event.is_sent}
+        if event.place is not None:
+            head |= event.place.as_headers()
+        try:
+            with self._lock:
+                self._connection.send_bytes(json.dumps(head).encode())
+                self._connection.send_bytes(event.data)
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def events(self) -> Iterator[Event]:
+        """Yield what comes until the other end is gone."""
+        while True:
+            try:
+                head = json.loads(self._connection.recv_bytes(_LARGEST_HEAD))
+                data = self._connection.recv_bytes(PIECE_BYTES + _SLACK)
+            except (EOFError, OSError, ValueError):
+                self._connection.close()
+                return
+            yield Event(head["kind"], head["name"], Place.of(head.get), data, head["sent"])
+
+    def close(self) -> None:
+        """End it, at both ends; a thread that waits for events here ends too, which closing alone would not do."""
+        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as both:
+            both.shutdown(socket.SHUT_RDWR)
+
+
+@dataclass
+class Joiner:
+    """Puts the pieces of one sender together; what does not continue is dropped with its frame."""
+
+    largest: int
+    _session: str = ""
+    _frame: int = -1
+    _parts: list[bytes] = field(default_factory=list)
+    _size: int = 0
+
+    def take(self, place: Place, data: bytes) -> bytes | None:
+        """Take a piece; return the frame that it completes, if it does."""
+        if place.session != self._session:
+            self._session, self._frame, self._parts, self._size = place.session, -1, [], 0
+        if place.index == 0 and place.frame > self._frame:
+            self._frame, self._parts, self._size = place.frame, [], 0
+        elif place.frame != self._frame or not self._parts or place.index != len(self._parts):
+            return None
+        self._parts.append(data)
+        self._size += len(data)
+        if self._size > self.largest:
+            self._parts = []
+            return None
+        if not place.last:
+            return None
+        found, self._parts = b"".join(self._parts), []
+        return found
+
+
+def pieces(frame: bytes, session: str, number: int) -> Iterator[tuple[Place, bytes]]:
+    """Cut a frame."""
+    view, count = memoryview(frame), max(1, -(-len(frame) // PIECE_BYTES))
+    for index in range(count):
+        part = view[index * PIECE_BYTES : (index + 1) * PIECE_BYTES]
+        yield Place(session, number, index, index == count - 1), bytes(part)
+
+
+class Lanes:
+    """In FLARE's process: a thread per receiver, so that a slow one keeps no other waiting, and order is kept."""
+
+    def __init__(self, pipe: Pipe, post: Callable[[str, Place, bytes], bool]) -> None:
+        """``post`` sends a piece to a receiver and says whether it arrived."""
+        self._pipe, self._post = pipe, post
+        self._lanes: dict[str, queue.Queue[Event]] = {}
+
+    def add(self, event: Event) -> None:
+        """Put a piece into its receiver's lane."""
+        lane = self._lanes.get(event.name)
+        if lane is None:
+            lane = self._lanes[event.name] = queue.Queue()
+            threading.Thread(target=self._carry, args=(lane,), name=f"to {event.name}", daemon=True).start()
+        lane.put(event)
+
+    def _carry(self, lane: queue.Queue[Event]) -> None:
+        lost: tuple[str, int] | None = None
+        while True:
+            event = lane.get()
+            assert event.place is not None
+            frame = (event.place.session, event.place.frame)
+            is_sent = frame != lost and self._post(event.name, event.place, event.data)
+            lost = None if is_sent else frame
+            self._pipe.put(Event(DONE, event.name, is_sent=is_sent))
