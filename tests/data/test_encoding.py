@@ -100,7 +100,7 @@ def test_a_chat_template_that_rewrites_earlier_turns_is_refused() -> None:
         "messages.x.y",
         "1 / 0",
         "messages[0]['content'] % messages",
-        "range(10 ** 9) | list",
+        "range(999999) | list",
     ],
 )
 def test_whatever_a_chat_template_raises_is_one_line_that_names_the_row(program: str) -> None:

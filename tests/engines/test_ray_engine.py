@@ -88,6 +88,7 @@ def test_a_method_of_this_process_alone_is_refused(
         table.unregister_method("own")
 
 
+@pytest.mark.extra("cluster")
 @pytest.mark.parametrize("method", ["centralised", "splitlora"])
 def test_a_method_that_has_no_clients_to_deal_out_says_that_it_trains_here(
     method: str, settings_for: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -66,27 +66,17 @@ def test_a_disk_that_refuses_any_file_of_a_run_is_one_line(
     name: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One file name at a time; the run may have begun, and nothing half-written stays."""
-    import safetensors
-
-    from fedloom.lora import peft_files
-
     refusing_name = f".tmp-{name}" if name.endswith(".json") else name
-    real_open, real_save = io.open, peft_files.save_file
+    real_open = io.open
 
     def opened(file: Any, mode: str = "r", *arguments: Any, **options: Any) -> Any:
         if refusing_name in str(file) and set("wax+") & set(mode) and not str(file).endswith(".lock"):
             raise OSError(number, os.strerror(number), str(file))
         return real_open(file, mode, *arguments, **options)
 
-    def saved(tensors: Any, file: Any, **options: Any) -> None:
-        if refusing_name in str(file):
-            raise safetensors.SafetensorError(f"Error while serializing: {os.strerror(number)} (os error {number})")
-        real_save(tensors, file, **options)
-
     with monkeypatch.context() as patch:
         patch.setattr(io, "open", opened)
         patch.setattr(Path, "open", lambda self, mode="r", *a, **k: opened(self, mode, *a, **k))
-        patch.setattr(peft_files, "save_file", saved)
         run = tmp_path / "run"
         line = refused(capsys, "run", "demo", *SMALL, "--out", run)
     assert os.strerror(number).lower() in line or "the disk is full" in line
@@ -120,7 +110,7 @@ def test_a_folder_in_place_of_a_file_is_named(
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).mkdir()
     if name != "manifest.json":
-        write_manifest(tmp_path, new_manifest({}))
+        write_manifest(tmp_path, new_manifest({}, {}))
     assert name in refused(capsys, command, tmp_path, *(["--prompt", "x"] if command == "generate" else []))
 
 

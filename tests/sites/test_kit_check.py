@@ -13,6 +13,8 @@ from fedloom.errors import RunError
 from fedloom.sites.kit_check import Role, check_kit, close_kit, is_flare_kit
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
 
+pytestmark = pytest.mark.extra("sites")
+
 STARTUP: dict[Role, dict[str, Any]] = {
     "client": {
         "format_version": 2,

@@ -108,9 +108,9 @@ def _value(text: str, at: int, place: str) -> tuple[Any, int]:
         raise DataError(
             f"{place}: expected a row, got lists or objects nested too deep to be read; remove the row"
         ) from cause
-    except json.JSONDecodeError:
-        raise
-    except ValueError as cause:  # Python reads no number of more than 4,300 digits
+    except ValueError as cause:
+        if "integer string conversion" not in str(cause):  # Python reads no number of more than 4,300 digits
+            raise
         raise DataError(
             f"{place}: expected numbers, got one of too many digits to be read; write it as text"
         ) from cause
