@@ -80,7 +80,7 @@ def test_headers_that_a_stranger_wrote_are_no_place(name: str, value: object) ->
 def test_the_pipe_carries_events_and_its_end_ends_the_other() -> None:
     first, second = (Pipe(end) for end in multiprocessing.Pipe())
     events = second.events()
-    for event in (Event("started"), Event(PIECE, "oslo", Place("s", 1, 0, True), b"abc"), Event("done", is_sent=False)):
+    for event in (Event("started"), Event(PIECE, "oslo", Place("s", 1, 0, True), b"abc"), Event("done", "oslo")):
         assert first.put(event)
         assert next(events) == event
     first.close()

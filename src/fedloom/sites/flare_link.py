@@ -40,7 +40,7 @@ from fedloom.sites.flare_pipe import (
 from fedloom.sites.grpc_link import check_free, unreachable
 from fedloom.sites.kit import read_kit
 from fedloom.sites.kit_check import FlareKit
-from fedloom.sites.link import SEND_SECONDS, SERVER
+from fedloom.sites.link import SERVER
 
 FRAMES_WAITING = 8
 _START_SECONDS = 120.0
@@ -94,11 +94,7 @@ class FlareLink:
         out = self._out.get(to)
         if out is None or to not in self.connected or self._is_closed.is_set():
             return False
-        try:
-            out.put(frame, timeout=SEND_SECONDS / 2)
-        except queue.Full:
-            return False
-        return True
+        return link.offered(out, frame)
 
     def close(self) -> None:
         """Let what waits go out, and end FLARE's process."""

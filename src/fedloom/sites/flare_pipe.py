@@ -13,7 +13,7 @@ import os
 import queue
 import socket
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -65,7 +65,6 @@ class Event:
     name: str = ""
     place: Place | None = None
     data: bytes = b""
-    is_sent: bool = True
 
 
 class Pipe:
@@ -85,7 +84,7 @@ class Pipe:
 
     def put(self, event: Event) -> bool:
         """Send an event; False where the other end is gone."""
-        head: dict[str, Any] = {"kind": event.kind, "name": event.name, "sent": event.is_sent}
+        head: dict[str, Any] = {"kind": event.kind, "name": event.name}
         if event.place is not None:
             head |= event.place.as_headers()
         try:
@@ -105,7 +104,7 @@ class Pipe:
             except (EOFError, OSError, ValueError):
                 self._connection.close()
                 return
-            yield Event(head["kind"], head["name"], Place.of(head.get), data, head["sent"])
+            yield Event(head["kind"], head["name"], Place.of(head.get), data)
 
     def close(self) -> None:
         """End it, at both ends; a thread that waits for events here ends too, which closing alone would not do."""
@@ -158,7 +157,14 @@ class Lanes:
         self._pipe, self._post = pipe, post
         self._lanes: dict[str, queue.Queue[Event]] = {}
 
-    def add(self, event: Event) -> None:
+    def run(self, receivers: Collection[str]) -> None:
+        """Carry what fedloom hands over for these receivers until it ends, and end this process too."""
+        for event in self._pipe.events():
+            if event.kind == PIECE and event.name in receivers:
+                self._add(event)
+        os._exit(0)  # FLARE would stay for ever
+
+    def _add(self, event: Event) -> None:
         """Put a piece into its receiver's lane."""
         lane = self._lanes.get(event.name)
         if lane is None:
@@ -174,4 +180,4 @@ class Lanes:
             frame = (event.place.session, event.place.frame)
             is_sent = frame != lost and self._post(event.name, event.place, event.data)
             lost = None if is_sent else frame
-            self._pipe.put(Event(DONE, event.name, is_sent=is_sent))
+            self._pipe.put(Event(DONE, event.name))

@@ -55,7 +55,8 @@ class FedloomServer(FLComponent):  # type: ignore[misc]
         engine = fl_ctx.get_engine()
         self._members, self._cell = engine.client_manager, engine.get_cell()
         self._cell.register_request_cb(channel=CHANNEL, topic=UP, cb=self._take)
-        threading.Thread(target=self._listen, name="fedloom", daemon=True).start()
+        lanes = Lanes(pipe, self._post)
+        threading.Thread(target=lanes.run, args=(self._names,), name="fedloom", daemon=True).start()
         threading.Thread(target=self._look, name="fedloom sites", daemon=True).start()
         pipe.put(Event(STARTED))
 
@@ -106,13 +107,6 @@ class FedloomServer(FLComponent):  # type: ignore[misc]
         if name in self._connected:
             self._connected.discard(name)
             self._pipe.put(Event(GONE, name))
-
-    def _listen(self) -> None:
-        lanes = Lanes(self._pipe, self._post)
-        for event in self._pipe.events():
-            if event.kind == PIECE and event.name in self._names:
-                lanes.add(event)
-        os._exit(0)  # fedloom has ended; FLARE would stay for ever
 
     def _look(self) -> None:
         """Follow who has left, and who was turned away while the server runs."""

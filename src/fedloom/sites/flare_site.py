@@ -50,7 +50,8 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
         self._pipe, self._is_connected, self._is_refused = pipe, threading.Event(), False
         self._cell = fl_ctx.get_engine().get_cell()
         self._cell.register_request_cb(channel=CHANNEL, topic=DOWN, cb=self._take)
-        threading.Thread(target=self._listen, name="fedloom", daemon=True).start()
+        lanes = Lanes(pipe, self._post)
+        threading.Thread(target=lanes.run, args=((SERVER,),), name="fedloom", daemon=True).start()
         threading.Thread(target=self._look, name="fedloom server", daemon=True).start()
         pipe.put(Event(STARTED))
 
@@ -63,7 +64,7 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
         return make_reply(ReturnCode.OK, body=b"")
 
     def _post(self, to: str, place: Place, data: bytes) -> bool:
-        is_sent = to == SERVER and self._ask(place.as_headers(), data, REQUEST_SECONDS)
+        is_sent = self._ask(place.as_headers(), data, REQUEST_SECONDS)
         if not is_sent and self._is_connected.is_set():
             self._is_connected.clear()
             self._pipe.put(Event(GONE, SERVER))
@@ -86,13 +87,6 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
                 self._pipe.put(Event(REFUSED, SERVER))
             return False
         return True
-
-    def _listen(self) -> None:
-        lanes = Lanes(self._pipe, self._post)
-        for event in self._pipe.events():
-            if event.kind == PIECE:
-                lanes.add(event)
-        os._exit(0)  # fedloom has ended; FLARE would stay for ever
 
     def _look(self) -> None:
         """Ask the server, while it is not there, until it answers."""

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedloom.errors import MissingExtraError, RunError
 from fedloom.sites.kit import Kit
-from fedloom.sites.link import CONNECTED, SEND_SECONDS, SERVER
+from fedloom.sites.link import CONNECTED, SERVER, offered
 
 PIECE_BYTES = 2 << 20
 FRAMES_WAITING = 8
@@ -72,13 +72,7 @@ class GrpcServerLink:
         """Put a frame into the site's stream; False where it has none, or does not take it in."""
         with self._lock:
             out = self._out.get(to)
-        if out is None:
-            return False
-        try:
-            out.put(frame, timeout=SEND_SECONDS / 2)
-        except queue.Full:
-            return False
-        return True
+        return out is not None and offered(out, frame)
 
     def close(self) -> None:
         """Let what waits go out, and end every stream."""
@@ -101,8 +95,7 @@ class GrpcServerLink:
         context.add_callback(lambda: _end(out))
         threading.Thread(target=self._listen, args=(name, requests, out, context), daemon=True).start()
         try:
-            while (frame := out.get()) is not None:
-                yield from _pieces(frame)
+            yield from _outgoing(out)
         finally:
             with self._lock:
                 if self._out.get(name) is out:
@@ -144,13 +137,7 @@ class GrpcSiteLink:
         """Put a frame into the stream; False where there is none."""
         with self._lock:
             out = self._out
-        if out is None or to != SERVER:
-            return False
-        try:
-            out.put(frame, timeout=SEND_SECONDS / 2)
-        except queue.Full:
-            return False
-        return True
+        return out is not None and to == SERVER and offered(out, frame)
 
     def close(self) -> None:
         """Let what waits go out, and end the stream."""

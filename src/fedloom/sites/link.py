@@ -7,7 +7,7 @@ answer asks again (see ``sites_engine`` and ``site_worker``), so a link need not
 
 from __future__ import annotations
 
-from queue import Queue
+from queue import Full, Queue
 from typing import Protocol
 
 SERVER = "server"
@@ -40,3 +40,12 @@ class Link(Protocol):
     def close(self) -> None:
         """End every connection of this end."""
         ...
+
+
+def offered(outbox: Queue[bytes | None], frame: bytes) -> bool:
+    """Put a frame into an outbox; False where what waits in it is not taken out in time."""
+    try:
+        outbox.put(frame, timeout=SEND_SECONDS / 2)
+    except Full:
+        return False
+    return True

@@ -56,7 +56,7 @@ def run_site(site: SiteSettings, note: Callable[[str], None]) -> None:
         finally:
             link.close()
     if refusals:
-        raise RunError(f"{refusals[0]}; ask the coordinator to add the site, or install the kit of this project")
+        raise _turned_away(refusals[0])
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def check_site(site: SiteSettings, note: Callable[[str], None]) -> SiteCheck:
         own = site.policy.model_copy(update={"confirm": "never"})
         del base
         training = SiteTraining(
-            site.model_copy(update={"policy": own}), sheet, sha256(body).hexdigest(), lambda: 0, lambda text: note(text)
+            site.model_copy(update={"policy": own}), sheet, sha256(body).hexdigest(), lambda: 0, note
         )
         refusal = None if training.refusal is None else policy.in_words(training.refusal)
         return SiteCheck(*found, sheet.line, training.num_rows, refusal)
@@ -129,8 +129,12 @@ def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tup
     finally:
         link.close()
     if refusals:
-        raise RunError(f"{refusals[0]}; ask the coordinator to add the site, or install the kit of this project")
+        raise _turned_away(refusals[0])
     return None
+
+
+def _turned_away(why: str) -> RunError:
+    return RunError(f"{why}; ask the coordinator to add the site, or install the kit of this project")
 
 
 def _dialled(site: SiteSettings, kit: Kit, note: Callable[[str], None], refused: Callable[[str], None]) -> Link:
