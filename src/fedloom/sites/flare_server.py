@@ -86,6 +86,8 @@ class FedloomServer(FLComponent):  # type: ignore[misc]
         return name if claims == {name} and not self._members.is_client_disabled(name) else None
 
     def _post(self, to: str, place: Place, data: bytes) -> bool:
+        if to not in self._connected:
+            return False  # what waited for a site that left is not for the one that comes back
         try:
             reply = self._cell.send_request(
                 channel=CHANNEL,

@@ -64,8 +64,10 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
         return make_reply(ReturnCode.OK, body=b"")
 
     def _post(self, to: str, place: Place, data: bytes) -> bool:
+        if not self._is_connected.is_set():
+            return False  # what waited for a server that is gone must not keep the next one waiting
         is_sent = self._ask(place.as_headers(), data, REQUEST_SECONDS)
-        if not is_sent and self._is_connected.is_set():
+        if not is_sent:
             self._is_connected.clear()
             self._pipe.put(Event(GONE, SERVER))
         return is_sent
