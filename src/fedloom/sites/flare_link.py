@@ -191,9 +191,11 @@ class FlareLink:
         while (frame := self._out[name].get()) is not None:
             number += 1
             for place, data in pieces(frame, self._session, number):
-                has_credit = self._credits[name].acquire(timeout=REQUEST_SECONDS)
-                pipe = self._pipe
-                if not has_credit or pipe is None or name not in self.connected:
+                pipe, credit = self._pipe, self._credits[name]
+                if not credit.acquire(timeout=REQUEST_SECONDS):
+                    break
+                if pipe is None or name not in self.connected:
+                    credit.release()  # the piece stays here, so no DONE will give it back
                     break
                 pipe.put(Event(PIECE, name, place, data))
 

@@ -25,6 +25,8 @@ DESCRIPTOR, NAMES = "FEDLOOM_FLARE_PIPE", "FEDLOOM_FLARE_NAMES"
 """Environment of FLARE's process: its end of the pipe, and at the server the names that may take part."""
 CHANNEL, UP, DOWN = "fedloom", "up", "down"
 REQUEST_SECONDS = 60.0
+"""The longest that a piece may take; a small one is given up sooner, see :func:`seconds_for`."""
+_ANSWER_SECONDS = 5.0
 
 PIECE, DONE, CONNECTED, GONE, REFUSED, STARTED = "piece", "done", "connected", "gone", "refused", "started"
 STRANGER = b"stranger"
@@ -147,6 +149,14 @@ def pieces(frame: bytes, session: str, number: int) -> Iterator[tuple[Place, byt
     for index in range(count):
         part = view[index * PIECE_BYTES : (index + 1) * PIECE_BYTES]
         yield Place(session, number, index, index == count - 1), bytes(part)
+
+
+def seconds_for(data: bytes) -> float:
+    """Return how long a piece may take: a while for the answer, and the rest of a minute by its share of a whole one.
+
+    FLARE notices no earlier that the receiver is gone, and what is behind it waits so long.
+    """
+    return _ANSWER_SECONDS + (REQUEST_SECONDS - _ANSWER_SECONDS) * len(data) / PIECE_BYTES
 
 
 class Lanes:

@@ -25,7 +25,6 @@ from fedloom.sites.flare_pipe import (
     GONE,
     NAMES,
     PIECE,
-    REQUEST_SECONDS,
     STARTED,
     STRANGER,
     UP,
@@ -33,6 +32,7 @@ from fedloom.sites.flare_pipe import (
     Lanes,
     Pipe,
     Place,
+    seconds_for,
 )
 
 _LOOK_SECONDS = 2.0
@@ -94,7 +94,7 @@ class FedloomServer(FLComponent):  # type: ignore[misc]
                 topic=DOWN,
                 target=to,
                 request=new_cell_message(place.as_headers(), data),
-                timeout=REQUEST_SECONDS,
+                timeout=seconds_for(data),
                 optional=True,
             )
         except Exception as error:  # FLARE has no error of its own for a receiver that leaves meanwhile

@@ -22,7 +22,6 @@ from fedloom.sites.flare_pipe import (
     GONE,
     PIECE,
     REFUSED,
-    REQUEST_SECONDS,
     STARTED,
     STRANGER,
     UP,
@@ -30,6 +29,7 @@ from fedloom.sites.flare_pipe import (
     Lanes,
     Pipe,
     Place,
+    seconds_for,
 )
 from fedloom.sites.link import SERVER
 
@@ -66,17 +66,17 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
     def _post(self, to: str, place: Place, data: bytes) -> bool:
         if not self._is_connected.is_set():
             return False  # what waited for a server that is gone must not keep the next one waiting
-        is_sent = self._ask(place.as_headers(), data, REQUEST_SECONDS)
+        is_sent = self._ask(place.as_headers(), data)
         if not is_sent:
             self._is_connected.clear()
             self._pipe.put(Event(GONE, SERVER))
         return is_sent
 
-    def _ask(self, headers: dict[str, Any], data: bytes, seconds: float) -> bool:
+    def _ask(self, headers: dict[str, Any], data: bytes) -> bool:
         request = new_cell_message(headers, data)
         try:
             reply = self._cell.send_request(
-                channel=CHANNEL, topic=UP, target=SERVER, request=request, timeout=seconds, optional=True
+                channel=CHANNEL, topic=UP, target=SERVER, request=request, timeout=seconds_for(data), optional=True
             )
         except Exception as error:  # FLARE has no error of its own for a connection that breaks meanwhile
             self.logger.warning(f"no message to the server: {error}")
@@ -93,7 +93,7 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
     def _look(self) -> None:
         """Ask the server, while it is not there, until it answers."""
         while not self._is_refused:
-            if not self._is_connected.is_set() and self._ask({}, b"", 5.0):
+            if not self._is_connected.is_set() and self._ask({}, b""):
                 self._is_connected.set()
                 self._pipe.put(Event(CONNECTED, SERVER))
             time.sleep(_LOOK_SECONDS)
