@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +64,8 @@ KINDS: dict[str, Callable[[], PreTrainedTokenizerFast]] = {**TOKENIZERS, "unigra
 def tokenizer(request: pytest.FixtureRequest) -> PreTrainedTokenizerFast:
     if request.param in KINDS:
         return KINDS[request.param]()
-    return load_tokenizer(Path(os.environ["FEDLOOM_DATA"]) / request.param)
+    data_dir: Path = request.getfixturevalue("data_dir")
+    return load_tokenizer(data_dir / request.param)
 
 
 def in_every_place(record: Record, text: str) -> Iterator[Record]:

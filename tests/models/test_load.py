@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,26 @@ def test_a_base_is_frozen_in_evaluation_mode_and_of_the_asked_dtype(folder: Path
     assert not any(p.requires_grad for p in base.model.parameters())
     assert {p.dtype for p in base.model.parameters()} == {torch.bfloat16}
     assert (base.dtype, base.device.type, base.name) == (torch.bfloat16, "cpu", str(folder))
+
+
+def test_threads_load_one_after_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Overlapping loads would leave transformers without its tying of weights for the rest of the process."""
+    inside, most, load = 0, 0, transformers.AutoModelForCausalLM.from_pretrained
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        time.sleep(0.02)
+        try:
+            return load(*args, **kwargs)
+        finally:
+            inside -= 1
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", counted)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: load_base(folder, tokenizer="bytes", device="cpu"), range(8)))
+    assert most == 1
 
 
 def test_auto_dtype_is_that_of_the_weights(folder: Path) -> None:

@@ -189,10 +189,11 @@ def test_a_newer_round_stops_an_older_one_between_two_steps(
 ) -> None:
     replies: list[bytes] = []
     trainer, shapes = Trainer(settings, replies.append, lambda text: None), shapes_of(base_folder)
-    trainer.handle(sheet_frame(sheet))
+    trainer.handle(trainer.hear(sheet_frame(sheet)))
     first, second = task_frame(sheet, shapes), task_frame(sheet, shapes, 2)
+    waiting = trainer.hear(first)
     trainer.hear(second)
-    trainer.handle(first)
+    trainer.handle(waiting)
     head, _ = unframe(replies[-1], TO_SERVER, 1 << 30)
     assert head.refusal.code == "superseded"
 

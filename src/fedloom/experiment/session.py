@@ -103,11 +103,7 @@ def run(
     """
     out, progress = Path(out), progress or SilentProgress()
     workshop = workshop or Workshop(progress)
-    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
-    if fresh:
-        refuse_foreign(out)
-    else:
-        refuse_another(out, settings.as_dict(), may_change)
+    may_change = check_folder(out, settings, fresh)
     check_engine(settings)
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
@@ -139,6 +135,20 @@ def run(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
         return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
+
+
+def check_folder(out: Path, settings: Settings, fresh: bool) -> tuple[str, ...]:
+    """Check, before anything is loaded, that a run of the settings can be in ``out``; return what may differ there.
+
+    Raises:
+        RunError: the folder holds something else, or a run of other settings.
+    """
+    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    if fresh:
+        refuse_foreign(out)
+    else:
+        refuse_another(out, settings.as_dict(), may_change)
+    return may_change
 
 
 def refuse_fewer_rounds(out: Path, num_rounds: int) -> None:

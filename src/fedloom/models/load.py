@@ -20,6 +20,7 @@ from fedloom import embedded
 from fedloom.data.own_code import own_code_refusal
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import MissingExtraError, ModelError
+from fedloom.models.threads import BUILDING
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["none", "4bit", "8bit"]
@@ -221,7 +222,7 @@ def _load_model(
     extra = _quantized(quantization, dtype, config)
     placed = {"device_map": {"": device}} if extra else {}
     try:
-        with _bars_on_terminals_only():
+        with BUILDING, _bars_on_terminals_only():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
+from fedloom.models.threads import BUILDING
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype, 
         raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}; check the path")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with init_empty_weights(include_buffers=False):
+        with BUILDING, init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise own_code_refusal(error, path) or error from None

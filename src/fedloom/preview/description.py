@@ -31,6 +31,7 @@ from fedloom.methods.state import Broadcast, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import first_line
+from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.training.stats import TrainingStats
 from fedloom.wording import written_bytes
@@ -167,7 +168,7 @@ def _skeleton(settings: Settings) -> Any:
             revision=settings.model.revision,
             trust_remote_code=settings.model.trust_remote_code,
         )
-        with torch.device("meta"):
+        with BUILDING, torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
     except (OSError, ValueError, StrictDataclassError) as error:
         if (refusal := own_code_refusal(error, settings.model.base)) is not None:

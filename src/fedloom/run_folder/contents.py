@@ -134,16 +134,17 @@ class RoundFiles:
 
     folder: Path
     hashes: Mapping[str, str]
+    remedy: str
 
     @classmethod
-    def of(cls, run: Path, manifest: Mapping[str, Any], n: int) -> RoundFiles:
-        """Return the files of round ``n``.
+    def of(cls, run: Path, manifest: Mapping[str, Any], n: int, last: int | None = None) -> RoundFiles:
+        """Return the files of round ``n``; ``last`` is the run's last round, where the caller has looked already.
 
         Raises:
             RunError: their list is missing, damaged, or of another round or run.
         """
         folder = run / ROUNDS / str(n)
-        remedy = _remedy(folder, n)
+        remedy = _remedy(folder, n, max(rounds_done(run), default=n) if last is None else last)
         document = durable.read_json(folder / HASHES)
         found = unsealed(folder / HASHES, document, _Hashes, remedy)
         if (found["run"], found["round"]) != (manifest["run"], n):
@@ -151,7 +152,7 @@ class RoundFiles:
                 f"{folder / HASHES}: expected round {n} of this run, found round {found['round']} of "
                 f"{'this' if found['run'] == manifest['run'] else 'another'} run; {remedy}"
             )
-        return cls(folder, found["files"])
+        return cls(folder, found["files"], remedy)
 
     @staticmethod
     def listed(run_id: str, n: int, folder: Path) -> bytes:
@@ -164,8 +165,7 @@ class RoundFiles:
         Raises:
             RunError: it is missing or not what was written.
         """
-        remedy = _remedy(self.folder, int(self.folder.name))
-        data = _read(self.folder / name, remedy)
+        data = _read(self.folder / name, self.remedy)
         self._hold(name, sha256(data))
         return data
 
@@ -175,12 +175,11 @@ class RoundFiles:
         Raises:
             RunError: it is missing or not what was written.
         """
-        remedy = _remedy(self.folder, int(self.folder.name))
-        self._hold(name, _hash_of(self.folder / name, remedy))
+        self._hold(name, _hash_of(self.folder / name, self.remedy))
 
     def _hold(self, name: str, got: str) -> None:
         if got != self.hashes.get(name):
-            raise _changed(self.folder / name, self.hashes.get(name), got, _remedy(self.folder, int(self.folder.name)))
+            raise _changed(self.folder / name, self.hashes.get(name), got, self.remedy)
 
 
 def records_of(run: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -196,7 +195,7 @@ def records_of(run: Path, manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
                 f"{run / ROUNDS / str(n)}: expected rounds 1 to {rounds[-1]}, found none of this number; restore it, "
                 "or start over with --fresh"
             )
-    return [json.loads(RoundFiles.of(run, manifest, n).read(RECORD)) for n in rounds]
+    return [json.loads(RoundFiles.of(run, manifest, n, rounds[-1]).read(RECORD)) for n in rounds]
 
 
 def check_end(run: Path, finished: Mapping[str, Any], last_round: int) -> None:
@@ -254,7 +253,7 @@ def _unreadable(path: Path, error: OSError, remedy: str) -> RunError:
     return RunError(f"{path}: expected a file that the run wrote, got {error.strerror or error}; {remedy}")
 
 
-def _remedy(folder: Path, n: int) -> str:
-    if n == max(rounds_done(folder.parent.parent), default=n) and n > 1:
+def _remedy(folder: Path, n: int, last: int) -> str:
+    if n == last and n > 1:
         return f"remove {folder} to resume from the round before, or start over with --fresh"
     return _RESTORE

@@ -59,6 +59,14 @@ def write_bytes(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def append_line(path: Path, value: Any) -> None:
+    """Append ``value`` as a line of JSON, and sync it; a reader may find the last line cut off."""
+    with path.open("ab") as file:
+        file.write(encode_json(value).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Replace the file ``path`` by ``value`` as indented JSON, in one step."""
     write_bytes(path, json_bytes(value))

@@ -157,7 +157,7 @@ class RunFolder:
             with self._filled(encoded, writers or {}) as temporary:
                 (temporary / HASHES).write_bytes(RoundFiles.listed(self.manifest["run"], n, temporary))
                 durable.publish(temporary, final)
-            self._append_metrics(record)
+            durable.append_line(self.path / "metrics.jsonl", record)
 
     def round_files(self, n: int) -> RoundFiles:
         """Return the files of round ``n``.
@@ -247,12 +247,6 @@ class RunFolder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 writer(path)
             yield temporary
-
-    def _append_metrics(self, record: Mapping[str, Any]) -> None:
-        with (self.path / "metrics.jsonl").open("ab") as file:
-            file.write(durable.encode_json(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
 
     def _repair_metrics(self) -> None:
         """Make metrics.jsonl hold exactly the completed rounds."""

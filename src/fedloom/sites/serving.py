@@ -17,7 +17,7 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
-from fedloom.experiment.session import NOTHING_HELD_OUT, RunSummary, Session, is_extensible, refuse_fewer_rounds
+from fedloom.experiment.session import NOTHING_HELD_OUT, RunSummary, Session, check_folder, refuse_fewer_rounds
 from fedloom.federation.blob import WireDtype, largest_message
 from fedloom.federation.rounds import RoundRecord
 from fedloom.lora.layer import LoRAModel
@@ -25,10 +25,10 @@ from fedloom.methods.state import Standing
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.results.state_scores import Score
-from fedloom.run_folder.claim import is_begun, refuse_another, refuse_foreign
+from fedloom.run_folder.claim import is_begun
 from fedloom.run_folder.manifest import read_manifest
 from fedloom.run_folder.reader import Holding, holdings_document
-from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
+from fedloom.run_folder.writer import RunFolder
 from fedloom.sites.frames import MAX_HEAD_BYTES
 from fedloom.sites.link import Link
 from fedloom.sites.sheet import sheet_of
@@ -64,11 +64,7 @@ def serve(
     out, progress = Path(out), progress or SilentProgress()
     workshop = workshop or Workshop(progress)
     settings = study.written
-    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
-    if fresh:
-        refuse_foreign(out)
-    else:
-        refuse_another(out, settings.as_dict(), may_change)
+    may_change = check_folder(out, settings, fresh)
     base, lora = workshop.base(settings)
     held_out = _held_out(study, workshop, base)
     if held_out.held_out is None and study.sites.evaluate == "server":

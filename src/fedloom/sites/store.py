@@ -11,7 +11,6 @@ The memory after an answer counts only once the server says that the answer did;
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -131,13 +130,9 @@ class Ledger:
         Raises:
             RunError: the disk refused.
         """
-        line = durable.encode_json({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
         with durable.explained(str(self.path), _RETRY):
             self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with self.path.open("ab") as file:
-                file.write(line.encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
+            durable.append_line(self.path, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
 
     def entries(self) -> list[Mapping[str, Any]]:
         """Return every line, without one that was cut off.

@@ -16,13 +16,16 @@ import sys
 import threading
 from collections.abc import Callable
 from hashlib import sha256
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 from fedloom.errors import UpdateError
 from fedloom.sites.frames import TO_SITE, Ready, Refusal, Score, SheetSent, Task, frame, unframe
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 
 _LENGTH_BYTES = 8
+
+Heard = tuple[Any, bytes]
+"""The head and the body of a frame."""
 
 
 class TrainerHandle(Protocol):
@@ -46,15 +49,16 @@ class Trainer:
         self._max_body = site.policy.max_message_mib << 20
         self._run: object | None = None
 
-    def hear(self, data: bytes) -> None:
-        """Look at a frame that waits, from another thread: a newer round stops an older one between two steps."""
-        head, _ = unframe(data, TO_SITE, self._max_body)
+    def hear(self, data: bytes) -> Heard:
+        """Read a frame that is to wait, from another thread: a newer round stops an older one between two steps."""
+        head, body = unframe(data, TO_SITE, self._max_body)
         if isinstance(head, Task):
             self._newest = max(self._newest, head.round)
+        return head, body
 
-    def handle(self, data: bytes) -> None:
+    def handle(self, heard: Heard) -> None:
         """Answer one frame."""
-        head, body = unframe(data, TO_SITE, self._max_body)
+        head, body = heard
         from fedloom.sites.site_training import SiteTraining
 
         if isinstance(head, SheetSent):
@@ -161,12 +165,11 @@ def main(write_end: int) -> None:
 
     compute_with(site.site.threads)
     trainer = Trainer(site, lambda data: _write(replies, data), lambda text: print(text, file=sys.stderr, flush=True))
-    waiting: queue.Queue[bytes] = queue.Queue()
+    waiting: queue.Queue[Heard] = queue.Queue()
 
     def listen() -> None:
         while (data := _read(source)) is not None:
-            trainer.hear(data)
-            waiting.put(data)
+            waiting.put(trainer.hear(data))
         os._exit(0)  # the parent is gone: nobody would be told what a step in progress comes to
 
     threading.Thread(target=listen, daemon=True).start()
