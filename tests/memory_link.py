@@ -90,7 +90,7 @@ class SiteThread:
     site: SiteSettings
     hub: Hub
     notes: list[str] = field(default_factory=list)
-    hello_seconds: float = 0.2
+    hello_seconds: float = 0.1
 
     def __post_init__(self) -> None:
         self.stop = threading.Event()

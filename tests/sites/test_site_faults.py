@@ -27,7 +27,7 @@ StartSites = Callable[..., list[SiteThread]]
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sites_engine, "ASK_AGAIN_SECONDS", 0.5)
+    monkeypatch.setattr(sites_engine, "ASK_AGAIN_SECONDS", 0.2)
 
 
 def adapter_of(folder: Path) -> bytes:
@@ -128,7 +128,7 @@ def test_a_site_that_ends_in_a_round_is_left_out_and_comes_back(
 def test_the_server_goes_on_after_a_kill_and_sites_do_not_train_again(
     recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
 ) -> None:
-    """The server ends when two of three have answered round 2; the two send their answers again."""
+    """The server ends when two of three have answered round 2; they send their answers again."""
     results: list[str] = []
 
     class KilledError(Exception):
@@ -148,7 +148,7 @@ def test_the_server_goes_on_after_a_kill_and_sites_do_not_train_again(
     study, take = study_of(settings, NAMES, quorum=3), sites_engine.SitesEngine.take
 
     def dying(engine: Any) -> Any:
-        if len(results) == 2:
+        if len(results) >= 2:
             raise KilledError
         return take(engine)
 
