@@ -16,7 +16,7 @@ from fedloom.sites.serving import serve
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 from fedloom.sites.site_worker import SiteWorker
 from fedloom.sites.study import Study, resolve_study
-from fedloom.sites.trainer import Trainer
+from fedloom.sites.trainer import Heard, Trainer
 
 NAMES = ["berlin", "oslo", "rome"]
 Meddle = Callable[[str, str, bytes], list[bytes]]
@@ -64,12 +64,11 @@ class ThreadTrainer:
     def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], ended: Callable[[int], None]) -> None:
         self._trainer = Trainer(site, self._answer, lambda text: None)
         self._reply, self._ended, self._is_closed = reply, ended, False
-        self._waiting: queue.Queue[bytes | None] = queue.Queue()
+        self._waiting: queue.Queue[Heard | None] = queue.Queue()
         threading.Thread(target=self._work, daemon=True).start()
 
     def send(self, data: bytes) -> None:
-        self._trainer.hear(data)
-        self._waiting.put(data)
+        self._waiting.put(self._trainer.hear(data))
 
     def close(self) -> None:
         self._is_closed = True
@@ -80,8 +79,8 @@ class ThreadTrainer:
             self._reply(data)
 
     def _work(self) -> None:
-        while (data := self._waiting.get()) is not None:
-            self._trainer.handle(data)
+        while (heard := self._waiting.get()) is not None:
+            self._trainer.handle(heard)
 
 
 @dataclass
