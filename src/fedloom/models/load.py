@@ -25,7 +25,7 @@ from fedloom.models.threads import BUILDING
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["none", "4bit", "8bit"]
 
-_DTYPES: dict[str, torch.dtype | str] = {
+DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -53,6 +53,47 @@ class Base:
     device: torch.device
 
 
+@dataclass(frozen=True, eq=False)
+class BaseFolder:
+    """A base as it lies on disk, checked to be a whole causal LM's; no weight has been read."""
+
+    name: str
+    path: Path
+    config: Any
+    tokenizer: Any
+    device: torch.device
+    revision_hash: str
+
+
+def find_base(
+    name_or_path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> BaseFolder:
+    """Find a base and check all that can be without its weights; arguments are those of :func:`load_base`.
+
+    Raises:
+        ModelError: if there is no such model or device, it is incomplete or corrupt, it is not a causal LM, it has no
+            tokenizer or one that does not fit, or it needs code of its own that is not trusted.
+    """
+    folder = _resolve(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
+    config = _read_config(folder, trust_remote_code)
+    weights = _check_weights(folder)
+    place = _choose_device(device)
+    loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
+    vocabulary = config.get_text_config().vocab_size
+    if len(loaded) > vocabulary:
+        raise ModelError(
+            f"model.tokenizer: expected at most {vocabulary} tokens, the vocabulary of {name_or_path}, got "
+            f"{len(loaded)}; use the base's own"
+        )
+    digest = _identity([folder / "config.json", *weights])
+    return BaseFolder(str(name_or_path), folder, config, loaded, place, digest)
+
+
 def load_base(
     name_or_path: str | Path,
     *,
@@ -75,25 +116,17 @@ def load_base(
             LM, it has no tokenizer, or it needs code of its own that is not trusted.
         MissingExtraError: if ``quantization`` is asked for without bitsandbytes.
     """
-    if dtype not in _DTYPES or quantization not in _QUANTIZATIONS:
+    if dtype not in DTYPES or quantization not in _QUANTIZATIONS:
         raise ModelError(
-            f"load_base: expected dtype {', '.join(_DTYPES)} and quantization {', '.join(_QUANTIZATIONS)}, got "
+            f"load_base: expected dtype {', '.join(DTYPES)} and quantization {', '.join(_QUANTIZATIONS)}, got "
             f"{dtype!r} and {quantization!r}; name one of each"
         )
-    folder = _resolve(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
-    config = _read_config(folder, trust_remote_code)
-    weights = _check_weights(folder)
-    place = _choose_device(device)
-    loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
-    model = _load_model(folder, config, _DTYPES[dtype], place, quantization, trust_remote_code)
-    if len(loaded) > model.config.get_text_config().vocab_size:
-        raise ModelError(
-            f"model.tokenizer: expected at most {model.config.vocab_size} tokens, the vocabulary of {name_or_path}, "
-            f"got {len(loaded)}; use the base's own"
-        )
+    found = find_base(
+        name_or_path, tokenizer=tokenizer, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
-    digest = _identity([folder / "config.json", *weights])
-    return Base(model, loaded, str(name_or_path), digest, model.dtype, place)
+    return Base(model, found.tokenizer, found.name, found.revision_hash, model.dtype, found.device)
 
 
 def _resolve(name_or_path: str, revision: str | None, trust_remote_code: bool) -> Path:

@@ -27,8 +27,9 @@ from fedloom.sites.kit_check import check_kit, is_flare_kit
 from fedloom.sites.link import SERVER, Link
 from fedloom.sites.sheet import read_sheet
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.site_training import SiteTraining, load_site_base
+from fedloom.sites.site_training import find_site_base
 from fedloom.sites.site_worker import SiteWorker
+from fedloom.sites.split_training import opened_run
 from fedloom.sites.trainer import TrainerProcess
 
 _SECONDS_FOR_A_SHEET = 15.0
@@ -94,7 +95,7 @@ def check_site(site: SiteSettings, note: Callable[[str], None]) -> SiteCheck:
     """
     kit = _own_kit(site)
     with _held(site):
-        base = load_site_base(site)
+        base = find_site_base(site)
         found = (site.site.name, base.revision_hash, fingerprint(base.tokenizer))
         sent = _sheet_now(site, kit, note)
         if sent is None:
@@ -102,10 +103,8 @@ def check_site(site: SiteSettings, note: Callable[[str], None]) -> SiteCheck:
         run, body = sent
         sheet = read_sheet(body, run)
         own = site.policy.model_copy(update={"confirm": "never"})
-        del base
-        training = SiteTraining(
-            site.model_copy(update={"policy": own}), sheet, sha256(body).hexdigest(), lambda: 0, note
-        )
+        agreed = site.model_copy(update={"policy": own})
+        training = opened_run(agreed, sheet, sha256(body).hexdigest(), lambda: 0, note)
         refusal = None if training.refusal is None else policy.in_words(training.refusal)
         return SiteCheck(*found, sheet.line, training.num_rows, refusal)
 

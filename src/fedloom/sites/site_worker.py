@@ -21,8 +21,10 @@ from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
     TO_SITE,
+    Begin,
     Dropped,
     End,
+    Failed,
     Hello,
     Ready,
     Refusal,
@@ -30,12 +32,16 @@ from fedloom.sites.frames import (
     Score,
     Scored,
     SheetSent,
+    SplitToServer,
+    SplitToSite,
     Task,
+    Updates,
     frame,
     unframe,
 )
 from fedloom.sites.link import CONNECTED, SERVER, Link
 from fedloom.sites.sheet import Sheet, read_sheet
+from fedloom.sites.site_period import SitePeriod
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Ledger, confirmation, keep_asked
 from fedloom.sites.trainer import TrainerHandle
@@ -67,13 +73,14 @@ class SiteWorker:
         self._ready: Ready | None = None
         self._is_asked, self._scoring, self._deaths = False, False, 0
         self._task: Task | None = None
+        self._period: SitePeriod | None = None
         self._versions = {"fedloom": version("fedloom"), "torch": version("torch")}
 
     def run(self, stop: threading.Event) -> None:
         """Take part until ``stop`` is set, and then to the end of the task in progress."""
         greeted = -self.hello_seconds
         try:
-            while not (stop.is_set() and self._task is None):
+            while not (stop.is_set() and not self._is_at_work):
                 if (now := time.monotonic()) - greeted >= self.hello_seconds:
                     greeted = now
                     self._confirm()
@@ -87,15 +94,20 @@ class SiteWorker:
             if self._trainer is not None:
                 self._trainer.close()
 
+    @property
+    def _is_at_work(self) -> bool:
+        return self._task is not None or (self._period is not None and self._period.is_at_work)
+
     def greet(self) -> None:
         """Tell the server what the site is at."""
         state = "waiting"
         if self._sheet is not None:
-            at_work = "training" if self._task is not None else "scoring" if self._scoring else "ready"
+            at_work = "training" if self._is_at_work else "scoring" if self._scoring else "ready"
             state = "loading" if self._ready is None else at_work
         run = None if self._sheet is None else self._sheet[1].run
         task = None if self._task is None else self._task.task
-        self._send(Hello(format=FORMAT, run=run, state=state, task=task, **self._versions))  # type: ignore[arg-type]
+        period = {} if self._period is None else {"period": self._period.begin.period, "number": self._period.next}
+        self._send(Hello(format=FORMAT, run=run, state=state, task=task, **period, **self._versions))  # type: ignore[arg-type]
 
     def take(self, sender: str, data: bytes) -> None:
         """Take one event; what is not expected is dropped and counted."""
@@ -123,6 +135,8 @@ class SiteWorker:
             self.greet()
         elif isinstance(head, End):
             self._end()
+        elif isinstance(head, SplitToSite):
+            self._take_split(head, data)
         elif isinstance(head, Score):
             if not self._scoring:
                 self._scoring = True
@@ -130,6 +144,36 @@ class SiteWorker:
         elif self._task is None or self._task.task != head.task:
             self._task = head
             self._trainer.send(data)
+
+    def _take_split(self, head: SplitToSite, data: bytes) -> None:
+        """Pass on what is next in the period under way; of another period nothing is known here."""
+        assert self._trainer is not None
+        if isinstance(head, Begin) and (self._period is None or self._period.begin.period != head.period):
+            self._period = SitePeriod(head)
+        if self._period is None or self._period.begin.period != head.period:
+            self._send(Failed(run=head.run, period=head.period, number=head.number, refusal=policy.lost()))
+            return
+        is_next, again = self._period.take(head.number)
+        if is_next:
+            self._trainer.send(data)
+        elif again is not None:
+            self.link.send(SERVER, again)
+
+    def _split_answered(self, head: SplitToServer, data: bytes) -> None:
+        """Send an answer on, and keep it."""
+        if self._period is None or head.period != self._period.begin.period:
+            return
+        self._period.answered(head.number, data)
+        if isinstance(head, Updates):
+            entry = self._period.book(head, len(data))
+            self._ledger.add(event="task", **entry, again=False)
+            self.note(f"round {self._period.begin.round}: trained in {head.seconds:.1f} s")
+        elif isinstance(head, Failed):
+            self._period.is_at_work = False
+            why, round = policy.in_words(head.refusal), self._period.begin.round
+            self._ledger.add(event="task", run=head.run, round=round, code=head.refusal.code, why=why)
+            self.note(f"round {round}: no update: {why}")
+        self.link.send(SERVER, data)
 
     def _take_sheet(self, head: SheetSent, body: bytes, data: bytes) -> None:
         found = sha256(body).hexdigest()
@@ -163,7 +207,7 @@ class SiteWorker:
         if self._trainer is not None:
             self._trainer.close()
         inbox = self.link.inbox
-        self._ready, self._task, self._scoring = None, None, False
+        self._ready, self._task, self._period, self._scoring = None, None, None, False
         self._trainer = self.start(
             lambda data: inbox.put((_TRAINER, data)), lambda code: inbox.put((_ENDED, str(code).encode()))
         )
@@ -180,6 +224,8 @@ class SiteWorker:
                 self._task = None
             self._book(head, len(data))
             self.link.send(SERVER, data)
+        elif isinstance(head, SplitToServer):
+            self._split_answered(head, data)
         elif isinstance(head, Scored):
             self._scoring = False
             self.link.send(SERVER, data)
@@ -213,7 +259,11 @@ class SiteWorker:
         refusal, task = Refusal(code=policy.ENDED, numbers={"code": code}), self._task
         if self._sheet is None:
             return
-        if task is not None:
+        if (period := self._period) is not None and period.is_at_work:
+            number = max(0, period.next - 1)
+            failed = Failed(run=period.begin.run, period=period.begin.period, number=number, refusal=refusal)
+            self._split_answered(failed, frame(failed))
+        elif task is not None:
             answer = Result(run=task.run, round=task.round, task=task.task, refusal=refusal)
             self._book(answer, 0)
             self._send(answer)
@@ -239,7 +289,7 @@ class SiteWorker:
         self._ledger.add(event="complete", run=self._sheet[1].run)
         if self._trainer is not None:
             self._trainer.close()
-        self._trainer, self._sheet, self._ready, self._task = None, None, None, None
+        self._trainer, self._sheet, self._ready, self._task, self._period = None, None, None, None, None
 
-    def _send(self, head: Hello | Ready | Result) -> None:
+    def _send(self, head: Hello | Ready | Result | Failed) -> None:
         self.link.send(SERVER, frame(head))

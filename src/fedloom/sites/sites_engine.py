@@ -55,24 +55,20 @@ class Patience:
     grace_s: float = 120.0
 
 
-@dataclass
-class SitesEngine:
-    """fedloom's ``Engine`` over a link.
+@dataclass(kw_only=True)
+class Attendance:
+    """Who is there: the server's end of a link, whatever is trained over it.
 
     Attributes:
         sheets: of every client, whose numbers are the positions of ``names``.
         counted: the last round in which each client's update counted; whoever runs the rounds keeps it.
-        state: the server's, of the last completed round; whoever runs the rounds keeps it.
         rows: rows that each site has told; filled as they become ready.
     """
 
     link: Link
-    lora: LoRAModel
     names: Sequence[str]
     sheets: Sequence[Sheet]
     wire: WireDtype
-    plan: RoundPlan
-    state: ServerState
     patience: Patience
     note: Callable[[str], None]
     rows: dict[int, int]
@@ -103,25 +99,6 @@ class SitesEngine:
                     f"({states}); start the sites, then run the same command again"
                 )
             self.take()
-
-    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
-        """Give every site its task, and yield what came back in the order of the broadcasts."""
-        if not broadcasts:
-            return
-        for site in self.sites.values():
-            site.posted, site.is_whole_sent, site.left_out, site.seconds = None, False, None, None
-        arrivals: dict[int, Arrival] = {}
-        SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals).run()
-        for broadcast in broadcasts:
-            yield arrivals[broadcast.client]
-
-    def held(self) -> Mapping[int, Memory]:
-        """Return nothing: what clients keep lies at the sites."""
-        return {}
-
-    def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
-        """Return the loss of every row that the server itself holds out."""
-        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)
 
     def is_lost(self, sent: float | None) -> bool:
         """Tell whether what was sent then should have shown an effect by now."""
@@ -208,3 +185,35 @@ class SitesEngine:
         for site in self.sites.values():
             if site.ready is None and site.is_near(now) and self.is_lost(site.sheet_sent):
                 self.greet(site)
+
+
+@dataclass(kw_only=True)
+class SitesEngine(Attendance):
+    """fedloom's ``Engine`` over a link.
+
+    Attributes:
+        state: the server's, of the last completed round; whoever runs the rounds keeps it.
+    """
+
+    lora: LoRAModel
+    plan: RoundPlan
+    state: ServerState
+
+    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
+        """Give every site its task, and yield what came back in the order of the broadcasts."""
+        if not broadcasts:
+            return
+        for site in self.sites.values():
+            site.posted, site.is_whole_sent, site.left_out, site.seconds = None, False, None, None
+        arrivals: dict[int, Arrival] = {}
+        SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals).run()
+        for broadcast in broadcasts:
+            yield arrivals[broadcast.client]
+
+    def held(self) -> Mapping[int, Memory]:
+        """Return nothing: what clients keep lies at the sites."""
+        return {}
+
+    def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
+        """Return the loss of every row that the server itself holds out."""
+        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)

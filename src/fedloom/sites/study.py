@@ -32,6 +32,9 @@ class Sites(Table):
     quorum: Count = setting(1, "Usable updates after which the sites that are still at work get `grace_s` more.")
     deadline_s: Positive = setting(3600.0, "A round waits no longer, and the start no longer for `quorum` sites.")
     grace_s: NonNegative = setting(120.0, "Seconds for those still at work once the quorum has answered.")
+    step_deadline_s: Positive = setting(
+        60.0, "A step of a model that is cut waits no longer; who misses it is dropped until the next round."
+    )
     evaluate: Literal["server", "sites"] = setting(
         "server", "`server`: on `data.eval_path`; `sites`: each on its own held-out rows, of which two sums cross."
     )
@@ -79,7 +82,7 @@ def resolve_study(document: Mapping[str, Any], source: str, overrides: Sequence[
     mine = [override for override in overrides if not override.lstrip().startswith(f"{SITES}.")]
     settings = config.resolve({**recipe, "federation": federation, "data": data}, source, mine)
     placed = resolve_names(settings, sites.names)
-    refuse(_method_problems(settings), origins)
+    refuse([*_method_problems(settings), *_split_problems(settings, sites, merged)], origins)
     return Study(settings, placed, sites)
 
 
@@ -122,8 +125,8 @@ def _rows_problems(merged: Mapping[str, Any], sites: Sites) -> list[Problem]:
 
 def _method_problems(settings: Settings) -> list[Problem]:
     found = []
-    if not (settings.traits.runs_rounds and settings.traits.sends_adapters):
-        wanted = "a method whose clients train adapters in rounds"
+    if not settings.traits.sends_adapters:
+        wanted = "a method whose clients send adapters"
         found.append(Problem("method.name", wanted, settings.method.name, "choose such a method for a study"))
     if settings.federation.num_clients != len(settings.client_ranks):
         found.append(Problem("method.ranks", "a rank per site", str(settings.method.ranks), "give one per site"))
@@ -132,4 +135,24 @@ def _method_problems(settings: Settings) -> list[Problem]:
     if settings.evaluation.suites:
         wanted = "none in a study: score the finished run with `fedloom evaluate`"
         found.append(Problem("evaluation.suites", wanted, str(settings.evaluation.suites), "remove them"))
+    return found
+
+
+def _split_problems(settings: Settings, sites: Sites, merged: Mapping[str, Any]) -> list[Problem]:
+    """A cut model wants what each side knows before a site has told its rows, and a base where it is scored."""
+    if not settings.traits.is_cut:
+        given = "step_deadline_s" in merged.get(SITES, {})
+        told = "one"
+        wanted = "none with a method that does not cut the model"
+        return [Problem("sites.step_deadline_s", wanted, told, "remove it")] if given else []
+    found = []
+    if settings.training.local_steps is None:
+        wanted, action = "a number of steps in a study of a cut model", "set it in place of training.local_epochs"
+        found.append(Problem("training.local_steps", wanted, "none", action))
+    if sites.evaluate == "sites":
+        wanted, action = "server in a study of a cut model", "set it: no site holds the whole base"
+        found.append(Problem("sites.evaluate", wanted, sites.evaluate, action))
+    if settings.model.quantization != "none":
+        wanted, action = "none in a study of a cut model", "set it: each side loads its part of the base as it is"
+        found.append(Problem("model.quantization", wanted, settings.model.quantization, action))
     return found

@@ -159,14 +159,20 @@ def output_head(model: Any) -> OutputHead:
         ModelError: naming the family whose packed forward or head is not the model's own.
     """
     if model not in _VERIFIED:
-        head = _read_head(model)
+        head = read_output_head(model)
         _verify(model, head)
         _VERIFIED[model] = head
     return _VERIFIED[model]
 
 
-def _read_head(model: Any) -> OutputHead:
-    """Read the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor."""
+def read_output_head(model: Any) -> OutputHead:
+    """Return a causal LM's output head unchecked, as for a part of a model, which has no forward of its own.
+
+    Read are the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor.
+
+    Raises:
+        ModelError: if the head is not a linear layer.
+    """
     layer, config = model.get_output_embeddings(), model.config
     if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
         raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
