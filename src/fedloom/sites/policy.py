@@ -17,6 +17,7 @@ UNCONFIRMED = "unconfirmed"
 BEHIND = "behind"
 SUPERSEDED = "superseded"
 ENDED = "trainer-ended"
+DISK = "disk"
 
 _WORDS: Mapping[str, str] = {
     "method": "its policy (policy.methods) does not allow the study's method",
@@ -42,7 +43,7 @@ _WORDS: Mapping[str, str] = {
     ENDED: "its training process ended with code {code}; its own log says why",
     "memory": "it ran out of memory",
     "held-out": "it has no held-out rows (data.eval_fraction in its file)",
-    "disk": "it could not write its folder; its own log says why",
+    DISK: "it could not write its folder; its own log says why",
 }
 _HASH_SHOWN = 12
 

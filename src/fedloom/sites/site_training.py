@@ -182,9 +182,9 @@ class SiteTraining:
         if isinstance(error, RefusedError):
             self._note(str(error))
             return error.refusal
-        code = _code_of(error)
-        self._note(f"{code}: {error}")
-        return Refusal(code=code)
+        refusal = Refusal(code=_code_of(error))
+        self._note(f"{refusal.code}: {str(error) or policy.in_words(refusal)}")
+        return refusal
 
 
 def load_site_base(site: SiteSettings) -> Base:
@@ -251,7 +251,7 @@ def _code_of(error: Any) -> str:
         case DataError():
             return "data"
         case RunError():
-            return "disk"
+            return policy.DISK
         case FedloomError():
             return "model"
         case _:
