@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ class MemoryLink:
     name: str
     hub: Hub
     inbox: queue.Queue[tuple[str, bytes]] = field(default_factory=queue.Queue)
+    connections: Counter[str] = field(default_factory=Counter)
 
     def send(self, to: str, frame: bytes) -> bool:
         other = self.hub.ends.get(to)

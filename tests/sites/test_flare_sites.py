@@ -241,6 +241,7 @@ def test_a_certificate_of_another_project_gets_nothing_through(ends: Ends, proje
 
 def test_a_server_whose_port_is_taken_is_one_line(ends: Ends, project: Project) -> None:
     with socket.socket() as taken:
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # of an earlier test's connections
         taken.bind(("127.0.0.1", int(project.server_kit.address.rpartition(":")[2])))
         taken.listen()
         with pytest.raises(RunError, match=r"expected .* free port"):

@@ -166,12 +166,15 @@ def test_the_newer_of_two_connections_of_one_name_counts(ends: Ends) -> None:
     first = ends.site(server.port, kit)
     wait(lambda: first.send(SERVER, b"one"))
     frames(server, 1)
-    first._is_closed.set()  # it does not dial again
     second = ends.site(server.port, kit)
     wait(lambda: second.send(SERVER, b"two"))
     assert frames(server, 1) == [("a", b"two")]
     wait(lambda: server.send("a", b"for the second"))
     assert frames(second, 1) == [(SERVER, b"for the second")]
+    wait(lambda: ends.notes)
+    assert "a newer connection of a took this one's place: is a second site of this name running?" in ends.notes[0]
+    assert not first.send(SERVER, b"three")  # it does not push the second one out at once
+    assert server.connections["a"] == 2
 
 
 def test_a_taken_port_is_one_line(ends: Ends) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import queue
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from fedloom.federation.server import broadcasts_for
 from fedloom.methods import table
 from fedloom.methods.strategy import Cohort
 from fedloom.models.load import load_base
+from fedloom.run_folder import durable
 from fedloom.sites.frames import FORMAT, TO_SERVER, Hello, Ready, Result, SheetSent, Task, frame, unframe
 from fedloom.sites.link import SERVER
 from fedloom.sites.sheet import Sheet, sheet_of
@@ -81,6 +84,14 @@ def heads(link: Any, kind: type, seconds: float = 20.0) -> Any:
         if isinstance(head, kind):
             return head
     raise AssertionError(f"no {kind.__name__}")
+
+
+def answered(link: Any) -> tuple[Any, bytes]:
+    """Return the next answer to a task."""
+    while True:
+        head, body = unframe(link.inbox.get(timeout=20)[1], TO_SERVER, 1 << 30)
+        if isinstance(head, Result):
+            return head, body
 
 
 def test_a_site_waits_for_its_owner_and_goes_on_when_there_is_a_yes(sheet: Sheet, settings: SiteSettings) -> None:
@@ -196,6 +207,75 @@ def test_a_newer_round_stops_an_older_one_between_two_steps(
     trainer.handle(waiting)
     head, _ = unframe(replies[-1], TO_SERVER, 1 << 30)
     assert head.refusal.code == "superseded"
+
+
+def refuse_writes(patch: pytest.MonkeyPatch, *names: str) -> None:
+    """Let the disk refuse what is written by these functions of ``durable``."""
+
+    def full(path: Path, *_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    for name in names:
+        patch.setattr(durable, name, full)
+
+
+@pytest.mark.parametrize("names", [("write_bytes",), ("append_line",), ("write_bytes", "append_line")])
+def test_a_full_disk_costs_answers_and_not_the_membership(
+    names: tuple[str, ...], sheet: Sheet, settings: SiteSettings, base_folder: Path
+) -> None:
+    """What could not be entered in the ledger does not leave."""
+    hub, shapes = Hub(), shapes_of(base_folder)
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            refuse_writes(patch, *names)
+            server.send(NAME, sheet_frame(sheet))
+            assert heads(server, Ready).refusal.code == "disk"
+        while heads(server, Hello).run is not None:
+            pass
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal is None
+        with pytest.MonkeyPatch.context() as patch:
+            refuse_writes(patch, *names)
+            server.send(NAME, task_frame(sheet, shapes))
+            head, body = answered(server)
+            assert (head.refusal.code, body) == ("disk", b"")
+        server.send(NAME, task_frame(sheet, shapes, 2))
+        assert heads(server, Result).refusal is None
+        assert site.thread.is_alive()
+    finally:
+        site.end()
+    assert any("the disk is full" in note for note in site.notes)
+
+
+def test_a_run_for_which_there_was_no_folder_is_loaded_when_there_is(sheet: Sheet, settings: SiteSettings) -> None:
+    (settings.folder / "runs").parent.mkdir(parents=True)
+    (settings.folder / "runs").write_text("in the way")
+    hub = Hub()
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal.code == "disk"
+        (settings.folder / "runs").unlink()
+        assert heads(server, Ready).refusal is None
+    finally:
+        site.end()
+
+
+def test_a_site_whose_folder_is_removed_while_it_runs_goes_on(
+    sheet: Sheet, settings: SiteSettings, base_folder: Path
+) -> None:
+    hub, shapes = Hub(), shapes_of(base_folder)
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal is None
+        shutil.rmtree(settings.folder)
+        server.send(NAME, task_frame(sheet, shapes))
+        assert heads(server, Result).refusal is None
+    finally:
+        site.end()
+    assert Store(settings.folder, RUN).read().round == 1
 
 
 @pytest.mark.slow

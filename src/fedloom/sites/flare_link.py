@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -74,6 +75,7 @@ class FlareLink:
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=inbox_size)
         self.is_started = threading.Event()
         self.connected: set[str] = set()
+        self.connections: Counter[str] = Counter()
         self._kit, self._receivers, self._largest = kit, receivers, largest_frame
         self._note, self._refused = note, refused
         self._session = uuid.uuid4().hex
@@ -179,6 +181,7 @@ class FlareLink:
             self._credits[event.name].release()
         elif event.kind == CONNECTED:
             self.connected.add(event.name)
+            self.connections[event.name] += 1
             if event.name == SERVER:
                 self.inbox.put((SERVER, link.CONNECTED))
         elif event.kind == GONE:

@@ -11,6 +11,7 @@ import queue
 import socket
 import ssl
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -35,6 +36,7 @@ _OPTIONS = [
 ]
 _MORE, _LAST = b"\x00", b"\x01"
 _LONGEST_WAIT = 5.0
+_WAIT_FOR_TWIN = 30.0
 
 
 class GrpcServerLink:
@@ -49,9 +51,10 @@ class GrpcServerLink:
         """
         grpc = _grpc()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=64 * len(names))
+        self.connections: Counter[str] = Counter()
         self._names, self._largest, self._lock = frozenset(names), largest_frame, threading.Lock()
         self._out: dict[str, queue.Queue[bytes | None]] = {}
-        self._denied = grpc.StatusCode.PERMISSION_DENIED
+        self._codes = grpc.StatusCode
         self._server = grpc.server(ThreadPoolExecutor(2 * len(names) + 4), options=_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._session)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, {_METHOD: handler}),))
@@ -86,16 +89,19 @@ class GrpcServerLink:
         names = [name.decode(errors="replace") for name in context.auth_context().get("x509_common_name", [])]
         name = names[0] if names else ""
         if name not in self._names:
-            context.abort(self._denied, f"{name[:100]} is not a site of this study")
+            context.abort(self._codes.PERMISSION_DENIED, f"{name[:100]} is not a site of this study")
         out: queue.Queue[bytes | None] = queue.Queue(maxsize=FRAMES_WAITING)
         with self._lock:
             former, self._out[name] = self._out.get(name), out
+            self.connections[name] += 1
         if former is not None:
             _end(former)  # the newer connection of a site is the one that counts
         context.add_callback(lambda: _end(out))
         threading.Thread(target=self._listen, args=(name, requests, out, context), daemon=True).start()
         try:
             yield from _outgoing(out)
+            if self._out.get(name, out) is not out:
+                context.abort(self._codes.ABORTED, f"a newer connection of {name} took this one's place")
         finally:
             with self._lock:
                 if self._out.get(name) is out:
@@ -123,6 +129,7 @@ class GrpcSiteLink:
         """
         self._grpc = _grpc()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.connections: Counter[str] = Counter()
         self._address, self._kit, self._largest = address, kit, largest_frame
         self._note, self._refused = note, refused
         self._lock, self._out = threading.Lock(), None
@@ -159,16 +166,20 @@ class GrpcSiteLink:
             elif error.code() == self._grpc.StatusCode.PERMISSION_DENIED:
                 self._refused(f"{self._address}: the server turned this site away: {error.details()}")
                 return
+            elif error.code() == self._grpc.StatusCode.ABORTED:
+                wait = _WAIT_FOR_TWIN
+                self._note(f"{self._address}: {error.details()}: is a second site of this name running? trying again "
+                           f"in {wait:g} s")  # fmt: skip
             elif error.code() == self._grpc.StatusCode.UNAVAILABLE:
                 why = unreachable(self._address, self._kit) or "the connection ended"
                 if why != told:
                     told = why
                     self._note(f"{self._address}: {why}; trying again")
             self._is_closed.wait(wait)
-            wait = min(wait * 2, _LONGEST_WAIT)
+            wait = min(wait * 2, _LONGEST_WAIT) if wait < _WAIT_FOR_TWIN else 0.2
 
     def _session(self) -> Any:
-        """Carry one stream to its end; return its error, or None where frames came in."""
+        """Carry one stream to its end; return its error, or None where frames came in and no newer stream ended it."""
         grpc, kit = self._grpc, self._kit
         credentials = grpc.ssl_channel_credentials(kit.root, kit.key, kit.certificate)
         channel = grpc.secure_channel(self._address, credentials, options=_OPTIONS)
@@ -178,12 +189,15 @@ class GrpcSiteLink:
             stream = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(_outgoing(out))
             with self._lock:
                 self._out, self._channel = out, channel
+            self.connections[SERVER] += 1
             self.inbox.put((SERVER, CONNECTED))
             for frame in _frames(stream, self._largest):
                 has_come = True
                 self.inbox.put((SERVER, frame))
-        except (grpc.RpcError, ValueError) as error:
-            return error if isinstance(error, grpc.RpcError) and not has_come else None
+        except grpc.RpcError as error:
+            return error if not has_come or error.code() == grpc.StatusCode.ABORTED else None
+        except ValueError:
+            return None
         finally:
             with self._lock:
                 self._out = self._channel = None

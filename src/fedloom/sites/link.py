@@ -7,6 +7,7 @@ answer asks again (see ``sites_engine`` and ``site_worker``), so a link need not
 
 from __future__ import annotations
 
+from collections import Counter
 from queue import Full, Queue
 from typing import Protocol
 
@@ -28,6 +29,9 @@ class Link(Protocol):
 
     inbox: Queue[tuple[str, bytes]]
     """(proven name of the sender, frame); at a site the sender is :data:`SERVER`."""
+
+    connections: Counter[str]
+    """How often each other end has connected; one that does so again and again may be two processes of one name."""
 
     def send(self, to: str, frame: bytes) -> bool:
         """Send a frame, or return False where the receiver cannot be reached now.

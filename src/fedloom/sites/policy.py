@@ -18,6 +18,7 @@ BEHIND = "behind"
 SUPERSEDED = "superseded"
 ENDED = "trainer-ended"
 LOST = "period-lost"
+DISK = "disk"
 
 _WORDS: Mapping[str, str] = {
     "method": "its policy (policy.methods) does not allow the study's method",
@@ -46,7 +47,7 @@ _WORDS: Mapping[str, str] = {
     ENDED: "its training process ended with code {code}; its own log says why",
     "memory": "it ran out of memory",
     "held-out": "it has no held-out rows (data.eval_fraction in its file)",
-    "disk": "it could not write its folder; its own log says why",
+    DISK: "it could not write its folder; its own log says why",
 }
 _HASH_SHOWN = 12
 

@@ -180,9 +180,9 @@ def refusal_of(error: BaseException, note: Note) -> Refusal:
     if isinstance(error, RefusedError):
         note(str(error))
         return error.refusal
-    code = _code_of(error)
-    note(f"{code}: {error}")
-    return Refusal(code=code)
+    refusal = Refusal(code=_code_of(error))
+    note(f"{refusal.code}: {str(error) or policy.in_words(refusal)}")
+    return refusal
 
 
 def check_allowed(site: SiteSettings, sheet: Sheet, sheet_sha256: str) -> None:
@@ -279,7 +279,7 @@ def _code_of(error: Any) -> str:
         case DataError():
             return "data"
         case RunError():
-            return "disk"
+            return policy.DISK
         case FedloomError():
             return "model"
         case _:

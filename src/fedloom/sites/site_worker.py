@@ -14,8 +14,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
+from typing import Any
 
-from fedloom.errors import UpdateError
+from fedloom.errors import RunError, UpdateError
 from fedloom.sites import policy
 from fedloom.sites.frames import (
     FORMAT,
@@ -43,7 +44,7 @@ from fedloom.sites.link import CONNECTED, SERVER, Link
 from fedloom.sites.sheet import Sheet, read_sheet
 from fedloom.sites.site_period import SitePeriod
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.store import Ledger, confirmation, keep_asked
+from fedloom.sites.store import Ledger, Store, confirmation, keep_asked
 from fedloom.sites.trainer import TrainerHandle
 
 HELLO_SECONDS = 5.0
@@ -163,16 +164,18 @@ class SiteWorker:
         """Send an answer on, and keep it."""
         if self._period is None or head.period != self._period.begin.period:
             return
-        self._period.answered(head.number, data)
         if isinstance(head, Updates):
             entry = self._period.book(head, len(data))
-            self._ledger.add(event="task", **entry, again=False)
             self.note(f"round {self._period.begin.round}: trained in {head.seconds:.1f} s")
+            if not self._enter(event="task", **entry, again=False):
+                unbooked = Refusal(code=policy.DISK)
+                data = frame(Failed(run=head.run, period=head.period, number=head.number, refusal=unbooked))
         elif isinstance(head, Failed):
             self._period.is_at_work = False
             why, round = policy.in_words(head.refusal), self._period.begin.round
-            self._ledger.add(event="task", run=head.run, round=round, code=head.refusal.code, why=why)
+            self._enter(event="task", run=head.run, round=round, code=head.refusal.code, why=why)
             self.note(f"round {round}: no update: {why}")
+        self._period.answered(head.number, data)
         self.link.send(SERVER, data)
 
     def _take_sheet(self, head: SheetSent, body: bytes, data: bytes) -> None:
@@ -188,9 +191,10 @@ class SiteWorker:
         try:
             sheet = read_sheet(body, head.run)
             self._introduce(sheet, found, body)
-        except UpdateError as error:
+        except (UpdateError, RunError) as error:
             self.note(str(error))
-            self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code="sheet")))
+            code = "sheet" if isinstance(error, UpdateError) else policy.DISK
+            self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code=code)))
             return
         self._sheet, self._deaths = (found, head, data), 0
         self._restart()
@@ -222,8 +226,7 @@ class SiteWorker:
         elif isinstance(head, Result):
             if self._task is not None and head.task == self._task.task:
                 self._task = None
-            self._book(head, len(data))
-            self.link.send(SERVER, data)
+            self.link.send(SERVER, data if self._book(head, len(data)) else frame(_unbooked(head)))
         elif isinstance(head, SplitToServer):
             self._split_answered(head, data)
         elif isinstance(head, Scored):
@@ -235,7 +238,7 @@ class SiteWorker:
         self._ready = head
         if is_news and head.refusal is not None:
             words = policy.in_words(head.refusal)
-            self._ledger.add(event="refused", run=head.run, code=head.refusal.code, why=words)
+            self._enter(event="refused", run=head.run, code=head.refusal.code, why=words)
             self.note(f"run {head.run} is refused: {words}")
         self._tell_ready()
 
@@ -244,15 +247,24 @@ class SiteWorker:
             self._is_asked = False
             self._send(self._ready)
 
-    def _book(self, head: Result, sent: int) -> None:
+    def _book(self, head: Result, sent: int) -> bool:
+        """Enter an answer; where that cannot be done it must not leave."""
         entry = {"run": head.run, "round": head.round, "seconds": round(head.seconds, 3), "sent_bytes": sent}
         if head.refusal is not None:
             why = policy.in_words(head.refusal)
-            self._ledger.add(event="task", **entry, code=head.refusal.code, why=why)
             self.note(f"round {head.round}: no update: {why}")
-        else:
-            self._ledger.add(event="task", **entry, again=head.again)
-            self.note(f"round {head.round}: {'sent again' if head.again else f'trained in {head.seconds:.1f} s'}")
+            return self._enter(event="task", **entry, code=head.refusal.code, why=why)
+        self.note(f"round {head.round}: {'sent again' if head.again else f'trained in {head.seconds:.1f} s'}")
+        return self._enter(event="task", **entry, again=head.again)
+
+    def _enter(self, **entry: Any) -> bool:
+        """Append a line to the ledger; a disk that refuses it is told in the log, and ends no membership."""
+        try:
+            self._ledger.add(**entry)
+        except RunError as error:
+            self.note(str(error))
+            return False
+        return True
 
     def _trainer_ended(self, code: int) -> None:
         """Tell the server at once, and start another."""
@@ -275,21 +287,27 @@ class SiteWorker:
         self._restart()
 
     def _confirm(self) -> None:
-        """Load a run to which a person has agreed meanwhile."""
+        """Load a run to which a person has agreed meanwhile, or for which there is room now."""
         if self._ready is None or self._ready.refusal is None or self._sheet is None:
             return
-        is_asked_for = self._ready.refusal.code == policy.UNCONFIRMED
-        if is_asked_for and confirmation(self.site.folder, self._sheet[0]).exists():
+        code, folder = self._ready.refusal.code, self.site.folder
+        is_agreed = code == policy.UNCONFIRMED and confirmation(folder, self._sheet[0]).exists()
+        if is_agreed or (code == policy.DISK and Store.has_room(folder, self._sheet[1].run)):
             self._is_asked = True
             self._restart()
 
     def _end(self) -> None:
         assert self._sheet is not None
         self.note(f"run {self._sheet[1].run} is complete")
-        self._ledger.add(event="complete", run=self._sheet[1].run)
+        self._enter(event="complete", run=self._sheet[1].run)
         if self._trainer is not None:
             self._trainer.close()
         self._trainer, self._sheet, self._ready, self._task, self._period = None, None, None, None, None
 
     def _send(self, head: Hello | Ready | Result | Failed) -> None:
         self.link.send(SERVER, frame(head))
+
+
+def _unbooked(head: Result) -> Result:
+    """Return what is told in place of an answer that could not be entered in the ledger."""
+    return head.model_copy(update={"refusal": head.refusal or Refusal(code=policy.DISK), "again": False})

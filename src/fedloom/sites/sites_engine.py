@@ -107,7 +107,8 @@ class Attendance:
     def report(self) -> list[dict[str, Any]]:
         """Return where every site stands, for the round's record."""
         now = self.clock()
-        return [site.as_dict(now) for site in self.sites.values()]
+        connections = self.link.connections
+        return [{**site.as_dict(now), "connections": connections[site.name]} for site in self.sites.values()]
 
     def lines(self) -> list[str]:
         """Return a line per site, for people."""

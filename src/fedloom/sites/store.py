@@ -63,6 +63,15 @@ class Store:
         with durable.explained(str(self._folder), _RETRY):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
+    @classmethod
+    def has_room(cls, folder: Path, run: str) -> bool:
+        """Tell whether a run's part can be made, or is there."""
+        try:
+            cls(folder, run)
+        except RunError:
+            return False
+        return True
+
     def read(self) -> Recall:
         """Return what is remembered; nothing where there is no file, or one that is damaged.
 
@@ -81,6 +90,7 @@ class Store:
             RunError: the disk refused.
         """
         with durable.explained(str(self._folder / _STATE), _RETRY):
+            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # its owner may have removed it meanwhile
             durable.write_bytes(self._folder / _STATE, _encode(recall))
 
 

@@ -171,7 +171,7 @@ def main(write_end: int) -> None:
     from fedloom.models.threads import compute_with
 
     compute_with(site.site.threads)
-    trainer = Trainer(site, lambda data: _write(replies, data), lambda text: print(text, file=sys.stderr, flush=True))
+    trainer = Trainer(site, lambda data: _write(replies, data), _log)
     waiting: queue.Queue[Heard] = queue.Queue()
 
     def listen() -> None:
@@ -182,6 +182,11 @@ def main(write_end: int) -> None:
     threading.Thread(target=listen, daemon=True).start()
     while True:
         trainer.handle(waiting.get())
+
+
+def _log(text: str) -> None:
+    with contextlib.suppress(OSError):  # a full log ends no training
+        print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":
