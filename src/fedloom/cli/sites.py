@@ -51,13 +51,13 @@ def listening(study: Study, largest_frame: int) -> Link:
     from fedloom.sites.kit import read_kit
     from fedloom.sites.kit_check import check_kit, is_flare_kit
 
-    kit = read_kit(study.sites.kit, "server")
+    kit, present = read_kit(study.sites.kit, "server"), study.sites.present
     if is_flare_kit(study.sites.kit, "server"):
         flare = check_kit(study.sites.kit, "server")
-        say(f"starting FLARE's server at {flare.address} for {', '.join(study.sites.names)}")
-        return FlareServerLink(flare, study.sites.names, largest_frame, say)
-    say(f"listening at {study.sites.address} for {', '.join(study.sites.names)}")
-    return GrpcServerLink(study.sites.address, kit, study.sites.names, largest_frame)
+        say(f"starting FLARE's server at {flare.address} for {', '.join(present)}")
+        return FlareServerLink(flare, present, largest_frame, say)
+    say(f"listening at {study.sites.address} for {', '.join(present)}")
+    return GrpcServerLink(study.sites.address, kit, present, largest_frame)
 
 
 @site_app.command("run")
@@ -84,6 +84,7 @@ def site_confirm(
     yes: Annotated[bool, typer.Option("--yes", help="Agree to every study that waits, without a question.")] = False,
 ) -> None:
     """Agree to the studies that wait for a person's yes (policy.confirm)."""
+    from fedloom.sites.members import read_members, shown
     from fedloom.sites.sheet import read_sheet
     from fedloom.sites.site_settings import load_site
     from fedloom.sites.store import confirm, unconfirmed
@@ -95,6 +96,9 @@ def site_confirm(
     for sheet_sha256, body in waiting:
         sheet = read_sheet(body)
         print_line(sheet.line)
+        members = read_members(folder, sheet.run)
+        if members is not None:
+            print_line(shown(members))
         if yes or typer.confirm("Take part?", err=True):
             confirm(folder, sheet_sha256)
             print_line("agreed")

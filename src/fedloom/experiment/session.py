@@ -137,13 +137,16 @@ def run(
         return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
 
 
-def check_folder(out: Path, settings: Settings, fresh: bool) -> tuple[str, ...]:
+def check_folder(out: Path, settings: Settings, fresh: bool, also: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Check, before anything is loaded, that a run of the settings can be in ``out``; return what may differ there.
+
+    ``also`` are settings that may differ besides those that may in every run.
 
     Raises:
         RunError: the folder holds something else, or a run of other settings.
     """
     may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    may_change += also
     if fresh:
         refuse_foreign(out)
     else:

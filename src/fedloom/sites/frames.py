@@ -34,6 +34,7 @@ PREFIX_BYTES = _LENGTH_BYTES + _DIGEST_BYTES
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Code = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z-]{0,31}$")]
+SiteName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Version = Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,40}$")]
 Count = Annotated[int, Ge(0), Le(1 << 53)]
 Round = Annotated[int, Ge(1), Le(1 << 53)]
@@ -43,6 +44,24 @@ class Part(BaseModel):
     """A part of a head: frozen, strict about types, closed to unknown entries, its numbers finite."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Members(Part):
+    """Who takes part in a study, by one of its versions; the coordinator signs every version after the first.
+
+    A site's position in ``names`` is its client number; ``settings_sha256`` is of what no version changes.
+    """
+
+    version: Annotated[int, Ge(1), Le(1 << 31)]
+    names: Annotated[tuple[SiteName, ...], MaxLen(4096)]
+    withdrawn: Annotated[tuple[SiteName, ...], MaxLen(4096)] = ()
+    settings_sha256: Hash
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]*$", max_length=2048)] = ""
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The sites that have not withdrawn."""
+        return tuple(name for name in self.names if name not in self.withdrawn)
 
 
 class Refusal(Part):
@@ -113,11 +132,12 @@ class Scored(Part):
 
 
 class SheetSent(Part):
-    """Server: what the run is; the body is the sheet."""
+    """Server: what the run is; the body is the sheet. A site that knows ``members`` of the run wants them again."""
 
     kind: Literal["sheet"] = "sheet"
     run: RunId
     format: Count
+    members: Members | None = None
 
 
 class Task(Part):

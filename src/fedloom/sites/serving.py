@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from fedloom.errors import RunError
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
 from fedloom.experiment.session import NOTHING_HELD_OUT, RunSummary, Session, check_folder, refuse_fewer_rounds
 from fedloom.federation.blob import WireDtype, largest_message
-from fedloom.federation.rounds import RoundRecord
+from fedloom.federation.rounds import RoundPlan, RoundRecord
+from fedloom.federation.sampling import sample_clients
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.state import Standing
 from fedloom.models.load import Base
@@ -36,6 +37,7 @@ from fedloom.sites.site_scores import scored_by_sites
 from fedloom.sites.sites_engine import Attendance, Patience, SitesEngine
 from fedloom.sites.split_serving import CutKind, CutStudy, served_base
 from fedloom.sites.study import Study
+from fedloom.sites.study_versions import check_version, note_version
 
 OpenLink = Callable[[Study, int], Link]
 """Opens the server's end, given the study and the most bytes that a frame of a site can have."""
@@ -65,7 +67,7 @@ def serve(
     out, progress = Path(out), progress or SilentProgress()
     workshop = workshop or Workshop(progress)
     settings = study.written
-    may_change = check_folder(out, settings, fresh)
+    may_change = check_folder(out, settings, fresh, check_version(study, out, fresh))
     base, lora = served_base(study, workshop)
     held_out = _held_out(study, workshop, base)
     if held_out.held_out is None and study.sites.evaluate == "server":
@@ -79,8 +81,8 @@ def serve(
             base_sha256=base.revision_hash,
             tokenizer_sha256=served.tokenizer_sha256,
             held_out_sha256=held_out.held_out_sha256,
-            sites=list(study.sites.names),
         )
+        note_version(study, folder)
         with served.started(folder) as kind:
             session = SitesSession(settings, folder, base, lora, held_out, served.population, kind, workshop, progress)
             session.engine, session.scores_at_sites = kind.engine, study.sites.evaluate == "sites"
@@ -99,11 +101,10 @@ class _Served:
         ranks, scales = dict(enumerate(settings.client_ranks)), dict(enumerate(settings.client_scales))
         self._rows = dict.fromkeys(ranks, 0)  # told by each site as it becomes ready
         names = study.sites.names
-        size = settings.cohort_size
-        self.population = Population(len(names), size, ranks, scales, _no_rows, names, self._rows)
+        self.population = Population(len(names), study.cohort_size, ranks, scales, _no_rows, names, self._rows)
         self._lora = lora
         self._cut = CutStudy(study, lora, self._rows) if settings.traits.is_cut else None
-        self._plan = None if self._cut is not None else plan_of(settings, self.population, lora)
+        self._plan = None if self._cut is not None else _plan_of(study, self.population, lora)
 
     @property
     def num_rounds(self) -> int:
@@ -125,6 +126,7 @@ class _Served:
             attendance: dict[str, Any] = {
                 "link": link,
                 "names": study.sites.names,
+                "members": study.members,
                 "sheets": sheets,
                 "wire": WireDtype(settings.wire.dtype),
                 "patience": Patience(study.sites.quorum, study.sites.deadline_s, study.sites.grace_s),
@@ -239,6 +241,17 @@ def _run_id(out: Path, fresh: bool) -> str:
     """
     known = {} if fresh or not is_begun(out) else read_manifest(out)["identity"]
     return str(known.get("run_id") or secrets.token_hex(16))
+
+
+def _plan_of(study: Study, population: Population, lora: LoRAModel) -> RoundPlan:
+    """Return the plan of the rounds, whose clients are drawn from the sites that have not withdrawn."""
+    sites, seed, size = study.sites, study.settings.run.seed, study.cohort_size
+    present = [client for client, name in enumerate(sites.names) if name not in sites.withdrawn]
+
+    def sample(round: int) -> list[int]:
+        return [present[place] for place in sample_clients(seed, round, len(present), size)]
+
+    return replace(plan_of(study.settings, population, lora), sample=sample)
 
 
 def _no_rows(client: int) -> TokenSet:

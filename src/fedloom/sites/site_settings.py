@@ -77,10 +77,10 @@ class Policy(Table):
         "Training of a model that is cut, in which activations of the rows cross: `no`, `yes`, or `labels-stay`: only "
         "where the last blocks and the labels stay here (`split.labels = client`).",
     )
-    confirm: Literal["first", "never"] = setting(
+    confirm: Literal["first", "always", "never"] = setting(
         "first",
-        "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes; "
-        "`never`: nobody is asked.",
+        "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes or a "
+        "site joins; `always`: besides, each time that `site run` takes the run up; `never`: nobody is asked.",
     )
 
 

@@ -18,6 +18,7 @@ class SiteState:
 
     name: str
     client: int
+    is_withdrawn: bool = False
     last_seen: float | None = None
     sheet_sent: float | None = None
     ready: Ready | None = None
@@ -53,6 +54,8 @@ class SiteState:
 
     def word(self, now: float) -> str:
         """Say in a word where it stands."""
+        if self.is_withdrawn:
+            return "withdrawn"
         if self.last_seen is None:
             return "never seen"
         if not self.is_near(now):

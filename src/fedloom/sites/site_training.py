@@ -193,7 +193,7 @@ def check_allowed(site: SiteSettings, sheet: Sheet, sheet_sha256: str) -> None:
     """
     if (refusal := policy.of_sheet(site.policy, sheet)) is not None:
         raise RefusedError(refusal)
-    if site.policy.confirm == "first" and not confirmation(site.folder, sheet_sha256).exists():
+    if site.policy.confirm != "never" and not confirmation(site.folder, sheet_sha256).exists():
         raise RefusedError(Refusal(code=policy.UNCONFIRMED))
 
 

@@ -27,6 +27,7 @@ from fedloom.sites.frames import (
     End,
     Failed,
     Hello,
+    Members,
     Ready,
     Refusal,
     Result,
@@ -40,11 +41,13 @@ from fedloom.sites.frames import (
     frame,
     unframe,
 )
+from fedloom.sites.kit import read_kit
 from fedloom.sites.link import CONNECTED, SERVER, Link
+from fedloom.sites.members import joined, keep_members, read_members, refusal_of, shown
 from fedloom.sites.sheet import Sheet, read_sheet
 from fedloom.sites.site_period import SitePeriod
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.store import Ledger, Store, confirmation, keep_asked
+from fedloom.sites.store import Ledger, Store, confirmation, keep_asked, unconfirm
 from fedloom.sites.trainer import TrainerHandle
 
 HELLO_SECONDS = 5.0
@@ -185,19 +188,45 @@ class SiteWorker:
             self._send(Ready(run=head.run, sheet=found, refusal=refusal))
             return
         self._is_asked = True
-        if self._sheet is not None and self._sheet[0] == found:
+        if self._sheet is not None and self._sheet[:2] == (found, head):
             self._tell_ready()
             return
+        former = self._sheet
+        is_same = former is not None and former[0] == found and self._trainer is not None
         try:
             sheet = read_sheet(body, head.run)
-            self._introduce(sheet, found, body)
+            known = read_members(self.site.folder, sheet.run)
+            refusal = self._checked_members(sheet, head.members, known)
+            if refusal is None and not is_same:
+                self._introduce(sheet, found, body)
+            is_asked_anew = self.site.policy.confirm == "always" and not is_same
+            if refusal is None and (is_asked_anew or joined(head.members, known)):
+                unconfirm(self.site.folder, found)
+                is_same = False
         except (UpdateError, RunError) as error:
             self.note(str(error))
             code = "sheet" if isinstance(error, UpdateError) else policy.DISK
             self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code=code)))
             return
         self._sheet, self._deaths = (found, head, data), 0
-        self._restart()
+        if refusal is not None:
+            self._close_trainer()
+            self._take_ready(Ready(run=head.run, sheet=found, refusal=refusal))
+        elif is_same:
+            self._tell_ready()
+        else:
+            self._restart()
+
+    def _checked_members(self, sheet: Sheet, asked: Members | None, known: Members | None) -> Refusal | None:
+        """Return why the site does not take this version of the study; keep one that it takes."""
+        own = self.site.site
+        refusal = refusal_of(asked, known, own.name, sheet.client, lambda: read_kit(own.kit, "client").root)
+        if refusal is None and asked is not None and asked != known:
+            keep_members(self.site.folder, sheet.run, asked)
+            self.note(shown(asked))
+            changed = {"joined": list(joined(asked, known)), "withdrawn": list(asked.withdrawn)}
+            self._ledger.add(event="members", run=sheet.run, version=asked.version, **changed)
+        return refusal
 
     def _introduce(self, sheet: Sheet, found: str, body: bytes) -> None:
         training = sheet.training
@@ -208,15 +237,18 @@ class SiteWorker:
 
     def _restart(self) -> None:
         """Start a trainer for the sheet; another run's gives its memory back."""
-        if self._trainer is not None:
-            self._trainer.close()
+        self._close_trainer()
         inbox = self.link.inbox
-        self._ready, self._task, self._period, self._scoring = None, None, None, False
         self._trainer = self.start(
             lambda data: inbox.put((_TRAINER, data)), lambda code: inbox.put((_ENDED, str(code).encode()))
         )
         assert self._sheet is not None
         self._trainer.send(self._sheet[2])
+
+    def _close_trainer(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()
+        self._trainer, self._ready, self._task, self._period, self._scoring = None, None, None, None, False
 
     def _of_trainer(self, head: object, data: bytes) -> None:
         if self._sheet is None or getattr(head, "run", None) != self._sheet[1].run:
@@ -300,9 +332,8 @@ class SiteWorker:
         assert self._sheet is not None
         self.note(f"run {self._sheet[1].run} is complete")
         self._enter(event="complete", run=self._sheet[1].run)
-        if self._trainer is not None:
-            self._trainer.close()
-        self._trainer, self._sheet, self._ready, self._task, self._period = None, None, None, None, None
+        self._close_trainer()
+        self._sheet = None
 
     def _send(self, head: Hello | Ready | Result | Failed) -> None:
         self.link.send(SERVER, frame(head))

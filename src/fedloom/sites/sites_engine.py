@@ -30,6 +30,7 @@ from fedloom.sites.frames import (
     Dropped,
     End,
     Hello,
+    Members,
     Ready,
     SheetSent,
     frame,
@@ -61,6 +62,7 @@ class Attendance:
 
     Attributes:
         sheets: of every client, whose numbers are the positions of ``names``.
+        members: who takes part by the study's version, as the sites are told.
         counted: the last round in which each client's update counted; whoever runs the rounds keeps it.
         rows: rows that each site has told; filled as they become ready.
     """
@@ -72,13 +74,15 @@ class Attendance:
     patience: Patience
     note: Callable[[str], None]
     rows: dict[int, int]
+    members: Members | None = None
     counted: dict[int, int] = field(default_factory=dict)
     versions: str = ""
     clock: Callable[[], float] = time.monotonic
     dropped: Dropped = field(default_factory=Dropped)
 
     def __post_init__(self) -> None:
-        self.sites = {name: SiteState(name, client) for client, name in enumerate(self.names)}
+        away = () if self.members is None else self.members.withdrawn
+        self.sites = {name: SiteState(name, client, name in away) for client, name in enumerate(self.names)}
         self.run = self.sheets[0].run
         self._bodies = [sheet.model_dump_json().encode() for sheet in self.sheets]
         self._largest = 1 << 16
@@ -127,7 +131,9 @@ class Attendance:
     def greet(self, site: SiteState) -> None:
         """Send a site its sheet; it is repeated until the site is ready."""
         site.sheet_sent = self.clock()
-        self.link.send(site.name, frame(SheetSent(run=self.run, format=FORMAT), self._bodies[site.client]))
+        self.link.send(
+            site.name, frame(SheetSent(run=self.run, format=FORMAT, members=self.members), self._bodies[site.client])
+        )
 
     def take(self) -> tuple[SiteState, Any, bytes] | None:
         """Take one message, and note what it says of its site; None where there is none, or it was dropped."""
@@ -137,7 +143,7 @@ class Attendance:
         except queue.Empty:
             return None
         site = self.sites.get(name)
-        if site is None:
+        if site is None or site.is_withdrawn:
             self.dropped.add(name, "stranger")
             return None
         try:
