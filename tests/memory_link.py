@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.config import Settings
-from fedloom.experiment.session import RunSummary
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.sites.link import CONNECTED, SERVER
 from fedloom.sites.serving import serve
 from fedloom.sites.site_settings import SiteSettings, resolve_site

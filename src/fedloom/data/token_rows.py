@@ -2,6 +2,7 @@
 
 A text begins with what the tokenizer puts before any text (its beginning-of-text, where it adds one), unless the text
 carries its own special tokens: a chat template writes them all, and a text that spells the beginning keeps that one.
+Where it ends, :mod:`fedloom.data.answer_frame` says.
 
 A prompt is read as training reads the row it begins: the row is written with a stand-in for its answer, and the prompt
 is every token before the answer's first. So a token that reaches over the border (the blank before a first word, in
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from fedloom.data.chat import render_chat
 from fedloom.data.records import Dialogue, Prompt, Record, Turn
 from fedloom.data.special_text import contents_of, special_text
-from fedloom.data.templates import Rendered, Template
+from fedloom.data.templates import AnyTemplate, ChatTemplate, Rendered
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,8 +53,8 @@ class PromptTokens:
     ids: tuple[int, ...]
 
 
-def render(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    """Write one record with ``template``, or with the tokenizer's chat template for None.
+def render(record: Record, template: AnyTemplate, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    """Write one record with ``template``.
 
     Raises:
         DataError: the chat template rejects the turns, or changes contents that spell a special token.
@@ -65,8 +66,10 @@ def render(record: Record, template: Template | None, tokenizer: PreTrainedToken
     return replace(written, special_spans=special.template_spans(written.text, hidden.text))
 
 
-def _write(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    return render_chat(record, tokenizer) if template is None else template.render(record, tokenizer.eos_token)
+def _write(record: Record, template: AnyTemplate, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    if isinstance(template, ChatTemplate):
+        return render_chat(record, template, tokenizer)
+    return template.render(record, tokenizer.eos_token)
 
 
 def token_rows(rendered: Iterable[Rendered], tokenizer: PreTrainedTokenizerFast) -> Iterator[TokenRow]:
@@ -78,7 +81,7 @@ def token_rows(rendered: Iterable[Rendered], tokenizer: PreTrainedTokenizerFast)
 
 
 def record_prompts(
-    records: Iterable[Record], template: Template | None, tokenizer: PreTrainedTokenizerFast
+    records: Iterable[Record], template: AnyTemplate, tokenizer: PreTrainedTokenizerFast
 ) -> list[PromptTokens]:
     """Return the prompt of each record: what stands before its last answer, which may be empty.
 
@@ -88,7 +91,7 @@ def record_prompts(
     Raises:
         DataError: the chat template rejects the turns, or writes them differently once an answer follows.
     """
-    rendered = [render(_with_stand_in(record), template, tokenizer) for record in records]
+    rendered = [render(with_last_answer(record, _STAND_IN), template, tokenizer) for record in records]
     for item in rendered:
         _check_is_text(item.prompt)
     return [
@@ -159,13 +162,14 @@ def _missing(prefix: list[int], ids: list[int]) -> list[int]:
     return [] if ids[: len(prefix)] == prefix else prefix
 
 
-def _with_stand_in(record: Record) -> Record:
+def with_last_answer(record: Record, answer: str) -> Record:
+    """Return the record with another last answer, and nothing after it."""
     match record:
         case Prompt():
-            return replace(record, answer=_STAND_IN)
+            return replace(record, answer=answer)
         case Dialogue(turns):
             answers = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
-            return Dialogue((*turns[: answers[-1]], Turn("assistant", _STAND_IN)))
+            return Dialogue((*turns[: answers[-1]], Turn("assistant", answer)))
 
 
 def _marked(item: Rendered, encoding: Encoding, prefix: list[int]) -> TokenRow:

@@ -23,8 +23,8 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or hub name; ``bytes`` is the one whose 256 ids are the bytes.
 
-    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names, else the only usual one
-    in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say what it is for). Code of its own is run
+    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names (of several, the first), else
+    the only usual one in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say so). Code of its own runs
     only with ``trust_remote_code``.
 
     Raises:
@@ -104,8 +104,9 @@ def _find_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     config = folder / "config.json"
     if config.is_file():
         named = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        if isinstance(named, int):
-            return str(tokenizer.convert_ids_to_tokens(named))
+        first = named[0] if isinstance(named, list) and named else named
+        if isinstance(first, int):
+            return str(tokenizer.convert_ids_to_tokens(first))
     vocabulary = tokenizer.get_vocab()
     usual = [token for token in _USUAL_ENDS_OF_TEXT if token in vocabulary]
     if len(usual) == 1:

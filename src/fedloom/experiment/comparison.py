@@ -13,7 +13,8 @@ from fedloom.assembly.inputs import Workshop
 from fedloom.config import Settings, every_variant
 from fedloom.errors import RunError
 from fedloom.experiment.parallel_runs import check_parallel, run_in_processes
-from fedloom.experiment.session import RunSummary, run
+from fedloom.experiment.run_summary import RunSummary
+from fedloom.experiment.session import run
 from fedloom.file_formats import COMPARISON
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.run_groups import table_of

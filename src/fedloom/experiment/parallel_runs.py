@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
-from fedloom.experiment.session import RunSummary
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.methods import table
 from fedloom.reporting.progress import Progress
 

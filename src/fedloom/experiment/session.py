@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +20,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
 from fedloom.experiment.round_records import holdings_of, peft_writer
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.lora.algebra import compress
 from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel
@@ -29,7 +30,9 @@ from fedloom.models.load import Base
 from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
+from fedloom.results.conversation import wording_of_rows
 from fedloom.results.export import write_cards
+from fedloom.results.serving_files import write_serving_files
 from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign
@@ -37,53 +40,12 @@ from fedloom.run_folder.contents import ADAPTER, check_adapter, read_file, round
 from fedloom.run_folder.manifest import changed_threads, read_manifest
 from fedloom.run_folder.reader import missing_adapters
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
-from fedloom.wording import counted, written_bytes
+from fedloom.wording import counted
 
 NOTHING_HELD_OUT = (
     "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
     "or data.eval_fraction"
 )
-
-
-@dataclass(frozen=True)
-class RunSummary:
-    """What a finished run came to."""
-
-    folder: Path
-    method: str
-    seed: int
-    num_rounds: int
-    base_eval: Mapping[str, Any]
-    eval: Mapping[str, Any]
-    upload_bytes: int
-    download_bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int | None
-    aggregation_noise: float | None
-    rank: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the summary as plain values."""
-        return {**self.__dict__, "folder": str(self.folder), "base_eval": dict(self.base_eval), "eval": dict(self.eval)}
-
-    def lines(self) -> list[str]:
-        """Return the summary for people."""
-        lines = [f"{self.method}, seed {self.seed}: {counted(self.num_rounds, 'round')} in {self.seconds:.1f} s"]
-        if "loss_nats" in self.eval:
-            before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
-            tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"
-            lines.append(f"held-out loss {self.eval['loss_nats']:.4f} nats per token{before} on {tokens}")
-        for suite, scores in self.eval.get("suites", {}).items():
-            figures = ", ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items())
-            lines.append(f"{suite}: {figures}")
-        up, down = written_bytes(self.upload_bytes), written_bytes(self.download_bytes)
-        device = self.peak_device_memory_bytes
-        of_device = "" if device is None else f", of the device {written_bytes(device)} in one round"
-        lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}{of_device}")
-        if self.aggregation_noise is not None:
-            lines.append(f"aggregation noise of the last round {self.aggregation_noise:.3g}")
-        return lines
 
 
 def run(
@@ -183,7 +145,12 @@ def is_extensible(settings: Settings) -> bool:
 
 
 class HeldOutRows(Protocol):
-    """What a session evaluates on; None where nothing is held out."""
+    """What a session evaluates on; None where nothing is held out, or no training rows are here."""
+
+    @property
+    def rows(self) -> Rows | None:
+        """The training rows."""
+        ...
 
     @property
     def held_out_rows(self) -> Rows | None:
@@ -295,8 +262,14 @@ class Session:
 
         Return the folders, relative to the run's; none where training added nothing.
         """
-        write, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
+        write_peft, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
+        rows, tokenizer = self.inputs.rows or self.inputs.held_out_rows, self.base.tokenizer
+        wording = wording_of_rows(self.settings.data, rows, tokenizer)
         result = compress(state.shared).adapter
+
+        def write(adapter: Adapter, path: Path, scale: float) -> None:
+            write_peft(adapter, path, scale)
+            write_serving_files(path, self.base.model, tokenizer, wording)
 
         def write_own(path: Path) -> None:
             for client, adapter in own.items():

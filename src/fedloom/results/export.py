@@ -18,7 +18,18 @@ from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.models.load import Base
 from fedloom.results.card import adapter_card, merged_card
-from fedloom.results.opened_result import RESULT, Found, find_result, load_base_of, of_client, unfinished_note, wrap
+from fedloom.results.conversation import wording_of
+from fedloom.results.opened_result import (
+    RESULT,
+    Found,
+    OpenedResult,
+    find_result,
+    load_base_of,
+    of_client,
+    unfinished_note,
+    wrap,
+)
+from fedloom.results.serving_files import copy_serving_files, generation_config, stop_ids
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import ADAPTER, read_object
 from fedloom.run_folder.manifest import read_manifest
@@ -109,6 +120,7 @@ def export_adapter(
 
     def write(folder: Path) -> None:
         save_peft(cast, folder, base_name=found.reference or "", conv1d=_is_conv1d(found), dropout=0.0)
+        copy_serving_files(_own_folder(found), folder)
         (folder / CARD).write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)
@@ -151,8 +163,12 @@ def export_merged(
     written = str(target).removeprefix("torch.")
     exported = Exported(to, "merged model", written, kept.ranks, norm(adapter), rank_error, cast_error)
 
+    wording = wording_of(OpenedResult(found, loaded, lora))
+    stops = stop_ids(loaded.model, loaded.tokenizer, wording, _own_folder(found))
+
     def write(folder: Path) -> None:
         loaded.model.to(target)
+        loaded.model.generation_config = generation_config(loaded.model, stops)
         for name, (weight, _) in merged.items():
             loaded.model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
         loaded.model.save_pretrained(folder)
@@ -233,9 +249,12 @@ def _adapter_folder(run: Path, name: str) -> Path:
 
 def _is_conv1d(found: Found) -> bool:
     """Tell whether the adapter's own files say that its base holds transposed weights."""
-    name = next(iter(found.adapters))
-    folder = found.path if found.run is None else _adapter_folder(found.path, name)
-    return bool(durable.read_json(folder / "adapter_config.json").get("fan_in_fan_out"))
+    return bool(durable.read_json(_own_folder(found) / "adapter_config.json").get("fan_in_fan_out"))
+
+
+def _own_folder(found: Found) -> Path:
+    """Return the folder of the adapter's own files."""
+    return found.path if found.run is None else _adapter_folder(found.path, next(iter(found.adapters)))
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -17,7 +17,8 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
-from fedloom.experiment.session import NOTHING_HELD_OUT, RunSummary, Session, check_folder, refuse_fewer_rounds
+from fedloom.experiment.run_summary import RunSummary
+from fedloom.experiment.session import NOTHING_HELD_OUT, Session, check_folder, refuse_fewer_rounds
 from fedloom.federation.blob import WireDtype, largest_message
 from fedloom.federation.rounds import RoundPlan, RoundRecord
 from fedloom.federation.sampling import sample_clients
@@ -48,6 +49,7 @@ class _HeldOut:
     held_out_rows: Rows | None
     held_out: TokenSet | None
     held_out_sha256: str | None
+    rows: Rows | None = None
 
 
 def serve(
