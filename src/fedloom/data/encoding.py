@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape
 from fedloom.data.templates import AUTO, CHAT, Rendered, Template, default_template, load_template
 from fedloom.data.token_rows import TokenRow, render, token_rows
+from fedloom.data.tokenizer import check_ids
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 
@@ -130,6 +131,8 @@ def encode(
             num_truncated += 1
         elif overlong is Overlong.TRUNCATE:
             num_cut_off += 1
+    for index, row in kept:
+        check_ids(row.ids, tokenizer, records.rows.where(index))
     counts = EncodingCounts(
         num_rows=len(records),
         num_kept=len(kept),

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from fedloom.data.token_rows import PromptTokens, text_prompts
+from fedloom.data.tokenizer import pad_id
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.outputs_file import OutputsFile
 from fedloom.models.causal import causal_lm, context_length
+from fedloom.models.foreign_forward import foreign_forward
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def _tokenised(prompts: Sequence[str | PromptTokens], tokenizer: Any) -> list[Pr
 def _generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: DecodingSettings) -> list[Output]:
     from transformers import GenerationConfig, LogitsProcessorList
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     input_ids_BT, mask_BT = _left_padded(rows, pad, model.device)
     width = input_ids_BT.shape[1]
     config = GenerationConfig(
@@ -135,9 +137,10 @@ def _generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], setting
     processors = LogitsProcessorList()
     if settings.no_repeat_ngram_size:
         processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
-    generated_BT = model.generate(
-        input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
-    )
+    with foreign_forward(model):
+        generated_BT = model.generate(
+            input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
+        )
     return [_output(tokenizer, row[width:].tolist()) for row in generated_BT]
 
 

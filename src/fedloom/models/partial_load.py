@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
+from fedloom.models.base_folder import read_config
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
 from fedloom.models.threads import BUILDING
 
@@ -58,13 +59,11 @@ def load_top(
 
 def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype, trust_remote_code: bool) -> PartialBase:
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}; check the path")
+    config = read_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with BUILDING, init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
