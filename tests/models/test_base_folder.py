@@ -64,7 +64,7 @@ def test_an_adapter_next_to_the_weights_is_refused_by_name(
     get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(folder / "apart")
     for name in names:
         (folder / "apart" / name).rename(folder / name)
-    told = rf"also holds an adapter \({', '.join(names)}\), .*; move these files"
+    told = rf"also holds an adapter \({', '.join(names)}\), .*; take these files"
     settings = settings_for(model__base=str(folder))
     for load in (lambda: load_base(folder), lambda: load_bottom(folder, 1), lambda: describe(settings)):
         with pytest.raises(ModelError, match=told):

@@ -134,7 +134,7 @@ def _refuse_adapter(folder: Path) -> None:
     if (folder / "config.json").is_file():
         raise ModelError(
             f"model.base: expected a base alone, {folder} also holds an adapter ({names}), which would be loaded onto "
-            "the weights; move these files to a folder of their own"
+            "the weights; take these files out of the folder"
         )
     raise ModelError(
         f"model.base: expected a base with config.json, {folder} holds an adapter ({names}); name the base that it was "
