@@ -25,6 +25,7 @@ from fedloom.data.templates import (
     load_template,
 )
 from fedloom.data.token_rows import TokenRow, render, token_rows
+from fedloom.data.tokenizer import check_ids
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 
@@ -142,6 +143,8 @@ def encode(
             num_truncated += 1
         elif overlong is Overlong.TRUNCATE:
             num_cut_off += 1
+    for index, row in kept:
+        check_ids(row.ids, tokenizer, records.rows.where(index))
     counts = EncodingCounts(
         num_rows=len(records),
         num_kept=len(kept),

@@ -25,6 +25,7 @@ from fedloom.data.chat import render_chat
 from fedloom.data.records import Dialogue, Prompt, Record, Turn
 from fedloom.data.special_text import contents_of, special_text
 from fedloom.data.templates import AnyTemplate, ChatTemplate, Rendered
+from fedloom.data.tokenizer import check_ids
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -94,10 +95,11 @@ def record_prompts(
     rendered = [render(with_last_answer(record, _STAND_IN), template, tokenizer) for record in records]
     for item in rendered:
         _check_is_text(item.prompt)
-    return [
+    prompts = [
         PromptTokens(item.prompt, tuple(row.ids[: row.last_answer].tolist()))
         for item, row in zip(rendered, token_rows(rendered, tokenizer), strict=True)
     ]
+    return _known(prompts, tokenizer)
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Any) -> list[PromptTokens]:
@@ -135,10 +137,17 @@ def _prompts(items: Sequence[Rendered], tokenizer: Any) -> list[PromptTokens]:
     for item in items:
         _check_is_text(item.text)
     prefix = prefix_ids(tokenizer)
-    return [
+    prompts = [
         PromptTokens(item.text, (*_missing(prefix, encoding.ids), *encoding.ids))
         for item, encoding in zip(items, _encodings(items, tokenizer), strict=True)
     ]
+    return _known(prompts, tokenizer)
+
+
+def _known(prompts: list[PromptTokens], tokenizer: Any) -> list[PromptTokens]:
+    for prompt in prompts:
+        check_ids(prompt.ids, tokenizer, f"prompt {prompt.text[:40]!r}")
+    return prompts
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:

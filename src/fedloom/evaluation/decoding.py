@@ -16,9 +16,11 @@ from torch import Tensor
 
 from fedloom.data.answer_frame import AnswerFrame, plain_frame
 from fedloom.data.token_rows import PromptTokens, text_prompts
+from fedloom.data.tokenizer import pad_id
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.outputs_file import OutputsFile
 from fedloom.models.causal import causal_lm, context_length, end_ids
+from fedloom.models.foreign_forward import foreign_forward
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def _generate(
 ) -> list[Output]:
     from transformers import GenerationConfig, LogitsProcessorList
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     input_ids_BT, mask_BT = _left_padded(rows, pad, model.device)
     width = input_ids_BT.shape[1]
     config = GenerationConfig(
@@ -147,9 +149,10 @@ def _generate(
     processors = LogitsProcessorList()
     if settings.no_repeat_ngram_size:
         processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
-    generated_BT = model.generate(
-        input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
-    )
+    with foreign_forward(model):
+        generated_BT = model.generate(
+            input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
+        )
     return [Output(*frame.answer(row[width:].tolist(), tokenizer)) for row in generated_BT]
 
 

@@ -27,6 +27,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.models.load import Base
+from fedloom.models.stock_peft import not_read
 from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
@@ -190,7 +191,7 @@ class Session:
         if finished is None or left > 0:
             base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
             state = self._rounds(loop) if loop is not None else state
-            adapters = self._write_adapter(state)
+            adapters = self._told_if_unread(self._write_adapter(state))
             evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
             record = {"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation}
             self.folder.finish(record | {"adapters": adapters})
@@ -285,7 +286,16 @@ class Session:
 
     def _writer(self) -> Callable[[Adapter, Path, float], None]:
         base = BaseReference.of(self.settings.model.base, self.base.revision_hash)
-        return peft_writer(base, self.lora.uses_conv1d, self.settings.training.dropout)
+        return peft_writer(base, self.lora, self.settings.training.dropout)
+
+    def _told_if_unread(self, adapters: list[str]) -> list[str]:
+        """Say which modules of the result stock peft would not load on this base."""
+        trusted = self.settings.model.trust_remote_code
+        for name in adapters[:1]:
+            unread = not_read(self.folder.path / name, self.base.model.config, trust_remote_code=trusted)
+            if unread is not None:
+                self.progress.note(unread)
+        return adapters
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]

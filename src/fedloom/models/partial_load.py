@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
+from fedloom.models.base_folder import read_config
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
 from fedloom.models.load import DTYPES, BaseFolder, Dtype, Quantization
 from fedloom.models.threads import BUILDING
@@ -155,12 +156,10 @@ def _own_dtype(found: BaseFolder) -> torch.dtype:
 def _laid_out(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
     """Return a model whose parameters have no memory, and which of them are another one's under a second name."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}; check the path")
+    config = read_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with BUILDING, init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:

@@ -34,6 +34,7 @@ from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation
 from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
+from fedloom.training.loss import output_head
 from fedloom.training.row_losses import row_losses_of
 
 Note = Callable[[str], None]
@@ -124,6 +125,7 @@ class SiteTraining:
         check_allowed(self.site, sheet, self._sheet_sha256)
         base = load_site_base(self.site)
         self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))
+        output_head(self._lora.model)
         rows = encoded_rows(self.site, sheet, base.tokenizer, base.model.config)
         self._rows, self._held_out = divided(rows, self.site.data.eval_fraction, sheet.seed)
         longest = int(rows.lengths.max())
