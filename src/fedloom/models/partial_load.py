@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
@@ -153,14 +154,28 @@ def _own_dtype(found: BaseFolder) -> torch.dtype:
     return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
 
 
+class _WithoutMemory(TorchFunctionMode):
+    """Let this thread's ``torch.empty``, of which layers make their weights, take no memory; buffers are computed.
+
+    Other ways replace functions of torch's own classes, and so change the layers of other threads.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.empty and given.get("device") is None:
+            given = {**given, "device": "meta"}
+        return func(*args, **given)
+
+
 def _laid_out(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
     """Return a model whose parameters have no memory, and which of them are another one's under a second name."""
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
     config = read_config(path, trust_remote_code)
     try:
-        with BUILDING, init_empty_weights(include_buffers=False):
+        with BUILDING, _WithoutMemory():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise own_code_refusal(error, path) or error from None

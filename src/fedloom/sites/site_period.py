@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 
 from fedloom.sites.frames import Begin, Updates
@@ -18,15 +19,18 @@ class SitePeriod:
         begin: what began it.
         next: number of the frame that is waited for.
         is_at_work: whether steps are still to come.
+        heard: when the last frame came.
     """
 
     begin: Begin
     next: int = 0
     is_at_work: bool = True
+    heard: float = field(default_factory=time.monotonic)
     _answers: dict[int, bytes] = field(default_factory=dict)
 
     def take(self, number: int) -> tuple[bool, bytes | None]:
         """Return whether a frame is to be done now, and the answer to send again where it was done before."""
+        self.heard = time.monotonic()
         if number != self.next:
             return False, self._answers.get(number)
         self.next += 1

@@ -84,7 +84,7 @@ class SiteWorker:
         """Take part until ``stop`` is set, and then to the end of the task in progress."""
         greeted = -self.hello_seconds
         try:
-            while not (stop.is_set() and not self._is_at_work):
+            while not (stop.is_set() and self._may_leave()):
                 if (now := time.monotonic()) - greeted >= self.hello_seconds:
                     greeted = now
                     self._confirm()
@@ -101,6 +101,11 @@ class SiteWorker:
     @property
     def _is_at_work(self) -> bool:
         return self._task is not None or (self._period is not None and self._period.is_at_work)
+
+    def _may_leave(self) -> bool:
+        """Tell whether nothing is under way, or only a period in which the server goes on without this site."""
+        is_over = self._period is None or time.monotonic() - self._period.heard > 2 * self.hello_seconds
+        return self._task is None and (is_over or not self._is_at_work)
 
     def greet(self) -> None:
         """Tell the server what the site is at."""
