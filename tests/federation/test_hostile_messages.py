@@ -33,7 +33,7 @@ from fedloom.federation.update_checks import Asked, check_update
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.client_half import Work
 from fedloom.methods.server_steps import PlainStep
-from fedloom.methods.state import Broadcast, Failure, ServerState, Update
+from fedloom.methods.state import Broadcast, Failure, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.methods.zero_padding import ZeroPadding
 from fedloom.seeding import stream
@@ -162,6 +162,25 @@ def test_a_message_that_is_too_long_is_refused_before_it_is_parsed(monkeypatch: 
     found = answer(long)
     assert isinstance(found, Failure)
     assert "bytes, got" in found.reason
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_broadcasts_header_of_a_hundred_megabytes_is_refused_before_it_is_parsed(
+    is_whole: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = b'"news/0/layers.0.q.a":{"dtype":"F32","shape":[0,5],"data_offsets":[0,0]},'
+    header = b"{" + entry * ((100 << 20) // len(entry)) + b"}"
+    claimed = len(header) if is_whole else 1 << 40
+    monkeypatch.setattr(blobs.json, "loads", lambda *args, **named: pytest.fail("it was parsed"))
+    with pytest.raises(UpdateError, match="do not parse"):
+        decode_broadcast(sealed(claimed.to_bytes(8, "little") + header), SHAPES)
+
+
+def test_a_broadcast_of_many_small_parts_is_within_the_limit_of_its_header() -> None:
+    parts = tuple(Adapter({key: Pair(torch.ones(o, 1), torch.ones(1, i)) for key, (o, i) in SHAPES.items()})
+                  for _ in range(100))  # fmt: skip
+    sent = replace(broadcast(), news=News(0, 100, parts, False, "ab" * 32))
+    assert len(decode_broadcast(encode_broadcast(sent, WireDtype.BF16), SHAPES).news.parts) == 100
 
 
 def test_a_message_of_which_any_bit_was_changed_on_the_way_is_refused_before_it_is_parsed(

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from safetensors.torch import load, save
 
 from fedloom.clients.held_sides import HeldSides
 from fedloom.config import Settings
 from fedloom.errors import RunError, TooFewClientsError
 from fedloom.experiment.session import run
+from fedloom.federation.blob import sealed, unsealed
 from fedloom.lora.pair import Adapter
 from fedloom.seeding import stream
 from fedloom.sites import sites_engine
@@ -275,6 +278,50 @@ def test_strangers_foreign_runs_and_late_answers_are_dropped(
     counts = engines[0].dropped.counts
     assert counts["paris", "stranger"] >= 1
     assert all(counts[name, why] >= 1 for name in NAMES for why in ("run", "late"))
+
+
+def spoilt(body: bytes, change: Callable[[torch.Tensor], torch.Tensor], **numbers: int) -> bytes:
+    """Return an update with its tensors and numbers changed."""
+    blob = unsealed(body)
+    length = int.from_bytes(blob[:8], "little")
+    message = json.loads(json.loads(blob[8 : 8 + length])["__metadata__"]["message"])
+    tensors = {key: change(tensor).contiguous() for key, tensor in load(blob).items()}
+    return sealed(save(tensors, metadata={"message": json.dumps({**message, **numbers})}))
+
+
+HOSTILE: list[tuple[Callable[[bytes, int], bytes], str]] = [
+    (lambda body, _: spoilt(body, lambda t: t * torch.nan), "finite"),
+    (lambda body, _: spoilt(body, lambda t: torch.cat([t, t])), "shape"),
+    (lambda body, _: spoilt(body, lambda t: t * 1e6), "federation.max_norm_ratio"),
+    (lambda body, round: spoilt(body, lambda t: t, round=round - 1), "round"),
+    (lambda body, round: spoilt(body, lambda t: t, round=round + 1), "round"),
+    (lambda body, _: spoilt(body, lambda t: t, client=1), "client"),
+    (lambda body, _: spoilt(body, lambda t: t, num_rows=10**6), "rows"),
+    (lambda body, _: (100 << 20).to_bytes(8, "little") + body, "message"),
+]
+
+
+def test_a_hostile_update_is_left_out_and_its_site_named(
+    recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
+) -> None:
+    """One after the other, a round each; the others' updates make the adapter of a replay without that site."""
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        if sender != NAMES[0] or b'"result"' not in data:
+            return [data]
+        head, body = unframe(data, TO_SERVER, 1 << 30)
+        return [frame(head, HOSTILE[head.round - 2][0](body, head.round))] if head.round > 1 else [data]
+
+    hub, changes = Hub(meddle), {"federation__num_rounds": 1 + len(HOSTILE)}
+    sites(hub)
+    served(study_of(recipe(**changes), NAMES, quorum=3), tmp_path / "served", hub)
+    first, *rounds = records_of(tmp_path / "served")
+    assert [client["reason"] for client in first["clients"]] == [None, None, None]
+    for record, (_, told) in zip(rounds, HOSTILE, strict=True):
+        assert told in record["clients"][0]["reason"]
+        assert record["clients"][0]["name"] == NAMES[0]
+        assert [client["reason"] for client in record["clients"][1:]] == [None, None]
+    assert adapter_of(tmp_path / "served") == replayed(recipe, tmp_path / "served", **changes)
 
 
 def test_fewer_sites_than_the_quorum_are_one_line(recipe: Callable[..., Settings], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from fedloom.models.load import load_base
 from fedloom.run_folder import durable
 from fedloom.sites.frames import FORMAT, TO_SERVER, Hello, Ready, Result, SheetSent, Task, frame, unframe
 from fedloom.sites.link import SERVER
-from fedloom.sites.sheet import Sheet, sheet_of
+from fedloom.sites.sheet import Sheet, SheetTemplate, sheet_of
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Ledger, Recall, Store, confirmation
 from fedloom.sites.trainer import Trainer, TrainerProcess
@@ -183,16 +183,55 @@ def test_a_trainer_that_ends_is_told_at_once_and_another_one_trains(
     assert [entry.get("code") or entry["again"] for entry in entries] == ["trainer-ended", False, True]
 
 
-def test_a_task_that_is_not_the_sheets_is_refused(sheet: Sheet, settings: SiteSettings, base_folder: Path) -> None:
+@pytest.mark.parametrize("rank", [3, 10**6])
+def test_a_task_that_is_not_the_sheets_is_refused(
+    rank: int, sheet: Sheet, settings: SiteSettings, base_folder: Path
+) -> None:
     hub, shapes = Hub(), shapes_of(base_folder)
     server, site = hub.end(SERVER), SiteThread(settings, hub)
     try:
         server.send(NAME, sheet_frame(sheet))
         assert heads(server, Ready).refusal is None
-        server.send(NAME, task_frame(sheet.model_copy(update={"rank": 3}), shapes))
+        server.send(NAME, task_frame(sheet.model_copy(update={"rank": rank}), shapes))
         assert heads(server, Result).refusal.code == "message"
     finally:
         site.end()
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"rank": 10**6}, "rank"),
+        ({"template": SheetTemplate(kind="text", text="/etc/passwd")}, "data"),
+        ({"target_modules": ("no_such_module",)}, "model"),
+    ],
+)
+def test_a_hostile_sheet_is_refused_at_the_site(
+    changes: dict[str, Any], code: str, sheet: Sheet, settings: SiteSettings
+) -> None:
+    hub = Hub()
+    server, site = hub.end(SERVER), SiteThread(settings, hub)
+    try:
+        server.send(NAME, sheet_frame(sheet.model_copy(update=changes)))
+        assert heads(server, Ready).refusal.code == code
+    finally:
+        site.end()
+
+
+def test_a_message_longer_than_the_policy_allows_is_dropped(sheet: Sheet, settings: SiteSettings) -> None:
+    own = settings.policy.model_copy(update={"max_message_mib": 1})
+    hub = Hub()
+    server, site = hub.end(SERVER), SiteThread(settings.model_copy(update={"policy": own}), hub)
+    try:
+        server.send(NAME, sheet_frame(sheet))
+        assert heads(server, Ready).refusal is None
+        head = Task(run=RUN, round=1, task="ab" * 32, counted=0)
+        server.send(NAME, frame(head, bytes((1 << 20) + 1)))
+        server.send(NAME, frame(head.model_copy(update={"task": "cd" * 32}), bytes(1 << 20)))
+        assert heads(server, Result).task == "cd" * 32
+    finally:
+        site.end()
+    assert site.worker.dropped.counts[SERVER, "damaged"] == 1
 
 
 def test_a_newer_round_stops_an_older_one_between_two_steps(

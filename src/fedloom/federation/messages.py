@@ -97,6 +97,7 @@ class _FailureHead(_Head):
     held: Count | None
 
 
+_ENTRY_BESIDE_NAME, _PARTS_WITHOUT_BYTES = 160, 8
 _BROADCAST: TypeAdapter[_BroadcastHead] = TypeAdapter(_BroadcastHead)
 _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
     Annotated[_UpdateHead | _FailureHead, Field(discriminator="kind")]
@@ -147,7 +148,7 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
         UpdateError: if it is not a whole message of this form, or of another base.
     """
     blob = unsealed(blob)
-    head, entries = read_head(blob, _BROADCAST, len(blob))
+    head, entries = read_head(blob, _BROADCAST, _room_for_entries(blob, shapes))
     for key, (dtype, _) in entries.items():
         if dtype not in SAFETENSORS_NAMES.values():
             known = ", ".join(SAFETENSORS_NAMES.values())
@@ -159,6 +160,17 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     _check_start(start, head, shapes)
     parts = _parts(tensors, head.num_parts, shapes)
     return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start)
+
+
+def _room_for_entries(blob: bytes, shapes: Shapes) -> int:
+    """Return how long the entries of a broadcast's tensors can be: each stands for a row or column at least.
+
+    Without a limit a header that describes nothing would be parsed into many times its size.
+    """
+    smallest = min((min(shape) for shape in shapes.values()), default=1)
+    num_bytes = max(0, len(blob) - 8 - int.from_bytes(blob[:8], "little"))
+    longest = max(map(len, shapes), default=0) + _ENTRY_BESIDE_NAME
+    return longest * (num_bytes // smallest + _PARTS_WITHOUT_BYTES * len(shapes))
 
 
 def as_sent(broadcast: Broadcast) -> Received:
