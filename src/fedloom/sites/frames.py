@@ -1,7 +1,7 @@
 """A message between server and site: one frame of a length, a digest, a JSON head and a body.
 
     4 bytes   length of the head, little-endian
-    32 bytes  SHA-256 of head and body
+    32 bytes  SHA-256 of length, head and body
     head      JSON, of one of the kinds below
     body      a sheet, a broadcast, an update, an adapter, a split message, or nothing
 
@@ -322,7 +322,8 @@ def unframe(data: bytes, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, b
 
 
 def _digest(text: bytes, body: bytes) -> bytes:
-    found = hashlib.sha256(text)
+    """Return the hash of head and body, and of where one ends: a head may end in blanks, and a body begin with them."""
+    found = hashlib.sha256(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
     found.update(body)
     return found.digest()
 

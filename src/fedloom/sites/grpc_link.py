@@ -49,7 +49,7 @@ class GrpcServerLink:
             RunError: the port is taken, or the address is not this machine's.
             MissingExtraError: gRPC is not installed.
         """
-        grpc = _grpc()
+        grpc = required_grpc()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=64 * len(names))
         self.connections: Counter[str] = Counter()
         self._names, self._largest, self._lock = frozenset(names), largest_frame, threading.Lock()
@@ -127,7 +127,7 @@ class GrpcSiteLink:
         Raises:
             MissingExtraError: gRPC is not installed.
         """
-        self._grpc = _grpc()
+        self._grpc = required_grpc()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.connections: Counter[str] = Counter()
         self._address, self._kit, self._largest = address, kit, largest_frame
@@ -225,7 +225,12 @@ def unreachable(address: str, kit: Kit) -> str | None:
     return None
 
 
-def _grpc() -> Any:
+def required_grpc() -> Any:
+    """Return gRPC.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
         import grpc
     except ImportError as error:
