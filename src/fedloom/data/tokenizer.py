@@ -23,9 +23,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or hub name; ``bytes`` is the one whose 256 ids are the bytes.
 
-    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names (of several, the first), else
-    the only usual one in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say so). Code of its own runs
-    only with ``trust_remote_code``.
+    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names (of several, the first),
+    else the only usual one in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say so). Code of its
+    own is run only with ``trust_remote_code``.
 
     Raises:
         ModelError: there is no tokenizer, it needs code that is not trusted, it gives no character offsets, or its end

@@ -215,6 +215,7 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
         read_records(rows, sheet.shape, site.data.columns),
         base.tokenizer,
         template=sheet.template.template(),
+        date=sheet.template.day,
         max_length=sheet.max_length or context_of(base.model.config),
         loss_on=sheet.loss_on,
         overlong=sheet.overlong,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -51,6 +51,10 @@ class Study:
     written: Settings
     settings: Settings
     sites: Sites
+
+    def on(self, date: str) -> Study:
+        """Return the study of a run that began on ``date``, which every site's chat template is told."""
+        return replace(self, written=self.written.on(date), settings=self.settings.on(date))
 
 
 def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
