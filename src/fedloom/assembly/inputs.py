@@ -200,6 +200,7 @@ def encode_rows(
         read_records(rows, data.shape, data.columns),
         base.tokenizer,
         template=data.template or AUTO,
+        date=data.day,
         max_length=data.max_length or context_of(base.model.config),
         loss_on=data.loss_on,
         overlong=data.overlong,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from fedloom.data.chat_clock import on_day
 from fedloom.data.records import Dialogue, Record, Turn
 from fedloom.data.templates import ChatTemplate, Rendered
 from fedloom.data.time_limit import TookTooLong, time_limit
@@ -92,7 +92,10 @@ def _apply(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, turns: tu
     try:
         with time_limit(RENDER_SECONDS):
             written = tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=cue == "with", **_clock(template)
+                messages,
+                chat_template=on_day(tokenizer.get_chat_template(), template.date),
+                tokenize=False,
+                add_generation_prompt=cue == "with",
             )
             text = str(written)
     except TookTooLong as cause:
@@ -112,16 +115,6 @@ def _apply(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, turns: tu
             "correct the chat template, or set data.template to 'plain'"
         )
     return text
-
-
-def _clock(template: ChatTemplate) -> dict[str, Any]:
-    """Return what takes the place of the clock that templates read, midnight of the template's date; nothing without.
-
-    It is a variable of the template, which goes before the function of that name that transformers gives it.
-    """
-    if template.date is None:
-        return {}
-    return {"strftime_now": datetime.datetime.combine(template.date, datetime.time()).strftime}
 
 
 @lru_cache(maxsize=16)

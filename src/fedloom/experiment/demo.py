@@ -29,6 +29,8 @@ from fedloom.results.state_scores import outputs_stem
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import EVALUATION
+from fedloom.run_folder.manifest import read_manifest
+from fedloom.run_folder.run_date import date_of
 from fedloom.wording import counted
 
 RECIPE = "demo"
@@ -147,6 +149,7 @@ def demonstrate(
 
 def answers_of(settings: Settings, runs: Sequence[RunSummary]) -> tuple[list[AskedRow], dict[str, tuple[str, ...]]]:
     """Return the held-out questions and, by method, what its model answers after the last round, as its run kept it."""
+    settings = settings.on(date_of(read_manifest(runs[0].folder)))
     workshop, choice = Workshop(), suite_choice_of(settings)
     base, _ = workshop.base(settings)
     held_out = workshop.inputs(settings, base).held_out_rows

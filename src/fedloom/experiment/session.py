@@ -40,6 +40,7 @@ from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refus
 from fedloom.run_folder.contents import ADAPTER, check_adapter, read_file, rounds_done
 from fedloom.run_folder.manifest import changed_threads, read_manifest
 from fedloom.run_folder.reader import missing_adapters
+from fedloom.run_folder.run_date import date_in, today
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
 from fedloom.wording import counted
 
@@ -53,13 +54,15 @@ def run(
     settings: Settings,
     out: Path | str,
     *,
+    date: str | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     workshop: Workshop | None = None,
 ) -> RunSummary:
     """Run the settings into ``out``, or resume the run in it, and return the result.
 
-    A folder is created only once base and rows are loaded and fit, so a mistake leaves nothing behind.
+    The day on which it starts, ``date`` or today, is written down, and chat templates are told it ever after. A folder
+    is created only once base and rows are loaded and fit, so a mistake leaves nothing behind.
 
     Raises:
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
@@ -68,22 +71,24 @@ def run(
     workshop = workshop or Workshop(progress)
     may_change = check_folder(out, settings, fresh)
     check_engine(settings)
+    began = settings.on(date_in(out, fresh) or date or today())
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
     is_saved = is_begun(out) and saved.exists() and not fresh
     if is_saved:
         read_file(out, read_manifest(out), saved.name)
-    inputs = workshop.inputs(settings, base, saved if is_saved else None)
+    inputs = workshop.inputs(began, base, saved if is_saved else None)
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
-    placed = resolve_names(settings, inputs.partition.names)
+    placed = resolve_names(began, inputs.partition.names)
     population = population_of(placed, inputs)
     kind = loop_of(placed, inputs, base, lora, population)
     if kind is not None and not fresh:
         refuse_fewer_rounds(out, kind.num_rounds)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
+            date=began.data.date,
             base_sha256=base.revision_hash,
             data_sha256=inputs.data_sha256,
             held_out_sha256=inputs.held_out_sha256,
@@ -97,7 +102,7 @@ def run(
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
-        return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
+        return Session(began, folder, base, lora, inputs, population, kind, workshop, progress).complete()
 
 
 def check_folder(out: Path, settings: Settings, fresh: bool, also: tuple[str, ...] = ()) -> tuple[str, ...]:

@@ -181,7 +181,7 @@ def wording_of(opened: OpenedResult, template: str | None = None) -> Wording:
     if shape is None:
         shape = Shape.MESSAGES if tokenizer.chat_template else Shape.QUESTION_ANSWER
     name = template or (data.template if data else None) or AUTO
-    return Wording(shape, resolve_template(name, shape, tokenizer))
+    return Wording(shape, resolve_template(name, shape, tokenizer, None if data is None else data.day))
 
 
 def wording_of_rows(data: Data, rows: Rows | None, tokenizer: Any) -> Wording | None:
@@ -193,7 +193,11 @@ def wording_of_rows(data: Data, rows: Rows | None, tokenizer: Any) -> Wording | 
     name, shape = data.template or AUTO, Shape(data.shape)
     if shape is Shape.AUTO and rows is not None:
         shape = detect_shape(rows, data.columns)
-    return None if shape is Shape.AUTO and name == AUTO else Wording(shape, resolve_template(name, shape, tokenizer))
+    return (
+        None
+        if shape is Shape.AUTO and name == AUTO
+        else Wording(shape, resolve_template(name, shape, tokenizer, data.day))
+    )
 
 
 @torch.inference_mode()

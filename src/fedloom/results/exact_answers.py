@@ -114,7 +114,7 @@ def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice, ends: Sequence[i
         DataError: the rows have no known shape, or there is no such template.
     """
     records = read_records(rows, choice.shape, choice.columns)
-    template = resolve_template(choice.template, records.shape, tokenizer)
+    template = resolve_template(choice.template, records.shape, tokenizer, choice.date)
     answered = _answered(records)
     if not answered:
         raise EvaluationError(f"expected rows with an answer, got none in {len(rows)}; check the rows and their shape")

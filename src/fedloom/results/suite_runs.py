@@ -85,7 +85,7 @@ def _e2e(
             "columns mr and ref, or lines mr||ref"
         )
     chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
-    template = resolve_template(choice.template, Shape.E2E, tokenizer)
+    template = resolve_template(choice.template, Shape.E2E, tokenizer, choice.date)
     records = [Prompt(mr, "", "") for mr in chosen.mrs]
     prompts = record_prompts(records, template, tokenizer)
     decoded = decode(

@@ -29,6 +29,7 @@ from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.results.state_scores import Score
 from fedloom.run_folder.claim import is_begun
 from fedloom.run_folder.manifest import read_manifest
+from fedloom.run_folder.run_date import date_in, today
 from fedloom.run_folder.writer import RunFolder
 from fedloom.sites.frames import MAX_HEAD_BYTES
 from fedloom.sites.link import Link
@@ -70,6 +71,7 @@ def serve(
     workshop = workshop or Workshop(progress)
     settings = study.written
     may_change = check_folder(out, settings, fresh, check_version(study, out, fresh))
+    study = study.on(date_in(out, fresh) or today())
     base, lora = served_base(study, workshop)
     held_out = _held_out(study, workshop, base)
     if held_out.held_out is None and study.sites.evaluate == "server":
@@ -80,13 +82,16 @@ def serve(
     identity = {"seed": settings.run.seed, "run_id": _run_id(out, fresh)}
     with RunFolder.open(out, settings.as_dict(), identity, fresh, may_change) as folder:
         folder.confirm_identity(
+            date=study.settings.data.date,
             base_sha256=base.revision_hash,
             tokenizer_sha256=served.tokenizer_sha256,
             held_out_sha256=held_out.held_out_sha256,
         )
         note_version(study, folder)
         with served.started(folder) as kind:
-            session = SitesSession(settings, folder, base, lora, held_out, served.population, kind, workshop, progress)
+            session = SitesSession(
+                study.written, folder, base, lora, held_out, served.population, kind, workshop, progress
+            )
             session.engine, session.scores_at_sites = kind.engine, study.sites.evaluate == "sites"
             summary = session.complete()
             kind.engine.end()

@@ -6,6 +6,7 @@ names. Hashes say whether they are the study's.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict
 from typing import Annotated, Literal, NamedTuple
 
@@ -83,6 +84,15 @@ class SheetTemplate(Part):
 
     kind: Literal["auto", "chat", "text"]
     text: Annotated[str, MaxLen(1 << 16)] = ""
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The day that a chat template is told; a day that is none is none."""
+        try:
+            return None if self.date is None else datetime.date.fromisoformat(self.date)
+        except ValueError:
+            return None
 
     def template(self) -> str | Template:
         """Return what rows are encoded with.
@@ -221,7 +231,7 @@ def read_sheet(body: bytes, run: str | None = None) -> Sheet:
 def _template_of(data: Data) -> SheetTemplate:
     name = data.template or AUTO
     if name in (AUTO, CHAT):
-        return SheetTemplate(kind="auto" if name == AUTO else "chat")
+        return SheetTemplate(kind="auto" if name == AUTO else "chat", date=data.date)
     text = template_text(name)
     read_template(text, name)
     return SheetTemplate(kind="text", text=text)

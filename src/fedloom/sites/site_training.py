@@ -239,6 +239,7 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) 
         read_records(rows, sheet.shape, site.data.columns),
         tokenizer,
         template=sheet.template.template(),
+        date=sheet.template.day,
         max_length=sheet.max_length or context_of(config),
         loss_on=sheet.loss_on,
         overlong=sheet.overlong,

@@ -90,6 +90,10 @@ class Study:
         """Sites drawn for a round, of those present."""
         return _of(self.settings, len(self.sites.present)).cohort_size
 
+    def on(self, date: str) -> Study:
+        """Return the study of a run that began on ``date``, which every site's chat template is told."""
+        return replace(self, written=self.written.on(date), settings=self.settings.on(date))
+
 
 def load_study(path: Path | str, overrides: Sequence[str] = ()) -> Study:
     """Read a study and apply ``--set`` overrides, those of ``sites.`` too.
