@@ -189,7 +189,7 @@ def _rows_problems(merged: Mapping[str, Any], sites: Sites) -> list[Problem]:
 def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     found = []
     if not settings.traits.sends_adapters:
-        wanted = "a method whose clients send adapters"
+        wanted = "a method whose clients train adapters in rounds"
         found.append(Problem("method.name", wanted, settings.method.name, "choose such a method for a study"))
     if settings.federation.num_clients != len(settings.client_ranks):
         found.append(Problem("method.ranks", "a rank per site", str(settings.method.ranks), "give one per site"))
