@@ -1,4 +1,5 @@
-# One command each: setup, test, check, demo, docs. All of them set up first where that is needed.
+# One command each: setup, test, test-slow, test-extras, faults, check, demo, docs. All of them set up first where that
+# is needed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 EXTRAS := cluster,lm-eval,meteor,mlflow,quantized,sentencepiece,sites,wandb
 EXTRAS_READY := $(VENV)/.extras-ready
 
-.PHONY: setup test faults test-extras check format demo docs clean
+.PHONY: setup test test-slow faults test-extras check format demo docs clean
 
 setup: $(READY)
 
@@ -25,7 +26,10 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 test: $(READY)
-	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not extra" $(PYTEST_FLAGS)
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "slow and not extra" $(PYTEST_FLAGS)
 
 $(EXTRAS_READY): $(READY)
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev,$(EXTRAS)]'

@@ -48,6 +48,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.shape": ("dolly", {}),
     "data.columns": ({"instruction": "question"}, {}),
     "data.template": ("alpaca", {}),
+    "data.date": ("2025-01-31", {}),
     "data.max_length": (64, {}),
     "data.overlong": ("drop", {}),
     "data.unanswered": ("drop", {}),

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from fedloom.data import Dialogue, Turn, byte_tokenizer, chat, render
+from fedloom.data import ChatTemplate, Dialogue, Turn, byte_tokenizer, chat, render
 from fedloom.data.time_limit import TookTooLong, time_limit
 from fedloom.errors import DataError
 from tests.data.test_token_rows import CHATML
@@ -29,10 +29,10 @@ def test_a_template_that_loops_is_stopped(loop: str, monkeypatch: pytest.MonkeyP
     tokenizer.chat_template = "{% set s = messages[0]['content'] %}" + ENDLESS[loop] + CHATML
     began = time.monotonic()
     with pytest.raises(DataError, match=r"writes the turns within 0 s.*set data\.template"):
-        render(DIALOGUE, None, tokenizer)
+        render(DIALOGUE, ChatTemplate(), tokenizer)
     assert time.monotonic() - began < 5.0
     tokenizer.chat_template = CHATML
-    assert render(DIALOGUE, None, tokenizer).spans
+    assert render(DIALOGUE, ChatTemplate(), tokenizer).spans
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_template_that_writes_too_much_is_refused(much: str, message: str) -> 
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = much + CHATML
     with pytest.raises(DataError, match=message):
-        render(DIALOGUE, None, tokenizer)
+        render(DIALOGUE, ChatTemplate(), tokenizer)
 
 
 def test_a_time_limit_acts_in_every_thread_and_leaves_others_alone() -> None:

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from fedloom.data import (
+    ChatTemplate,
     Dialogue,
     Prompt,
     Record,
@@ -182,7 +183,7 @@ def test_a_chat_template_brings_its_beginning_or_has_none() -> None:
     begins = {}
     for kind in ("writes no beginning", "writes the beginning"):
         tokenizer.chat_template = CHATS[kind]
-        [prompt] = record_prompts([RECORDS[0]], None, tokenizer)
+        [prompt] = record_prompts([RECORDS[0]], ChatTemplate(), tokenizer)
         begins[kind] = prompt.ids.count(tokenizer.bos_token_id)
         asked = tokenizer.apply_chat_template(
             [{"role": "user", "content": "Who is Tom?"}], add_generation_prompt=True, return_dict=False
@@ -212,7 +213,7 @@ def test_a_chat_template_that_asks_in_other_words_than_it_answers_is_refused() -
     )
     wanted = r"asks for an answer with '\[assistant\]:', but writes one as '\[assistant\] a"
     with pytest.raises(DataError, match=wanted):
-        record_prompts([RECORDS[2]], None, tokenizer)
+        record_prompts([RECORDS[2]], ChatTemplate(), tokenizer)
 
 
 @pytest.mark.data

@@ -43,6 +43,14 @@ def test_an_end_of_text_that_no_file_names_is_found_in_the_vocabulary_or_refused
         load_tokenizer(tmp_path / "unusual")
 
 
+def test_of_several_ends_that_config_names_the_first_is_the_end_of_text(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+
+    Tokenizer(models.WordLevel({"a": 0, "b": 1, "c": 2}, unk_token="a")).save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 1]}', encoding="utf-8")
+    assert load_tokenizer(tmp_path).eos_token_id == 2
+
+
 @pytest.mark.data
 def test_plain_gpt2_files_get_their_end_of_text(data_dir: Path) -> None:
     assert load_tokenizer(data_dir / "tokenizers" / "gpt2").eos_token_id == 50_256

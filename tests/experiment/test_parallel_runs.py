@@ -60,7 +60,9 @@ def test_a_run_that_fails_ends_the_others_with_its_own_message(settings_for: Mak
     endless = settings_for(federation__num_rounds=100_000)
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(RunError, match=r"taken: .*expected a new or empty folder or a run, it holds letter.txt"):
-        run_in_processes([(endless, tmp_path / "endless"), (endless, taken)], 2, fresh=False, progress=SilentProgress())
+        run_in_processes(
+            [(endless, tmp_path / "endless"), (endless, taken)], 2, "2026-01-02", fresh=False, progress=SilentProgress()
+        )
     assert set(psutil.Process().children(recursive=True)) <= before
 
 

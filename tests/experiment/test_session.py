@@ -26,7 +26,7 @@ from fedloom.clients.memory import decode_memories, encode_memories
 from fedloom.config import Settings
 from fedloom.errors import DataError, FedloomError, PartitionError, RunError, SettingsError
 from fedloom.experiment import compare, describe, run
-from fedloom.experiment.session import RunSummary
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.methods.state_codec import NUMBERS, TENSORS, read_state, state_files
 from fedloom.reporting.progress import PlainProgress
 from fedloom.training.row_losses import row_losses

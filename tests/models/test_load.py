@@ -151,15 +151,6 @@ def test_weights_of_other_shapes_are_refused(folder: Path) -> None:
         load_base(folder, tokenizer="bytes")
 
 
-def test_a_larger_vocabulary_than_the_models_is_refused(folder: Path) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=100, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder)
-    with pytest.raises(ModelError, match=r"model.tokenizer: expected at most 100 tokens"):
-        load_base(folder, tokenizer="bytes")
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "tpu", "cpu:x"])
 def test_an_absent_device_is_refused(folder: Path, device: str) -> None:
     with pytest.raises(ModelError, match=f"model.device: expected auto or a device .* got '{device}'"):

@@ -55,6 +55,14 @@ def test_a_body_where_none_belongs_or_a_longer_one_is_refused() -> None:
         unframe(frame(RESULT, b"update"), TO_SERVER, 5)
 
 
+def test_a_length_that_moves_a_blank_of_the_body_into_the_head_is_refused() -> None:
+    """A safetensors header of 32 bytes begins with a blank, which JSON ignores."""
+    data = frame(RESULT, b" update")
+    longer = int.from_bytes(data[:4], "little") + 1
+    with pytest.raises(UpdateError, match="digest"):
+        unframe(longer.to_bytes(4, "little") + data[4:], TO_SERVER, 100)
+
+
 def test_a_head_with_an_unknown_entry_is_refused() -> None:
     text = HELLO.model_dump_json().replace("{", '{"path":"/etc/passwd",', 1)
     honest = frame(HELLO)
@@ -63,7 +71,8 @@ def test_a_head_with_an_unknown_entry_is_refused() -> None:
     import hashlib
 
     raw = text.encode()
-    data = len(raw).to_bytes(4, "little") + hashlib.sha256(raw).digest() + raw
+    length = len(raw).to_bytes(4, "little")
+    data = length + hashlib.sha256(length + raw).digest() + raw
     with pytest.raises(UpdateError, match="known kind"):
         unframe(data, TO_SERVER, 100)
 

@@ -16,13 +16,26 @@ PAGES = Path(__file__).parents[2] / "docs" / "sites"
 
 
 def example(page: str) -> dict[str, Any]:
-    (block,) = re.findall(r"^```toml\n(.*?)^```$", (PAGES / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
-    return tomllib.loads(block)
+    return examples(page)[0]
+
+
+def examples(page: str) -> list[dict[str, Any]]:
+    blocks = re.findall(r"^```toml\n(.*?)^```$", (PAGES / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [tomllib.loads(block) for block in blocks]
 
 
 def test_the_coordinators_example_is_a_study() -> None:
     study = resolve_study(example("coordinator.md"), "study.toml")
     assert study.settings.client_ranks == (16, 8, 4)
+
+
+def test_the_coordinators_second_version_goes_on_from_the_first() -> None:
+    first, second = examples("coordinator.md")
+    changed = {**first, "sites": {**first["sites"], **second["sites"]}}
+    changed["method"]["ranks"]["hospital-d"] = 4
+    study = resolve_study(changed, "study.toml")
+    assert study.members.names[:3] == tuple(first["sites"]["names"])
+    assert (study.sites.version, study.cohort_size) == (2, 3)
 
 
 def test_the_owners_example_is_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.lora.pair import Adapter, Pair
 from fedloom.training.row_losses import row_losses
 
 LENGTHS = [9, 3, 17, 1, 10, 9]
@@ -42,3 +43,26 @@ def test_a_routed_adapter_is_scored(llama_lora: LoRAModel, rows_of_lengths: Call
     np.testing.assert_allclose(row_losses(llama_lora, rows, token_budget=30).sum_nats, base, rtol=1e-12)
     llama_lora.parameters(0)[1].data.fill_(1.0)
     assert not np.allclose(row_losses(llama_lora, rows, token_budget=30).sum_nats, base)
+
+
+@pytest.mark.parametrize("rank", [1, 20])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+def test_an_adapter_on_the_output_head_is_scored_and_removed_again(
+    family: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet], rank: int
+) -> None:
+    """Both ways of adding a side: in factors, and folded into a copy of the weight."""
+    model, rows = tiny(family), rows_of_lengths(LENGTHS)
+    before, generator = row_losses(model, rows, token_budget=30).sum_nats, torch.Generator().manual_seed(0)
+    lora = LoRAModel(model, ["lm_head"])
+    (num_out, num_in), dtype = lora.shapes["lm_head"], model.dtype
+    b_OR, a_RI = (torch.randn(*shape, generator=generator).to(dtype) for shape in ((num_out, rank), (rank, num_in)))
+    lora.set_side(Adapter({"lm_head": Pair(b_OR, a_RI)}))
+    found = row_losses(lora, rows, token_budget=30).sum_nats
+    for index in (0, 2):
+        ids, supervised = (torch.from_numpy(part.copy()) for part in rows.row(index))
+        logits_TV = model(input_ids=ids.long()[None], use_cache=False).logits[0]
+        nats = torch.nn.functional.cross_entropy(logits_TV[:-1], ids[1:].long(), reduction="none")[supervised[1:]]
+        assert found[index] == pytest.approx(float(nats.detach().sum()), rel=1e-6)
+    assert not np.allclose(found, before)
+    lora.set_side(None)
+    np.testing.assert_allclose(row_losses(lora, rows, token_budget=30).sum_nats, before, rtol=1e-12)

@@ -30,6 +30,7 @@ from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
+from fedloom.training.loss import output_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +74,11 @@ class Workshop:
     _base_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
-        """Return the base of the settings, wrapped, without slots or side."""
+        """Return the base of the settings, wrapped, without slots or side, and checked to be one that runs packed.
+
+        Raises:
+            ModelError: if it cannot be loaded, or training would not give its own numbers.
+        """
         compute_with(settings.engine.threads)
         key = settings.model.model_dump_json()
         if self._base is None or self._base_key != key:
@@ -93,6 +98,7 @@ class Workshop:
         lora = self._base[1]
         lora.close()
         lora.set_side(None)
+        output_head(lora.model)
         return self._base
 
     def inputs(self, settings: Settings, base: Base, saved_partition: Path | None = None) -> Inputs:
@@ -194,6 +200,7 @@ def encode_rows(
         read_records(rows, data.shape, data.columns),
         base.tokenizer,
         template=data.template or AUTO,
+        date=data.day,
         max_length=data.max_length or context_of(base.model.config),
         loss_on=data.loss_on,
         overlong=data.overlong,

@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load, save
 
 from fedloom.assembly.inputs import Inputs
+from fedloom.assembly.participation import departures_of
 from fedloom.assembly.round_plan import robust_of, rules_of, training_of
 from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.reporting.peak_memory import peaks_of_round
+from fedloom.split.departures import Departures, nobody_leaves
 from fedloom.split.local_parties import local_parties
 from fedloom.split.lockstep import SplitRecord, run_split
 from fedloom.split.parties import SplitParties
@@ -67,8 +70,8 @@ def split_run(settings: Settings, inputs: Inputs, lora: LoRAModel) -> SplitRun:
     return SplitRun(parties, inputs.partition.names, settings.evaluation.every)
 
 
-def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
-    """Return the plan that the settings describe for clients of so many rows."""
+def split_plan(settings: Settings, num_rows: Sequence[int] | Mapping[int, int]) -> SplitPlan:
+    """Return the plan that the settings describe for clients of so many rows, by client where they are told later."""
     split = settings.split
     ranks = settings.client_ranks if split.client_rank is None else settings.per_client(split.client_rank)
     steps = steps_of(settings, num_rows)
@@ -82,7 +85,7 @@ def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
         scales=tuple(scale_at(settings, client, rank) for client, rank in enumerate(ranks)),
         server_rank=server_rank,
         server_scale=scale_at(settings, max(range(len(ranks)), key=settings.client_ranks.__getitem__), server_rank),
-        num_rows=tuple(num_rows),
+        num_rows=num_rows if isinstance(num_rows, Mapping) else tuple(num_rows),
         training=training_of(settings),
         server_update=split.server_update,
         tail_blocks=split.tail_blocks if split.labels == "client" else None,
@@ -97,16 +100,23 @@ def split_plan(settings: Settings, num_rows: Sequence[int]) -> SplitPlan:
         max_weight=settings.federation.max_weight,
         robust=robust_of(settings),
         max_length=settings.data.max_length,
+        departures=_departures(settings),
     )
 
 
-def steps_of(settings: Settings, num_rows: Sequence[int]) -> int:
+def _departures(settings: Settings) -> Departures:
+    replayed = settings.federation.participation
+    return nobody_leaves if replayed is None else departures_of(Path(replayed))
+
+
+def steps_of(settings: Settings, num_rows: Sequence[int] | Mapping[int, int]) -> int:
     """Return the steps each client takes in all: the recipe's, or those in which all read its epochs' rows."""
     training, rounds = settings.training, settings.federation.num_rounds
     if training.local_steps is not None:
         return rounds * training.local_steps
     assert training.local_epochs is not None
-    return steps_for_epochs(num_rows, training.batch_size, rounds * training.local_epochs)
+    sizes = list(num_rows.values()) if isinstance(num_rows, Mapping) else num_rows
+    return steps_for_epochs(sizes, training.batch_size, rounds * training.local_epochs)
 
 
 def scale_at(settings: Settings, client: int, rank: int) -> float:

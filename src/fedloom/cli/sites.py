@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from fedloom.cli.experiments import RUNS
 from fedloom.cli.options import FreshOption, JsonOption, OutOption, SetOption
 from fedloom.cli.output import print_json, print_line, print_result, say
-
-if TYPE_CHECKING:
-    from fedloom.sites.link import Link
-    from fedloom.sites.study import Study
 
 site_app = typer.Typer(help="Take part in studies as a site.", no_args_is_help=True)
 sites_app = typer.Typer(help="Sites of a study, for its coordinator.", no_args_is_help=True)
@@ -33,31 +29,18 @@ def serve(
 ) -> None:
     """Train a study across its sites. The same command again goes on after an interruption or a crash."""
     from fedloom.reporting.progress import progress_for
+    from fedloom.sites.listening import check_listening, listening
     from fedloom.sites.serving import serve as serve_study
     from fedloom.sites.study import load_study
 
-    loaded = load_study(study, overrides or ())
-    folder = out or RUNS / study.stem
+    loaded, folder = load_study(study, overrides or ()), out or RUNS / study.stem
+    check_listening(loaded)
     with progress_for() as progress:
-        result = serve_study(loaded, folder, listening, fresh=fresh, progress=progress)
+        result = serve_study(
+            loaded, folder, lambda study, largest: listening(study, largest, say), fresh=fresh, progress=progress
+        )
     print_result(result, as_json=as_json)
     say(f"run folder: {folder}; for a report: fedloom report {folder}")
-
-
-def listening(study: Study, largest_frame: int) -> Link:
-    """Return the server's end of the link that a study's kit is made for: FLARE's, or with certificates alone gRPC."""
-    from fedloom.sites.flare_link import FlareServerLink
-    from fedloom.sites.grpc_link import GrpcServerLink
-    from fedloom.sites.kit import read_kit
-    from fedloom.sites.kit_check import check_kit, is_flare_kit
-
-    kit = read_kit(study.sites.kit, "server")
-    if is_flare_kit(study.sites.kit, "server"):
-        flare = check_kit(study.sites.kit, "server")
-        say(f"starting FLARE's server at {flare.address} for {', '.join(study.sites.names)}")
-        return FlareServerLink(flare, study.sites.names, largest_frame, say)
-    say(f"listening at {study.sites.address} for {', '.join(study.sites.names)}")
-    return GrpcServerLink(study.sites.address, kit, study.sites.names, largest_frame)
 
 
 @site_app.command("run")
@@ -84,6 +67,7 @@ def site_confirm(
     yes: Annotated[bool, typer.Option("--yes", help="Agree to every study that waits, without a question.")] = False,
 ) -> None:
     """Agree to the studies that wait for a person's yes (policy.confirm)."""
+    from fedloom.sites.members import read_members, shown
     from fedloom.sites.sheet import read_sheet
     from fedloom.sites.site_settings import load_site
     from fedloom.sites.store import confirm, unconfirmed
@@ -95,6 +79,9 @@ def site_confirm(
     for sheet_sha256, body in waiting:
         sheet = read_sheet(body)
         print_line(sheet.line)
+        members = read_members(folder, sheet.run)
+        if members is not None:
+            print_line(shown(members))
         if yes or typer.confirm("Take part?", err=True):
             confirm(folder, sheet_sha256)
             print_line("agreed")

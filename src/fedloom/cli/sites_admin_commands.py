@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import JsonOption
+from fedloom.cli.experiments import RUNS
+from fedloom.cli.options import JsonOption, OutOption
 from fedloom.cli.output import print_json, print_line, print_result, say
 
 StudyOption = Annotated[
@@ -18,6 +20,16 @@ AuthorityOption = Annotated[
     typer.Option("--ca", metavar="FOLDER", help="The certificate authority; default: `ca` beside the study."),
 ]
 STUDY = Path("study.toml")
+
+
+class Form(StrEnum):
+    """What is printed to keep a role running."""
+
+    SYSTEMD = "systemd"
+    CONTAINER = "container"
+
+
+FormOption = Annotated[Form, typer.Option("--form", help="What to print.", show_default=True)]
 
 
 def sites_init(
@@ -50,6 +62,23 @@ def sites_approve(
     signed = approve(asked, load_study(study), _authority(study, authority))
     print_line(str(signed))
     say("send it back to the site, and tell it the fingerprint by another way")
+
+
+def sites_sign(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file of the study.", show_default=False)],
+    authority: AuthorityOption = None,
+) -> None:
+    """Sign a version of the study in which sites join or withdraw."""
+    from fedloom.run_folder import durable
+    from fedloom.sites.members import shown, with_signature
+    from fedloom.sites.study import load_study, signed_file
+
+    members, path = with_signature(load_study(study).members, _authority(study, authority)), signed_file(study)
+    with durable.explained(str(path), "choose another folder for the study"):
+        durable.write_bytes(path, members.model_dump_json().encode())
+    say(shown(members))
+    print_line(str(path))
+    say("put it beside the study at the server, and serve again")
 
 
 def sites_list(study: StudyOption = STUDY, authority: AuthorityOption = None, as_json: JsonOption = False) -> None:
@@ -107,25 +136,58 @@ def site_install(
         Path | None, typer.Option("--kit", metavar="FOLDER", help="Folder for the kit; default: kit/NAME.")
     ] = None,
 ) -> None:
-    """Make this site's kit, in which nobody can start a job or a command; print a systemd unit."""
+    """Make this site's kit, in which nobody can start a job or a command."""
     from fedloom.sites.kit_check import check_kit
-    from fedloom.sites.provisioning import install, service_unit
+    from fedloom.sites.provisioning import install
 
     folder = install(signed, fingerprint, asked, kit)
     found = check_kit(folder, "client")
     say(f'installed; in site.toml: name = "{found.name}", server = "{found.address}", kit = "{folder}"')
-    say("a systemd unit, to be saved as /etc/systemd/system/fedloom-site.service:")
-    print_line(service_unit(str(Path("site.toml").absolute()), found.name))
+    print_line(str(folder))
+    say("to keep the site running: fedloom site service site.toml")
+
+
+def site_service(
+    site: Annotated[Path, typer.Argument(metavar="SITE", help="The file of the site.", show_default=False)],
+    form: FormOption = Form.SYSTEMD,
+) -> None:
+    """Print what keeps this site running: a systemd unit of this installation, or a container file."""
+    from fedloom.sites.service_files import site_container, site_unit
+    from fedloom.sites.site_settings import load_site
+
+    name = load_site(site).site.name
+    print_line(site_unit(site, name) if form is Form.SYSTEMD else site_container(site))
+
+
+def sites_service(
+    study: Annotated[Path, typer.Argument(metavar="STUDY", help="The file of the study.", show_default=False)],
+    out: OutOption = None,
+    form: FormOption = Form.SYSTEMD,
+) -> None:
+    """Print what keeps the study's server running: a systemd unit of this installation, or a container file."""
+    from fedloom.sites.kit_check import check_kit, is_flare_kit
+    from fedloom.sites.service_files import server_container, server_unit
+    from fedloom.sites.study import load_study
+
+    sites = load_study(study).sites
+    if form is Form.SYSTEMD:
+        print_line(server_unit(study, out or RUNS / study.stem))
+        return
+    address = check_kit(sites.kit, "server").address if is_flare_kit(sites.kit, "server") else sites.address
+    print_line(server_container(study, int(address.rpartition(":")[2])))
 
 
 def add_commands(site: typer.Typer, sites: typer.Typer) -> None:
     """Add the commands to the groups of sites and of their coordinator."""
     site.command("request")(site_request)
     site.command("install")(site_install)
+    site.command("service")(site_service)
     sites.command("init")(sites_init)
     sites.command("approve")(sites_approve)
+    sites.command("sign")(sites_sign)
     sites.command("list")(sites_list)
     sites.command("revoke")(sites_revoke)
+    sites.command("service")(sites_service)
 
 
 def _authority(study: Path, given: Path | None) -> Path:

@@ -46,6 +46,10 @@ class HeldSides:
         self._keep(news.version, side, found)
         return side
 
+    def at(self, version: int) -> Adapter:
+        """Return the side of a version that is held."""
+        return self._sides[version]
+
     def hold(self, version: int, side: Callable[[], Adapter]) -> None:
         """Hold a version of the side as it was handed over, ``side`` being asked only where it is not held yet."""
         if version not in self._sides:

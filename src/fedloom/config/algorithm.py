@@ -100,9 +100,10 @@ class Federation(Table):
     )
     participation: PathOrName | None = setting(
         None,
-        "Run folder whose rounds say who takes part: in each round those whose updates counted there. It replays a run "
-        "of `fedloom serve` in one process; default: everybody drawn.",
-        when=STEPPED,
+        "Run folder whose rounds say who takes part: in each round those whose updates counted there; of a cut model, "
+        "each to the step at which it left. It replays a run of `fedloom serve` in one process; default: everybody "
+        "drawn.",
+        when=SENT,
     )
     min_clients: Count = setting(
         1,

@@ -6,11 +6,12 @@ One line declares a setting: type with its bound, default, sentence, when it act
 
 from __future__ import annotations
 
+import datetime
 from typing import Any, Literal
 
 from pydantic import model_validator
 
-from fedloom.config.setting import Count, Name, NonNegative, OpenFraction, PathOrName, Positive, Table, setting
+from fedloom.config.setting import Count, Day, Name, NonNegative, OpenFraction, PathOrName, Positive, Table, setting
 
 
 class Model(Table):
@@ -64,6 +65,11 @@ class Data(Table):
     template: PathOrName | None = setting(
         None, "Prompt template: a shipped name or a file; default: the shape's own (`plain` for embedded rows)."
     )
+    date: Day | None = setting(
+        None,
+        "The day that a chat template is told, as `2026-01-31`; default: the day on which the run starts, which its "
+        "manifest keeps.",
+    )
     max_length: Count | None = setting(None, "Tokens per row at most; default: the base's context.")
     overlong: Literal["error", "drop", "truncate"] = setting("error", "What to do with a row longer than `max_length`.")
     unanswered: Literal["error", "drop"] = setting("error", "What to do with a row without an answer.")
@@ -78,6 +84,11 @@ class Data(Table):
     )
     eval_fraction: OpenFraction | None = setting(None, "Held-out rows as a fraction of the rows.")
     max_rows: Count | None = setting(None, "Use only that many rows, drawn at random; default: all.")
+
+    @property
+    def day(self) -> datetime.date | None:
+        """``date`` as one."""
+        return None if self.date is None else datetime.date.fromisoformat(self.date)
 
 
 class Partition(Table):

@@ -58,6 +58,10 @@ class Settings(Table):
         table, _, key = name.partition(".")
         return getattr(getattr(self, table), key)
 
+    def on(self, date: str) -> Settings:
+        """Return the settings of a run that began on ``date``: chat templates are told that day, or ``data.date``."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"date": self.data.date or date})})
+
     @property
     def traits(self) -> Traits:
         """What there is to know of ``method.name``."""

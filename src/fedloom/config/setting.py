@@ -7,6 +7,7 @@ names a method, or depends on one, the line says which trait the method must hav
 
 from __future__ import annotations
 
+import datetime
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 
@@ -38,6 +39,17 @@ def _expand_home(text: str) -> str:
         raise ValueError(str(error)) from error
 
 
+def _day_as_text(given: object) -> object:
+    """TOML has dates; every other file of settings writes them as text."""
+    return given.isoformat() if isinstance(given, datetime.date) and not isinstance(given, datetime.datetime) else given
+
+
+def _check_day(text: str) -> str:
+    if datetime.date.fromisoformat(text).isoformat() != text:
+        raise ValueError("a day is written as 2026-01-31")
+    return text
+
+
 Count = Annotated[int, Ge(1)]
 Natural = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
@@ -47,6 +59,7 @@ OpenFraction = Annotated[float, Gt(0), Lt(1)]
 OpenHalf = Annotated[float, Gt(0), Lt(0.5)]
 Decay = Annotated[float, Ge(0), Lt(1)]
 Name = Annotated[str, MinLen(1)]
+Day = Annotated[str, BeforeValidator(_day_as_text), AfterValidator(_check_day)]
 PathOrName = Annotated[str, MinLen(1), AfterValidator(_expand_home)]
 
 CountPerClient = Count | tuple[Count, ...] | dict[str, Count]

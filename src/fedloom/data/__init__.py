@@ -8,6 +8,7 @@ partition = dirichlet(rows.column("category"), 10, concentration=0.5, seed=1)
 clients = [encoded.tokens.select(partition.rows_of(k)) for k in range(partition.num_clients)]
 """
 
+from fedloom.data.answer_frame import AnswerFrame, answer_frame, plain_frame
 from fedloom.data.batches import batches, num_batches
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import (
@@ -25,12 +26,14 @@ from fedloom.data.partition import Partition
 from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape, Turn, detect_shape, read_records
 from fedloom.data.schemes import by_category, by_length, by_power_law, by_size, dirichlet, iid, natural, shards
 from fedloom.data.sources import Row, Rows, Split, load_rows
-from fedloom.data.templates import Rendered, Template, default_template, load_template, shipped_templates
+from fedloom.data.templates import ChatTemplate, Rendered, Template, default_template, load_template, shipped_templates
 from fedloom.data.token_rows import PromptTokens, record_prompts, render, text_prompts
 from fedloom.data.tokenizer import byte_tokenizer, load_tokenizer
 from fedloom.data.tokens import TokenSet
 
 __all__ = [
+    "AnswerFrame",
+    "ChatTemplate",
     "Dialogue",
     "Division",
     "Encoded",
@@ -53,6 +56,7 @@ __all__ = [
     "TokenSet",
     "Turn",
     "Unanswered",
+    "answer_frame",
     "batches",
     "by_category",
     "by_length",
@@ -72,6 +76,7 @@ __all__ = [
     "load_tokenizer",
     "natural",
     "num_batches",
+    "plain_frame",
     "read_records",
     "record_prompts",
     "render",

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from fedloom.data.chat_clock import on_day
 from fedloom.data.records import Dialogue, Record, Turn
-from fedloom.data.templates import Rendered
+from fedloom.data.templates import ChatTemplate, Rendered
 from fedloom.data.time_limit import TookTooLong, time_limit
 from fedloom.errors import DataError
 
@@ -20,7 +21,7 @@ MAX_FACTOR, MAX_EXTRA = 10, 1_000_000
 _LARGEST_NUMBER = 10_000_000
 
 
-def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+def render_chat(record: Record, template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> Rendered:
     """Write ``record`` with the chat template of ``tokenizer``.
 
     With P_i the text of the turns before answer i plus the template's cue to the assistant, and Q_i that of the turns
@@ -32,14 +33,16 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
             or asks for an answer in other words than it writes one; it takes too long or writes too much.
     """
     turns = _turns(record)
-    text = _apply(tokenizer, turns, cue="without")
+    text = _apply(tokenizer, template, turns, cue="without")
     spans = []
     for position, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        before = _apply(tokenizer, turns[:position], cue="with")
-        through = text if position + 1 == len(turns) else _apply(tokenizer, turns[: position + 1], cue="without")
-        _check_begins(position, tokenizer, turns, text=text, through=through, before=before)
+        before = _apply(tokenizer, template, turns[:position], cue="with")
+        through = (
+            text if position + 1 == len(turns) else _apply(tokenizer, template, turns[: position + 1], cue="without")
+        )
+        _check_begins(position, tokenizer, template, turns, text=text, through=through, before=before)
         spans.append((len(before), len(through.rstrip())))
         if spans[-1][0] >= spans[-1][1]:
             raise DataError(
@@ -52,6 +55,7 @@ def render_chat(record: Record, tokenizer: PreTrainedTokenizerFast) -> Rendered:
 def _check_begins(
     position: int,
     tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate,
     turns: tuple[Turn, ...],
     *,
     text: str,
@@ -60,7 +64,7 @@ def _check_begins(
 ) -> None:
     if text.startswith(through) and through.startswith(before):
         return
-    uncued = _apply(tokenizer, turns[:position], cue="without")
+    uncued = _apply(tokenizer, template, turns[:position], cue="without")
     if text.startswith(through) and through.startswith(uncued) and before.startswith(uncued):
         cue, found = before[len(uncued) :], through[len(uncued) :]
         raise DataError(
@@ -81,13 +85,19 @@ def _turns(record: Record) -> tuple[Turn, ...]:
     return (Turn("user", asked), Turn("assistant", record.answer))
 
 
-def _apply(tokenizer: PreTrainedTokenizerFast, turns: tuple[Turn, ...], *, cue: str) -> str:
+def _apply(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, turns: tuple[Turn, ...], *, cue: str) -> str:
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     limit = MAX_FACTOR * sum(len(turn.content) for turn in turns) + MAX_EXTRA
     _check_numbers(str(tokenizer.chat_template))
     try:
         with time_limit(RENDER_SECONDS):
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=cue == "with"))
+            written = tokenizer.apply_chat_template(
+                messages,
+                chat_template=on_day(tokenizer.get_chat_template(), template.date),
+                tokenize=False,
+                add_generation_prompt=cue == "with",
+            )
+            text = str(written)
     except TookTooLong as cause:
         raise DataError(
             f"expected a chat template that writes the turns within {RENDER_SECONDS:.0f} s, got one that does not; "

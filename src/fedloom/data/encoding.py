@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -11,9 +12,20 @@ from typing import TYPE_CHECKING, assert_never
 import numpy as np
 import numpy.typing as npt
 
+from fedloom.data.answer_frame import closed
 from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape
-from fedloom.data.templates import AUTO, CHAT, Rendered, Template, default_template, load_template
+from fedloom.data.templates import (
+    AUTO,
+    CHAT,
+    AnyTemplate,
+    ChatTemplate,
+    Rendered,
+    Template,
+    default_template,
+    load_template,
+)
 from fedloom.data.token_rows import TokenRow, render, token_rows
+from fedloom.data.tokenizer import check_ids
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 
@@ -87,7 +99,8 @@ def encode(
     records: Records,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    template: str | Path | Template = AUTO,
+    template: str | Path | AnyTemplate = AUTO,
+    date: datetime.date | None = None,
     max_length: int | None = None,
     loss_on: LossOn | str = LossOn.ANSWER,
     overlong: Overlong | str = Overlong.ERROR,
@@ -99,7 +112,8 @@ def encode(
     A token is part of the answer when one of the answer's characters is in it, by the tokenizer's offsets; a token
     across the border counts as answer. The tokenizer's beginning-of-text comes first where it has one; the end of text
     follows the answer and is learned, unless a chat template closed the turn with a special token of its own. A
-    truncated row has no end of text. ``max_length`` None means no limit. ``named`` gives the name by which the user set
+    truncated row has no end of text. A chat template is told that it is ``date``, by default today. ``max_length``
+    None means no limit. ``named`` gives the name by which the user set
     ``max_length``, ``overlong`` and ``unanswered``: a recipe's setting, unless they are options of a command.
 
     Raises:
@@ -107,8 +121,7 @@ def encode(
     """
     loss_on, overlong, unanswered = LossOn(loss_on), Overlong(overlong), Unanswered(unanswered)
     answered, num_trailing = _answered(records, unanswered, named)
-    rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer), tokenizer)
-    special = _special_ids(tokenizer)
+    rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer, date), tokenizer)
     rows = []
     for index, row in zip(answered, token_rows(rendered, tokenizer), strict=True):
         if not row.answer.any():
@@ -116,7 +129,7 @@ def encode(
                 f"{records.rows.where(index)}: expected an answer with at least one token, got characters that the "
                 "tokenizer drops; correct or remove the row"
             )
-        rows.append(_close(row, tokenizer.eos_token_id, special))
+        rows.append(closed(row, tokenizer))
     kept: list[tuple[int, TokenRow]] = []
     num_truncated = num_cut_off = 0
     limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
@@ -130,6 +143,8 @@ def encode(
             num_truncated += 1
         elif overlong is Overlong.TRUNCATE:
             num_cut_off += 1
+    for index, row in kept:
+        check_ids(row.ids, tokenizer, records.rows.where(index))
     counts = EncodingCounts(
         num_rows=len(records),
         num_kept=len(kept),
@@ -146,15 +161,20 @@ def encode(
     return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
 
 
-def resolve_template(name: str | Path | Template, shape: Shape, tokenizer: PreTrainedTokenizerFast) -> Template | None:
-    """Return the template ``name`` stands for, or is; None is the tokenizer's chat template.
+def resolve_template(
+    name: str | Path | AnyTemplate,
+    shape: Shape,
+    tokenizer: PreTrainedTokenizerFast,
+    date: datetime.date | None = None,
+) -> AnyTemplate:
+    """Return the template ``name`` stands for, or is; a chat template is told that it is ``date``.
 
     ``auto`` is the chat template for dialogues when the tokenizer has one, else ``default_template``.
 
     Raises:
         DataError: ``chat`` was asked for and the tokenizer has no chat template, or there is no template ``name``.
     """
-    if isinstance(name, Template):
+    if isinstance(name, Template | ChatTemplate):
         return name
     has_chat = bool(tokenizer.chat_template)
     if str(name) == CHAT and not has_chat:
@@ -162,7 +182,7 @@ def resolve_template(name: str | Path | Template, shape: Shape, tokenizer: PreTr
             "data.template: expected a tokenizer with a chat template for 'chat', got one without; use 'plain'"
         )
     if str(name) == CHAT or (str(name) == AUTO and has_chat and shape in (Shape.MESSAGES, Shape.SHAREGPT)):
-        return None
+        return ChatTemplate(date)
     return load_template(default_template(shape) if str(name) == AUTO else name)
 
 
@@ -198,7 +218,7 @@ def _num_trailing_turns(record: Record) -> int:
 
 
 def _render(
-    records: Records, indices: Sequence[int], template: Template | None, tokenizer: PreTrainedTokenizerFast
+    records: Records, indices: Sequence[int], template: AnyTemplate, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[Rendered]:
     for index in indices:
         record = records.items[index]
@@ -208,19 +228,6 @@ def _render(
             yield render(record, template, tokenizer)
         except DataError as problem:
             raise DataError(f"{records.rows.where(index)}: {problem}") from problem
-
-
-def _special_ids(tokenizer: PreTrainedTokenizerFast) -> set[int]:
-    return set(tokenizer.all_special_ids) | {i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-
-
-def _close(row: TokenRow, end_of_text: int, special: set[int]) -> TokenRow:
-    """Cut what follows the last answer, and end the row with the end of text unless a special token already does."""
-    stop = int(np.flatnonzero(row.answer)[-1]) + 1
-    ids, answer = row.ids[:stop], row.answer[:stop]
-    if int(ids[-1]) in special:
-        return replace(row, ids=ids, answer=answer)
-    return replace(row, ids=np.append(ids, np.int32(end_of_text)), answer=np.append(answer, True))
 
 
 def _refuse_overlong(

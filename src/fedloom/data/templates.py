@@ -6,6 +6,7 @@ the tokenizer's own chat template (``fedloom.data.chat``).
 
 from __future__ import annotations
 
+import datetime
 import string
 import tomllib
 from dataclasses import dataclass
@@ -18,6 +19,14 @@ from fedloom.errors import DataError
 
 CHAT = "chat"
 AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """The tokenizer's own chat template. ``date`` is what it is told the day is; None: today, by the clock."""
+
+    date: datetime.date | None = None
+    name: str = CHAT
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +51,7 @@ class Rendered:
 
 @dataclass(frozen=True)
 class DialogueWording:
-    """Wording of turns; ``assistant`` stands before an answer, the end of text and ``separator`` after it."""
+    """AnyTemplate of turns; ``assistant`` stands before an answer, the end of text and ``separator`` after it."""
 
     system: str
     user: str
@@ -54,7 +63,7 @@ class DialogueWording:
 
 @dataclass(frozen=True)
 class Template:
-    """Wording of prompts and of dialogues."""
+    """AnyTemplate of prompts and of dialogues."""
 
     name: str
     with_input: str
@@ -111,6 +120,10 @@ _DIALOGUE_NAMES: dict[str, set[str]] = {
     "answer": {"answer"},
     "separator": set(),
 }
+
+
+AnyTemplate = Template | ChatTemplate
+"""How a record is worded: by a file, or by the tokenizer's chat template."""
 
 
 def shipped_templates() -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 A text begins with what the tokenizer puts before any text (its beginning-of-text, where it adds one), unless the text
 carries its own special tokens: a chat template writes them all, and a text that spells the beginning keeps that one.
+Where it ends, :mod:`fedloom.data.answer_frame` says.
 
 A prompt is read as training reads the row it begins: the row is written with a stand-in for its answer, and the prompt
 is every token before the answer's first. So a token that reaches over the border (the blank before a first word, in
@@ -23,7 +24,8 @@ import numpy.typing as npt
 from fedloom.data.chat import render_chat
 from fedloom.data.records import Dialogue, Prompt, Record, Turn
 from fedloom.data.special_text import contents_of, special_text
-from fedloom.data.templates import Rendered, Template
+from fedloom.data.templates import AnyTemplate, ChatTemplate, Rendered
+from fedloom.data.tokenizer import check_ids
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -52,8 +54,8 @@ class PromptTokens:
     ids: tuple[int, ...]
 
 
-def render(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    """Write one record with ``template``, or with the tokenizer's chat template for None.
+def render(record: Record, template: AnyTemplate, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    """Write one record with ``template``.
 
     Raises:
         DataError: the chat template rejects the turns, or changes contents that spell a special token.
@@ -65,8 +67,10 @@ def render(record: Record, template: Template | None, tokenizer: PreTrainedToken
     return replace(written, special_spans=special.template_spans(written.text, hidden.text))
 
 
-def _write(record: Record, template: Template | None, tokenizer: PreTrainedTokenizerFast) -> Rendered:
-    return render_chat(record, tokenizer) if template is None else template.render(record, tokenizer.eos_token)
+def _write(record: Record, template: AnyTemplate, tokenizer: PreTrainedTokenizerFast) -> Rendered:
+    if isinstance(template, ChatTemplate):
+        return render_chat(record, template, tokenizer)
+    return template.render(record, tokenizer.eos_token)
 
 
 def token_rows(rendered: Iterable[Rendered], tokenizer: PreTrainedTokenizerFast) -> Iterator[TokenRow]:
@@ -78,7 +82,7 @@ def token_rows(rendered: Iterable[Rendered], tokenizer: PreTrainedTokenizerFast)
 
 
 def record_prompts(
-    records: Iterable[Record], template: Template | None, tokenizer: PreTrainedTokenizerFast
+    records: Iterable[Record], template: AnyTemplate, tokenizer: PreTrainedTokenizerFast
 ) -> list[PromptTokens]:
     """Return the prompt of each record: what stands before its last answer, which may be empty.
 
@@ -88,13 +92,14 @@ def record_prompts(
     Raises:
         DataError: the chat template rejects the turns, or writes them differently once an answer follows.
     """
-    rendered = [render(_with_stand_in(record), template, tokenizer) for record in records]
+    rendered = [render(with_last_answer(record, _STAND_IN), template, tokenizer) for record in records]
     for item in rendered:
         _check_is_text(item.prompt)
-    return [
+    prompts = [
         PromptTokens(item.prompt, tuple(row.ids[: row.last_answer].tolist()))
         for item, row in zip(rendered, token_rows(rendered, tokenizer), strict=True)
     ]
+    return _known(prompts, tokenizer)
 
 
 def text_prompts(texts: Sequence[str], tokenizer: Any) -> list[PromptTokens]:
@@ -132,10 +137,17 @@ def _prompts(items: Sequence[Rendered], tokenizer: Any) -> list[PromptTokens]:
     for item in items:
         _check_is_text(item.text)
     prefix = prefix_ids(tokenizer)
-    return [
+    prompts = [
         PromptTokens(item.text, (*_missing(prefix, encoding.ids), *encoding.ids))
         for item, encoding in zip(items, _encodings(items, tokenizer), strict=True)
     ]
+    return _known(prompts, tokenizer)
+
+
+def _known(prompts: list[PromptTokens], tokenizer: Any) -> list[PromptTokens]:
+    for prompt in prompts:
+        check_ids(prompt.ids, tokenizer, f"prompt {prompt.text[:40]!r}")
+    return prompts
 
 
 def prefix_ids(tokenizer: Any) -> list[int]:
@@ -159,13 +171,14 @@ def _missing(prefix: list[int], ids: list[int]) -> list[int]:
     return [] if ids[: len(prefix)] == prefix else prefix
 
 
-def _with_stand_in(record: Record) -> Record:
+def with_last_answer(record: Record, answer: str) -> Record:
+    """Return the record with another last answer, and nothing after it."""
     match record:
         case Prompt():
-            return replace(record, answer=_STAND_IN)
+            return replace(record, answer=answer)
         case Dialogue(turns):
             answers = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
-            return Dialogue((*turns[: answers[-1]], Turn("assistant", _STAND_IN)))
+            return Dialogue((*turns[: answers[-1]], Turn("assistant", answer)))
 
 
 def _marked(item: Rendered, encoding: Encoding, prefix: list[int]) -> TokenRow:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
 
 from fedloom.data.own_code import own_code_refusal
-from fedloom.errors import MissingExtraError, ModelError
+from fedloom.errors import DataError, MissingExtraError, ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -23,9 +27,9 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder or hub name; ``bytes`` is the one whose 256 ids are the bytes.
 
-    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names, else the only usual one
-    in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say what it is for). Code of its own is run
-    only with ``trust_remote_code``.
+    A tokenizer without an end-of-text token gets the one its folder's ``config.json`` names (of several, the first),
+    else the only usual one in its vocabulary (plain GPT-2 files have ``<|endoftext|>`` but do not say so). Code of its
+    own runs only with ``trust_remote_code``.
 
     Raises:
         ModelError: there is no tokenizer, it needs code that is not trusted, it gives no character offsets, or its end
@@ -57,6 +61,36 @@ def load_tokenizer(
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = _find_end_of_text(tokenizer, Path(name_or_path))
     return tokenizer
+
+
+def set_vocabulary(tokenizer: PreTrainedTokenizerFast, num_ids: int) -> None:
+    """Record how many ids the base has. A tokenizer may have more, as long as no text in use holds them."""
+    tokenizer.num_base_ids = num_ids
+
+
+def check_ids(ids: Sequence[int] | npt.NDArray[np.int32], tokenizer: Any, where: str) -> None:
+    """Reject tokens that the base has no row for.
+
+    Raises:
+        DataError: naming the place and the first such token.
+    """
+    num_ids = getattr(tokenizer, "num_base_ids", None)
+    if num_ids is None or len(tokenizer) <= num_ids:
+        return
+    beyond = next((int(token) for token in ids if token >= num_ids), None)
+    if beyond is not None:
+        raise DataError(
+            f"{where}: expected tokens of the base's vocabulary (ids below {num_ids}), got "
+            f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}); remove that text, or set model.tokenizer to "
+            "the base's own"
+        )
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Return the id to pad with: the tokenizer's own where the base has a row for it, else the end of text."""
+    pad, num_ids = tokenizer.pad_token_id, getattr(tokenizer, "num_base_ids", None)
+    usable = pad is not None and (num_ids is None or pad < num_ids)
+    return int(pad if usable else tokenizer.eos_token_id)
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerFast) -> str:
@@ -104,8 +138,9 @@ def _find_end_of_text(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     config = folder / "config.json"
     if config.is_file():
         named = json.loads(config.read_text(encoding="utf-8")).get("eos_token_id")
-        if isinstance(named, int):
-            return str(tokenizer.convert_ids_to_tokens(named))
+        first = named[0] if isinstance(named, list) and named else named
+        if isinstance(first, int):
+            return str(tokenizer.convert_ids_to_tokens(first))
     vocabulary = tokenizer.get_vocab()
     usual = [token for token in _USUAL_ENDS_OF_TEXT if token in vocabulary]
     if len(usual) == 1:

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedloom.data.answer_frame import AnswerFrame, plain_frame
 from fedloom.data.token_rows import PromptTokens, text_prompts
+from fedloom.data.tokenizer import pad_id
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.outputs_file import OutputsFile
-from fedloom.models.causal import causal_lm, context_length
+from fedloom.models.causal import causal_lm, context_length, end_ids
+from fedloom.models.foreign_forward import foreign_forward
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Output:
-    """The text decoded for one prompt; ``is_cut_off`` says it ended by the limit, not by the end of text."""
+    """The answer decoded for one prompt; ``is_cut_off`` says it ended by the limit, not by a token that ends it."""
 
     text: str
     is_cut_off: bool
@@ -64,6 +67,7 @@ def decode(
     prompts: Sequence[str | PromptTokens],
     settings: DecodingSettings | None = None,
     *,
+    frame: AnswerFrame | None = None,
     batch_size: int = 16,
     file: Path | None = None,
     model_id: str = "",
@@ -72,6 +76,8 @@ def decode(
     """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device.
 
     A prompt given as text is read as it stands; those of rows come from ``fedloom.data.token_rows.record_prompts``.
+    ``frame`` says where their answers end (``fedloom.data.answer_frame``); by default at the end of text, and where the
+    base's ``generation_config`` says.
     Adapters are whatever the model is routed to (``LoRAModel.route_all``); nothing is merged. With ``file``, each batch
     is appended to it as it is done, together with the settings and ``model_id`` (say, hashes of base and adapter); a
     later call with the same ones decodes only what is missing.
@@ -81,13 +87,14 @@ def decode(
     """
     settings = settings or DecodingSettings()
     begin = time.monotonic()
-    store = OutputsFile.open(file, settings, model_id)
+    frame = frame or plain_frame(tokenizer, end_ids(model))
+    store = OutputsFile.open(file, settings, model_id, frame.tag)
     known = {prompt: Output(text, cut) for prompt, (text, cut) in store.outputs.items()}
     tokens_of = {prompt.text: prompt for prompt in _tokenised(prompts, tokenizer)}
     unique = list(tokens_of)
     todo = [tokens_of[prompt] for prompt in unique if prompt not in known]
     num_resumed = len(unique) - len(todo)
-    for batch, outputs in _decode_batches(model, tokenizer, todo, settings, batch_size):
+    for batch, outputs in _decode_batches(model, tokenizer, todo, settings, frame, batch_size):
         store.append([(prompt, output.text, output.is_cut_off) for prompt, output in zip(batch, outputs, strict=True)])
         known.update(zip(batch, outputs, strict=True))
         if on_progress is not None:
@@ -101,13 +108,18 @@ def decode(
 
 
 def _decode_batches(
-    model: Any, tokenizer: Any, prompts: Sequence[PromptTokens], settings: DecodingSettings, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[PromptTokens],
+    settings: DecodingSettings,
+    frame: AnswerFrame,
+    batch_size: int,
 ) -> Iterator[tuple[list[str], list[Output]]]:
     _check_room(model, prompts, settings)
     longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
     for start in range(0, len(longest_first), batch_size):
         batch = longest_first[start : start + batch_size]
-        outputs = _generate(causal_lm(model), tokenizer, [prompt.ids for prompt in batch], settings)
+        outputs = _generate(causal_lm(model), tokenizer, [prompt.ids for prompt in batch], settings, frame)
         yield [prompt.text for prompt in batch], outputs
 
 
@@ -118,10 +130,12 @@ def _tokenised(prompts: Sequence[str | PromptTokens], tokenizer: Any) -> list[Pr
 
 
 @torch.inference_mode()
-def _generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: DecodingSettings) -> list[Output]:
+def _generate(
+    model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], settings: DecodingSettings, frame: AnswerFrame
+) -> list[Output]:
     from transformers import GenerationConfig, LogitsProcessorList
 
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = pad_id(tokenizer)
     input_ids_BT, mask_BT = _left_padded(rows, pad, model.device)
     width = input_ids_BT.shape[1]
     config = GenerationConfig(
@@ -130,15 +144,16 @@ def _generate(model: Any, tokenizer: Any, rows: Sequence[Sequence[int]], setting
         length_penalty=settings.length_penalty,
         max_new_tokens=settings.max_new_tokens,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(frame.stop_ids),
     )
     processors = LogitsProcessorList()
     if settings.no_repeat_ngram_size:
         processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
-    generated_BT = model.generate(
-        input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
-    )
-    return [_output(tokenizer, row[width:].tolist()) for row in generated_BT]
+    with foreign_forward(model):
+        generated_BT = model.generate(
+            input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
+        )
+    return [Output(*frame.answer(row[width:].tolist(), tokenizer)) for row in generated_BT]
 
 
 class NoRepeatedNgrams:
@@ -164,13 +179,6 @@ def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) 
     ids = [[pad] * (width - len(row)) + list(row) for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
-
-
-def _output(tokenizer: Any, ids: list[int]) -> Output:
-    end = tokenizer.eos_token_id
-    is_cut_off = end not in ids
-    kept = ids if is_cut_off else ids[: ids.index(end)]
-    return Output(tokenizer.decode(kept, skip_special_tokens=True).strip(), is_cut_off)
 
 
 def _check_room(model: Any, prompts: Sequence[PromptTokens], settings: DecodingSettings) -> None:

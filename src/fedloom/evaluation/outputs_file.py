@@ -31,8 +31,8 @@ class OutputsFile:
     header: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, path: Path | None, settings: Any, model_id: str) -> OutputsFile:
-        """Read what a previous run left, or begin the file.
+    def open(cls, path: Path | None, settings: Any, model_id: str, frame: str = "") -> OutputsFile:
+        """Read what a previous run left, or begin the file; ``frame`` is the tag of where its answers end.
 
         A last line cut short by an interruption is taken off: its prompt is decoded again.
 
@@ -43,6 +43,7 @@ class OutputsFile:
         if path is None:
             return cls(None)
         header = {_FORMAT: DECODED_OUTPUTS.number, "model": model_id, "settings": asdict(settings)}
+        header |= {"frame": frame} if frame else {}
         content = path.read_bytes() if path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
         if not whole and _line(header).encode().startswith(content):
@@ -77,10 +78,10 @@ def why_not_kept(folder: Path) -> str | None:
         return (error.strerror or str(error)).lower()
 
 
-def outputs_path(stem: Path, settings: Any) -> Path:
-    """Return ``stem`` with the beams and tokens of ``settings`` in its name: the file for outputs decoded so."""
+def outputs_path(stem: Path, settings: Any, frame: str = "") -> Path:
+    """Return ``stem`` with how outputs are decoded in its name: beams, tokens, and the tag of where answers end."""
     beams = f"-beams{settings.num_beams}" if settings.num_beams > 1 else ""
-    return stem.with_name(f"{stem.name}{beams}-tokens{settings.max_new_tokens}.jsonl")
+    return stem.with_name(f"{stem.name}{beams}-tokens{settings.max_new_tokens}{frame and f'-frame{frame}'}.jsonl")
 
 
 def prompt_key(prompt: str) -> str:

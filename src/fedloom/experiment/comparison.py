@@ -13,13 +13,15 @@ from fedloom.assembly.inputs import Workshop
 from fedloom.config import Settings, every_variant
 from fedloom.errors import RunError
 from fedloom.experiment.parallel_runs import check_parallel, run_in_processes
-from fedloom.experiment.session import RunSummary, run
+from fedloom.experiment.run_summary import RunSummary
+from fedloom.experiment.session import run
 from fedloom.file_formats import COMPARISON
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.run_groups import table_of
 from fedloom.reporting.tables import Comparison, reference_among
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import StoredRun, read_run
+from fedloom.run_folder.run_date import date_of_all
 
 FILES = ("comparison.json", "demo.json")
 
@@ -57,9 +59,9 @@ def compare(
 ) -> MethodsComparison:
     """Run every method with every seed into ``out/<method>-seed<k>/`` and tabulate them.
 
-    Runs that are complete are not run again, so a comparison resumes and grows by methods and seeds. The table sets
-    each method against ``reference``, by default FedIT where it is one of several. With ``parallel`` above 1 that many
-    run at once, each in a process of its own, to the same results.
+    All are of one day, that of the first. Runs that are complete are not run again, so a comparison resumes and grows
+    by methods and seeds. The table sets each method against ``reference``, by default FedIT where it is one of several.
+    With ``parallel`` above 1 that many run at once, each in a process of its own, to the same results.
 
     Raises:
         SettingsError: a method or seed does not exist or comes twice, or a variant is not valid; nothing was run.
@@ -73,10 +75,11 @@ def compare(
     out, progress = Path(out), progress or SilentProgress()
     check_parallel(variants, parallel)
     planned = [(one, out / f"{one.method.name}-seed{one.run.seed}") for one in variants]
+    date = date_of_all([folder for _, folder in planned], fresh)
     if parallel > 1:
-        runs = run_in_processes(planned, parallel, fresh=fresh, progress=progress)
+        runs = run_in_processes(planned, parallel, date, fresh=fresh, progress=progress)
     else:
-        runs = _one_after_another(planned, fresh, progress)
+        runs = _one_after_another(planned, date, fresh, progress)
     stored: dict[str, list[StoredRun]] = {}
     for summary in runs:
         stored.setdefault(summary.method, []).append(read_run(summary.folder))
@@ -86,12 +89,14 @@ def compare(
     return result
 
 
-def _one_after_another(planned: Sequence[tuple[Settings, Path]], fresh: bool, progress: Progress) -> list[RunSummary]:
+def _one_after_another(
+    planned: Sequence[tuple[Settings, Path]], date: str, fresh: bool, progress: Progress
+) -> list[RunSummary]:
     workshop, runs = Workshop(progress), list[RunSummary]()
     for settings, folder in planned:
         method, seed = settings.method.name, settings.run.seed
         progress.note(f"run {len(runs) + 1} of {len(planned)}: {method}, seed {seed}")
-        runs.append(run(settings, folder, fresh=fresh, progress=progress, workshop=workshop))
+        runs.append(run(settings, folder, date=date, fresh=fresh, progress=progress, workshop=workshop))
     return runs
 
 

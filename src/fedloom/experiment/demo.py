@@ -16,9 +16,10 @@ from fedloom.errors import EvaluationError
 from fedloom.evaluation.exact_match import METRIC, is_match, score_matches
 from fedloom.evaluation.intervals import ItemStatistics, paired_differences
 from fedloom.experiment.comparison import MethodsComparison, compare
-from fedloom.experiment.session import RunSummary
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.file_formats import COMPARISON
 from fedloom.methods import table as methods_table
+from fedloom.models.causal import end_ids
 from fedloom.reporting.metrics import LOSS
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.report import write_report
@@ -28,6 +29,8 @@ from fedloom.results.state_scores import outputs_stem
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder import durable
 from fedloom.run_folder.claim import EVALUATION
+from fedloom.run_folder.manifest import read_manifest
+from fedloom.run_folder.run_date import date_of
 from fedloom.wording import counted
 
 RECIPE = "demo"
@@ -146,12 +149,13 @@ def demonstrate(
 
 def answers_of(settings: Settings, runs: Sequence[RunSummary]) -> tuple[list[AskedRow], dict[str, tuple[str, ...]]]:
     """Return the held-out questions and, by method, what its model answers after the last round, as its run kept it."""
+    settings = settings.on(date_of(read_manifest(runs[0].folder)))
     workshop, choice = Workshop(), suite_choice_of(settings)
     base, _ = workshop.base(settings)
     held_out = workshop.inputs(settings, base).held_out_rows
     if held_out is None:
         raise EvaluationError("expected held-out rows to ask, got none; set data.eval_path or data.eval_rows")
-    asked = asked_rows(held_out, base.tokenizer, choice)
+    asked = asked_rows(held_out, base.tokenizer, choice, end_ids(base.model))
     single = [run for run in runs if "num_models" not in run.eval["suites"][SUITE]]
     stems = {run.method: outputs_stem(run.folder / EVALUATION, SUITE, run.num_rounds) for run in single}
     return asked, {name: kept_outputs(stem, base.tokenizer, asked, choice) for name, stem in stems.items()}

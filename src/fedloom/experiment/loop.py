@@ -37,6 +37,7 @@ from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress
 from fedloom.results.state_scores import Score, score_here
 from fedloom.run_folder.writer import RunFolder, Writer
+from fedloom.split.lockstep import SplitRecord
 from fedloom.split.split_state import SplitState
 from fedloom.training.cohort_round import StepReport
 
@@ -223,8 +224,12 @@ class SplitPeriods:
         """Run what is left, one period at a time."""
         score = score_here(self.lora)
         for record in self.run.periods(self.state, lambda state: evaluate(state.standing(), score), self._on_step):
-            metrics, files = split_metrics(record, self.method, self.run.names), split_state_files(record.state)
+            metrics, files = self.metrics(record), split_state_files(record.state)
             yield Completed(record.round, metrics, files, {}, record.state.standing())
+
+    def metrics(self, record: SplitRecord) -> dict[str, Any]:
+        """Return a period's record; called once a period, before the next one begins."""
+        return split_metrics(record, self.method, self.run.names)
 
     def _on_step(self, step: int, loss_nats: float) -> None:
         """Show the cohort's joint step as the server's."""

@@ -17,13 +17,15 @@ from pathlib import Path
 
 from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
-from fedloom.experiment.session import RunSummary
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.methods import table
 from fedloom.reporting.progress import Progress
+from fedloom.run_folder.run_date import begin_on
 
 _ERROR = "error: "
 _CHILD = (
-    "import runpy, sys; from fedloom.experiment.parallel_runs import end_with; end_with(int(sys.argv.pop(1))); "
+    "import runpy, sys; from fedloom.experiment.parallel_runs import begin; "
+    "begin(int(sys.argv.pop(1)), sys.argv.pop(1)); "
     "runpy.run_module('fedloom', run_name='__main__', alter_sys=True)"
 )
 """The ordinary command, in a process that ends with the one that started it."""
@@ -54,6 +56,12 @@ def check_parallel(variants: Sequence[Settings], parallel: int) -> None:
             )
 
 
+def begin(parent: int, date: str) -> None:
+    """Begin as one of several runs: on their day, and to end with the process that started them."""
+    begin_on(date)
+    end_with(parent)
+
+
 def end_with(parent: int) -> None:
     """Interrupt this process, as ctrl-c does, once its parent is gone: nobody would read what it says."""
 
@@ -66,9 +74,9 @@ def end_with(parent: int) -> None:
 
 
 def run_in_processes(
-    runs: Sequence[tuple[Settings, Path]], parallel: int, *, fresh: bool, progress: Progress
+    runs: Sequence[tuple[Settings, Path]], parallel: int, date: str, *, fresh: bool, progress: Progress
 ) -> list[RunSummary]:
-    """Run all, ``parallel`` at a time, and return their summaries in the order given.
+    """Run all, ``parallel`` at a time, and return their summaries in the order given; all begin on ``date``.
 
     The first run that fails, or an interruption, ends the others; each goes on by the same command.
 
@@ -76,7 +84,7 @@ def run_in_processes(
         RunError: a run failed; the message is its own.
     """
     with tempfile.TemporaryDirectory() as folder:
-        processes = _Processes(Path(folder), fresh, progress)
+        processes = _Processes(Path(folder), date, fresh, progress)
         with ThreadPoolExecutor(parallel) as threads:
             waiting = [threads.submit(processes.run, settings, out) for settings, out in runs]
             try:
@@ -99,6 +107,7 @@ class _Processes:
     """The processes that are running."""
 
     folder: Path
+    date: str
     fresh: bool
     progress: Progress
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -109,7 +118,7 @@ class _Processes:
         """Run one, pass its lines on with its name before each, and return its summary."""
         recipe, printed = self.folder / f"{out.name}.json", self.folder / f"{out.name}.out"
         recipe.write_text(json.dumps(settings.as_dict()), encoding="utf-8")
-        command = [sys.executable, "-c", _CHILD, str(os.getpid())]
+        command = [sys.executable, "-c", _CHILD, str(os.getpid()), self.date]
         command += ["run", str(recipe), "--out", str(out), "--json"]
         errors: list[str] = []
         with printed.open("w", encoding="utf-8") as output, self._started(command, output) as process:

@@ -17,9 +17,11 @@ from fedloom.federation.intake import ClientRecord
 from fedloom.federation.messages import numbers_of
 from fedloom.federation.rounds import RoundRecord
 from fedloom.lora.base_reference import BaseReference
+from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.methods.state import Update
+from fedloom.models.stock_peft import taken_for_experts
 from fedloom.reporting.peak_memory import peaks_of_round
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import Holding, holdings_document
@@ -104,10 +106,11 @@ def update_keeper(
         yield UpdateKeeper(waiting, save, scale_of)
 
 
-def peft_writer(base: BaseReference, conv1d: bool, dropout: float) -> Callable[[Adapter, Path, float], None]:
+def peft_writer(base: BaseReference, lora: LoRAModel, dropout: float) -> Callable[[Adapter, Path, float], None]:
     """Return a function that writes an adapter of this base as a PEFT folder at a scale."""
+    conv1d, parameters = lora.uses_conv1d, taken_for_experts(lora.model.config, lora.shapes)
 
     def write(adapter: Adapter, folder: Path, scale: float) -> None:
-        save_peft(adapter, folder, base_name=base, scale=scale, conv1d=conv1d, dropout=dropout)
+        save_peft(adapter, folder, base_name=base, scale=scale, conv1d=conv1d, dropout=dropout, parameters=parameters)
 
     return write

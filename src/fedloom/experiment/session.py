@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,24 +20,29 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
 from fedloom.experiment.round_records import holdings_of, peft_writer
+from fedloom.experiment.run_summary import RunSummary
 from fedloom.lora.algebra import compress
 from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.models.load import Base
+from fedloom.models.stock_peft import not_read
 from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
+from fedloom.results.conversation import wording_of_rows
 from fedloom.results.export import write_cards
+from fedloom.results.serving_files import write_serving_files
 from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
 from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign
 from fedloom.run_folder.contents import ADAPTER, check_adapter, read_file, rounds_done
 from fedloom.run_folder.manifest import changed_threads, read_manifest
 from fedloom.run_folder.reader import missing_adapters
+from fedloom.run_folder.run_date import date_in, today
 from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
-from fedloom.wording import counted, written_bytes
+from fedloom.wording import counted
 
 NOTHING_HELD_OUT = (
     "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
@@ -45,58 +50,19 @@ NOTHING_HELD_OUT = (
 )
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """What a finished run came to."""
-
-    folder: Path
-    method: str
-    seed: int
-    num_rounds: int
-    base_eval: Mapping[str, Any]
-    eval: Mapping[str, Any]
-    upload_bytes: int
-    download_bytes: int
-    seconds: float
-    peak_memory_bytes: int
-    peak_device_memory_bytes: int | None
-    aggregation_noise: float | None
-    rank: int
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the summary as plain values."""
-        return {**self.__dict__, "folder": str(self.folder), "base_eval": dict(self.base_eval), "eval": dict(self.eval)}
-
-    def lines(self) -> list[str]:
-        """Return the summary for people."""
-        lines = [f"{self.method}, seed {self.seed}: {counted(self.num_rounds, 'round')} in {self.seconds:.1f} s"]
-        if "loss_nats" in self.eval:
-            before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
-            tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"
-            lines.append(f"held-out loss {self.eval['loss_nats']:.4f} nats per token{before} on {tokens}")
-        for suite, scores in self.eval.get("suites", {}).items():
-            figures = ", ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items())
-            lines.append(f"{suite}: {figures}")
-        up, down = written_bytes(self.upload_bytes), written_bytes(self.download_bytes)
-        device = self.peak_device_memory_bytes
-        of_device = "" if device is None else f", of the device {written_bytes(device)} in one round"
-        lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}{of_device}")
-        if self.aggregation_noise is not None:
-            lines.append(f"aggregation noise of the last round {self.aggregation_noise:.3g}")
-        return lines
-
-
 def run(
     settings: Settings,
     out: Path | str,
     *,
+    date: str | None = None,
     fresh: bool = False,
     progress: Progress | None = None,
     workshop: Workshop | None = None,
 ) -> RunSummary:
     """Run the settings into ``out``, or resume the run in it, and return the result.
 
-    A folder is created only once base and rows are loaded and fit, so a mistake leaves nothing behind.
+    The day on which it starts, ``date`` or today, is written down, and chat templates are told it ever after. A folder
+    is created only once base and rows are loaded and fit, so a mistake leaves nothing behind.
 
     Raises:
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
@@ -105,22 +71,24 @@ def run(
     workshop = workshop or Workshop(progress)
     may_change = check_folder(out, settings, fresh)
     check_engine(settings)
+    began = settings.on(date_in(out, fresh) or date or today())
     base, lora = workshop.base(settings)
     saved = out / "partition.json"
     is_saved = is_begun(out) and saved.exists() and not fresh
     if is_saved:
         read_file(out, read_manifest(out), saved.name)
-    inputs = workshop.inputs(settings, base, saved if is_saved else None)
+    inputs = workshop.inputs(began, base, saved if is_saved else None)
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
-    placed = resolve_names(settings, inputs.partition.names)
+    placed = resolve_names(began, inputs.partition.names)
     population = population_of(placed, inputs)
     kind = loop_of(placed, inputs, base, lora, population)
     if kind is not None and not fresh:
         refuse_fewer_rounds(out, kind.num_rounds)
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
         folder.confirm_identity(
+            date=began.data.date,
             base_sha256=base.revision_hash,
             data_sha256=inputs.data_sha256,
             held_out_sha256=inputs.held_out_sha256,
@@ -134,16 +102,19 @@ def run(
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
-        return Session(settings, folder, base, lora, inputs, population, kind, workshop, progress).complete()
+        return Session(began, folder, base, lora, inputs, population, kind, workshop, progress).complete()
 
 
-def check_folder(out: Path, settings: Settings, fresh: bool) -> tuple[str, ...]:
+def check_folder(out: Path, settings: Settings, fresh: bool, also: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Check, before anything is loaded, that a run of the settings can be in ``out``; return what may differ there.
+
+    ``also`` are settings that may differ besides those that may in every run.
 
     Raises:
         RunError: the folder holds something else, or a run of other settings.
     """
     may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
+    may_change += also
     if fresh:
         refuse_foreign(out)
     else:
@@ -180,7 +151,12 @@ def is_extensible(settings: Settings) -> bool:
 
 
 class HeldOutRows(Protocol):
-    """What a session evaluates on; None where nothing is held out."""
+    """What a session evaluates on; None where nothing is held out, or no training rows are here."""
+
+    @property
+    def rows(self) -> Rows | None:
+        """The training rows."""
+        ...
 
     @property
     def held_out_rows(self) -> Rows | None:
@@ -220,7 +196,7 @@ class Session:
         if finished is None or left > 0:
             base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
             state = self._rounds(loop) if loop is not None else state
-            adapters = self._write_adapter(state)
+            adapters = self._told_if_unread(self._write_adapter(state))
             evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
             record = {"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation}
             self.folder.finish(record | {"adapters": adapters})
@@ -292,8 +268,14 @@ class Session:
 
         Return the folders, relative to the run's; none where training added nothing.
         """
-        write, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
+        write_peft, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
+        rows, tokenizer = self.inputs.rows or self.inputs.held_out_rows, self.base.tokenizer
+        wording = wording_of_rows(self.settings.data, rows, tokenizer)
         result = compress(state.shared).adapter
+
+        def write(adapter: Adapter, path: Path, scale: float) -> None:
+            write_peft(adapter, path, scale)
+            write_serving_files(path, self.base.model, tokenizer, wording)
 
         def write_own(path: Path) -> None:
             for client, adapter in own.items():
@@ -309,7 +291,16 @@ class Session:
 
     def _writer(self) -> Callable[[Adapter, Path, float], None]:
         base = BaseReference.of(self.settings.model.base, self.base.revision_hash)
-        return peft_writer(base, self.lora.uses_conv1d, self.settings.training.dropout)
+        return peft_writer(base, self.lora, self.settings.training.dropout)
+
+    def _told_if_unread(self, adapters: list[str]) -> list[str]:
+        """Say which modules of the result stock peft would not load on this base."""
+        trusted = self.settings.model.trust_remote_code
+        for name in adapters[:1]:
+            unread = not_read(self.folder.path / name, self.base.model.config, trust_remote_code=trusted)
+            if unread is not None:
+                self.progress.note(unread)
+        return adapters
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from fedloom.errors import AdapterError
+from fedloom.lora.algebra import pad
 from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.pair import Adapter, Pair, check_finite
 from fedloom.lora.peft_settings import Scales, read_peft_settings, shortened
@@ -34,12 +35,14 @@ def save_peft(
     scale: float = 1.0,
     conv1d: bool = False,
     dropout: float = 0.0,
+    parameters: Collection[str] = (),
 ) -> None:
     """Write an adapter as a PEFT folder, with ``lora_alpha = scale · r`` and ``b / scale`` in the file.
 
     Ranks that differ between modules go into ``rank_pattern`` and ``alpha_pattern``; a module of rank 0 adds nothing
     and is not written. A base that is a folder goes by the folder's name, without its place on this machine; what else
-    is known of the base, such as its hash, stands in the metadata of the weights.
+    is known of the base, such as its hash, stands in the metadata of the weights. Modules of ``parameters`` are named
+    as ``target_parameters``, which peft adapts without dropout and at one rank.
 
     Raises:
         AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing; if
@@ -60,17 +63,20 @@ def save_peft(
         stored[name] = Pair(pair.b_OR.detach().cpu() / scale, pair.a_RI.detach().cpu())
     check_finite(stored, "the adapter to write", "train it at a lower learning rate, or write it in a wider dtype")
     base = BaseReference.of(base_name) if isinstance(base_name, str) else base_name
-    ranks = {name: pair.rank for name, pair in pairs.items()}
-    rank = max(ranks.values())
-    differing = {name: r for name, r in ranks.items() if r != rank}
+    rank = max(pair.rank for pair in pairs.values())
+    by_parameter = {name: f"{name}.weight" for name in pairs if name in parameters}
+    # peft says of patterns for parameters that it ignores them, so these have the common rank, padded with zeros.
+    stored |= pad(Adapter({name: stored[name] for name in by_parameter}), rank) if by_parameter else {}
+    differing = {name: pair.rank for name, pair in stored.items() if pair.rank != rank}
     config = LoraConfig(
         r=rank,
         lora_alpha=_plain(scale * rank),
         rank_pattern=differing,
         alpha_pattern={name: _plain(scale * r) for name, r in differing.items()},
-        target_modules=sorted(pairs),
+        target_modules=sorted(pairs.keys() - by_parameter.keys()) or None,
+        target_parameters=sorted(by_parameter.values()) or None,
         fan_in_fan_out=conv1d,
-        lora_dropout=dropout,
+        lora_dropout=0.0 if by_parameter else dropout,
         task_type="CAUSAL_LM",
         base_model_name_or_path=base.name,
         inference_mode=True,
@@ -111,6 +117,16 @@ def load_peft(folder: str | Path) -> Adapter:
         raise AdapterError(f"{folder / WEIGHTS_NAME}: expected lora_A and lora_B tensors, found none; fetch it again")
     check_finite(pairs, str(folder / WEIGHTS_NAME), "its training diverged: train again at a lower learning rate")
     return Adapter(pairs)
+
+
+def parameters_of(folder: Path) -> frozenset[str]:
+    """Return the modules that a PEFT folder names as ``target_parameters``.
+
+    Raises:
+        AdapterError: if its settings are absent or malformed.
+    """
+    named = read_peft_settings(folder).get("target_parameters") or ()
+    return frozenset(name.removesuffix(".weight") for name in named)
 
 
 def base_of(folder: Path) -> tuple[str, BaseReference] | None:

@@ -27,7 +27,6 @@ _FOREIGN = (
     "kasa_config",
     "monteclora_config",
     "arrow_config",
-    "target_parameters",
     "layer_replication",
     "modules_to_save",
     "trainable_token_indices",
@@ -56,6 +55,7 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "rank_pattern": ((dict,), "numbers by module"),
     "alpha_pattern": ((dict,), "numbers by module"),
     "target_modules": ((str, list), "text or a list"),
+    "target_parameters": ((list,), "a list"),
 }
 
 
@@ -86,6 +86,8 @@ def read_peft_settings(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key), (*types, type(None))):
             raise AdapterError(f"{path}: expected {key} as {expected}, got {shortened(config[key])}; fetch it again")
     foreign = [key for key in _FOREIGN if config.get(key)]
+    if not all(isinstance(name, str) and name.endswith(".weight") for name in config.get("target_parameters") or ()):
+        foreign.append("target_parameters")  # parameters of another name, as those of experts, are no matrices
     if config.get("bias") not in (None, "none"):
         foreign.append("bias")
     if foreign:
@@ -118,6 +120,7 @@ class Scales:
         self._config, self._path = config, folder / CONFIG_NAME
         self._patterns = {name: self._compiled(name) for name in ("rank_pattern", "alpha_pattern")}
         self._seconds_left = MATCHING_SECONDS
+        self._parameters = frozenset(config.get("target_parameters") or ())
 
     def of(self, module: str, rank: int) -> float:
         """Return ``alpha / r`` (rsLoRA: ``alpha / √r``) of a module whose tensors have this rank.
@@ -149,6 +152,8 @@ class Scales:
         )
 
     def _matching(self, name: str, module: str, default: object) -> object:
+        # Of a parameter peft matches the whole name.
+        module = f"{module}.weight" if f"{module}.weight" in self._parameters else module
         for pattern, value in self._patterns[name]:
             begun = time.monotonic()
             try:

@@ -15,6 +15,13 @@ def context_length(model: Any) -> int | None:
     return context_of(causal_lm(model).config)
 
 
+def end_ids(model: Any) -> tuple[int, ...]:
+    """Return the tokens that end a text by the base's ``generation_config``, which names one, several or none."""
+    named = getattr(getattr(causal_lm(model), "generation_config", None), "eos_token_id", None)
+    several = named if isinstance(named, list | tuple) else [named]
+    return tuple(one for one in several if isinstance(one, int))
+
+
 def context_of(config: Any) -> int | None:
     """Return the number of positions that a model's config states; None where it states none."""
     text = config.get_text_config()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import CutError, ModelError
 from fedloom.models.families import Family, decoder_blocks, model_type
+from fedloom.models.foreign_forward import foreign_forward
 
 
 def cuttable_parts(model: nn.Module) -> Family:
@@ -186,7 +187,7 @@ def verify_cut(model: nn.Module, parts: Sequence[Part], num_tokens: int = 6) -> 
         CutError: if they differ, which means that this family's forward does something that the cut does not know.
     """
     ids_BT = torch.arange(num_tokens, device=next(model.parameters()).device)[None] + 1
-    with torch.no_grad():
+    with torch.no_grad(), foreign_forward(model):
         body = _decoder(model, cuttable_parts(model))
         expected_BTD = body(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden = ids_BT

@@ -171,7 +171,11 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
+    """Whether a module computes what a linear layer does; a router of a class of its own may return several things."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return False
+    own_forward = type(module).forward not in (nn.Linear.forward, Conv1D.forward)
+    return not own_forward or type(module).__module__.partition(".")[0] == "bitsandbytes"
 
 
 def _match(pattern: str, leaves: dict[str, nn.Module], head: nn.Module | None) -> list[str]:

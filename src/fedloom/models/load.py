@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,18 +12,19 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from fedloom import embedded
 from fedloom.data.own_code import own_code_refusal
-from fedloom.data.tokenizer import load_tokenizer
+from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
+from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
 from fedloom.models.threads import BUILDING
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["none", "4bit", "8bit"]
 
-_DTYPES: dict[str, torch.dtype | str] = {
+DTYPES: dict[str, torch.dtype | str] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
@@ -33,8 +32,6 @@ _DTYPES: dict[str, torch.dtype | str] = {
 }
 _QUANTIZATIONS: tuple[str, ...] = get_args(Quantization)
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
-_SNAPSHOT = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
-_CODE = ["*.py"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +48,42 @@ class Base:
     revision_hash: str
     dtype: torch.dtype
     device: torch.device
+
+
+@dataclass(frozen=True, eq=False)
+class BaseFolder:
+    """A base as it lies on disk, checked to be a whole causal LM's; no weight has been read."""
+
+    name: str
+    path: Path
+    config: Any
+    tokenizer: Any
+    device: torch.device
+    revision_hash: str
+
+
+def find_base(
+    name_or_path: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> BaseFolder:
+    """Find a base and check all that can be without its weights; arguments are those of :func:`load_base`.
+
+    Raises:
+        ModelError: if there is no such model or device, it is incomplete or corrupt, it is not a causal LM, it has no
+            tokenizer or one that does not fit, or it needs code of its own that is not trusted.
+    """
+    folder = resolve_folder(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
+    config = read_config(folder, trust_remote_code)
+    weights = weight_files(folder)
+    place = _choose_device(device)
+    loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
+    set_vocabulary(loaded, config.get_text_config().vocab_size)
+    digest = _identity([folder / "config.json", *weights])
+    return BaseFolder(str(name_or_path), folder, config, loaded, place, digest)
 
 
 def load_base(
@@ -75,105 +108,17 @@ def load_base(
             LM, it has no tokenizer, or it needs code of its own that is not trusted.
         MissingExtraError: if ``quantization`` is asked for without bitsandbytes.
     """
-    if dtype not in _DTYPES or quantization not in _QUANTIZATIONS:
+    if dtype not in DTYPES or quantization not in _QUANTIZATIONS:
         raise ModelError(
-            f"load_base: expected dtype {', '.join(_DTYPES)} and quantization {', '.join(_QUANTIZATIONS)}, got "
+            f"load_base: expected dtype {', '.join(DTYPES)} and quantization {', '.join(_QUANTIZATIONS)}, got "
             f"{dtype!r} and {quantization!r}; name one of each"
         )
-    folder = _resolve(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
-    config = _read_config(folder, trust_remote_code)
-    weights = _check_weights(folder)
-    place = _choose_device(device)
-    loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
-    model = _load_model(folder, config, _DTYPES[dtype], place, quantization, trust_remote_code)
-    if len(loaded) > model.config.get_text_config().vocab_size:
-        raise ModelError(
-            f"model.tokenizer: expected at most {model.config.vocab_size} tokens, the vocabulary of {name_or_path}, "
-            f"got {len(loaded)}; use the base's own"
-        )
+    found = find_base(
+        name_or_path, tokenizer=tokenizer, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
-    digest = _identity([folder / "config.json", *weights])
-    return Base(model, loaded, str(name_or_path), digest, model.dtype, place)
-
-
-def _resolve(name_or_path: str, revision: str | None, trust_remote_code: bool) -> Path:
-    """Return the folder of a base, fetching a hub name's snapshot if it is not cached."""
-    folder = Path(name_or_path).expanduser()
-    if folder.is_dir():
-        return folder
-    looks_like_path = name_or_path.startswith((".", "/")) or folder.exists()
-    if looks_like_path or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path):
-        raise ModelError(
-            f"model.base: expected a folder or a hub name, got {name_or_path!r}, which does not exist; check the path"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        wanted = [*_SNAPSHOT, *(_CODE if trust_remote_code else ())]
-        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=wanted))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"model.base: {name_or_path!r} is not a folder and could not be fetched from the hub: {reason}; "
-            "check the name and the connection"
-        ) from error
-
-
-def _read_config(folder: Path, trust_remote_code: bool) -> Any:
-    """Return the model's configuration, checked to be a causal LM's."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    path = folder / "config.json"
-    if not path.is_file():
-        raise ModelError(
-            f"model.base: expected a Hugging Face folder with config.json, found none in {folder}; check the path"
-        )
-    try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        kind, has_code = given.get("model_type"), trust_remote_code and "auto_map" in given
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, AttributeError, KeyError, RecursionError, OSError, StrictDataclassError) as error:
-        if (refusal := own_code_refusal(error, folder)) is not None:
-            raise refusal from error
-        raise ModelError(
-            f"model.base: {path} is not a model's configuration: {first_line(error)}; fetch the model again"
-        ) from error
-    if not has_code and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ModelError(
-            f"model.base: expected a causal language model, {folder} holds a {kind!r}; choose another base"
-        )
-    return config
-
-
-def first_line(error: Exception) -> str:
-    """Return the line of an error that says what is wrong: a validator's first only names the check."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "expected" in line), lines[0] if lines else type(error).__name__)
-
-
-def _check_weights(folder: Path) -> list[Path]:
-    """Return the weight files, each checked to be whole, and all shards of an index checked to exist."""
-    index = folder / "model.safetensors.index.json"
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index.is_file() else set()
-    missing = sorted(name for name in named if not (folder / name).is_file())
-    if missing:
-        raise ModelError(f"model.base: {index} names {missing[0]}, which is not in {folder}; fetch the model again")
-    files = sorted(folder / name for name in named) if named else sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ModelError(
-            f"model.base: expected weights as *.safetensors in {folder}, found none; "
-            "convert other formats with transformers' save_pretrained"
-        )
-    for file in files:
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ModelError(f"model.base: {file} is truncated or corrupt ({error}); fetch the model again") from error
-    return files
+    return Base(model, found.tokenizer, found.name, found.revision_hash, model.dtype, found.device)
 
 
 def _choose_device(device: str) -> torch.device:
@@ -233,6 +178,10 @@ def _load_model(
                 **placed,
                 **extra,
             )
+    except ImportError as error:
+        raise ModelError(
+            f"model.base: expected the packages that {folder} needs, one is missing: {first_line(error)}; install it"
+        ) from error
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         if (refusal := own_code_refusal(error, folder)) is not None:
             raise refusal from error

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
+from fedloom.models.base_folder import read_config
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
+from fedloom.models.load import DTYPES, BaseFolder, Dtype, Quantization
 from fedloom.models.threads import BUILDING
 
 
@@ -28,6 +31,22 @@ class PartialBase:
     model: nn.Module
     part: Part
     loaded_bytes: int
+
+
+@dataclass(frozen=True)
+class Held:
+    """Which blocks of a base one party holds: those before ``stop_bottom``, and those of ``start`` to ``stop``.
+
+    The embeddings come with the first block, the final norm and the head with what lies behind the last one.
+    """
+
+    stop_bottom: int
+    start: int
+    stop: int
+
+    def has(self, block: int) -> bool:
+        """Tell whether a block is held."""
+        return block < self.stop_bottom or self.start <= block < self.stop
 
 
 def load_bottom(
@@ -56,24 +75,119 @@ def load_top(
     return _load(folder, start, None, dtype, trust_remote_code)
 
 
-def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype, trust_remote_code: bool) -> PartialBase:
-    from accelerate import init_empty_weights  # type: ignore[import-untyped]
-    from transformers import AutoConfig, AutoModelForCausalLM
+def client_part(
+    found: BaseFolder,
+    cut_layer: int,
+    tail_blocks: int | None,
+    *,
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load what a client holds: the bottom up to its cut and, in a U-shape, the last blocks, final norm and head.
 
-    path = Path(folder)
-    if not (path / "config.json").is_file():
-        raise ModelError(f"model.base: expected a Hugging Face folder with config.json, got {path}; check the path")
+    Raises:
+        CutError: if the model cannot be cut there.
+        ModelError: if a tensor is not in the folder, or the base is to be quantised.
+    """
+    depth = found.config.get_text_config().num_hidden_layers
+    check_cuts((cut_layer,), depth, tail_blocks or 0)
+    held = Held(cut_layer, depth - (tail_blocks or 0), depth)
+    return _placed(found, held, tail_blocks is not None, dtype, quantization, trust_remote_code)
+
+
+def server_part(
+    found: BaseFolder,
+    cut_layer: int,
+    tail_blocks: int | None,
+    *,
+    dtype: Dtype = "auto",
+    quantization: Quantization = "none",
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """Load what a server holds: the blocks from the lowest cut to the top or, in a U-shape, to the clients' tails.
+
+    Raises:
+        CutError: if the model cannot be cut there.
+        ModelError: if a tensor is not in the folder, or the base is to be quantised.
+    """
+    depth = found.config.get_text_config().num_hidden_layers
+    check_cuts((cut_layer,), depth, tail_blocks or 0)
+    held = Held(0, cut_layer, depth - (tail_blocks or 0))
+    return _placed(found, held, tail_blocks is None, dtype, quantization, trust_remote_code)
+
+
+def skeleton(found: BaseFolder, trust_remote_code: bool = False) -> nn.Module:
+    """Return the whole model's structure without a single weight: names and shapes, for whoever holds a part of it.
+
+    Raises:
+        ModelError: if the model needs code that is not trusted.
+    """
+    model: nn.Module = _laid_out(found.path, torch.float32, trust_remote_code)[0]
+    return model
+
+
+def _placed(
+    found: BaseFolder, held: Held, keeps_head: bool, dtype: Dtype, quantization: Quantization, trust_remote_code: bool
+) -> nn.Module:
+    if quantization != "none":
+        raise ModelError(
+            f"model.quantization: expected none for a part of a base, got {quantization}; set it to none, and to save "
+            "memory set model.dtype = bfloat16"
+        )
+    wanted = DTYPES[dtype]
+    chosen = wanted if isinstance(wanted, torch.dtype) else _own_dtype(found)
+    model, tied = _laid_out(found.path, chosen, trust_remote_code)
+    _drop_absent(model, held, keeps_head=keeps_head)
+    _fill(model, found.path, tied, chosen)
+    placed: nn.Module = model.eval().requires_grad_(False).to(found.device)
+    return placed
+
+
+def _own_dtype(found: BaseFolder) -> torch.dtype:
+    """Return the type that the configuration names, or else that of the first weight."""
+    named = getattr(found.config, "dtype", None)
+    if isinstance(named, torch.dtype):
+        return named
+    where = _index(found.path)
+    kinds = (_read(file, name).dtype for name, file in sorted(where.items()))
+    return next((kind for kind in kinds if kind.is_floating_point), torch.float32)
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Let this thread's ``torch.empty``, of which layers make their weights, take no memory; buffers are computed.
+
+    Other ways replace functions of torch's own classes, and so change the layers of other threads.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = kwargs or {}
+        if func is torch.empty and given.get("device") is None:
+            given = {**given, "device": "meta"}
+        return func(*args, **given)
+
+
+def _laid_out(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, dict[str, str]]:
+    """Return a model whose parameters have no memory, and which of them are another one's under a second name."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(path, trust_remote_code)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        with BUILDING, init_empty_weights(include_buffers=False):
+        with BUILDING, _WithoutMemory():
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise own_code_refusal(error, path) or error from None
+    return model, dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
+def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype, trust_remote_code: bool) -> PartialBase:
+    path = Path(folder)
+    model, tied = _laid_out(path, dtype, trust_remote_code)
     depth = num_blocks(model)
     _check_part(start, stop, depth)
-    tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
-    part = top_of(model, start) if stop is None else part_of(model, start, stop)
-    _drop_absent(model, start, depth if stop is None else stop, keeps_head=stop is None)
+    _drop_absent(model, Held(0, start, depth if stop is None else stop), keeps_head=stop is None)
     loaded_bytes = _fill(model, path, tied, dtype)
     part = top_of(model, start) if stop is None else part_of(model, start, stop)
     return PartialBase(model.eval().requires_grad_(False), part.eval(), loaded_bytes)
@@ -89,14 +203,14 @@ def _check_part(start: int, stop: int | None, depth: int) -> None:
         check_cuts((start,), depth, depth - stop)
 
 
-def _drop_absent(model: Any, start: int, stop: int, *, keeps_head: bool) -> None:
+def _drop_absent(model: Any, held: Held, *, keeps_head: bool) -> None:
     """Replace what this part does not hold by placeholders, so that nothing is read for it."""
     family = cuttable_parts(model)
     blocks: Any = model.get_submodule(family.blocks)
     for index in range(len(blocks)):
-        if not start <= index < stop:
+        if not held.has(index):
             blocks[index] = Passed()
-    for name in family.before if start else ():
+    for name in () if held.has(0) else family.before:
         _replace(model, name, absent(model.get_submodule(name)))
     if not keeps_head:
         for name in (*family.after, family.head):

@@ -181,6 +181,7 @@ def sampled_work(settings: Settings) -> tuple[int, Work]:
             trust_remote_code=settings.model.trust_remote_code,
         ),
         template=data.template or AUTO,
+        date=data.day,
         max_length=data.max_length,
         loss_on=data.loss_on,
         overlong="error" if data.max_length is None else data.overlong,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -29,10 +30,11 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH, Adapter, Pair
 from fedloom.methods.state import Broadcast, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
+from fedloom.models.base_folder import first_line, read_config
 from fedloom.models.families import resolve_targets
-from fedloom.models.load import first_line
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
+from fedloom.training.skeleton import check_runs_packed
 from fedloom.training.stats import TrainingStats
 from fedloom.wording import written_bytes
 
@@ -128,13 +130,14 @@ def describe(settings: Settings) -> Description:
     """Return the sizes of a recipe without loading weights; a cut recipe's rows are sampled for their length.
 
     Raises:
-        ModelError: if the base's configuration cannot be read.
+        ModelError: if the base's configuration cannot be read, or is of a model that cannot be trained packed.
         AdapterError: if a rank does not fit its modules.
     """
     written, names = settings, known_names(settings)
     if names is not None:
         settings = resolve_names(settings, names)
     model = _skeleton(settings)
+    check_runs_packed(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
     ranks = settings.client_ranks
@@ -163,13 +166,12 @@ def describe(settings: Settings) -> Description:
 def _skeleton(settings: Settings) -> Any:
     """Return the base with its shapes and without its numbers."""
     try:
-        config = AutoConfig.from_pretrained(
-            str(embedded.base_path(settings.model.base)),
-            revision=settings.model.revision,
-            trust_remote_code=settings.model.trust_remote_code,
-        )
+        config = _config(settings)
         with BUILDING, torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=settings.model.trust_remote_code)
+            trusted = settings.model.trust_remote_code
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).eval()
+    except ModelError:
+        raise
     except (OSError, ValueError, StrictDataclassError) as error:
         if (refusal := own_code_refusal(error, settings.model.base)) is not None:
             raise refusal from error
@@ -178,6 +180,14 @@ def _skeleton(settings: Settings) -> Any:
             f"model.base: expected a causal LM's configuration, got {settings.model.base!r} ({reason}); choose another "
             "base"
         ) from error
+
+
+def _config(settings: Settings) -> Any:
+    """Return the base's configuration; of a name on the hub it is all that is fetched."""
+    name, trusted = str(embedded.base_path(settings.model.base)), settings.model.trust_remote_code
+    if Path(name).expanduser().is_dir():
+        return read_config(Path(name).expanduser(), trusted)
+    return AutoConfig.from_pretrained(name, revision=settings.model.revision, trust_remote_code=trusted)
 
 
 def _messages(

@@ -16,8 +16,10 @@ import torch
 
 from fedloom import embedded
 from fedloom.config import Settings, files
+from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import FedloomError
 from fedloom.methods import table
+from fedloom.models.base_folder import read_config, weight_files
 from fedloom.models.load import Quantization
 from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import describe
@@ -194,16 +196,23 @@ def _base(settings: Settings) -> Finding:
     name, need = settings.model.base, f"base {settings.model.base}"
     if name == embedded.NAME:
         return Finding(need, Verdict.YES, "it comes with the package")
-    if Path(name).is_dir():
-        whole = any(Path(name).glob("*.safetensors"))
-        return (
-            Finding(need, Verdict.YES, "a folder with its weights")
-            if whole
-            else Finding(need, Verdict.NO, "the folder holds no *.safetensors; fetch the model again")
-        )
+    if Path(name).expanduser().is_dir():
+        return _folder(settings, need)
     if _is_cached(name, settings.model.revision):
         return Finding(need, Verdict.YES, "in the hub's cache on this machine")
     return Finding(need, Verdict.UNKNOWN, "not on this machine; a run would fetch it from the hub")
+
+
+def _folder(settings: Settings, need: str) -> Finding:
+    """Read what a run would read of the folder before the weights: the configuration, their headers, the tokenizer."""
+    folder, trusted = Path(settings.model.base).expanduser(), settings.model.trust_remote_code
+    try:
+        read_config(folder, trusted)
+        weight_files(folder)
+        load_tokenizer(settings.model.tokenizer or folder, trust_remote_code=trusted)
+    except FedloomError as error:
+        return Finding(need, Verdict.NO, str(error))
+    return Finding(need, Verdict.YES, "a folder with its weights")
 
 
 def _is_cached(name: str, revision: str | None) -> bool:

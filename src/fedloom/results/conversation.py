@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedloom.config.input_tables import Data
+from fedloom.data.answer_frame import AnswerFrame, answer_frame, plain_frame
 from fedloom.data.encoding import resolve_template
 from fedloom.data.records import Dialogue, Prompt, Record, Shape, Turn, detect_shape
-from fedloom.data.sources import load_rows
-from fedloom.data.templates import AUTO, Template
+from fedloom.data.sources import Rows, load_rows
+from fedloom.data.templates import AUTO, ChatTemplate, Template
 from fedloom.data.token_rows import PromptTokens, record_prompts, text_prompts
 from fedloom.errors import DataError, EvaluationError
-from fedloom.models.causal import causal_lm, context_length
+from fedloom.models.causal import causal_lm, context_length, end_ids
 from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
 from fedloom.seeding import torch_stream
@@ -47,10 +49,10 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Wording:
-    """How a prompt is worded; ``template`` None: the tokenizer's chat template, ``shape`` None: as typed."""
+    """How a prompt is worded; ``shape`` and ``template`` None: as typed."""
 
     shape: Shape | None
-    template: Template | None
+    template: Template | ChatTemplate | None
 
     @property
     def is_dialogue(self) -> bool:
@@ -60,18 +62,24 @@ class Wording:
     @property
     def description(self) -> str:
         """The wording in a few words."""
-        if self.shape is None:
-            return "the prompt as typed"
-        return f"template {'chat' if self.template is None else self.template.name}"
+        return "the prompt as typed" if self.template is None else f"template {self.template.name}"
 
     def prompt(self, turns: Sequence[Turn], tokenizer: Any) -> PromptTokens:
         """Return what the model reads; where the wording is of single questions, that is the last turn alone."""
-        if self.shape is None:
+        if self.template is None:
             return text_prompts([turns[-1].content], tokenizer)[0]
-        record: Record = Prompt(turns[-1].content, "", "")
+        return record_prompts([self._record(turns)], self.template, tokenizer)[0]
+
+    def frame(self, turns: Sequence[Turn], model: Any, tokenizer: Any) -> AnswerFrame:
+        """Return where the answer to these turns ends."""
+        if self.template is None:
+            return plain_frame(tokenizer, end_ids(model))
+        return answer_frame(self._record(turns), self.template, tokenizer, end_ids(model))
+
+    def _record(self, turns: Sequence[Turn]) -> Record:
         if self.is_dialogue:
-            record = Dialogue((*turns, Turn("assistant", "")))
-        return record_prompts([record], self.template, tokenizer)[0]
+            return Dialogue((*turns, Turn("assistant", "")))
+        return Prompt(turns[-1].content, "", "")
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,8 @@ class Conversation:
         while len(turns) > 1 and room is not None and len(worded.ids) > room:
             turns = turns[2:]
             worded = self.wording.prompt(turns, tokenizer)
-        answers = {name: answer(self.opened, name, worded, self.sampling) for name in self.names}
+        frame = self.wording.frame(turns, self.opened.lora, tokenizer)
+        answers = {name: answer(self.opened, name, worded, self.sampling, frame) for name in self.names}
         if self.wording.is_dialogue:
             self.turns = [*turns, Turn("assistant", next(iter(answers.values())))]
         return Answered(prompt, worded.text, answers)
@@ -165,19 +174,35 @@ def wording_of(opened: OpenedResult, template: str | None = None) -> Wording:
     Raises:
         DataError: there is no such template.
     """
-    settings, tokenizer = opened.settings, opened.base.tokenizer
+    tokenizer, data = opened.base.tokenizer, None if opened.settings is None else opened.settings.data
     if template == NO_TEMPLATE:
         return Wording(None, None)
-    shape = _shape_of_run(opened)
+    shape = None if data is None else _shape_of(data)
     if shape is None:
         shape = Shape.MESSAGES if tokenizer.chat_template else Shape.QUESTION_ANSWER
-    name = template or (settings.data.template if settings else None) or AUTO
-    return Wording(shape, resolve_template(name, shape, tokenizer))
+    name = template or (data.template if data else None) or AUTO
+    return Wording(shape, resolve_template(name, shape, tokenizer, None if data is None else data.day))
+
+
+def wording_of_rows(data: Data, rows: Rows | None, tokenizer: Any) -> Wording | None:
+    """Return the wording of rows at hand; None where nobody knows their shape, and the wording goes by it.
+
+    Raises:
+        DataError: there is no such template, or the rows have no known shape.
+    """
+    name, shape = data.template or AUTO, Shape(data.shape)
+    if shape is Shape.AUTO and rows is not None:
+        shape = detect_shape(rows, data.columns)
+    return (
+        None
+        if shape is Shape.AUTO and name == AUTO
+        else Wording(shape, resolve_template(name, shape, tokenizer, data.day))
+    )
 
 
 @torch.inference_mode()
-def answer(opened: OpenedResult, name: str, worded: PromptTokens, sampling: Sampling) -> str:
-    """Decode one answer with an adapter, or with ``base``.
+def answer(opened: OpenedResult, name: str, worded: PromptTokens, sampling: Sampling, frame: AnswerFrame) -> str:
+    """Decode one answer with an adapter, or with ``base``, up to where ``frame`` ends it.
 
     Raises:
         EvaluationError: the prompt leaves no room for it.
@@ -187,8 +212,13 @@ def answer(opened: OpenedResult, name: str, worded: PromptTokens, sampling: Samp
     model, tokenizer = causal_lm(opened.use(None if name == BASE else name)), opened.base.tokenizer
     ids = list(worded.ids)
     num_new = num_new_tokens(model, ids, sampling)
-    end = tokenizer.eos_token_id
-    config = GenerationConfig(do_sample=False, num_beams=1, max_new_tokens=num_new, pad_token_id=end, eos_token_id=end)
+    config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=num_new,
+        pad_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(frame.stop_ids),
+    )
     processors = LogitsProcessorList([GumbelNoise(sampling, worded.text)] if sampling.temperature > 0.0 else [])
     input_ids_BT = torch.tensor([ids], device=model.device)
     generated_BT = model.generate(
@@ -197,7 +227,7 @@ def answer(opened: OpenedResult, name: str, worded: PromptTokens, sampling: Samp
         generation_config=config,
         logits_processor=processors,
     )
-    return str(tokenizer.decode(generated_BT[0, len(ids) :].tolist(), skip_special_tokens=True)).strip()
+    return frame.answer(generated_BT[0, len(ids) :].tolist(), tokenizer)[0]
 
 
 class GumbelNoise:
@@ -230,11 +260,8 @@ def num_new_tokens(model: Any, ids: Sequence[int], sampling: Sampling) -> int:
     return min(sampling.max_new_tokens, context - len(ids))
 
 
-def _shape_of_run(opened: OpenedResult) -> Shape | None:
+def _shape_of(data: Data) -> Shape | None:
     """Return the shape of the rows a run was trained on; None where nobody can say any more."""
-    if opened.settings is None:
-        return None
-    data = opened.settings.data
     if (shape := Shape(data.shape)) is not Shape.AUTO:
         return shape
     try:

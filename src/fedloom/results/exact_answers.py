@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.config.conduct import SuiteName
+from fedloom.data.answer_frame import AnswerFrame, answer_frame
 from fedloom.data.encoding import resolve_template
 from fedloom.data.groups import grouping_of
 from fedloom.data.records import Dialogue, Prompt, Record, Records, read_records
@@ -19,6 +20,7 @@ from fedloom.evaluation.exact_match import METRIC, Part, has_part, score_matches
 from fedloom.evaluation.intervals import wilson
 from fedloom.evaluation.outputs_file import OutputsFile, outputs_path
 from fedloom.lora.layer import LoRAModel
+from fedloom.models.causal import end_ids
 from fedloom.results.suites import SuiteChoice, SuiteScores
 
 SUITE: SuiteName = "exact-match"
@@ -40,6 +42,7 @@ class AskedRow:
     row: Mapping[str, Any]
     index: int = 0
     where: str = ""
+    frame: AnswerFrame | None = None
 
     @property
     def prompt(self) -> str:
@@ -66,7 +69,7 @@ def exact_match(
     Raises:
         EvaluationError: no row has an answer, or a prompt leaves no room for one.
     """
-    asked = asked_rows(rows, tokenizer, choice)
+    asked = asked_rows(rows, tokenizer, choice, end_ids(model))
     settings = answer_settings(tokenizer, asked, choice.decoding.max_new_tokens)
     decoded = _decode(model, tokenizer, asked, settings, outputs, model_id, on_progress)
     return _scores(SUITE, Part.WHOLE, asked, decoded, rows, choice)
@@ -91,7 +94,7 @@ def last_number(
     Raises:
         EvaluationError: an answer has no number, no row has an answer, or a prompt leaves no room for one.
     """
-    asked = asked_rows(rows, tokenizer, choice)
+    asked = asked_rows(rows, tokenizer, choice, end_ids(model))
     for one in asked:
         if not has_part(one.answer, Part.LAST_NUMBER):
             raise EvaluationError(
@@ -103,27 +106,29 @@ def last_number(
     return _scores(NUMBER_SUITE, Part.LAST_NUMBER, asked, decoded, rows, choice)
 
 
-def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice) -> list[AskedRow]:
-    """Return the rows that ``choice`` asks, worded as in training.
+def asked_rows(rows: Rows, tokenizer: Any, choice: SuiteChoice, ends: Sequence[int] = ()) -> list[AskedRow]:
+    """Return the rows that ``choice`` asks, worded as in training; ``ends`` are those that the base's files name.
 
     Raises:
         EvaluationError: no row has an answer.
         DataError: the rows have no known shape, or there is no such template.
     """
     records = read_records(rows, choice.shape, choice.columns)
-    template = resolve_template(choice.template, records.shape, tokenizer)
+    template = resolve_template(choice.template, records.shape, tokenizer, choice.date)
     answered = _answered(records)
     if not answered:
         raise EvaluationError(f"expected rows with an answer, got none in {len(rows)}; check the rows and their shape")
     chosen = _spread(answered, choice.limit)
     prompts = record_prompts([records.items[index] for index in chosen], template, tokenizer)
-    return [_asked(records, index, prompt) for index, prompt in zip(chosen, prompts, strict=True)]
+    frame = answer_frame(records.items[chosen[0]], template, tokenizer, ends)
+    return [_asked(records, index, prompt, frame) for index, prompt in zip(chosen, prompts, strict=True)]
 
 
 def answer_settings(tokenizer: Any, asked: Sequence[AskedRow], max_new_tokens: int) -> DecodingSettings:
     """Return greedy decoding with room for the longest expected answer and at most ``max_new_tokens``."""
     lengths = [len(encoding.ids) for encoding in content_encodings([one.answer for one in asked], tokenizer)]
-    return replace(GREEDY, max_new_tokens=min(max_new_tokens, max(lengths) + 1))
+    around = 1 if (frame := asked[0].frame) is None else frame.num_tokens
+    return replace(GREEDY, max_new_tokens=min(max_new_tokens, max(lengths) + around))
 
 
 def kept_outputs(outputs: Path, tokenizer: Any, asked: Sequence[AskedRow], choice: SuiteChoice) -> tuple[str, ...]:
@@ -133,8 +138,9 @@ def kept_outputs(outputs: Path, tokenizer: Any, asked: Sequence[AskedRow], choic
         EvaluationError: an output is missing.
     """
     settings = answer_settings(tokenizer, asked, choice.decoding.max_new_tokens)
-    file = outputs_path(outputs, settings)
-    kept = OutputsFile.open(file, settings, "").outputs if file.exists() else {}
+    tag = _tag(asked)
+    file = outputs_path(outputs, settings, tag)
+    kept = OutputsFile.open(file, settings, "", tag).outputs if file.exists() else {}
     if missing := sum(one.prompt not in kept for one in asked):
         raise EvaluationError(
             f"{file}: expected the outputs of {len(asked)} rows, {missing} are missing; run it again with --fresh"
@@ -165,8 +171,9 @@ def _decode(
         tokenizer,
         [one.worded for one in asked],
         settings,
+        frame=asked[0].frame,
         batch_size=PROMPTS_AT_ONCE,
-        file=outputs and outputs_path(outputs, settings),
+        file=outputs and outputs_path(outputs, settings, _tag(asked)),
         model_id=model_id,
         on_progress=on_progress,
     )
@@ -194,9 +201,13 @@ def _answered(records: Records) -> list[int]:
     return [index for index, record in enumerate(records.items) if last_answer(record).strip()]
 
 
-def _asked(records: Records, index: int, prompt: PromptTokens) -> AskedRow:
+def _asked(records: Records, index: int, prompt: PromptTokens, frame: AnswerFrame) -> AskedRow:
     rows = records.rows
-    return AskedRow(prompt, last_answer(records.items[index]), rows.rows[index], index, rows.where(index))
+    return AskedRow(prompt, last_answer(records.items[index]), rows.rows[index], index, rows.where(index), frame)
+
+
+def _tag(asked: Sequence[AskedRow]) -> str:
+    return "" if (frame := asked[0].frame) is None else frame.tag
 
 
 def _spread(indices: Sequence[int], limit: int | None) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,14 +12,29 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fedloom import embedded
+from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.lora.algebra import compress, distance, norm, pad
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Adapter
-from fedloom.lora.peft_files import save_peft
+from fedloom.lora.peft_files import parameters_of, save_peft
+from fedloom.models.base_folder import read_config
 from fedloom.models.load import Base
+from fedloom.models.stock_peft import not_read
 from fedloom.results.card import adapter_card, merged_card
-from fedloom.results.opened_result import RESULT, Found, find_result, load_base_of, of_client, unfinished_note, wrap
+from fedloom.results.conversation import wording_of
+from fedloom.results.opened_result import (
+    RESULT,
+    Found,
+    OpenedResult,
+    find_result,
+    load_base_of,
+    of_client,
+    unfinished_note,
+    wrap,
+)
+from fedloom.results.serving_files import copy_serving_files, generation_config, stop_ids
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import ADAPTER, read_object
 from fedloom.run_folder.manifest import read_manifest
@@ -42,6 +58,7 @@ class Exported:
         rank_error: Frobenius distance of what is written, before the cast, from what training added: 0 without a
             rank, and only rounding (below 1e-6 of the norm) if the rank is large enough for all of it.
         cast_error: Frobenius norm of what rounding to ``dtype`` loses of it.
+        unread: which modules stock peft does not load on the base; None where it loads all, or the base is not here.
     """
 
     folder: Path
@@ -51,6 +68,7 @@ class Exported:
     norm: float
     rank_error: float
     cast_error: float
+    unread: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, relative errors included."""
@@ -71,7 +89,8 @@ class Exported:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         lines = [f"{self.folder}: {self.form}, {len(self.ranks)} modules of {ranks}, {self.dtype}", self.rank_line()]
-        return [*lines, self.cast_line()] if self.cast_error > 0.0 else lines
+        lines += [self.cast_line()] if self.cast_error > 0.0 else []
+        return [*lines, self.unread] if self.unread is not None else lines
 
     def rank_line(self) -> str:
         """Return what the rank costs."""
@@ -107,8 +126,14 @@ def export_adapter(
     cast_error = 0.0 if dtype == "float32" else distance(kept, cast.to(torch.float32))
     exported = Exported(to, "adapter", dtype, cast.ranks, norm(adapter), rank_error, cast_error)
 
+    own = _own_folder(found)
+
     def write(folder: Path) -> None:
-        save_peft(cast, folder, base_name=found.reference or "", conv1d=_is_conv1d(found), dropout=0.0)
+        nonlocal exported
+        base_name, parameters = found.reference or "", parameters_of(own)
+        save_peft(cast, folder, base_name=base_name, conv1d=_is_conv1d(own), dropout=0.0, parameters=parameters)
+        exported = replace(exported, unread=_unread(found, folder))
+        copy_serving_files(own, folder)
         (folder / CARD).write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 
     _publish(to, write)
@@ -151,8 +176,12 @@ def export_merged(
     written = str(target).removeprefix("torch.")
     exported = Exported(to, "merged model", written, kept.ranks, norm(adapter), rank_error, cast_error)
 
+    wording = wording_of(OpenedResult(found, loaded, lora))
+    stops = stop_ids(loaded.model, loaded.tokenizer, wording, _own_folder(found))
+
     def write(folder: Path) -> None:
         loaded.model.to(target)
+        loaded.model.generation_config = generation_config(loaded.model, stops)
         for name, (weight, _) in merged.items():
             loaded.model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
         loaded.model.save_pretrained(folder)
@@ -231,11 +260,23 @@ def _adapter_folder(run: Path, name: str) -> Path:
     return run / ADAPTER if name == RESULT else run / ADAPTER / name
 
 
-def _is_conv1d(found: Found) -> bool:
+def _own_folder(found: Found) -> Path:
+    """Return the folder of the adapter that is to be exported."""
+    return found.path if found.run is None else _adapter_folder(found.path, next(iter(found.adapters)))
+
+
+def _is_conv1d(folder: Path) -> bool:
     """Tell whether the adapter's own files say that its base holds transposed weights."""
-    name = next(iter(found.adapters))
-    folder = found.path if found.run is None else _adapter_folder(found.path, name)
     return bool(durable.read_json(folder / "adapter_config.json").get("fan_in_fan_out"))
+
+
+def _unread(found: Found, folder: Path) -> str | None:
+    """Check what stock peft reads of the adapter, where its base's configuration is on this machine."""
+    name = None if found.base_name is None else Path(embedded.base_path(found.base_name)).expanduser()
+    if name is None or not (name / "config.json").is_file():
+        return None
+    trusted = bool(os.environ.get(TRUST_VARIABLE))
+    return not_read(folder, read_config(name, trusted), trust_remote_code=trusted)
 
 
 def _dtype(name: str) -> torch.dtype:

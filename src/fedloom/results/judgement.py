@@ -158,13 +158,15 @@ def answers_of(
     num_tokens = answer_tokens(opened, bench)
     settings = replace(GREEDY, max_new_tokens=num_tokens)
     identity = model_identity(opened, name)
-    kept = f"{identity[:12]}-tokens{num_tokens}.jsonl"
+    frame = wording.frame([Turn("user", bench.read_questions()[0].turns[0])], model, tokenizer)
+    kept = f"{identity[:12]}-tokens{num_tokens}{frame.tag and f'-frame{frame.tag}'}.jsonl"
     answers = answer_turns(
         model,
         tokenizer,
         bench.read_questions(),
         render,
         settings,
+        frame=frame,
         file=folder / f"decoded-{kept}",
         model_id=identity,
         on_progress=told,

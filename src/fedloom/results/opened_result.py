@@ -29,6 +29,7 @@ from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
 from fedloom.run_folder.contents import ADAPTER, check_in_run
 from fedloom.run_folder.reader import StoredRun, missing_adapters, read_run
+from fedloom.run_folder.run_date import date_of
 
 RESULT = "result"
 """Name of the shared adapter; if each client has its own, they are ``client-0``, ``client-1``, ..."""
@@ -226,7 +227,7 @@ def _is_elsewhere(found: Found) -> bool:
 
 def _find_run(path: Path) -> Found:
     run = read_run(path)
-    settings = config.load(path / "config.json", also=())
+    settings = config.load(path / "config.json", also=()).on(date_of(run.manifest))
     reference = BaseReference.of(settings.model.base, run.manifest["identity"].get("base_sha256"))
     if run.finished is not None:
         if missing := missing_adapters(path, run.finished):

@@ -52,16 +52,17 @@ def generate_cut(
     name = next(iter(opened.adapters), BASE)
     lora, tokenizer = opened.use(None if name == BASE else name), opened.base.tokenizer
     wire: WireDtype = "bf16" if opened.settings is None else opened.settings.split.wire_dtype
-    ids = wording_of(opened, template).prompt([Turn("user", prompt)], tokenizer).ids
+    wording, turns = wording_of(opened, template), [Turn("user", prompt)]
+    ids, frame = wording.prompt(turns, tokenizer).ids, wording.frame(turns, lora, tokenizer)
     found = generate(
         cut(lora.model, cut_layer),
         output_head(lora.model),
         ids,
         max_new_tokens=num_new_tokens(lora, ids, sampling),
-        stop_ids=[tokenizer.eos_token_id],
+        stop_ids=frame.stop_ids,
         wire_dtype=wire,
     )
-    text = str(tokenizer.decode(list(found.new_ids), skip_special_tokens=True)).strip()
+    text, _ = frame.answer(found.new_ids, tokenizer)
     return CutAnswer(
         prompt, {name: text}, cut_layer, wire, len(found.new_ids), found.upload_bytes, found.download_bytes
     )

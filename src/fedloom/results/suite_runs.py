@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, assert_never
 
 from fedloom.config.conduct import SuiteName
+from fedloom.data.answer_frame import answer_frame
 from fedloom.data.encoding import resolve_template
 from fedloom.data.records import Prompt, Shape
 from fedloom.data.sources import Rows, Split, load_rows
@@ -20,6 +21,7 @@ from fedloom.evaluation.e2e.e2e_files import References, read_references
 from fedloom.evaluation.e2e.scorer import score_e2e
 from fedloom.evaluation.outputs_file import outputs_path
 from fedloom.lora.layer import LoRAModel
+from fedloom.models.causal import end_ids
 from fedloom.results.exact_answers import exact_match, last_number
 from fedloom.results.suites import SuiteChoice, SuiteScores
 
@@ -83,10 +85,19 @@ def _e2e(
             "columns mr and ref, or lines mr||ref"
         )
     chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
-    template = resolve_template(choice.template, Shape.E2E, tokenizer)
-    prompts = record_prompts([Prompt(mr, "", "") for mr in chosen.mrs], template, tokenizer)
-    file = outputs and outputs_path(outputs, choice.decoding)
-    decoded = decode(model, tokenizer, prompts, choice.decoding, file=file, model_id=model_id, on_progress=on_progress)
+    template = resolve_template(choice.template, Shape.E2E, tokenizer, choice.date)
+    records = [Prompt(mr, "", "") for mr in chosen.mrs]
+    prompts = record_prompts(records, template, tokenizer)
+    decoded = decode(
+        model,
+        tokenizer,
+        prompts,
+        choice.decoding,
+        frame=(frame := answer_frame(records[0], template, tokenizer, end_ids(model))),
+        file=outputs and outputs_path(outputs, choice.decoding, frame.tag),
+        model_id=model_id,
+        on_progress=on_progress,
+    )
     texts = [" ".join(text.split()) for text in decoded.outputs]
     scores = score_e2e(chosen.texts, texts, seed=choice.seed)
     notes = {

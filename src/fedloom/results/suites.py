@@ -6,6 +6,7 @@ a run, a comparison and the command line show the same figures.
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +36,7 @@ class SuiteChoice:
     limit: int | None = None
     decoding: DecodingSettings = field(default_factory=DecodingSettings)
     template: str = AUTO
+    date: datetime.date | None = None
     token_budget: int = 8192
     seed: int = 0
     answering: str = "letter"
@@ -93,6 +95,7 @@ def suite_choice_of(settings: Settings | None) -> SuiteChoice:
     return replace(
         choice,
         template=data.template or AUTO,
+        date=data.day,
         seed=settings.run.seed,
         shape=data.shape,
         columns=data.columns,

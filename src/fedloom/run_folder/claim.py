@@ -35,6 +35,7 @@ ENTRIES = (
     "report.html",
     "partition.json",
     "holdings.json",
+    "study.json",
     "config.json",
     "manifest.json",
 )

@@ -70,8 +70,7 @@ class FlareLink:
         Raises:
             MissingExtraError: FLARE is not installed.
         """
-        if importlib.util.find_spec("nvflare") is None:
-            raise MissingExtraError("sites", "training across sites over NVIDIA FLARE")
+        required_flare()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=inbox_size)
         self.is_started = threading.Event()
         self.connected: set[str] = set()
@@ -275,6 +274,16 @@ class FlareSiteLink(FlareLink):
             if why != told:
                 self._note(f"{self._kit.address}: {why}; trying again")
             told = why
+
+
+def required_flare() -> None:
+    """Check that FLARE is installed, without loading it.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if importlib.util.find_spec("nvflare") is None:
+        raise MissingExtraError("sites", "training across sites over NVIDIA FLARE")
 
 
 def _command(kit: FlareKit) -> list[str]:

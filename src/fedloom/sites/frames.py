@@ -1,9 +1,9 @@
 """A message between server and site: one frame of a length, a digest, a JSON head and a body.
 
     4 bytes   length of the head, little-endian
-    32 bytes  SHA-256 of head and body
+    32 bytes  SHA-256 of length, head and body
     head      JSON, of one of the kinds below
-    body      a sheet, a broadcast, an update, an adapter, or nothing
+    body      a sheet, a broadcast, an update, an adapter, a split message, or nothing
 
 Nothing of a frame is believed unread: the digest first, then the head by its kind's schema, which knows no other
 entries. What a receiver does not expect (a server's kind at the server, another run, a body where none belongs) it
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le, MaxLen
@@ -32,6 +34,7 @@ PREFIX_BYTES = _LENGTH_BYTES + _DIGEST_BYTES
 Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Code = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z-]{0,31}$")]
+SiteName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Version = Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,40}$")]
 Count = Annotated[int, Ge(0), Le(1 << 53)]
 Round = Annotated[int, Ge(1), Le(1 << 53)]
@@ -43,6 +46,24 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
+class Members(Part):
+    """Who takes part in a study, by one of its versions; the coordinator signs every version after the first.
+
+    A site's position in ``names`` is its client number; ``settings_sha256`` is of what no version changes.
+    """
+
+    version: Annotated[int, Ge(1), Le(1 << 31)]
+    names: Annotated[tuple[SiteName, ...], MaxLen(4096)]
+    withdrawn: Annotated[tuple[SiteName, ...], MaxLen(4096)] = ()
+    settings_sha256: Hash
+    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]*$", max_length=2048)] = ""
+
+    @property
+    def present(self) -> tuple[str, ...]:
+        """The sites that have not withdrawn."""
+        return tuple(name for name in self.names if name not in self.withdrawn)
+
+
 class Refusal(Part):
     """Why a site does not do what it is asked: a code, numbers, and hashes. Words stay at the site."""
 
@@ -52,7 +73,10 @@ class Refusal(Part):
 
 
 class Hello(Part):
-    """Site: here I am, and this is what I am at; after every connection and every few seconds."""
+    """Site: here I am, and this is what I am at; after every connection and every few seconds.
+
+    Within a period of split training it says which, and the number of the frame that it waits for.
+    """
 
     kind: Literal["hello"] = "hello"
     format: Count
@@ -61,6 +85,8 @@ class Hello(Part):
     run: RunId | None = None
     state: Literal["waiting", "loading", "ready", "training", "scoring"]
     task: Hash | None = None
+    period: RunId | None = None
+    number: Count = 0
 
 
 class Ready(Part):
@@ -106,11 +132,12 @@ class Scored(Part):
 
 
 class SheetSent(Part):
-    """Server: what the run is; the body is the sheet."""
+    """Server: what the run is; the body is the sheet. A site that knows ``members`` of the run wants them again."""
 
     kind: Literal["sheet"] = "sheet"
     run: RunId
     format: Count
+    members: Members | None = None
 
 
 class Task(Part):
@@ -141,11 +168,125 @@ class End(Part):
     run: RunId
 
 
-ToServer = Hello | Ready | Result | Scored
-ToSite = SheetSent | Task | Score | End
+class InPeriod(Part):
+    """A message of split training: of which attempt at which period (``period`` is drawn anew for each), and its place.
+
+    The server numbers what it sends to a site within a period from 0, and the site does one after the other: what comes
+    twice is not done again, and what comes after a gap waits until the gap is sent again. An answer has the number of
+    what it answers.
+    """
+
+    run: RunId
+    period: RunId
+    number: Count
+
+
+class Begin(InPeriod):
+    """Server: a period begins; the body are broadcasts of these sizes, one for each segment that the site trains.
+
+    ``counted`` is the last period that the site took part in to its end.
+    """
+
+    kind: Literal["begin"] = "begin"
+    round: Round
+    counted: Count
+    sizes: Annotated[tuple[Count, ...], MaxLen(1 << 12)]
+
+
+class Request(InPeriod):
+    """Server: send the activations of this micro-batch; of these rows of its step, where each crosses only once."""
+
+    kind: Literal["request"] = "request"
+    step: Count
+    micro_batch: Count
+    rows: Annotated[tuple[Count, ...], MaxLen(1 << 12)] | None = None
+
+
+class Hidden(InPeriod):
+    """Server: what the site's last blocks go on from (U-shape); the body is a split message."""
+
+    kind: Literal["hidden"] = "hidden"
+    step: Count
+    micro_batch: Count
+
+
+class Gradients(InPeriod):
+    """Server: the gradients of a micro-batch's activations; the body is a split message."""
+
+    kind: Literal["gradients"] = "gradients"
+    step: Count
+    micro_batch: Count
+
+
+class Finish(InPeriod):
+    """Server: take the optimiser's step. It is not answered: a site that cannot says so instead of its next answer."""
+
+    kind: Literal["finish"] = "finish"
+    step: Count
+
+
+class Collect(InPeriod):
+    """Server: the period is complete, send the updates."""
+
+    kind: Literal["collect"] = "collect"
+
+
+class Begun(InPeriod):
+    """Site: ready for the first step; ``memory_of`` is the period that left the optimiser's state, 0 for none."""
+
+    kind: Literal["begun"] = "begun"
+    memory_of: Count
+
+
+class Activations(InPeriod):
+    """Site: the activations of a micro-batch; the body is a split message."""
+
+    kind: Literal["activations"] = "activations"
+
+
+class TailGradients(InPeriod):
+    """Site: the gradients at the input of its last blocks (U-shape); the body is a split message."""
+
+    kind: Literal["tail-gradients"] = "tail-gradients"
+
+
+class Updates(InPeriod):
+    """Site: the period's updates; the body are these, of these sizes, one for each segment."""
+
+    kind: Literal["updates"] = "updates"
+    sizes: Annotated[tuple[Count, ...], MaxLen(1 << 12)]
+    seconds: Annotated[float, Ge(0)] = 0.0
+
+
+class Failed(InPeriod):
+    """Site: no part in what is left of this period."""
+
+    kind: Literal["failed"] = "failed"
+    refusal: Refusal
+
+
+SplitToServer = Begun | Activations | TailGradients | Updates | Failed
+SplitToSite = Begin | Request | Hidden | Gradients | Finish | Collect
+ToServer = Hello | Ready | Result | Scored | SplitToServer
+ToSite = SheetSent | Task | Score | End | SplitToSite
 TO_SERVER: TypeAdapter[ToServer] = TypeAdapter(Annotated[ToServer, Field(discriminator="kind")])
 TO_SITE: TypeAdapter[ToSite] = TypeAdapter(Annotated[ToSite, Field(discriminator="kind")])
-_WITH_BODY = ("result", "sheet", "task", "score")
+_WITH_BODY = (
+    *("result", "sheet", "task", "score"),
+    *("begin", "hidden", "gradients", "activations", "tail-gradients", "updates"),
+)
+
+
+def parts_of(body: bytes, sizes: Sequence[int]) -> list[bytes]:
+    """Return the parts of a body that have these sizes.
+
+    Raises:
+        UpdateError: the sizes are not those of the whole body.
+    """
+    if sum(sizes) != len(body):
+        raise UpdateError(f"expected a body of {sum(sizes)} bytes, as its head says, got {len(body)}; send it again")
+    ends = list(accumulate(sizes))
+    return [body[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
 def frame(head: ToServer | ToSite, body: bytes = b"") -> bytes:
@@ -181,7 +322,8 @@ def unframe(data: bytes, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, b
 
 
 def _digest(text: bytes, body: bytes) -> bytes:
-    found = hashlib.sha256(text)
+    """Return the hash of head and body, and of where one ends: a head may end in blanks, and a body begin with them."""
+    found = hashlib.sha256(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
     found.update(body)
     return found.digest()
 

@@ -49,7 +49,7 @@ class GrpcServerLink:
             RunError: the port is taken, or the address is not this machine's.
             MissingExtraError: gRPC is not installed.
         """
-        grpc = _grpc()
+        grpc = required_grpc()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=64 * len(names))
         self.connections: Counter[str] = Counter()
         self._names, self._largest, self._lock = frozenset(names), largest_frame, threading.Lock()
@@ -127,7 +127,7 @@ class GrpcSiteLink:
         Raises:
             MissingExtraError: gRPC is not installed.
         """
-        self._grpc = _grpc()
+        self._grpc = required_grpc()
         self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue()
         self.connections: Counter[str] = Counter()
         self._address, self._kit, self._largest = address, kit, largest_frame
@@ -194,9 +194,10 @@ class GrpcSiteLink:
             for frame in _frames(stream, self._largest):
                 has_come = True
                 self.inbox.put((SERVER, frame))
-        except (grpc.RpcError, ValueError) as error:
-            is_error = isinstance(error, grpc.RpcError)
-            return error if is_error and (not has_come or error.code() == grpc.StatusCode.ABORTED) else None
+        except grpc.RpcError as error:
+            return error if not has_come or error.code() == grpc.StatusCode.ABORTED else None
+        except ValueError:
+            return None
         finally:
             with self._lock:
                 self._out = self._channel = None
@@ -224,7 +225,12 @@ def unreachable(address: str, kit: Kit) -> str | None:
     return None
 
 
-def _grpc() -> Any:
+def required_grpc() -> Any:
+    """Return gRPC.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
     try:
         import grpc
     except ImportError as error:

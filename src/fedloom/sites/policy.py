@@ -17,6 +17,7 @@ UNCONFIRMED = "unconfirmed"
 BEHIND = "behind"
 SUPERSEDED = "superseded"
 ENDED = "trainer-ended"
+LOST = "period-lost"
 DISK = "disk"
 
 _WORDS: Mapping[str, str] = {
@@ -25,6 +26,8 @@ _WORDS: Mapping[str, str] = {
     "rounds": "its policy (policy.max_rounds) allows {allowed} rounds, the study asks for {asked}",
     "steps": "its policy (policy.max_steps_per_round) allows {allowed} steps a round, the study asks for {asked}",
     "tokens": "its policy (policy.max_tokens_per_pass) allows {allowed} tokens a pass, the study asks for {asked}",
+    "split": "its policy (policy.split) does not let activations cross",
+    "labels": "its policy (policy.split) lets no labels cross, the study wants them at the server (split.labels)",
     "base-not-allowed": "its policy (policy.bases) does not list the study's base {asked}",
     "rows": "its policy (policy.min_rows) takes part from {allowed} rows on, it has {rows}",
     "rows-hidden": "its policy (policy.hide_row_count) wants training.local_steps: epochs would tell its rows",
@@ -32,6 +35,10 @@ _WORDS: Mapping[str, str] = {
     "base-differs": "expected base {study}, it has {site}",
     "tokenizer-differs": "expected tokenizer {study}, it has {site}",
     "format": "expected frames of format {server}, it has {site}: run the same version of fedloom on both sides",
+    "members-unsigned": "version {asked} of the study is not signed by its project's coordinator (fedloom sites sign)",
+    "members-older": "it has seen version {seen} of the study, and is served version {asked}",
+    "members-other": "the sites of version {asked} of the study do not go on from those that it has seen",
+    "members-number": "the study's list of sites (sites.names) does not have it as client {client}",
     "sheet": "it could not read the sheet: run the same version of fedloom on both sides",
     "method-missing": "the study's method is not installed there",
     "data": "its rows could not be read or used; its own log says why",
@@ -40,6 +47,7 @@ _WORDS: Mapping[str, str] = {
     "message": "it could not read the task; its own log says why",
     BEHIND: "its side does not lead to the server's",
     SUPERSEDED: "a newer round took its place",
+    LOST: "it ended within the period and came back; it takes part again from the next one",
     ENDED: "its training process ended with code {code}; its own log says why",
     "memory": "it ran out of memory",
     "held-out": "it has no held-out rows (data.eval_fraction in its file)",
@@ -59,6 +67,11 @@ def in_words(refusal: Refusal) -> str:
         return f"it refuses: {refusal.code}"
 
 
+def lost() -> Refusal:
+    """Return what is said of a site that has ended within a period, with all it had done in it."""
+    return Refusal(code=LOST)
+
+
 def of_format(format: int) -> Refusal | None:
     """Refuse frames of another format."""
     return None if format == FORMAT else Refusal(code="format", numbers={"server": format, "site": FORMAT})
@@ -66,18 +79,26 @@ def of_format(format: int) -> Refusal | None:
 
 def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
     """Return the first line of the policy that a study goes beyond, as far as its sheet alone shows."""
-    training = sheet.training
+    training, split = sheet.training, sheet.split
     if policy.methods and sheet.method not in policy.methods:
         return Refusal(code="method")
     if policy.bases and sheet.base_sha256 not in {base.removeprefix("sha256:") for base in policy.bases}:
         return Refusal(code="base-not-allowed", hashes={"asked": sheet.base_sha256})
+    if split is not None and policy.split == "no":
+        return Refusal(code="split")
+    if split is not None and policy.split == "labels-stay" and split.tail_blocks is None:
+        return Refusal(code="labels")
     if policy.hide_row_count and training.steps is None:
         return Refusal(code="rows-hidden")
+    rounds, steps = training.total_rounds, training.steps or 0
+    budget = training.token_budget
+    if split is not None:  # a round is a period, and a pass has the rows of a micro-batch: see of_inputs
+        rounds, steps, budget = split.num_periods, split.aggregate_every, 0
     limits = (
         ("rank", sheet.rank, policy.max_rank),
-        ("rounds", training.total_rounds, policy.max_rounds),
-        ("steps", training.steps or 0, policy.max_steps_per_round),
-        ("tokens", max(training.token_budget, sheet.max_length or 0), policy.max_tokens_per_pass),
+        ("rounds", rounds, policy.max_rounds),
+        ("steps", steps, policy.max_steps_per_round),
+        ("tokens", max(budget, sheet.max_length or 0), policy.max_tokens_per_pass),
         ("tokens", sheet.batch_tokens if sheet.scores else 0, policy.max_tokens_per_pass),
     )
     for code, asked, allowed in limits:
@@ -96,9 +117,11 @@ def of_inputs(
         return Refusal(code="tokenizer-differs", hashes={"study": sheet.tokenizer_sha256, "site": tokenizer_sha256})
     if num_rows < policy.min_rows:
         return Refusal(code="rows", numbers={"allowed": policy.min_rows, "rows": told_rows(policy, num_rows)})
-    if longest > policy.max_tokens_per_pass:
-        return Refusal(code="tokens", numbers={"asked": longest, "allowed": policy.max_tokens_per_pass})
-    training = sheet.training
+    training, in_a_pass = sheet.training, longest
+    if sheet.split is not None:
+        in_a_pass *= -(-training.batch_size // sheet.split.micro_batches)
+    if in_a_pass > policy.max_tokens_per_pass:
+        return Refusal(code="tokens", numbers={"asked": in_a_pass, "allowed": policy.max_tokens_per_pass})
     if training.steps is None:
         steps = num_batches(num_rows, training.batch_size, epochs=training.epochs or 0.0)
         if steps > policy.max_steps_per_round:

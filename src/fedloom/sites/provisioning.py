@@ -199,33 +199,6 @@ def revoked(study: Study) -> tuple[str, ...]:
     return tuple(durable.read_json(path)["disabled_clients"]) if path.exists() else ()
 
 
-def service_unit(site_file: str, name: str) -> str:
-    """Return a systemd unit that keeps a site running."""
-    program = Path(sys.executable).with_name("fedloom")
-    return "\n".join(
-        [
-            "[Unit]",
-            f"Description=fedloom site {name}",
-            "Wants=network-online.target",
-            "After=network-online.target",
-            "",
-            "[Service]",
-            f"ExecStart={program} site run {site_file}",
-            "Restart=on-failure",
-            "RestartSec=10",
-            "KillSignal=SIGINT",
-            "KillMode=mixed",
-            "TimeoutStopSec=600",
-            "NoNewPrivileges=true",
-            "PrivateTmp=true",
-            "ProtectSystem=full",
-            "",
-            "[Install]",
-            "WantedBy=multi-user.target",
-        ]
-    )
-
-
 def _package(place: Path, signed: Path, asked: Path, fingerprint: str, kit: Path, role: Role) -> None:
     made = _flare(
         "package", signed, "--request-dir", asked, "--fingerprint", fingerprint, "-w", place / "made", what=signed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
-from fedloom.experiment.session import NOTHING_HELD_OUT, RunSummary, Session, check_folder, refuse_fewer_rounds
+from fedloom.experiment.run_summary import RunSummary
+from fedloom.experiment.session import NOTHING_HELD_OUT, Session, check_folder, refuse_fewer_rounds
 from fedloom.federation.blob import WireDtype, largest_message
-from fedloom.federation.rounds import RoundRecord
+from fedloom.federation.rounds import RoundPlan, RoundRecord
+from fedloom.federation.sampling import sample_clients
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.state import Standing
 from fedloom.models.load import Base
@@ -27,14 +29,17 @@ from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.results.state_scores import Score
 from fedloom.run_folder.claim import is_begun
 from fedloom.run_folder.manifest import read_manifest
-from fedloom.run_folder.reader import Holding, holdings_document
+from fedloom.run_folder.run_date import date_in, today
 from fedloom.run_folder.writer import RunFolder
 from fedloom.sites.frames import MAX_HEAD_BYTES
 from fedloom.sites.link import Link
 from fedloom.sites.sheet import sheet_of
+from fedloom.sites.site_holdings import write_holdings
 from fedloom.sites.site_scores import scored_by_sites
-from fedloom.sites.sites_engine import Patience, SitesEngine
+from fedloom.sites.sites_engine import Attendance, Patience, SitesEngine
+from fedloom.sites.split_serving import CutKind, CutStudy, served_base
 from fedloom.sites.study import Study
+from fedloom.sites.study_versions import check_version, note_version
 
 OpenLink = Callable[[Study, int], Link]
 """Opens the server's end, given the study and the most bytes that a frame of a site can have."""
@@ -45,6 +50,7 @@ class _HeldOut:
     held_out_rows: Rows | None
     held_out: TokenSet | None
     held_out_sha256: str | None
+    rows: Rows | None = None
 
 
 def serve(
@@ -64,24 +70,28 @@ def serve(
     out, progress = Path(out), progress or SilentProgress()
     workshop = workshop or Workshop(progress)
     settings = study.written
-    may_change = check_folder(out, settings, fresh)
-    base, lora = workshop.base(settings)
+    may_change = check_folder(out, settings, fresh, check_version(study, out, fresh))
+    study = study.on(date_in(out, fresh) or today())
+    base, lora = served_base(study, workshop)
     held_out = _held_out(study, workshop, base)
     if held_out.held_out is None and study.sites.evaluate == "server":
         progress.note(NOTHING_HELD_OUT)
     served = _Served(study, base, lora, progress, open_link)
     if not fresh:
-        refuse_fewer_rounds(out, served.plan.num_rounds)
+        refuse_fewer_rounds(out, served.num_rounds)
     identity = {"seed": settings.run.seed, "run_id": _run_id(out, fresh)}
     with RunFolder.open(out, settings.as_dict(), identity, fresh, may_change) as folder:
         folder.confirm_identity(
+            date=study.settings.data.date,
             base_sha256=base.revision_hash,
             tokenizer_sha256=served.tokenizer_sha256,
             held_out_sha256=held_out.held_out_sha256,
-            sites=list(study.sites.names),
         )
+        note_version(study, folder)
         with served.started(folder) as kind:
-            session = SitesSession(settings, folder, base, lora, held_out, served.population, kind, workshop, progress)
+            session = SitesSession(
+                study.written, folder, base, lora, held_out, served.population, kind, workshop, progress
+            )
             session.engine, session.scores_at_sites = kind.engine, study.sites.evaluate == "sites"
             summary = session.complete()
             kind.engine.end()
@@ -98,38 +108,57 @@ class _Served:
         ranks, scales = dict(enumerate(settings.client_ranks)), dict(enumerate(settings.client_scales))
         self._rows = dict.fromkeys(ranks, 0)  # told by each site as it becomes ready
         names = study.sites.names
-        size = settings.cohort_size
-        self.population = Population(len(names), size, ranks, scales, _no_rows, names, self._rows)
-        self.plan = plan_of(settings, self.population, lora)
+        self.population = Population(len(names), study.cohort_size, ranks, scales, _no_rows, names, self._rows)
         self._lora = lora
+        self._cut = CutStudy(study, lora, self._rows) if settings.traits.is_cut else None
+        self._plan = None if self._cut is not None else _plan_of(study, self.population, lora)
+
+    @property
+    def num_rounds(self) -> int:
+        """Rounds in all."""
+        found = self._cut or self._plan
+        assert found is not None
+        return found.num_rounds
 
     @contextmanager
-    def started(self, folder: RunFolder) -> Iterator[SitesKind]:
+    def started(self, folder: RunFolder) -> Iterator[SitesKind | CutKind]:
         """Open the link for a run folder, yield its loop, and close the link at the end."""
-        study, settings, plan = self._study, self._study.settings, self.plan
+        study, settings = self._study, self._study.settings
         run, scores = str(folder.manifest["identity"]["run_id"]), study.sites.evaluate == "sites"
         hashes = (self._base.revision_hash, self.tokenizer_sha256)
-        sheets = [sheet_of(settings, client, run, *hashes, scores) for client in range(len(study.sites.names))]
+        cuts = [None if self._cut is None else self._cut.client_cut(client) for client in self._rows]
+        sheets = [sheet_of(settings, client, run, *hashes, scores, cut) for client, cut in enumerate(cuts)]
         link = self._open_link(study, self._largest_frame())
         try:
-            engine = SitesEngine(
-                link=link,
-                lora=self._lora,
-                names=study.sites.names,
-                sheets=sheets,
-                wire=WireDtype(settings.wire.dtype),
-                plan=plan,
-                state=plan.strategy.initial(),
-                patience=Patience(study.sites.quorum, study.sites.deadline_s, study.sites.grace_s),
-                note=self._progress.note,
-                rows=self._rows,
-                versions=f"fedloom {version('fedloom')}, torch {version('torch')}",
-            )
-            yield SitesKind(settings, None, self._base, self._lora, self.population, plan, None, engine)
+            attendance: dict[str, Any] = {
+                "link": link,
+                "names": study.sites.names,
+                "members": study.members,
+                "sheets": sheets,
+                "wire": WireDtype(settings.wire.dtype),
+                "patience": Patience(study.sites.quorum, study.sites.deadline_s, study.sites.grace_s),
+                "note": self._progress.note,
+                "rows": self._rows,
+                "versions": f"fedloom {version('fedloom')}, torch {version('torch')}",
+            }
+            yield self._kind(attendance)
         finally:
             link.close()
 
+    def _kind(self, attendance: dict[str, Any]) -> SitesKind | CutKind:
+        common = (self._study.settings, None, self._base, self._lora, self.population)
+        if self._cut is not None:
+            engine = Attendance(**attendance)
+            run, clients = self._cut.run_over(engine)
+            return CutKind(*common, None, run, engine, clients)
+        assert self._plan is not None
+        state = self._plan.strategy.initial()
+        rounds = SitesEngine(**attendance, lora=self._lora, plan=self._plan, state=state)
+        return SitesKind(*common, self._plan, None, rounds)
+
     def _largest_frame(self) -> int:
+        if self._cut is not None:
+            return MAX_HEAD_BYTES + self._cut.largest_body()
         shapes, rank = self._lora.shapes, max(self.population.ranks.values())
         numbers = sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
         return MAX_HEAD_BYTES + largest_message(2 * len(shapes), 4 * numbers)
@@ -154,7 +183,7 @@ class SitesKind(LoopKind):
         }
         if loop.state.round < loop.num_rounds:
             engine.wait_for(engine.patience.quorum, engine.patience.deadline_s)
-        _write_holdings(folder, self.population)
+        write_holdings(folder, self.population)
         return SitesRounds(
             self, loop.plan, loop.state, loop.memories, loop.path, loop.write_adapter, progress, folder, engine
         )
@@ -186,7 +215,7 @@ class SitesRounds(AdapterRounds):
         metrics["sites"] = self.sites.report()
         for line in self.sites.lines():
             self.progress.note(f"  {line}")
-        _write_holdings(self.folder, self.kind.population)
+        write_holdings(self.folder, self.kind.population)
         return metrics
 
 
@@ -195,7 +224,7 @@ class SitesSession(Session):
     """A session that may evaluate at the sites."""
 
     scores_at_sites: bool = False
-    engine: SitesEngine = field(init=False)
+    engine: Attendance = field(init=False)
 
     def evaluate(self, state: Standing, score: Score) -> dict[str, Any]:
         """Score a state on the server's held-out rows, or on the sites'."""
@@ -221,12 +250,15 @@ def _run_id(out: Path, fresh: bool) -> str:
     return str(known.get("run_id") or secrets.token_hex(16))
 
 
-def _write_holdings(folder: RunFolder, population: Population) -> None:
-    holdings = [
-        Holding(name, population.num_rows[client], population.ranks[client], {})
-        for client, name in enumerate(population.names)
-    ]
-    folder.write_json("holdings.json", holdings_document(holdings, None))
+def _plan_of(study: Study, population: Population, lora: LoRAModel) -> RoundPlan:
+    """Return the plan of the rounds, whose clients are drawn from the sites that have not withdrawn."""
+    sites, seed, size = study.sites, study.settings.run.seed, study.cohort_size
+    present = [client for client, name in enumerate(sites.names) if name not in sites.withdrawn]
+
+    def sample(round: int) -> list[int]:
+        return [present[place] for place in sample_clients(seed, round, len(present), size)]
+
+    return replace(plan_of(study.settings, population, lora), sample=sample)
 
 
 def _no_rows(client: int) -> TokenSet:

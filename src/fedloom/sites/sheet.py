@@ -6,8 +6,9 @@ names. Hashes say whether they are the study's.
 
 from __future__ import annotations
 
+import datetime
 from dataclasses import asdict
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import StringConstraints, ValidationError
@@ -28,6 +29,7 @@ from fedloom.training.cohort_round import LocalTraining
 
 _LARGEST = 10**9
 Number = Annotated[int, Ge(1), Le(_LARGEST)]
+Block = Annotated[int, Ge(1), Le(1 << 16)]
 Rate = Annotated[float, Ge(0), Le(1e9)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
@@ -53,11 +55,44 @@ class SheetTraining(Part):
     token_budget: Number
 
 
+class SheetSplit(Part):
+    """How the model is cut and what crosses, as far as one site must know it.
+
+    ``segments`` are the blocks whose adapters the site trains, those that are aggregated together as one entry.
+    ``tail_blocks`` is given where the last blocks, the head and the labels stay at the site.
+    """
+
+    cut_layer: Block
+    tail_blocks: Annotated[int, Ge(0), Le(1 << 16)] | None
+    segments: Annotated[tuple[Annotated[tuple[Annotated[int, Ge(0)], ...], MaxLen(1 << 12)], ...], MaxLen(1 << 12)]
+    client_half: Literal["trained", "frozen"]
+    num_steps: Number
+    aggregate_every: Number
+    micro_batches: Number
+    wire_dtype: Literal["bf16", "fp32", "fp16", "int8"]
+    gradient_wire_dtype: Literal["bf16", "fp32", "fp16", "int8"]
+    error_feedback: Literal["off", "on"]
+
+    @property
+    def num_periods(self) -> int:
+        """Periods in all: the rounds of a split run."""
+        return -(-self.num_steps // self.aggregate_every)
+
+
 class SheetTemplate(Part):
     """How prompts are worded: the shape's own way, the tokenizer's chat template, or a text."""
 
     kind: Literal["auto", "chat", "text"]
     text: Annotated[str, MaxLen(1 << 16)] = ""
+    date: Annotated[str, StringConstraints(pattern=r"^\d{4}-\d\d-\d\d$")] | None = None
+
+    @property
+    def day(self) -> datetime.date | None:
+        """The day that a chat template is told; a day that is none is none."""
+        try:
+            return None if self.date is None else datetime.date.fromisoformat(self.date)
+        except ValueError:
+            return None
 
     def template(self) -> str | Template:
         """Return what rows are encoded with.
@@ -66,6 +101,14 @@ class SheetTemplate(Part):
             DataError: the text is no template.
         """
         return read_template(self.text, "the sheet's template") if self.kind == "text" else self.kind
+
+
+class ClientCut(NamedTuple):
+    """A client's part of a model that is cut, and the rank and scale of its adapter there."""
+
+    rank: int
+    scale: float
+    split: SheetSplit
 
 
 class Sheet(Part):
@@ -92,6 +135,7 @@ class Sheet(Part):
     loss_on: LossOn
     scores: bool
     batch_tokens: Number
+    split: SheetSplit | None = None
 
     @property
     def local_training(self) -> LocalTraining:
@@ -103,10 +147,12 @@ class Sheet(Part):
         """Say in a line what is asked, for the site's owner."""
         training = self.training
         budget = f"{training.steps} steps" if training.steps is not None else f"{training.epochs:g} passes"
-        return (
-            f"run {self.run}: {self.method}, rank {self.rank}, {training.total_rounds} rounds of {budget}, "
-            f"base {self.base_sha256[:12]}"
-        )
+        rounds, cut = f"{training.total_rounds} rounds of {budget}", ""
+        if self.split is not None:
+            rounds = f"{self.split.num_periods} rounds of {self.split.aggregate_every} steps"
+            labels = "cross" if self.split.tail_blocks is None else "stay"
+            cut = f", the model cut after block {self.split.cut_layer}: activations cross, labels {labels}"
+        return f"run {self.run}: {self.method}, rank {self.rank}, {rounds}, base {self.base_sha256[:12]}{cut}"
 
     def half(self, shapes: dict[str, tuple[int, int]]) -> ClientHalf:
         """Return what the method's client trains, sends and keeps.
@@ -120,8 +166,16 @@ class Sheet(Part):
         return strategy.client
 
 
-def sheet_of(settings: Settings, client: int, run: str, base_sha256: str, tokenizer_sha256: str, scores: bool) -> Sheet:
-    """Return the sheet of one client of a study.
+def sheet_of(
+    settings: Settings,
+    client: int,
+    run: str,
+    base_sha256: str,
+    tokenizer_sha256: str,
+    scores: bool,
+    cut: ClientCut | None = None,
+) -> Sheet:
+    """Return the sheet of one client of a study; ``cut`` is its part of a model that is cut.
 
     Raises:
         DataError: its template is none.
@@ -130,8 +184,8 @@ def sheet_of(settings: Settings, client: int, run: str, base_sha256: str, tokeni
     return Sheet(
         run=run,
         client=client,
-        rank=settings.client_ranks[client],
-        scale=settings.client_scales[client],
+        rank=settings.client_ranks[client] if cut is None else cut.rank,
+        scale=settings.client_scales[client] if cut is None else cut.scale,
         method=method.name,
         weighting=method.weighting,
         initialisation=method.initialisation,
@@ -149,6 +203,7 @@ def sheet_of(settings: Settings, client: int, run: str, base_sha256: str, tokeni
         loss_on=LossOn(data.loss_on),
         scores=scores,
         batch_tokens=settings.evaluation.batch_tokens,
+        split=None if cut is None else cut.split,
     )
 
 
@@ -176,7 +231,7 @@ def read_sheet(body: bytes, run: str | None = None) -> Sheet:
 def _template_of(data: Data) -> SheetTemplate:
     name = data.template or AUTO
     if name in (AUTO, CHAT):
-        return SheetTemplate(kind="auto" if name == AUTO else "chat")
+        return SheetTemplate(kind="auto" if name == AUTO else "chat", date=data.date)
     text = template_text(name)
     read_template(text, name)
     return SheetTemplate(kind="text", text=text)

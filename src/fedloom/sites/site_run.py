@@ -25,10 +25,12 @@ from fedloom.sites.grpc_link import GrpcSiteLink
 from fedloom.sites.kit import Kit, read_kit
 from fedloom.sites.kit_check import check_kit, is_flare_kit
 from fedloom.sites.link import SERVER, Link
+from fedloom.sites.members import read_members, refusal_of, shown
 from fedloom.sites.sheet import read_sheet
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.site_training import SiteTraining, load_site_base
+from fedloom.sites.site_training import find_site_base
 from fedloom.sites.site_worker import SiteWorker
+from fedloom.sites.split_training import opened_run
 from fedloom.sites.trainer import TrainerProcess
 
 _SECONDS_FOR_A_SHEET = 15.0
@@ -94,23 +96,26 @@ def check_site(site: SiteSettings, note: Callable[[str], None]) -> SiteCheck:
     """
     kit = _own_kit(site)
     with _held(site):
-        base = load_site_base(site)
+        base = find_site_base(site)
         found = (site.site.name, base.revision_hash, fingerprint(base.tokenizer))
         sent = _sheet_now(site, kit, note)
         if sent is None:
             return SiteCheck(*found, None, None, None)
-        run, body = sent
-        sheet = read_sheet(body, run)
+        head, body = sent
+        sheet = read_sheet(body, head.run)
+        known, own_name = read_members(site.folder, head.run), site.site.name
+        members = refusal_of(head.members, known, own_name, sheet.client, lambda: kit.root)
+        asked = sheet.line if head.members is None else f"{sheet.line}; {shown(head.members)}"
+        if members is not None:
+            return SiteCheck(*found, asked, None, policy.in_words(members))
         own = site.policy.model_copy(update={"confirm": "never"})
-        del base
-        training = SiteTraining(
-            site.model_copy(update={"policy": own}), sheet, sha256(body).hexdigest(), lambda: 0, note
-        )
+        agreed = site.model_copy(update={"policy": own})
+        training = opened_run(agreed, sheet, sha256(body).hexdigest(), lambda: 0, note)
         refusal = None if training.refusal is None else policy.in_words(training.refusal)
-        return SiteCheck(*found, sheet.line, training.num_rows, refusal)
+        return SiteCheck(*found, asked, training.num_rows, refusal)
 
 
-def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tuple[str, bytes] | None:
+def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tuple[SheetSent, bytes] | None:
     refusals: list[str] = []
     link = _dialled(site, kit, note, refusals.append)
     hello = Hello(format=FORMAT, fedloom=version("fedloom"), torch=version("torch"), state="loading")
@@ -125,7 +130,7 @@ def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tup
             except (queue.Empty, UpdateError):
                 continue
             if isinstance(head, SheetSent):
-                return head.run, body
+                return head, body
     finally:
         link.close()
     if refusals:

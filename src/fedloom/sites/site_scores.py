@@ -13,10 +13,10 @@ from fedloom.sites import policy
 from fedloom.sites.frames import Hello, Ready, Score, Scored, frame
 
 if TYPE_CHECKING:
-    from fedloom.sites.sites_engine import SitesEngine
+    from fedloom.sites.sites_engine import Attendance
 
 
-def scored_by_sites(engine: SitesEngine, round: int, adapter: Adapter) -> dict[str, Any]:
+def scored_by_sites(engine: Attendance, round: int, adapter: Adapter) -> dict[str, Any]:
     """Let every site that is there score an adapter; return the mean loss over all their targets.
 
     A site that is away, or has no held-out rows, is not part of the mean; ``loss_nats_of_site`` says who is.

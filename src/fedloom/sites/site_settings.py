@@ -60,7 +60,7 @@ class SiteModel(Table):
 class Policy(Table):
     """What the site does for a study, whoever asks. A study that asks for more is refused, and told which line."""
 
-    methods: tuple[Annotated[str, having("aggregates")], ...] = setting((), "Methods allowed; empty: any.")
+    methods: tuple[Annotated[str, having("sends_adapters")], ...] = setting((), "Methods allowed; empty: any.")
     bases: tuple[Name, ...] = setting((), "SHA-256 of the bases allowed, as `site check` prints it; empty: any.")
     max_rank: Count = setting(64, "Largest rank.")
     max_rounds: Count = setting(1000, "Largest number of rounds of a run.")
@@ -72,10 +72,15 @@ class Policy(Table):
         False, "Tell the number of rows rounded down to hundreds and at most `row_cap`; it is also the site's weight."
     )
     row_cap: Count = setting(20000, "Largest number of rows told with `hide_row_count`.")
-    confirm: Literal["first", "never"] = setting(
+    split: Literal["no", "labels-stay", "yes"] = setting(
+        "no",
+        "Training of a model that is cut, in which activations of the rows cross: `no`, `yes`, or `labels-stay`: only "
+        "where the last blocks and the labels stay here (`split.labels = client`).",
+    )
+    confirm: Literal["first", "always", "never"] = setting(
         "first",
-        "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes; "
-        "`never`: nobody is asked.",
+        "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes or a "
+        "site joins; `always`: besides, each time that `site run` takes the run up; `never`: nobody is asked.",
     )
 
 

@@ -18,6 +18,7 @@ class SiteState:
 
     name: str
     client: int
+    is_withdrawn: bool = False
     last_seen: float | None = None
     sheet_sent: float | None = None
     ready: Ready | None = None
@@ -27,6 +28,7 @@ class SiteState:
     last_loss: float | None = None
     seconds: float | None = None
     left_out: str | None = None
+    memory_lost: bool = False
     versions: str = ""
 
     @property
@@ -52,6 +54,8 @@ class SiteState:
 
     def word(self, now: float) -> str:
         """Say in a word where it stands."""
+        if self.is_withdrawn:
+            return "withdrawn"
         if self.last_seen is None:
             return "never seen"
         if not self.is_near(now):
@@ -73,6 +77,7 @@ class SiteState:
             "last_loss_nats": self.last_loss,
             "seconds": self.seconds,
             "rows": None if self.ready is None else self.ready.rows,
+            "memory_lost": self.memory_lost,
             "left_out": self.left_out if refusal is None else policy.in_words(refusal),
         }
 
@@ -85,5 +90,7 @@ class SiteState:
             parts.append(f"loss {self.last_loss:.4f}")
         if self.seconds is not None:
             parts.append(f"{self.seconds:.1f} s")
+        if self.memory_lost:
+            parts.append("its optimiser's state is lost")
         why = self.left_out if self.refusal is None else policy.in_words(self.refusal)
         return ", ".join(parts) + (f"; left out: {why}" if why else "")

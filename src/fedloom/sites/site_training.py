@@ -26,7 +26,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
 from fedloom.models.causal import context_of
 from fedloom.models.families import resolve_targets
-from fedloom.models.load import Base, load_base
+from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.seeding import stream
 from fedloom.sites import policy
 from fedloom.sites.frames import Ready, Refusal, Result, Score, Scored, Task
@@ -34,6 +34,7 @@ from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation
 from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
+from fedloom.training.loss import output_head
 from fedloom.training.row_losses import row_losses_of
 
 Note = Callable[[str], None]
@@ -68,7 +69,7 @@ class SiteTraining:
         try:
             self._open()
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
-            self.refusal = self._refused(error)
+            self.refusal = refusal_of(error, self._note)
 
     def ready(self) -> Ready:
         """Return what the server is told of this site."""
@@ -101,7 +102,7 @@ class SiteTraining:
                 raise RefusedError(self.refusal)
             blob = self._trained(task, body)
         except (FedloomError, _SupersededError, torch.OutOfMemoryError, MemoryError) as error:
-            return head.model_copy(update={"refusal": self._refused(error)}), b""
+            return head.model_copy(update={"refusal": refusal_of(error, self._note)}), b""
         return head.model_copy(update={"seconds": time.perf_counter() - begun}), blob
 
     def score(self, asked: Score, body: bytes) -> Scored:
@@ -114,21 +115,19 @@ class SiteTraining:
             check_covers(adapter, self._lora.shapes)
             losses = row_losses_of(self._lora, adapter, self._held_out, token_budget=self.sheet.batch_tokens)
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
-            return head.model_copy(update={"refusal": self._refused(error)})
+            return head.model_copy(update={"refusal": refusal_of(error, self._note)})
         sums = {"sum_nats": float(losses.sum_nats.sum()), "num_loss_tokens": int(losses.num_loss_tokens.sum())}
         rows = policy.told_rows(self.site.policy, len(self._held_out))
         return head.model_copy(update={**sums, "num_rows": rows})
 
     def _open(self) -> None:
         sheet, own = self.sheet, self.site.policy
-        if (refusal := policy.of_sheet(own, sheet)) is not None:
-            raise RefusedError(refusal)
-        if own.confirm == "first" and not confirmation(self.site.folder, self._sheet_sha256).exists():
-            raise RefusedError(Refusal(code=policy.UNCONFIRMED))
+        check_allowed(self.site, sheet, self._sheet_sha256)
         base = load_site_base(self.site)
         self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))
-        rows = encoded_rows(self.site, sheet, base)
-        self._rows, self._held_out = _held_out(rows, self.site.data.eval_fraction, sheet.seed)
+        output_head(self._lora.model)
+        rows = encoded_rows(self.site, sheet, base.tokenizer, base.model.config)
+        self._rows, self._held_out = divided(rows, self.site.data.eval_fraction, sheet.seed)
         longest = int(rows.lengths.max())
         found = (base.revision_hash, fingerprint(base.tokenizer), len(self._rows), longest)
         if (refusal := policy.of_inputs(own, sheet, *found)) is not None:
@@ -142,7 +141,7 @@ class SiteTraining:
     def _trained(self, task: Task, body: bytes) -> bytes:
         sheet = self.sheet
         received = decode_broadcast(body, self._lora.shapes)
-        _check_asked(received, sheet, task)
+        check_asked(received, sheet, task.round)
         client = Client(
             sheet.client, self._half, self._lora.shapes, sheet.seed, lambda: self._rows, self._sides, self._recall.kept
         )
@@ -177,14 +176,39 @@ class SiteTraining:
         )
         return result
 
-    def _refused(self, error: BaseException) -> Refusal:
-        """Write down why, and return what may cross of it."""
-        if isinstance(error, RefusedError):
-            self._note(str(error))
-            return error.refusal
-        refusal = Refusal(code=_code_of(error))
-        self._note(f"{refusal.code}: {str(error) or policy.in_words(refusal)}")
-        return refusal
+
+def refusal_of(error: BaseException, note: Note) -> Refusal:
+    """Write down at the site why it does not do what it is asked, and return what may cross of it."""
+    if isinstance(error, RefusedError):
+        note(str(error))
+        return error.refusal
+    refusal = Refusal(code=_code_of(error))
+    note(f"{refusal.code}: {str(error) or policy.in_words(refusal)}")
+    return refusal
+
+
+def check_allowed(site: SiteSettings, sheet: Sheet, sheet_sha256: str) -> None:
+    """Refuse what the site's policy does not allow, or nobody has agreed to, before anything is loaded.
+
+    Raises:
+        RefusedError: saying which line.
+    """
+    if (refusal := policy.of_sheet(site.policy, sheet)) is not None:
+        raise RefusedError(refusal)
+    if site.policy.confirm != "never" and not confirmation(site.folder, sheet_sha256).exists():
+        raise RefusedError(Refusal(code=policy.UNCONFIRMED))
+
+
+def find_site_base(site: SiteSettings) -> BaseFolder:
+    """Find the base that lies at the site, without reading its weights.
+
+    Raises:
+        ModelError: it cannot be used.
+    """
+    model = site.model
+    return find_base(
+        model.base, tokenizer=model.tokenizer, device=model.device, trust_remote_code=model.trust_remote_code
+    )
 
 
 def load_site_base(site: SiteSettings) -> Base:
@@ -204,7 +228,7 @@ def load_site_base(site: SiteSettings) -> Base:
     )
 
 
-def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
+def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) -> TokenSet:
     """Return the site's rows as tokens, as the sheet says.
 
     Raises:
@@ -213,9 +237,10 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
     rows = load_rows(str(Path(site.data.path)), site.data.split)
     encoded = encode(
         read_records(rows, sheet.shape, site.data.columns),
-        base.tokenizer,
+        tokenizer,
         template=sheet.template.template(),
-        max_length=sheet.max_length or context_of(base.model.config),
+        date=sheet.template.day,
+        max_length=sheet.max_length or context_of(config),
         loss_on=sheet.loss_on,
         overlong=sheet.overlong,
         unanswered=sheet.unanswered,
@@ -223,17 +248,23 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
     return encoded.tokens
 
 
-def _held_out(rows: TokenSet, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
+def divided(rows: TokenSet, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
+    """Return the rows that the site trains on, and those that it holds out, if any."""
     if fraction is None:
         return rows, None
     split = hold_out(len(rows), fraction, stream(seed, "hold-out"))
     return rows.select(split.kept), rows.select(split.held)
 
 
-def _check_asked(received: Received, sheet: Sheet, task: Task) -> None:
+def check_asked(received: Received, sheet: Sheet, round: int) -> None:
+    """Refuse a broadcast that is not this round's and this site's.
+
+    Raises:
+        UpdateError: naming what differs.
+    """
     for what in ("round", "client", "rank", "scale"):
         found = getattr(received, what)
-        expected = task.round if what == "round" else getattr(sheet, what)
+        expected = round if what == "round" else getattr(sheet, what)
         if found != expected:
             raise UpdateError(f"expected a task for {what} {expected}, as the sheet says, got {found}; send that")
 

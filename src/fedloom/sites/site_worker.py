@@ -22,23 +22,32 @@ from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
     TO_SITE,
+    Begin,
     Dropped,
     End,
+    Failed,
     Hello,
+    Members,
     Ready,
     Refusal,
     Result,
     Score,
     Scored,
     SheetSent,
+    SplitToServer,
+    SplitToSite,
     Task,
+    Updates,
     frame,
     unframe,
 )
+from fedloom.sites.kit import read_kit
 from fedloom.sites.link import CONNECTED, SERVER, Link
+from fedloom.sites.members import joined, keep_members, read_members, refusal_of, shown
 from fedloom.sites.sheet import Sheet, read_sheet
+from fedloom.sites.site_period import SitePeriod
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.store import Ledger, Store, confirmation, keep_asked
+from fedloom.sites.store import Ledger, Store, confirmation, keep_asked, unconfirm
 from fedloom.sites.trainer import TrainerHandle
 
 HELLO_SECONDS = 5.0
@@ -68,13 +77,14 @@ class SiteWorker:
         self._ready: Ready | None = None
         self._is_asked, self._scoring, self._deaths = False, False, 0
         self._task: Task | None = None
+        self._period: SitePeriod | None = None
         self._versions = {"fedloom": version("fedloom"), "torch": version("torch")}
 
     def run(self, stop: threading.Event) -> None:
         """Take part until ``stop`` is set, and then to the end of the task in progress."""
         greeted = -self.hello_seconds
         try:
-            while not (stop.is_set() and self._task is None):
+            while not (stop.is_set() and self._may_leave()):
                 if (now := time.monotonic()) - greeted >= self.hello_seconds:
                     greeted = now
                     self._confirm()
@@ -88,15 +98,25 @@ class SiteWorker:
             if self._trainer is not None:
                 self._trainer.close()
 
+    @property
+    def _is_at_work(self) -> bool:
+        return self._task is not None or (self._period is not None and self._period.is_at_work)
+
+    def _may_leave(self) -> bool:
+        """Tell whether nothing is under way, or only a period in which the server goes on without this site."""
+        is_over = self._period is None or time.monotonic() - self._period.heard > 2 * self.hello_seconds
+        return self._task is None and (is_over or not self._is_at_work)
+
     def greet(self) -> None:
         """Tell the server what the site is at."""
         state = "waiting"
         if self._sheet is not None:
-            at_work = "training" if self._task is not None else "scoring" if self._scoring else "ready"
+            at_work = "training" if self._is_at_work else "scoring" if self._scoring else "ready"
             state = "loading" if self._ready is None else at_work
         run = None if self._sheet is None else self._sheet[1].run
         task = None if self._task is None else self._task.task
-        self._send(Hello(format=FORMAT, run=run, state=state, task=task, **self._versions))  # type: ignore[arg-type]
+        period = {} if self._period is None else {"period": self._period.begin.period, "number": self._period.next}
+        self._send(Hello(format=FORMAT, run=run, state=state, task=task, **period, **self._versions))  # type: ignore[arg-type]
 
     def take(self, sender: str, data: bytes) -> None:
         """Take one event; what is not expected is dropped and counted."""
@@ -124,6 +144,8 @@ class SiteWorker:
             self.greet()
         elif isinstance(head, End):
             self._end()
+        elif isinstance(head, SplitToSite):
+            self._take_split(head, data)
         elif isinstance(head, Score):
             if not self._scoring:
                 self._scoring = True
@@ -132,6 +154,38 @@ class SiteWorker:
             self._task = head
             self._trainer.send(data)
 
+    def _take_split(self, head: SplitToSite, data: bytes) -> None:
+        """Pass on what is next in the period under way; of another period nothing is known here."""
+        assert self._trainer is not None
+        if isinstance(head, Begin) and (self._period is None or self._period.begin.period != head.period):
+            self._period = SitePeriod(head)
+        if self._period is None or self._period.begin.period != head.period:
+            self._send(Failed(run=head.run, period=head.period, number=head.number, refusal=policy.lost()))
+            return
+        is_next, again = self._period.take(head.number)
+        if is_next:
+            self._trainer.send(data)
+        elif again is not None:
+            self.link.send(SERVER, again)
+
+    def _split_answered(self, head: SplitToServer, data: bytes) -> None:
+        """Send an answer on, and keep it."""
+        if self._period is None or head.period != self._period.begin.period:
+            return
+        if isinstance(head, Updates):
+            entry = self._period.book(head, len(data))
+            self.note(f"round {self._period.begin.round}: trained in {head.seconds:.1f} s")
+            if not self._enter(event="task", **entry, again=False):
+                unbooked = Refusal(code=policy.DISK)
+                data = frame(Failed(run=head.run, period=head.period, number=head.number, refusal=unbooked))
+        elif isinstance(head, Failed):
+            self._period.is_at_work = False
+            why, round = policy.in_words(head.refusal), self._period.begin.round
+            self._enter(event="task", run=head.run, round=round, code=head.refusal.code, why=why)
+            self.note(f"round {round}: no update: {why}")
+        self._period.answered(head.number, data)
+        self.link.send(SERVER, data)
+
     def _take_sheet(self, head: SheetSent, body: bytes, data: bytes) -> None:
         found = sha256(body).hexdigest()
         refusal = policy.of_format(head.format)
@@ -139,19 +193,45 @@ class SiteWorker:
             self._send(Ready(run=head.run, sheet=found, refusal=refusal))
             return
         self._is_asked = True
-        if self._sheet is not None and self._sheet[0] == found:
+        if self._sheet is not None and self._sheet[:2] == (found, head):
             self._tell_ready()
             return
+        former = self._sheet
+        is_same = former is not None and former[0] == found and self._trainer is not None
         try:
             sheet = read_sheet(body, head.run)
-            self._introduce(sheet, found, body)
+            known = read_members(self.site.folder, sheet.run)
+            refusal = self._checked_members(sheet, head.members, known)
+            if refusal is None and not is_same:
+                self._introduce(sheet, found, body)
+            is_asked_anew = self.site.policy.confirm == "always" and not is_same
+            if refusal is None and (is_asked_anew or joined(head.members, known)):
+                unconfirm(self.site.folder, found)
+                is_same = False
         except (UpdateError, RunError) as error:
             self.note(str(error))
             code = "sheet" if isinstance(error, UpdateError) else policy.DISK
             self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code=code)))
             return
         self._sheet, self._deaths = (found, head, data), 0
-        self._restart()
+        if refusal is not None:
+            self._close_trainer()
+            self._take_ready(Ready(run=head.run, sheet=found, refusal=refusal))
+        elif is_same:
+            self._tell_ready()
+        else:
+            self._restart()
+
+    def _checked_members(self, sheet: Sheet, asked: Members | None, known: Members | None) -> Refusal | None:
+        """Return why the site does not take this version of the study; keep one that it takes."""
+        own = self.site.site
+        refusal = refusal_of(asked, known, own.name, sheet.client, lambda: read_kit(own.kit, "client").root)
+        if refusal is None and asked is not None and asked != known:
+            keep_members(self.site.folder, sheet.run, asked)
+            self.note(shown(asked))
+            changed = {"joined": list(joined(asked, known)), "withdrawn": list(asked.withdrawn)}
+            self._ledger.add(event="members", run=sheet.run, version=asked.version, **changed)
+        return refusal
 
     def _introduce(self, sheet: Sheet, found: str, body: bytes) -> None:
         training = sheet.training
@@ -162,15 +242,18 @@ class SiteWorker:
 
     def _restart(self) -> None:
         """Start a trainer for the sheet; another run's gives its memory back."""
-        if self._trainer is not None:
-            self._trainer.close()
+        self._close_trainer()
         inbox = self.link.inbox
-        self._ready, self._task, self._scoring = None, None, False
         self._trainer = self.start(
             lambda data: inbox.put((_TRAINER, data)), lambda code: inbox.put((_ENDED, str(code).encode()))
         )
         assert self._sheet is not None
         self._trainer.send(self._sheet[2])
+
+    def _close_trainer(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()
+        self._trainer, self._ready, self._task, self._period, self._scoring = None, None, None, None, False
 
     def _of_trainer(self, head: object, data: bytes) -> None:
         if self._sheet is None or getattr(head, "run", None) != self._sheet[1].run:
@@ -181,6 +264,8 @@ class SiteWorker:
             if self._task is not None and head.task == self._task.task:
                 self._task = None
             self.link.send(SERVER, data if self._book(head, len(data)) else frame(_unbooked(head)))
+        elif isinstance(head, SplitToServer):
+            self._split_answered(head, data)
         elif isinstance(head, Scored):
             self._scoring = False
             self.link.send(SERVER, data)
@@ -223,7 +308,11 @@ class SiteWorker:
         refusal, task = Refusal(code=policy.ENDED, numbers={"code": code}), self._task
         if self._sheet is None:
             return
-        if task is not None:
+        if (period := self._period) is not None and period.is_at_work:
+            number = max(0, period.next - 1)
+            failed = Failed(run=period.begin.run, period=period.begin.period, number=number, refusal=refusal)
+            self._split_answered(failed, frame(failed))
+        elif task is not None:
             answer = Result(run=task.run, round=task.round, task=task.task, refusal=refusal)
             self._book(answer, 0)
             self._send(answer)
@@ -248,11 +337,10 @@ class SiteWorker:
         assert self._sheet is not None
         self.note(f"run {self._sheet[1].run} is complete")
         self._enter(event="complete", run=self._sheet[1].run)
-        if self._trainer is not None:
-            self._trainer.close()
-        self._trainer, self._sheet, self._ready, self._task = None, None, None, None
+        self._close_trainer()
+        self._sheet = None
 
-    def _send(self, head: Hello | Ready | Result) -> None:
+    def _send(self, head: Hello | Ready | Result | Failed) -> None:
         self.link.send(SERVER, frame(head))
 
 

@@ -30,6 +30,7 @@ from fedloom.sites.frames import (
     Dropped,
     End,
     Hello,
+    Members,
     Ready,
     SheetSent,
     frame,
@@ -55,34 +56,33 @@ class Patience:
     grace_s: float = 120.0
 
 
-@dataclass
-class SitesEngine:
-    """fedloom's ``Engine`` over a link.
+@dataclass(kw_only=True)
+class Attendance:
+    """Who is there: the server's end of a link, whatever is trained over it.
 
     Attributes:
         sheets: of every client, whose numbers are the positions of ``names``.
+        members: who takes part by the study's version, as the sites are told.
         counted: the last round in which each client's update counted; whoever runs the rounds keeps it.
-        state: the server's, of the last completed round; whoever runs the rounds keeps it.
         rows: rows that each site has told; filled as they become ready.
     """
 
     link: Link
-    lora: LoRAModel
     names: Sequence[str]
     sheets: Sequence[Sheet]
     wire: WireDtype
-    plan: RoundPlan
-    state: ServerState
     patience: Patience
     note: Callable[[str], None]
     rows: dict[int, int]
+    members: Members | None = None
     counted: dict[int, int] = field(default_factory=dict)
     versions: str = ""
     clock: Callable[[], float] = time.monotonic
     dropped: Dropped = field(default_factory=Dropped)
 
     def __post_init__(self) -> None:
-        self.sites = {name: SiteState(name, client) for client, name in enumerate(self.names)}
+        away = () if self.members is None else self.members.withdrawn
+        self.sites = {name: SiteState(name, client, name in away) for client, name in enumerate(self.names)}
         self.run = self.sheets[0].run
         self._bodies = [sheet.model_dump_json().encode() for sheet in self.sheets]
         self._largest = 1 << 16
@@ -103,25 +103,6 @@ class SitesEngine:
                     f"({states}); start the sites, then run the same command again"
                 )
             self.take()
-
-    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
-        """Give every site its task, and yield what came back in the order of the broadcasts."""
-        if not broadcasts:
-            return
-        for site in self.sites.values():
-            site.posted, site.is_whole_sent, site.left_out, site.seconds = None, False, None, None
-        arrivals: dict[int, Arrival] = {}
-        SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals).run()
-        for broadcast in broadcasts:
-            yield arrivals[broadcast.client]
-
-    def held(self) -> Mapping[int, Memory]:
-        """Return nothing: what clients keep lies at the sites."""
-        return {}
-
-    def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
-        """Return the loss of every row that the server itself holds out."""
-        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)
 
     def is_lost(self, sent: float | None) -> bool:
         """Tell whether what was sent then should have shown an effect by now."""
@@ -150,7 +131,9 @@ class SitesEngine:
     def greet(self, site: SiteState) -> None:
         """Send a site its sheet; it is repeated until the site is ready."""
         site.sheet_sent = self.clock()
-        self.link.send(site.name, frame(SheetSent(run=self.run, format=FORMAT), self._bodies[site.client]))
+        self.link.send(
+            site.name, frame(SheetSent(run=self.run, format=FORMAT, members=self.members), self._bodies[site.client])
+        )
 
     def take(self) -> tuple[SiteState, Any, bytes] | None:
         """Take one message, and note what it says of its site; None where there is none, or it was dropped."""
@@ -160,7 +143,7 @@ class SitesEngine:
         except queue.Empty:
             return None
         site = self.sites.get(name)
-        if site is None:
+        if site is None or site.is_withdrawn:
             self.dropped.add(name, "stranger")
             return None
         try:
@@ -209,3 +192,35 @@ class SitesEngine:
         for site in self.sites.values():
             if site.ready is None and site.is_near(now) and self.is_lost(site.sheet_sent):
                 self.greet(site)
+
+
+@dataclass(kw_only=True)
+class SitesEngine(Attendance):
+    """fedloom's ``Engine`` over a link.
+
+    Attributes:
+        state: the server's, of the last completed round; whoever runs the rounds keeps it.
+    """
+
+    lora: LoRAModel
+    plan: RoundPlan
+    state: ServerState
+
+    def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
+        """Give every site its task, and yield what came back in the order of the broadcasts."""
+        if not broadcasts:
+            return
+        for site in self.sites.values():
+            site.posted, site.is_whole_sent, site.left_out, site.seconds = None, False, None, None
+        arrivals: dict[int, Arrival] = {}
+        SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals).run()
+        for broadcast in broadcasts:
+            yield arrivals[broadcast.client]
+
+    def held(self) -> Mapping[int, Memory]:
+        """Return nothing: what clients keep lies at the sites."""
+        return {}
+
+    def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
+        """Return the loss of every row that the server itself holds out."""
+        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)

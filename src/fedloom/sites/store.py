@@ -198,3 +198,14 @@ def confirm(folder: Path, sheet_sha256: str) -> None:
     with durable.explained(str(path), _RETRY):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         durable.write_bytes(path, b"")
+
+
+def unconfirm(folder: Path, sheet_sha256: str) -> None:
+    """Ask a person anew about a sheet.
+
+    Raises:
+        RunError: the disk refused.
+    """
+    path = confirmation(folder, sheet_sha256)
+    with durable.explained(str(path), _RETRY):
+        path.unlink(missing_ok=True)

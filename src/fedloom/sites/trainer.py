@@ -19,7 +19,7 @@ from hashlib import sha256
 from typing import IO, Any, Protocol
 
 from fedloom.errors import UpdateError
-from fedloom.sites.frames import TO_SITE, Ready, Refusal, Score, SheetSent, Task, frame, unframe
+from fedloom.sites.frames import TO_SITE, Ready, Refusal, Score, SheetSent, SplitToSite, Task, Updates, frame, unframe
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 
 _LENGTH_BYTES = 8
@@ -60,6 +60,7 @@ class Trainer:
         """Answer one frame."""
         head, body = heard
         from fedloom.sites.site_training import SiteTraining
+        from fedloom.sites.split_training import SplitTraining
 
         if isinstance(head, SheetSent):
             self._run = None
@@ -71,10 +72,16 @@ class Trainer:
                 self._reply(frame(result, answer))
             elif isinstance(head, Score):
                 self._reply(frame(self._run.score(head, body)))
+        elif isinstance(self._run, SplitTraining) and isinstance(head, SplitToSite):
+            found = self._run.answer(head, body)
+            if found is not None and isinstance(found[0], Updates):
+                self._reply(frame(self._run.ready()))
+            if found is not None:
+                self._reply(frame(*found))
 
     def _opened(self, head: SheetSent, body: bytes) -> Ready:
         from fedloom.sites.sheet import read_sheet
-        from fedloom.sites.site_training import SiteTraining
+        from fedloom.sites.split_training import opened_run
 
         found = sha256(body).hexdigest()
         try:
@@ -83,8 +90,8 @@ class Trainer:
             self._note(str(error))
             return Ready(run=head.run, sheet=found, refusal=Refusal(code="sheet"))
         self._newest = 0
-        self._run = SiteTraining(self._site, sheet, found, lambda: self._newest, self._note)
-        return self._run.ready()
+        self._run = opened = opened_run(self._site, sheet, found, lambda: self._newest, self._note)
+        return opened.ready()
 
 
 class TrainerProcess:

@@ -57,7 +57,7 @@ class _Tally:
 
 
 class LocalSplitClients:
-    """Clients in this process. Slot k of ``lora`` is client k's.
+    """Clients in this process. The open slots of ``lora`` are those of a period's clients, in the order of its cohort.
 
     With a slot each, all clients of a cut share one packed pass: a route gives every token the adapter of its client,
     so that no client's gradient depends on another's rows, as on machines of their own.
@@ -69,7 +69,7 @@ class LocalSplitClients:
         head: OutputHead | None,
         plan: SplitPlan,
         segments: Sequence[Segment],
-        rows: Sequence[TokenSet],
+        rows: Sequence[TokenSet] | Mapping[int, TokenSet],
         make_optimiser: MakeOptimiser,
     ) -> None:
         self._lora, self._head, self._plan, self._segments, self._make = lora, head, plan, segments, make_optimiser
@@ -89,12 +89,16 @@ class LocalSplitClients:
         self._feedback = ErrorFeedback()
         self._sides = [HeldSides() for _ in segments]
         self._versions: dict[int, int] = {}
+        self._slot_of: dict[int, int] = {}
         self._round = 0
 
-    def begin(self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]) -> None:
-        """Load every client's adapter into its slot and set up its optimiser."""
+    def begin(
+        self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]
+    ) -> tuple[Failure, ...]:
+        """Load every client's adapter into its slot and set up its optimiser; all clients are here."""
         self._ready, self._graphs, self._parties, self._refused, self._round = {}, {}, {}, {}, round
         self._broadcasts = {client: list(received) for client, received in broadcasts.items()}
+        self._slot_of = {client: slot for slot, client in enumerate(broadcasts)}
         self._tallies = {client: _Tally() for client in broadcasts}
         self._memory = {client: dict(carried) for client, carried in memory.items()}
         self._feedback.residuals_D = {c: m["residual"] for c, m in self._memory.items() if "residual" in m}
@@ -108,7 +112,9 @@ class LocalSplitClients:
         for client, received in self._broadcasts.items():
             if received:
                 start, state = self._start_of(client), self._state_of(client)
-                self._parties[client] = Party(self._lora, client, start, self._plan, round, self._make, state)
+                slot = self._slot_of[client]
+                self._parties[client] = Party(self._lora, slot, start, self._plan, round, self._make, state)
+        return ()
 
     def restore(self, version: int, sides: Sequence[Adapter]) -> None:
         """Let every client hold the segments' sides of a version, where a run resumes."""
@@ -198,6 +204,10 @@ class LocalSplitClients:
     def memory(self) -> dict[int, Memory]:
         """Return the clients' optimiser states and residuals."""
         return self._memory
+
+    def sides(self) -> list[Adapter]:
+        """Return what is added to the base in the period under way, segment by segment."""
+        return [held.at(self._round - 1) for held in self._sides]
 
     def _expected(self, messages: Sequence[SplitMessage], graphs: Sequence[_Graph]) -> dict[int, Expected]:
         """Return the gradients that fit the activations which wait for them, by client."""
@@ -289,7 +299,7 @@ class LocalSplitClients:
             return
         keys = [self._plan.row_keys(self._round, client, step, micro_batch) for client in counts]
         dropout = dropout_of(self._plan.training.dropout, keys, batch.lengths, self._device)
-        self._lora.route(list(counts.items()), dropout)
+        self._lora.route([(self._slot_of[client], tokens) for client, tokens in counts.items()], dropout)
 
     def _num_loss_tokens(self, client: int, step: int) -> int:
         return _count_targets(self._rows[client], self._plan.all_rows(client, step))

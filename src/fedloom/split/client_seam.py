@@ -18,8 +18,10 @@ Memory = dict[str, Tensor]
 class SplitClients(Protocol):
     """Where the clients' halves run. Requests return at once; what answers them may wait."""
 
-    def begin(self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]) -> None:
-        """Hand each client of the cohort one broadcast per segment it owns, and what it carried over."""
+    def begin(
+        self, round: int, broadcasts: Mapping[int, Sequence[Broadcast]], memory: Mapping[int, Memory]
+    ) -> Iterable[Failure]:
+        """Hand each client of the cohort one broadcast per segment, and what it carried over; return who is away."""
         ...
 
     def request(self, step: int, micro_batch: int, rows: Mapping[int, Sequence[int]]) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from fedloom.methods.state import Failure
 from fedloom.split.cut_messages import MessageKind, SplitMessage
+from fedloom.split.departures import Departure, Stage
 from fedloom.split.message_checks import Expected, fitting
 from fedloom.split.plan import SplitPlan
 from fedloom.split.server_half import SplitServer
@@ -17,11 +19,13 @@ _ACTIVATIONS: MessageKind = "activations"
 class CutIntake:
     """Who of a period's cohort still takes part, why others do not, and what has come from whom.
 
-    ``told`` are the supervised tokens that each client said its present step has.
+    ``told`` are the supervised tokens that each client said its present step has, ``left_at`` when others left.
     """
 
-    def __init__(self, plan: SplitPlan, server: SplitServer, cohort: Sequence[int]) -> None:
+    def __init__(self, plan: SplitPlan, server: SplitServer, cohort: Sequence[int], round: int) -> None:
         self._plan, self._server = plan, server
+        self._replayed, self.left_at = plan.departures(round), dict[int, Departure]()
+        self.moment = Departure(plan.steps(round).start, 0, "begin")
         self.present, self.reasons = list(cohort), dict[int, str]()
         self.up = dict.fromkeys(cohort, 0)
         self.told, self._targets = dict[int, int](), dict[int, int]()
@@ -30,6 +34,13 @@ class CutIntake:
     def longest_step(self) -> int:
         """The most supervised tokens that a client's step can have: all but the first of every row."""
         return self._plan.training.batch_size * (self._server.max_length - 1)
+
+    def reach(self, step: int, micro_batch: int, stage: Stage) -> None:
+        """Say where the period is; who left there in a run that is replayed leaves."""
+        self.moment = Departure(step, micro_batch, stage)
+        for client, moment in self._replayed.items():
+            if moment == self.moment:
+                self.leave_out(Failure(client, f"left at step {step}, as in the run that is replayed"))
 
     def begin_step(self) -> None:
         """Forget what was told of the step before."""
@@ -95,6 +106,7 @@ class CutIntake:
 
     def finite(self, step: int, nats: Mapping[int, float]) -> dict[int, float]:
         """Leave out whose activations gave a loss that is none."""
+        self.moment = replace(self.moment, stage="loss")
         for client, loss in nats.items():
             if not math.isfinite(loss):
                 reason = f"client {client}, step {step}: its activations gave a loss that is not finite; check its base"
@@ -105,4 +117,4 @@ class CutIntake:
         """Let a client sit out until the next aggregation."""
         if failure.client in self.present:
             self.present.remove(failure.client)
-            self.reasons[failure.client] = failure.reason
+            self.reasons[failure.client], self.left_at[failure.client] = failure.reason, self.moment

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.errors import UpdateError
-from fedloom.federation.blob import MAX_ENTRY_BYTES, SEAL_BYTES, read_head, sealed, unsealed
+from fedloom.federation.blob import MAX_ENTRY_BYTES, SEAL_BYTES, largest_message, read_head, sealed, unsealed
 from fedloom.split.codecs import Encoded
 
 _MAX_COUNT = 1 << 53
@@ -56,6 +56,11 @@ class _Numbers(BaseModel):
 
 
 _NUMBERS: TypeAdapter[_Numbers] = TypeAdapter(_Numbers)
+
+
+def largest_split_message(num_tokens: int, width: int) -> int:
+    """Return the most bytes that a message of so many tokens can have, whatever it holds of each: fp32, all labels."""
+    return largest_message(len(_DIMENSIONS), num_tokens * (4 * width + 4 * len(_DIMENSIONS)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,4 +1,4 @@
-"""A split run in one process over one resident base: a slot for every client, one for the server."""
+"""A split run in one process over one resident base: a slot for every client of a period, one for the server."""
 
 from __future__ import annotations
 
@@ -40,16 +40,19 @@ def local_parties(
         verify_cut(model, cut(model, cut_layer))
     lora.route_all(None)
     head = output_head(model)
-    sizes = [] if plan.is_frozen else list(zip(plan.ranks, plan.scales, strict=True))
-    slots = [Slot(rank, scale) for rank, scale in [*sizes, (plan.server_rank, plan.server_scale)]]
     parts = segments(plan, model, lora.shapes)
+
+    def open_slots(cohort: Sequence[int]) -> None:
+        clients = [] if plan.is_frozen else [Slot(plan.ranks[client], plan.scales[client]) for client in cohort]
+        lora.open([*clients, Slot(plan.server_rank, plan.server_scale)])
+
     return SplitParties(
         plan=plan,
         segments=parts,
         server_shapes=server_shapes(plan, model, lora.shapes),
-        server=SplitServer(lora, head, plan, len(sizes), make_optimiser),
+        server=SplitServer(lora, head, plan, make_optimiser),
         clients=LocalSplitClients(lora, head, plan, parts, rows, make_optimiser),
         make_strategy=make_strategy,
         rules=rules,
-        open_slots=lambda: lora.open(slots),
+        open_slots=open_slots,
     )

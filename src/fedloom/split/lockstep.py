@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.federation.rounds import Clock
+from fedloom.split.client_record import SplitClientRecord
 from fedloom.split.parties import SplitParties
-from fedloom.split.period import Period, SplitClientRecord
+from fedloom.split.period import Period
 from fedloom.split.split_state import SplitState
 
 

@@ -21,8 +21,8 @@ MakeStrategy = Callable[[Cohort], Strategy]
 class SplitParties:
     """What a split run is made of: the plan, the segments of the clients' modules, the server and the clients.
 
-    ``open_slots`` makes room for the parties' adapters at the start of every period, since whoever evaluated in
-    between may have used the model.
+    ``open_slots`` makes room for the adapters of the parties in this process at the start of every period, given its
+    cohort: the clients' in its order, the server's last. Whoever evaluated in between may have used the model.
     """
 
     plan: SplitPlan
@@ -32,7 +32,7 @@ class SplitParties:
     clients: SplitClients
     make_strategy: MakeStrategy
     rules: ServerRules
-    open_slots: Callable[[], None]
+    open_slots: Callable[[Sequence[int]], None]
 
     @property
     def ranks(self) -> dict[int, int]:

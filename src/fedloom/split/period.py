@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from fedloom.errors import TooFewClientsError
+from fedloom.federation.blob import as_received
 from fedloom.federation.intake import Arrival, ClientRecord, Intake, advice_after
 from fedloom.federation.messages import decode_answer, encode_broadcast, encode_update
 from fedloom.federation.rounds import RoundPlan
@@ -16,6 +17,7 @@ from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.split.client_halves import start_of
+from fedloom.split.client_record import SplitClientRecord
 from fedloom.split.cut_intake import CutIntake
 from fedloom.split.cut_messages import SplitMessage
 from fedloom.split.message_checks import Expected
@@ -32,18 +34,6 @@ would cost every client the memory of another forward pass.
 """
 
 
-@dataclass(frozen=True)
-class SplitClientRecord(ClientRecord):
-    """A client's part in a period.
-
-    ``upload_bytes`` and ``download_bytes`` are totals; of them, the two here are activations' and gradients', and the
-    rest are adapters.
-    """
-
-    activation_upload_bytes: int = 0
-    activation_download_bytes: int = 0
-
-
 class Period:
     """The steps between two aggregations: who still takes part, what has crossed, what was lost."""
 
@@ -51,7 +41,7 @@ class Period:
         self._parties, self._plan, self._state = parties, parties.plan, state
         self.round = state.round + 1
         self.cohort = self._plan.cohort(self.round)
-        self._intake = CutIntake(self._plan, parties.server, self.cohort)
+        self._intake = CutIntake(self._plan, parties.server, self.cohort, self.round)
         self.present, self.reasons, self.up = self._intake.present, self._intake.reasons, self._intake.up
         self.down = dict.fromkeys(self.cohort, 0)
         self.nats: dict[int, float] = dict.fromkeys(self.cohort, 0.0)
@@ -66,7 +56,7 @@ class Period:
 
     def _begin(self) -> None:
         """Send all adapters out, the server's own share included."""
-        self._parties.open_slots()
+        self._parties.open_slots(self.cohort)
         received: dict[int, list[Broadcast]] = {client: [] for client in self.cohort}
         server_pairs = dict(self._state.server)
         drawn: set[str] = set()
@@ -76,12 +66,21 @@ class Period:
                     server_pairs.update(start_of(broadcast, segment, self._plan.seed))
                     drawn |= set(segment.shapes) if isinstance(broadcast.start, Draw) else set()
                 else:
-                    received[broadcast.client].append(broadcast)
+                    received[broadcast.client].append(self._as_received(broadcast))
         memory = {client: dict(carried) for client, carried in self._state.clients.items()}
-        self._parties.clients.begin(self.round, received, memory)
+        self._intake.reach(self._plan.steps(self.round).start, 0, "begin")
+        for failure in self._parties.clients.begin(self.round, received, memory):
+            self._intake.leave_out(failure)
         server = self._parties.server
         server.begin(Adapter(server_pairs), self._state.side(), self.round, self._state.server_memory, drawn)
         server.feedback.residuals_D = dict(self._state.residuals)
+
+    def _as_received(self, broadcast: Broadcast) -> Broadcast:
+        """Return a broadcast as its client gets it over the wire; only a first start is not rounded already."""
+        start = broadcast.start
+        if isinstance(start, Draw):
+            return broadcast
+        return replace(broadcast, start=as_received(start, self._parties.rules.wire))
 
     def step(self, step: int) -> float:
         """Take one step with all clients present; return its mean loss in nats."""
@@ -113,11 +112,13 @@ class Period:
             self._micro_batch(step, micro_batch, group)
         if any(client in self.present for client in group):
             server.step(self._share)
+        self._intake.reach(step, 0, "finish")
         for failure in clients.finish(step, [client for client in group if client in self.present]):
             self._intake.leave_out(failure)
 
     def _micro_batch(self, step: int, micro_batch: int, group: list[int]) -> None:
         server, clients = self._parties.server, self._parties.clients
+        self._intake.reach(step, micro_batch, "activations")
         if self._plan.is_frozen:
             arrivals = [
                 server.recall(c, self._plan.rows(c, step, micro_batch).tolist(), self._plan.all_rows(c, step).tolist())
@@ -149,7 +150,8 @@ class Period:
 
     def _learn_from_tails(self, step: int, micro_batch: int) -> dict[int, float]:
         server, clients = self._parties.server, self._parties.clients
-        hidden = server.hidden(step, micro_batch)
+        self._intake.reach(step, micro_batch, "tails")
+        hidden = [message for message in server.hidden(step, micro_batch) if message.client in self.present]
         self._count(hidden, self.down)
         expected = {
             m.client: Expected(
@@ -174,6 +176,7 @@ class Period:
     def _fetch_frozen(self, step: int, group: list[int]) -> None:
         """Have the rows of this step that never crossed sent once."""
         server, clients = self._parties.server, self._parties.clients
+        self._intake.reach(step, 0, "activations")
         rows = {c: server.missing_rows(c, self._plan.all_rows(c, step).tolist()) for c in group if c in self.present}
         wanted = {client: missing for client, missing in rows.items() if missing}
         if wanted:
@@ -227,6 +230,7 @@ class Period:
         """Ask all clients present for updates; the server adds its own in place of clients with fewer blocks."""
         arrivals: list[list[Arrival]] = [[] for _ in self._parties.segments]
         upload: dict[int, int] = {}
+        self._intake.reach(self._plan.steps(self.round).stop, 0, "end")
         for outcome in self._parties.clients.end(list(self.present)):
             if isinstance(outcome, Failure):
                 self._intake.leave_out(outcome)
@@ -337,4 +341,5 @@ class Period:
             weight=max((part.weight for part in parts), default=0.0),
             activation_upload_bytes=self.up[client],
             activation_download_bytes=self.down[client],
+            left_at=self._intake.left_at.get(client),
         )

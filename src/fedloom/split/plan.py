@@ -17,6 +17,7 @@ from fedloom.federation.sampling import sample_clients
 from fedloom.lora.dropout import row_keys
 from fedloom.models.cut import check_cuts, cuttable_parts, num_blocks
 from fedloom.split.codecs import WireDtype
+from fedloom.split.departures import Departures, nobody_leaves
 from fedloom.split.split_step import rows_of_step
 from fedloom.training.cohort_round import LocalTraining
 
@@ -37,7 +38,8 @@ class SplitPlan:
         cut_layers: blocks on each client, bottom up.
         ranks, scales: of each client's adapter.
         server_rank, server_scale: of the server's.
-        num_rows: each client's number of rows, which the server must know to follow its batches.
+        num_rows: each client's number of rows, which the server must know to follow its batches; by client where some
+            are told later than others.
         training: batch size, optimiser and schedule; ``steps`` and ``epochs`` are not read, nor is ``total_rounds``.
         server_update: one server step on all clients together, or one per client in turn (the release).
         tail_blocks: last blocks kept by the clients together with head, loss and labels; None: the server has them.
@@ -51,6 +53,7 @@ class SplitPlan:
         max_weight: largest share of one client.
         robust: the rule by which few hostile updates cannot decide.
         max_length: tokens that a row can have; None: as many as the base's context.
+        departures: who leaves a period when, where a run is replayed.
     """
 
     seed: int
@@ -61,7 +64,7 @@ class SplitPlan:
     scales: tuple[float, ...]
     server_rank: int
     server_scale: float
-    num_rows: tuple[int, ...]
+    num_rows: tuple[int, ...] | Mapping[int, int]
     training: LocalTraining
     server_update: Literal["joint", "sequential"] = "joint"
     tail_blocks: int | None = None
@@ -76,6 +79,7 @@ class SplitPlan:
     max_weight: float = 1.0
     robust: RobustRule = field(default_factory=RobustRule)
     max_length: int | None = None
+    departures: Departures = nobody_leaves
 
     @property
     def num_clients(self) -> int:

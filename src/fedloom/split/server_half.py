@@ -45,9 +45,9 @@ class SplitServer:
     """The server of a split run in this process: its blocks, its slot, and what it remembers of frozen clients."""
 
     def __init__(
-        self, lora: LoRAModel, head: OutputHead | None, plan: SplitPlan, slot: int, make_optimiser: MakeOptimiser
+        self, lora: LoRAModel, head: OutputHead | None, plan: SplitPlan, make_optimiser: MakeOptimiser
     ) -> None:
-        self._lora, self._head, self._plan, self._slot, self._make = lora, head, plan, slot, make_optimiser
+        self._lora, self._head, self._plan, self._slot, self._make = lora, head, plan, 0, make_optimiser
         stop = None if plan.tail_blocks is None else num_blocks(lora.model) - plan.tail_blocks
         self._half = ServerHalf(lora.model, plan.cut_layers, stop)
         weight = next(lora.model.parameters())
@@ -66,9 +66,12 @@ class SplitServer:
     def begin(
         self, start: Adapter, side: Adapter, round: int, state: Mapping[str, Tensor], drawn: Collection[str]
     ) -> None:
-        """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments yet."""
-        self._lora.set_side(side)
-        self._round = round
+        """Start a period from an adapter of the server's modules, of which ``drawn`` have no moments yet.
+
+        The server's slot is the last one that is open.
+        """
+        self._lora.set_side(Adapter({name: pair for name, pair in side.items() if name in self._lora.shapes}))
+        self._round, self._slot = round, len(self._lora.slots) - 1
         self._party = Party(self._lora, self._slot, start, self._plan, round, self._make, without(state, drawn))
 
     @property

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fedloom.models.cut import Part, part_of, top_of
+from fedloom.models.foreign_forward import foreign_forward
 from fedloom.seeding import stream
 from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
 from fedloom.training.loss import OutputHead, supervised_cross_entropy
@@ -52,7 +53,7 @@ def _order_of_epoch(seed: int, client: int, num_rows: int, epoch: int) -> NDArra
 
 def run_part(part: Part, inputs: Tensor, position_ids_T: Tensor, samples: Layout) -> Tensor:
     """Run a part on packed ids (T,) or activations (T, D) and return the activations (T, D) behind it."""
-    with packed_attention(part.decoder):
+    with packed_attention(part.decoder), foreign_forward(part.decoder):
         hidden_BTD: Tensor = part(inputs[None], position_ids=position_ids_T[None], use_cache=False, **{LAYOUT: samples})
     return hidden_BTD[0]
 

@@ -54,12 +54,13 @@ class Layout:
 
     Without buckets every sample is a call of its own on views of the pass: nothing is copied or padded, which is the
     faster way on a CPU. With buckets there are few calls, which is what a GPU needs. ``restore`` (T) brings the kept
-    rows of all buckets back into the order of the pass.
+    rows of all buckets back into the order of the pass. ``attended`` gathers the modules that were called with it.
     """
 
     lengths: tuple[int, ...]
     buckets: tuple[Bucket, ...] = ()
     restore: Tensor | None = None
+    attended: set[nn.Module] = field(default_factory=set, repr=False)
     _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     def mask(self, like: Tensor, length: int, sliding_window: int | None) -> Tensor:
@@ -149,6 +150,7 @@ def attend(
             f"model.base: expected {LAYOUT!r} in the packed forward of {type(module).__name__}, got none; "
             "call the model through hidden_states"
         )
+    rows.attended.add(module)
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = _Call(rows, scale, sliding_window, softcap)

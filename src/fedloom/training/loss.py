@@ -10,7 +10,7 @@ Letters: S supervised targets, C targets of a chunk, D width, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,7 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.errors import ModelError
+from fedloom.lora.linear import LoRALinear
+from fedloom.lora.pair import Pair
 from fedloom.models.families import model_type
+from fedloom.models.foreign_forward import foreign_forward
 from fedloom.training.packing import hidden_states, pack
 
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -31,16 +34,22 @@ PROBE_LENGTHS = (7, 4)
 
 @dataclass(frozen=True, eq=False)
 class OutputHead:
-    """What a model does between last hidden state and logits: ``z = scale·(h Wᵀ + bias)``, then ``c·tanh(z / c)``."""
+    """What a model does between last hidden state and logits: ``z = scale·(h Wᵀ + bias)``, then ``c·tanh(z / c)``.
+
+    ``side`` is a frozen pair beside the weight: an adapter that someone trained on the head.
+    """
 
     weight_VD: Tensor
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    side: Pair | None = None
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Return the logits (S, V), in fp32 at least."""
         logits_SV = nn.functional.linear(hidden_SD, self.weight_VD, self.bias_V)
+        if self.side is not None:
+            logits_SV = logits_SV.addmm(hidden_SD @ self.side.a_RI.T, self.side.b_OR.T)
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
         if self.scale != 1.0:
             logits_SV = logits_SV * self.scale
@@ -54,7 +63,9 @@ class OutputHead:
             grad_SV.mul_(1.0 - (logits_SV / self.softcap).square_())
         if self.scale != 1.0:
             grad_SV.mul_(self.scale)
-        return grad_SV.to(self.weight_VD.dtype) @ self.weight_VD
+        grad_SV = grad_SV.to(self.weight_VD.dtype)
+        grad_SD = grad_SV @ self.weight_VD
+        return grad_SD if self.side is None else grad_SD.addmm(grad_SV @ self.side.b_OR, self.side.a_RI)
 
 
 def supervised_cross_entropy(
@@ -159,20 +170,36 @@ def output_head(model: Any) -> OutputHead:
         ModelError: naming the family whose packed forward or head is not the model's own.
     """
     if model not in _VERIFIED:
-        head = _read_head(model)
-        _verify(model, head)
+        head = read_output_head(model)
+        _verify(model, _with_adapter(model, head))
         _VERIFIED[model] = head
-    return _VERIFIED[model]
+    return _with_adapter(model, _VERIFIED[model])
 
 
-def _read_head(model: Any) -> OutputHead:
-    """Read the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor."""
+def read_output_head(model: Any) -> OutputHead:
+    """Return a causal LM's output head unchecked, as for a part of a model, which has no forward of its own.
+
+    Read are the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor.
+
+    Raises:
+        ModelError: if the head is not a linear layer.
+    """
     layer, config = model.get_output_embeddings(), model.config
+    layer = layer.base if isinstance(layer, LoRALinear) else layer
     if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
         raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
     scale = getattr(config, "logit_scale", None) or 1.0
     scale /= getattr(config, "logits_scaling", None) or 1.0
     return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _with_adapter(model: Any, head: OutputHead) -> OutputHead:
+    """Return the head with what an adapter on it adds at present, which changes with the adapter."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, LoRALinear):
+        return head
+    dtype = head.weight_VD.dtype
+    return replace(head, weight_VD=layer.weight_OI(dtype), side=layer.side_in(dtype))
 
 
 @torch.no_grad()
@@ -185,7 +212,8 @@ def _verify(model: Any, head: OutputHead) -> None:
     tolerance = 1e-3 if head.weight_VD.dtype in (torch.float32, torch.float64) else 5e-2
     for logits_TV, row in zip(packed, ids, strict=True):
         row_BT = torch.from_numpy(row).long().to(device)[None]
-        own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
+        with foreign_forward(model):
+            own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
         error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
         if not error <= tolerance:
             raise ModelError(

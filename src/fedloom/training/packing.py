@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.models.families import body_of
+from fedloom.models.foreign_forward import foreign_forward
 from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
@@ -86,9 +87,9 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     """Return the last hidden states (T, D) of a packed batch: after the final norm, before the output head.
 
     Raises:
-        ModelError: if the model cannot attend sample by sample, naming what it has.
+        ModelError: if the model cannot attend sample by sample, naming what it has, or its own code raises.
     """
-    with packed_attention(model):
+    with packed_attention(model), foreign_forward(model):
         outputs = body_of(model)(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],

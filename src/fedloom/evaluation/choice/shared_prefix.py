@@ -26,6 +26,7 @@ from torch import Tensor
 from fedloom.data.tokens import TokenSet
 from fedloom.models.causal import causal_lm
 from fedloom.models.families import body_of
+from fedloom.models.foreign_forward import foreign_forward
 from fedloom.training.loss import output_head, target_nats
 from fedloom.training.row_losses import row_losses
 
@@ -51,7 +52,7 @@ def continuation_nats(model: Any, queries: Sequence[Query], *, token_budget: int
     if not _takes_masks(lm, longest):
         return nats_from_scratch(model, queries, token_budget=token_budget)
     prefix = shared_prefix(queries)
-    with torch.inference_mode():
+    with torch.inference_mode(), foreign_forward(lm):
         cache = _prefix_cache(lm, prefix)
         nats: list[NDArray[np.float64]] = [np.zeros(len(query.continuations)) for query in queries]
         for members in _passes(queries, token_budget):

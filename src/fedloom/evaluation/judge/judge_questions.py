@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from fedloom.data.answer_frame import AnswerFrame
 from fedloom.data.json_rows import read_json_lines
 from fedloom.data.token_rows import PromptTokens
 from fedloom.errors import EvaluationError
@@ -65,6 +66,7 @@ def answer_turns(
     render: Callable[[Sequence[str]], str | PromptTokens],
     settings: DecodingSettings,
     *,
+    frame: AnswerFrame | None = None,
     batch_size: int = 8,
     file: Path | None = None,
     model_id: str = "",
@@ -89,6 +91,7 @@ def answer_turns(
             tokenizer,
             prompts,
             settings,
+            frame=frame,
             batch_size=batch_size,
             file=file,
             model_id=model_id,

@@ -1,0 +1,26 @@
+"""What is recorded of a client's part in a period."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedloom.federation.intake import ClientRecord
+from fedloom.split.departures import Departure
+
+
+@dataclass(frozen=True)
+class SplitClientRecord(ClientRecord):
+    """A client's part in a period.
+
+    ``upload_bytes`` and ``download_bytes`` are totals; of them, the two here are activations' and gradients', and the
+    rest are adapters. ``left_at`` is None of a client that stayed to the end.
+    """
+
+    activation_upload_bytes: int = 0
+    activation_download_bytes: int = 0
+    left_at: Departure | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return super().as_dict() | {"left_at": None if self.left_at is None else self.left_at.as_dict()}
