@@ -10,9 +10,11 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from faults import disk_trials, hostile_clients, mutated_inputs
+from faults import disk_trials, hostile_clients, mutated_inputs, site_soak, site_trials
+from installed_extras import absent
 
 NUM_KILLS, NUM_FAILURES, NUM_INPUTS = 300, 300, 12_000
+NUM_MOMENTS, NUM_ROUNDS = 10, 200
 PART = float(os.environ.get("FAULTS", "1"))
 ONLY = sys.argv[1:]
 
@@ -68,11 +70,31 @@ def client_stage() -> list[str]:
     return [f"{p.method}, {p.way}, {p.rule}: {p.moved:.3f} > {p.bound}" for p in every if not p.is_within]
 
 
+def site_stage() -> list[str]:
+    """Let go wrong among a server and its sites what can, print tables, and return what was wrong."""
+    number, rounds = max(1, round(NUM_MOMENTS * PART)), max(10, round(NUM_ROUNDS * PART))
+    if packages := absent("sites"):
+        say(f"sites: skipped, for it needs the extra sites ({', '.join(packages)} not installed)")
+        return []
+    say(f"sites: {number} moments for each of {len(site_trials.FAULTS)} faults, then {rounds} rounds with drop-outs")
+    with tempfile.TemporaryDirectory() as folder:
+        tallies = site_trials.trials(Path(folder) / "bench", number, say)
+        soak = site_soak.soaked(Path(folder) / "soak", rounds)
+    print("| fault | moments | answers left out | wrong |\n|---|---|---|---|")
+    for one in tallies:
+        print(f"| {one.name} | {one.num_trials} | {one.num_left_out} | {len(one.wrong)} |")
+    say(f"{rounds} rounds in {soak.seconds:.0f} s, {soak.num_left_out} of {3 * rounds} answers left out")
+    for name, began in soak.began.items():
+        print(f"{name}: {began} after round {max(1, rounds // 10)}, then {soak.ended.get(name)}")
+    return [line for one in tallies for line in one.wrong] + soak.wrong
+
+
 STAGES = {
     "clients": client_stage,
     "inputs": lambda: input_stage("mutated inputs", round(NUM_INPUTS * PART)),
     "kills": lambda: disk_stage("kills", round(NUM_KILLS * PART), disk_trials.kills),
     "failures": lambda: disk_stage("failing disks", round(NUM_FAILURES * PART), disk_trials.failures),
+    "sites": site_stage,
 }
 BEGAN = time.monotonic()
 

@@ -36,8 +36,8 @@ class Ends:
     def kit(self, name: str) -> Kit:
         return read_kit(self.root.write(self.folder / name, "client", name), "client")
 
-    def server(self, port: int = 0) -> GrpcServerLink:
-        self.open.append(link := GrpcServerLink(f"127.0.0.1:{port}", self.server_kit, ("a", "b"), LARGEST))
+    def server(self, port: int = 0, largest: int = LARGEST) -> GrpcServerLink:
+        self.open.append(link := GrpcServerLink(f"127.0.0.1:{port}", self.server_kit, ("a", "b"), largest))
         return link
 
     def site(self, port: int, kit: Kit, largest: int = LARGEST) -> GrpcSiteLink:
@@ -73,15 +73,35 @@ def frames(link: GrpcServerLink | GrpcSiteLink, number: int) -> list[tuple[str, 
 def test_frames_of_every_size_arrive_whole_and_in_order_both_ways(ends: Ends) -> None:
     server = ends.server()
     site = ends.site(server.port, ends.kit("a"))
-    sizes = [1, 100, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES, 3 * PIECE_BYTES + 7]
+    sizes = [0, 1, 100, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 2 * PIECE_BYTES, 3 * PIECE_BYTES + 7]
     sent = [bytes([n]) * size for n, size in enumerate(sizes)]
     wait(lambda: site.send(SERVER, b"hello"))
     assert frames(server, 1) == [("a", b"hello")]
     for data in sent:
         assert site.send(SERVER, data)
         assert server.send("a", data)
-    assert frames(server, len(sent)) == [("a", data) for data in sent]
-    assert frames(site, len(sent)) == [(SERVER, data) for data in sent]
+    assert [server.inbox.get(timeout=20) for _ in sent] == [("a", data) for data in sent]
+    assert frames(site, len(sent) - 1) == [(SERVER, data) for data in sent if data]  # an empty one says: connected
+    assert not server.send("b", b"it has not come")
+    assert not server.send("paris", b"a stranger")
+    assert not site.send("b", b"another site")
+
+
+@pytest.mark.slow
+def test_a_frame_of_300_mb_arrives_whole_both_ways(ends: Ends) -> None:
+    size = 300_000_000
+    server = ends.server(largest=size)
+    site = ends.site(server.port, ends.kit("a"), size)
+    data = bytes(size - 1) + b"x"
+    wait(lambda: site.send(SERVER, b"hello"))
+    frames(server, 1)
+    assert site.send(SERVER, data)
+    assert server.inbox.get(timeout=120) == ("a", data)
+    assert server.send("a", data)
+    until = time.monotonic() + 120
+    while (got := site.inbox.get(timeout=120)[1]) == CONNECTED and time.monotonic() < until:
+        pass
+    assert got == data
 
 
 def test_a_thousand_small_frames_arrive_in_order(ends: Ends) -> None:
@@ -120,6 +140,31 @@ def test_a_certificate_of_another_project_gets_no_frame_through(ends: Ends, tmp_
         server.inbox.get(timeout=0.5)
     wait(lambda: ends.notes)
     assert "certificate does not fit" in "".join(ends.notes)
+
+
+@pytest.mark.parametrize("days", [-3, 3], ids=["expired", "not valid yet"])
+def test_a_certificate_that_is_not_valid_today_gets_no_frame_through_either(days: int, ends: Ends) -> None:
+    """The site's own check of its kit, which would have refused it, is left out here."""
+    server = ends.server()
+    folder = ends.root.write(ends.folder / "old", "client", "a", datetime.now(UTC) + timedelta(days=days))
+    key, certificate, root = ((folder / name).read_bytes() for name in ("client.key", "client.crt", "rootCA.pem"))
+    site = ends.site(server.port, Kit(key, certificate, root, "a"))
+    for _ in range(10):
+        site.send(SERVER, b"x")
+        time.sleep(0.05)
+    with pytest.raises(queue.Empty):
+        server.inbox.get(timeout=0.5)
+
+
+def test_who_shows_no_certificate_gets_no_frame_through(ends: Ends) -> None:
+    import grpc
+
+    server, link = ends.server(), ends.kit("a")
+    with grpc.secure_channel(f"127.0.0.1:{server.port}", grpc.ssl_channel_credentials(link.root)) as channel:
+        stream = channel.stream_stream("/fedloom.Sites/Session")(iter([b"\x01x"]))
+        with pytest.raises(grpc.RpcError):
+            next(stream)
+    assert server.inbox.empty()
 
 
 def test_a_client_without_tls_gets_nothing(ends: Ends) -> None:

@@ -1,0 +1,89 @@
+"""Two hundred rounds in which every third answer is missing: the bits of one process, and nothing that grows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from faults.site_bench import NAMES, WITHOUT_MEMORY, Bench, Case, WrongError
+from faults.site_nursery import DROP_OUT
+
+from fedloom.sites.store import Ledger
+
+SHARE = 0.3
+MORE_FILES, MORE_THREADS, MORE_MEMORY_MB = 8, 8, 40.0
+"""What a process may have more at the end than after a tenth of the rounds."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a process holds: open files, threads, and memory in MB."""
+
+    files: int
+    threads: int
+    memory_mb: float
+
+    @classmethod
+    def by(cls, pid: int) -> Held:
+        """Look at a process."""
+        process = psutil.Process(pid)
+        with process.oneshot():
+            return cls(process.num_fds(), process.num_threads(), process.memory_full_info().uss / 1e6)
+
+    def __str__(self) -> str:
+        return f"{self.files} files, {self.threads} threads, {self.memory_mb:.0f} MB"
+
+
+@dataclass
+class Soak:
+    """What became of it."""
+
+    rounds: int
+    num_left_out: int = 0
+    began: dict[str, Held] = field(default_factory=dict)
+    ended: dict[str, Held] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+def soaked(root: Path, rounds: int) -> Soak:
+    """Serve so many rounds to three sites whose training fails in three tenths of them, in three ways."""
+    bench, found, begun = Bench(root), Soak(rounds), time.monotonic()
+    try:
+        with bench.case(WITHOUT_MEMORY, rounds=rounds, environment={DROP_OUT: str(SHARE)}) as case:
+            case.until = time.monotonic() + 60.0 + 20.0 * rounds
+            case.reach(max(1, rounds // 10), 0.0)
+            found.began = _held(case)
+            case.reach(rounds - 1, 0.0)
+            found.ended = _held(case)
+            case.finish()
+            found.num_left_out = len(case.left_out())
+            _check(case, found)
+    except WrongError as error:
+        found.wrong.append(f"soak: {error}")
+    finally:
+        bench.close()
+    found.seconds = time.monotonic() - begun
+    return found
+
+
+def _held(case: Case) -> dict[str, Held]:
+    return {name: Held.by(process.pid) for name, process in case.started.items() if process.poll() is None}
+
+
+def _check(case: Case, found: Soak) -> None:
+    bounds = Held(MORE_FILES, MORE_THREADS, MORE_MEMORY_MB)
+    for name, began in found.began.items():
+        ended = found.ended.get(name, began)
+        for what, most in vars(bounds).items():
+            if getattr(ended, what) - getattr(began, what) > most:
+                found.wrong.append(f"soak: {name} grew from {began} to {ended}")
+    expected = SHARE * found.rounds * len(NAMES)
+    if not 0.5 * expected <= found.num_left_out <= 2.0 * expected:
+        found.wrong.append(f"soak: expected about {expected:.0f} answers left out, got {found.num_left_out}")
+    for name in NAMES:
+        rounds = {entry["round"] for entry in Ledger(case.folder / "at" / name).entries() if entry["event"] == "task"}
+        if rounds != set(range(1, found.rounds + 1)):
+            found.wrong.append(f"soak: the ledger of {name} lacks {set(range(1, found.rounds + 1)) - rounds}")
