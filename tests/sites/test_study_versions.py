@@ -15,6 +15,7 @@ from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
 from fedloom.experiment.session import run
 from fedloom.sites.members import ROOT_KEY, with_signature
+from fedloom.sites.provisioning import members
 from fedloom.sites.study import Study
 from fedloom.sites.study_versions import versions_of
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
@@ -195,9 +196,15 @@ def test_a_site_takes_no_unsigned_older_or_foreign_version_and_the_round_goes_on
 
 
 def test_a_study_lists_a_withdrawn_site_and_asks_no_more_of_a_round_than_those_present(
-    version: Callable[..., Study],
+    version: Callable[..., Study], tmp_path: Path
 ) -> None:
-    assert version(2, NAMES, ("oslo",), **ALIKE).cohort_size == 2
+    two = version(2, NAMES, ("oslo",), **ALIKE)
+    assert two.cohort_size == 2
+    assert [member.state for member in members(two, tmp_path)] == [
+        "not approved",
+        "not approved, withdrawn",
+        "not approved",
+    ]
     for told, changes in (
         ("sites.withdrawn: expected names of sites.names", {"withdrawn": ("paris",)}),
         ("sites.quorum: expected at most the 2 sites that take part", {"withdrawn": ("oslo",), "quorum": 3}),

@@ -168,6 +168,8 @@ def members(study: Study, authority: Path) -> list[Member]:
         state = "revoked" if name in away else "not approved" if entry is None else "approved"
         if entry is not None and datetime.fromisoformat(entry["valid_until"]) < datetime.now(UTC):
             state = "expired"
+        if name in study.sites.withdrawn:
+            state += ", withdrawn"
         if name not in study.sites.names:
             state += ", not in the study"
         entry = entry or {}

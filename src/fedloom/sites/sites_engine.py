@@ -44,6 +44,8 @@ from fedloom.training.row_losses import RowLosses, row_losses_of
 
 ASK_AGAIN_SECONDS = 5.0
 """A sheet or task that shows no effect for this long may be lost, and is sent again."""
+SHOWN_SECONDS = 60.0
+"""A line per site is shown after every round, and this often while one lasts."""
 _POLL_SECONDS = 0.2
 
 
@@ -86,6 +88,7 @@ class Attendance:
         self.run = self.sheets[0].run
         self._bodies = [sheet.model_dump_json().encode() for sheet in self.sheets]
         self._largest = 1 << 16
+        self._shown, self._away = self.clock(), set[str]()
 
     def wait_for(self, quorum: int, seconds: float) -> None:
         """Wait until so many sites are ready.
@@ -116,7 +119,7 @@ class Attendance:
 
     def lines(self) -> list[str]:
         """Return a line per site, for people."""
-        now = self.clock()
+        now = self._shown = self.clock()
         return [site.line(now) for site in self.sites.values()]
 
     def end(self) -> None:
@@ -138,6 +141,7 @@ class Attendance:
     def take(self) -> tuple[SiteState, Any, bytes] | None:
         """Take one message, and note what it says of its site; None where there is none, or it was dropped."""
         self._repeat_sheets()
+        self._show()
         try:
             name, data = self.link.inbox.get(timeout=_POLL_SECONDS)
         except queue.Empty:
@@ -185,6 +189,18 @@ class Attendance:
         if is_news:
             why = "" if ready.refusal is None else f", but it refuses: {policy.in_words(ready.refusal)}"
             self.note(f"{site.name} is ready: {ready.rows} rows, holds version {site.held}{why}")
+
+    def _show(self) -> None:
+        """Show where all stand every now and then while something lasts, and at once who is away, or back."""
+        now = self.clock()
+        if now - self._shown >= SHOWN_SECONDS:
+            for line in self.lines():
+                self.note(f"  {line}")
+        for site in self.sites.values():
+            is_away = site.last_seen is not None and not site.is_near(now)
+            if is_away != (site.name in self._away):
+                self._away ^= {site.name}
+                self.note(site.line(now) if is_away else f"{site.name} is back")
 
     def _repeat_sheets(self) -> None:
         """Send a sheet again where it may have been lost: while a site is registered anew, a message can be."""

@@ -66,10 +66,16 @@ def _sites_table(records: Sequence[Mapping[str, Any]]) -> str:
             if client.get("name") == name and client.get("reason") is not None
         ]
         more = f"; and {len(missed) - MAX_REASONS} more" if len(missed) > MAX_REASONS else ""
-        figures = ("–" if loss is None else f"{loss:.4f}", "–" if seconds is None else f"{seconds:.1f}")
+        seen = site.get("seconds_since_seen")
+        figures = (
+            "never" if seen is None else f"{seen:.0f} s before",
+            "–" if loss is None else f"{loss:.4f}",
+            "–" if seconds is None else f"{seconds:.1f}",
+        )
         left_out = "; ".join(missed[:MAX_REASONS]) + more
         rows.append([name, str(site["state"]), str(site["held_version"]), *figures, left_out or "–"])
-    return table(["site", "at the end", "held version", "last loss", "seconds", "left out of"], rows) if rows else ""
+    head = ["site", "at the end", "held version", "last seen", "last loss", "seconds", "left out of"]
+    return table(head, rows) if rows else ""
 
 
 def partition(groups: Sequence[RunGroup]) -> str:
