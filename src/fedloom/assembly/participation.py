@@ -53,7 +53,7 @@ def departures_of(path: Path) -> Departures:
         if spoilt := [client for client, moment in left.items() if moment.stage == "loss"]:
             raise RunError(
                 f"{path}: expected period {round} to replay (federation.participation), client {spoilt[0]} spoilt a "
-                "step of it with activations that gave no finite loss; choose another run"
+                "step of it with activations that gave no finite loss; name another run"
             )
         return left
 

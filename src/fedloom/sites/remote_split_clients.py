@@ -127,8 +127,6 @@ class RemoteSplitClients:
 
     def tails(self, hidden: Sequence[SplitMessage]) -> list[SplitMessage | Failure]:
         """Let the sites run their last blocks."""
-        if not hidden:
-            return []
         asked = {}
         for message in hidden:
             head = Hidden(**self._place(message.client), step=message.step, micro_batch=message.micro_batch)

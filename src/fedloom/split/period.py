@@ -167,7 +167,7 @@ class Period:
             )
             for m in hidden
         }
-        tails = self._intake.accepted(clients.tails(hidden), expected)
+        tails = self._intake.accepted(clients.tails(hidden) if hidden else (), expected)
         self._share = self._share or {message.client: message.num_loss_tokens for message in tails}
         server.weigh(self._share)
         server.learn_from(tails)
