@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from faults.cutting_proxy import CuttingProxy
 from faults.disk_faults import KILLED
 from faults.disk_trials import kills
 from faults.forked_commands import forked
 from faults.hostile_clients import powers
 from faults.mutated_inputs import Reader, readers, tried
 from faults.mutations import JSON
+from faults.site_bench import WITHOUT_MEMORY, Case, WrongError
 
 from fedloom.errors import DataError
 
@@ -66,3 +71,38 @@ def test_a_hostile_client_stays_within_the_bound_on_the_wire(method: str) -> Non
     found = list(powers(method, 0.1))
     assert found
     assert all(one.is_within for one in found)
+
+
+def test_an_adapter_that_a_replay_does_not_give_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench: Any = SimpleNamespace(root=tmp_path)
+    case = Case(bench, tmp_path, WITHOUT_MEMORY, 1, {})
+    monkeypatch.setattr(case, "start", lambda *_: SimpleNamespace(wait=lambda: 0))
+    clients = [{"name": "oslo", "reason": "did not answer"}]
+    for name in ("run", "alone"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").write_bytes(b"same")
+    (tmp_path / "run" / "metrics.jsonl").write_text(json.dumps({"round": 1, "clients": clients}) + "\n")
+    case._compare()
+    assert f'participation = "{tmp_path / "run"}"' in (tmp_path / "recipe.toml").read_text()
+    (tmp_path / "alone" / "adapter" / "adapter_model.safetensors").write_bytes(b"other")
+    with pytest.raises(WrongError, match="oslo"):
+        case._compare()
+
+
+def test_the_proxy_carries_holds_back_and_cuts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as heard:
+        proxy = CuttingProxy(heard.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", proxy.port), timeout=20) as near, heard.accept()[0] as far:
+            near.sendall(b"one")
+            assert far.recv(10) == b"one"
+            proxy.stop()
+            near.sendall(b"two")
+            far.settimeout(0.2)
+            with pytest.raises(TimeoutError):
+                far.recv(10)
+            far.settimeout(20)
+            proxy.go_on()
+            assert far.recv(10) == b"two"
+            proxy.cut()
+            assert far.recv(10) == b""
+        proxy.close()

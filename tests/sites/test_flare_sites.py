@@ -428,17 +428,17 @@ def test_three_sites_with_one_killed_and_the_server_killed_in_a_round_train_the_
         start("server", "serve", str(project.study_file), "--out", str(tmp_path / "run"))
         for name in NAMES:
             start(name, "site", "run", str(tmp_path / f"{name}.toml"))
-        wait(lambda: (tmp_path / "run" / "rounds" / "1").is_dir(), 240)
+        wait(lambda: (tmp_path / "run" / "rounds" / "1").is_dir(), 480)
         started["oslo"].kill()
         started["oslo"].wait()
         start("oslo", "site", "run", str(tmp_path / "oslo.toml"))
-        wait(lambda: (tmp_path / "run" / "rounds" / "3").is_dir(), 240)
+        wait(lambda: (tmp_path / "run" / "rounds" / "3").is_dir(), 480)
         time.sleep(0.3)  # in round 4
         started["server"].kill()
         started["server"].wait()
         wait(lambda: is_free(project.server_kit.address))  # FLARE's process ends with the one that started it
         start("server", "serve", str(project.study_file), "--out", str(tmp_path / "run"))
-        assert started["server"].wait(400) == 0, (tmp_path / "server.log").read_text()
+        assert started["server"].wait(480) == 0, (tmp_path / "server.log").read_text()
     finally:
         for process in started.values():
             process.kill()

@@ -369,3 +369,5 @@ def test_a_line_of_the_ledger_that_was_cut_off_is_left_out(tmp_path: Path) -> No
     with ledger.path.open("ab") as file:
         file.write(b'{"event": "ta')
     assert [entry["event"] for entry in ledger.entries()] == ["run"]
+    ledger.add(event="task", run=RUN)  # as after a disk that was full in the middle of a line
+    assert [entry["event"] for entry in ledger.entries()] == ["run", "task"]

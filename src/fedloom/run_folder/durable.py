@@ -60,9 +60,10 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, value: Any) -> None:
-    """Append ``value`` as a line of JSON, and sync it; a reader may find the last line cut off."""
-    with path.open("ab") as file:
-        file.write(encode_json(value).encode() + b"\n")
+    """Append ``value`` as a line of JSON, and sync it; a reader may find a line cut off, and never the one after it."""
+    with path.open("ab+") as file:
+        is_cut_off = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write((b"\n" if is_cut_off else b"") + encode_json(value).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())
 
