@@ -14,7 +14,7 @@ from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
-from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
+from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
 from fedloom.data.partition import Partition
 from fedloom.data.records import read_records
 from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
@@ -209,7 +209,7 @@ def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.n
     amount = settings.data.eval_rows if settings.data.eval_rows is not None else settings.data.eval_fraction
     if amount is None:
         return np.arange(len(rows)), None
-    split = _held_out(settings, rows, amount)
+    split = with_units(_held_out(settings, rows.distinct(), amount), rows.units)
     return split.kept, split.held
 
 

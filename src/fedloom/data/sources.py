@@ -82,6 +82,17 @@ class Rows:
         chosen = np.asarray(indices, dtype=np.int64)
         return Rows([self.rows[i] for i in chosen], self.files, self.file_of_row[chosen], self.numbers[chosen])
 
+    @property
+    def units(self) -> npt.NDArray[np.int64]:
+        """Which rows are one row of a file: a dialogue that was encoded answer by answer is there as often."""
+        same = (np.diff(self.file_of_row) == 0) & (np.diff(self.numbers) == 0)
+        return np.concatenate([np.zeros(min(len(self), 1), np.int64), np.cumsum(~same)])
+
+    def distinct(self) -> Rows:
+        """Return every row once."""
+        _, first = np.unique(self.units, return_index=True)
+        return self if len(first) == len(self) else self.select(first)
+
     def client_of_file(self) -> list[str]:
         """Name each row's client after its file: ``7`` for ``local_training_7.json``, else the file's stem."""
         names = _client_names(self.files)

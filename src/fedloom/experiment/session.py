@@ -92,8 +92,8 @@ def run(
             data_sha256=inputs.data_sha256,
             held_out_sha256=inputs.held_out_sha256,
             partition_sha256=inputs.partition_sha256,
-            row_counts=inputs.counts.__dict__,
-            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.__dict__,
+            row_counts=inputs.counts.as_dict(),
+            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.as_dict(),
         )
         if not (folder.path / "partition.json").exists():
             folder.write_bytes("partition.json", inputs.partition.encoded(inputs.data_sha256))

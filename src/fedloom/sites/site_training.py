@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
-from fedloom.data.encoding import encode
-from fedloom.data.holdout import hold_out
+from fedloom.data.encoding import Encoded, encode
+from fedloom.data.holdout import hold_out, with_units
 from fedloom.data.records import read_records
 from fedloom.data.sources import load_rows
 from fedloom.data.tokenizer import fingerprint
@@ -129,7 +130,7 @@ class SiteTraining:
         self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))
         rows = encoded_rows(self.site, sheet, base)
         self._rows, self._held_out = _held_out(rows, self.site.data.eval_fraction, sheet.seed)
-        longest = int(rows.lengths.max())
+        longest = int(rows.tokens.lengths.max())
         found = (base.revision_hash, fingerprint(base.tokenizer), len(self._rows), longest)
         if (refusal := policy.of_inputs(own, sheet, *found)) is not None:
             raise RefusedError(refusal)
@@ -204,14 +205,14 @@ def load_site_base(site: SiteSettings) -> Base:
     )
 
 
-def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
+def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> Encoded:
     """Return the site's rows as tokens, as the sheet says.
 
     Raises:
         DataError: they cannot be read or used.
     """
     rows = load_rows(str(Path(site.data.path)), site.data.split)
-    encoded = encode(
+    return encode(
         read_records(rows, sheet.shape, site.data.columns),
         base.tokenizer,
         template=sheet.template.template(),
@@ -221,13 +222,14 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> TokenSet:
         overlong=sheet.overlong,
         unanswered=sheet.unanswered,
     )
-    return encoded.tokens
 
 
-def _held_out(rows: TokenSet, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
+def _held_out(encoded: Encoded, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
+    rows = encoded.tokens
     if fraction is None:
         return rows, None
-    split = hold_out(len(rows), fraction, stream(seed, "hold-out"))
+    whole, units = np.unique(encoded.kept, return_inverse=True)
+    split = with_units(hold_out(len(whole), fraction, stream(seed, "hold-out")), units)
     return rows.select(split.kept), rows.select(split.held)
 
 
