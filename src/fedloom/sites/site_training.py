@@ -25,7 +25,7 @@ from fedloom.federation.messages import Received, decode_broadcast, encode_updat
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
-from fedloom.models.causal import context_of
+from fedloom.models.causal import longest_row
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.seeding import stream
@@ -217,7 +217,7 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, base: Base) -> Encoded:
         base.tokenizer,
         template=sheet.template.template(),
         date=sheet.template.day,
-        max_length=sheet.max_length or context_of(base.model.config),
+        max_length=longest_row(sheet.max_length, base.model.config),
         loss_on=sheet.loss_on,
         overlong=sheet.overlong,
         unanswered=sheet.unanswered,

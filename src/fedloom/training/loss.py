@@ -175,6 +175,14 @@ def _read_head(model: Any) -> OutputHead:
     return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
 
 
+def _not_finite(model: Any) -> str:
+    kind = str(model.dtype).removeprefix("torch.")
+    found = f"model.base: expected finite logits of {model_type(model)!r}, got infinity or NaN in {kind}"
+    if model.dtype == torch.float16:
+        return f"{found}, whose largest number is 65504; set model.dtype = float32 or bfloat16"
+    return f"{found}; check the weights, or choose another base"
+
+
 @torch.no_grad()
 def _verify(model: Any, head: OutputHead) -> None:
     vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
@@ -186,6 +194,8 @@ def _verify(model: Any, head: OutputHead) -> None:
     for logits_TV, row in zip(packed, ids, strict=True):
         row_BT = torch.from_numpy(row).long().to(device)[None]
         own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
+        if not torch.isfinite(own_TV).all():
+            raise ModelError(_not_finite(model))
         error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
         if not error <= tolerance:
             raise ModelError(
