@@ -64,6 +64,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "partition.shards_per_client": (3, {"partition.scheme": "shards", "partition.column": "category"}),
     "partition.categories_per_client": (3, {"partition.scheme": "category", "partition.column": "category"}),
     "partition.min_rows": (2, {}),
+    "partition.empty": ("drop", {"partition.scheme": "natural", "partition.column": "category"}),
     "partition.path": ("partition.json", {}),
     "method.ranks": (4, {}),
     "method.alpha": (3.0, {}),

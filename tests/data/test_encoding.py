@@ -86,10 +86,16 @@ def test_turns_after_the_last_answer_are_left_out_and_counted() -> None:
     assert "more" not in TOKENIZER.decode(encoded.tokens.input_ids)
 
 
-def test_a_chat_template_that_rewrites_earlier_turns_is_refused() -> None:
-    rows = read_records(rows_of(dialogue("u:hi", "a:one", "u:more", "a:two")))
-    with pytest.raises(DataError, match=r"a.json row 1: turn 2: the tokenizer's chat template writes earlier turns"):
-        encode(rows, chat_tokenizer(FORGETFUL))
+def test_answers_whose_earlier_turns_a_chat_template_rewrites_are_learned_each_as_the_last_of_its_own() -> None:
+    rows = rows_of(dialogue("u:hi", "a:one", "u:more", "a:two"))
+    tokenizer = chat_tokenizer(FORGETFUL)
+    encoded = encode(read_records(rows), tokenizer)
+    assert encoded.kept.tolist() == [0, 0]
+    assert encoded.counts.num_rows == encoded.counts.num_answers_apart == 2
+    assert "2 answers learned each in a row of its own" in encoded.counts.told
+    first = encode(read_records(rows_of(dialogue("u:hi", "a:one"))), tokenizer).tokens.row(0)
+    assert encoded.tokens.row(0)[0].tolist() == first[0].tolist()
+    assert encoded.tokens.row(0)[1].tolist() == first[1].tolist()
 
 
 @pytest.mark.parametrize(

@@ -243,3 +243,8 @@ def test_the_command_prints_figures_to_stdout_and_notes_to_stderr(
     assert "result − base, nats per byte:" in out
     assert "note: " in err
     assert exit_code(["evaluate", str(flora), "--data", "absent.json"]) == 2
+
+
+def test_rows_beyond_the_bases_positions_are_refused_by_the_options_name(flora: Path, rows_file: Path) -> None:
+    with pytest.raises(DataError, match=r"^--max-length: expected at most the base's context of 256 tokens, got 600"):
+        evaluate(open_result(flora), RowChoice(str(rows_file), max_length=600))

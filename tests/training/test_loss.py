@@ -83,3 +83,16 @@ def test_layers_that_mix_samples_are_refused(tiny: Callable[..., Any]) -> None:
     model.model.layers[0].mlp.register_forward_hook(lambda *parts: parts[2].cumsum(1))
     with pytest.raises(ModelError, match="differs from the model's own"):
         output_head(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"), [(torch.float16, "set model.dtype = float32"), (torch.float32, "check the")]
+)
+def test_a_base_whose_own_logits_overflow_is_called_that(
+    dtype: torch.dtype, advice: str, tiny: Callable[..., Any]
+) -> None:
+    model = tiny("llama").to(dtype)
+    model.get_output_embeddings().weight.data.fill_(torch.finfo(dtype).max)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(ModelError, match=rf"finite logits of 'llama', got infinity or NaN in {kind}.*{advice}"):
+        output_head(model)

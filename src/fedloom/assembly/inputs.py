@@ -14,7 +14,7 @@ from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
-from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category
+from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
 from fedloom.data.partition import Partition
 from fedloom.data.records import read_records
 from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
@@ -22,7 +22,7 @@ from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
-from fedloom.models.causal import context_of
+from fedloom.models.causal import longest_row
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
@@ -38,7 +38,7 @@ class Inputs:
     """Training rows as tokens with their owners, and the held-out rows; hashes say which they are.
 
     ``counts`` are of the rows read for training, those drawn from them to be held out included; ``held_out_counts`` of
-    held-out rows that were read from elsewhere.
+    held-out rows that were read from elsewhere. ``left_out`` are clients of which no row is usable for training.
     """
 
     rows: Rows
@@ -50,6 +50,7 @@ class Inputs:
     held_out_counts: EncodingCounts | None
     data_sha256: str
     held_out_sha256: str | None
+    left_out: tuple[str, ...] = ()
 
     def rows_of(self, client: int) -> TokenSet:
         """Return one client's rows."""
@@ -70,7 +71,7 @@ class Workshop:
     progress: Progress = field(default_factory=SilentProgress)
     _base_key: str | None = None
     _base: tuple[Base, LoRAModel] | None = None
-    _rows: dict[str, tuple[Rows, Encoded]] = field(default_factory=dict)
+    _rows: dict[str, tuple[Rows, Encoded, Rows]] = field(default_factory=dict)
     _base_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
@@ -111,14 +112,18 @@ class Workshop:
             PartitionError: if they cannot be divided as asked, or a saved partition is of other rows.
         """
         data = settings.data
-        rows, encoded = self._encoded(settings, base, data.path, data.split, data.max_rows)
+        rows, encoded, read = self._encoded(settings, base, data.path, data.split, data.max_rows)
         chosen, held = _divided(settings, rows)
         training, tokens = rows.select(chosen), encoded.tokens.select(chosen)
         held_rows, held_tokens = (None, None) if held is None else (rows.select(held), encoded.tokens.select(held))
         held_counts = None
         if data.eval_path is not None:
-            held_rows, evaluated = self._encoded(settings, base, data.eval_path, Split.TEST, None)
+            held_rows, evaluated, _ = self._encoded(settings, base, data.eval_path, Split.TEST, None)
             held_tokens, held_counts = evaluated.tokens, evaluated.counts
+        left_out = _emptied(settings, read, training)
+        if left_out and saved_partition is None:
+            settings = _without_emptied(settings, training, left_out, encoded.counts.told)
+            self.progress.note(f"left out, since none of its rows is usable: client {', '.join(left_out)}")
         data_sha256 = tokens.sha256()
         partition = _partition(settings, training, tokens, data_sha256, saved_partition)
         return Inputs(
@@ -131,6 +136,7 @@ class Workshop:
             held_counts,
             data_sha256,
             None if held_tokens is None else held_tokens.sha256(),
+            left_out,
         )
 
     def held_out(self, settings: Settings, base: Base) -> tuple[Rows, Encoded] | None:
@@ -140,7 +146,7 @@ class Workshop:
             DataError: if rows cannot be read or used.
         """
         name = settings.data.eval_path
-        return None if name is None else self._encoded(settings, base, name, Split.TEST, None)
+        return None if name is None else self._encoded(settings, base, name, Split.TEST, None)[:2]
 
     def base_scores(
         self, settings: Settings, held_out_sha256: str | None, score: Callable[[], dict[str, Any]], anew: bool = False
@@ -155,8 +161,11 @@ class Workshop:
 
     def _encoded(
         self, settings: Settings, base: Base, name: str, split: str, max_rows: int | None
-    ) -> tuple[Rows, Encoded]:
-        """Return the usable rows of the data ``name`` and their tokens, in step; ``max_rows`` are drawn by the seed."""
+    ) -> tuple[Rows, Encoded, Rows]:
+        """Return the usable rows of the data ``name`` with their tokens, in step, and all that were read.
+
+        ``max_rows`` are drawn by the seed.
+        """
         data, seed = settings.data, settings.run.seed
         key = f"{name} {split} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
         key += f" {seed}" if max_rows is not None else ""
@@ -168,7 +177,7 @@ class Workshop:
             usable, encoded = encode_rows(rows, data, base)
             if encoded.counts.told:
                 self.progress.note(encoded.counts.told)
-            self._rows[key] = usable, encoded
+            self._rows[key] = usable, encoded, rows
         return self._rows[key]
 
 
@@ -201,7 +210,7 @@ def encode_rows(
         base.tokenizer,
         template=data.template or AUTO,
         date=data.day,
-        max_length=data.max_length or context_of(base.model.config),
+        max_length=longest_row(data.max_length, base.model.config, named),
         loss_on=data.loss_on,
         overlong=data.overlong,
         unanswered=data.unanswered,
@@ -210,12 +219,44 @@ def encode_rows(
     return rows.select(encoded.kept), encoded
 
 
+def _owners(settings: Settings, rows: Rows) -> list[str]:
+    column = settings.partition.column
+    return rows.client_of_file() if column is None else list(map(str, rows.column(column)))
+
+
+def _emptied(settings: Settings, read: Rows, training: Rows) -> tuple[str, ...]:
+    """Return the clients that the data name and that have no row to train on."""
+    if settings.partition.scheme != "natural" or settings.partition.path is not None:
+        return ()
+    return tuple(sorted(set(_owners(settings, read)) - set(_owners(settings, training)), key=name_order))
+
+
+def _without_emptied(settings: Settings, training: Rows, left_out: tuple[str, ...], told: str) -> Settings:
+    """Return the settings for the clients that have rows.
+
+    Raises:
+        DataError: the emptied ones are counted and may not be left out.
+    """
+    left, federation = len(set(_owners(settings, training))), settings.federation
+    if federation.num_clients == left:
+        return settings
+    counts_all = federation.num_clients == left + len(left_out)
+    if not counts_all or settings.partition.empty == "error":
+        instead = ', or partition.empty = "drop"' if counts_all else ""
+        raise DataError(
+            f"federation.num_clients: expected {left}, the clients with a row to train on, got "
+            f"{federation.num_clients}: none is left of client {', '.join(left_out)} ({told or 'all are held out'}); "
+            f"set federation.num_clients = {left}{instead}"
+        )
+    return settings.model_copy(update={"federation": federation.model_copy(update={"num_clients": left})})
+
+
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
     """Return the positions of the training rows and of the held-out ones."""
     amount = settings.data.eval_rows if settings.data.eval_rows is not None else settings.data.eval_fraction
     if amount is None:
         return np.arange(len(rows)), None
-    split = _held_out(settings, rows, amount)
+    split = with_units(_held_out(settings, rows.distinct(), amount), rows.units)
     return split.kept, split.held
 
 

@@ -3,13 +3,42 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fedloom.config.schema import PER_CLIENT, Settings
 from fedloom.config.setting import shown
 from fedloom.errors import SettingsError
+from fedloom.names import name_order
 
 _SHOWN = 12
+
+
+def without_clients(settings: Settings, names: Sequence[str], left_out: Sequence[str]) -> Settings:
+    """Return the settings for the clients ``names`` alone, where ``left_out`` were counted too.
+
+    Raises:
+        SettingsError: fewer are left than a round needs.
+    """
+    if not left_out or settings.federation.num_clients == len(names):
+        return settings
+    counted = sorted([*names, *left_out], key=name_order)
+    federation: dict[str, object] = {"num_clients": len(names)}
+    if isinstance(settings.federation.clients_per_round, int):
+        federation["clients_per_round"] = min(settings.federation.clients_per_round, len(names))
+    if settings.federation.min_clients > len(names):
+        raise SettingsError(
+            f"federation.min_clients: expected at most the {len(names)} clients with a usable row, got "
+            f"{settings.federation.min_clients}; lower it"
+        )
+    updates: dict[str, dict[str, object]] = {"federation": federation}
+    for name in PER_CLIENT:
+        value, (table, _, key) = settings.value(name), name.partition(".")
+        if isinstance(value, dict):
+            updates.setdefault(table, {})[key] = {one: value[one] for one in value if one not in left_out}
+        elif isinstance(value, tuple):
+            kept = (one for client, one in zip(counted, value, strict=True) if client not in left_out)
+            updates.setdefault(table, {})[key] = tuple(kept)
+    return _updated(settings, updates)
 
 
 def resolve_names(settings: Settings, names: Sequence[str]) -> Settings:
@@ -27,8 +56,12 @@ def resolve_names(settings: Settings, names: Sequence[str]) -> Settings:
         if isinstance(value, dict):
             table, _, key = name.partition(".")
             tables.setdefault(table, {})[key] = tuple(value[client] for client in names)
+    return _updated(settings, tables)
+
+
+def _updated(settings: Settings, tables: Mapping[str, Mapping[str, object]]) -> Settings:
     return settings.model_copy(
-        update={table: getattr(settings, table).model_copy(update=update) for table, update in tables.items()}
+        update={table: getattr(settings, table).model_copy(update=dict(update)) for table, update in tables.items()}
     )
 
 

@@ -115,4 +115,9 @@ class Partition(Table):
         2, "Values of `column` a client holds.", when={"partition.scheme": ("category",)}
     )
     min_rows: Count = setting(1, "Rows every client must have.")
+    empty: Literal["error", "drop"] = setting(
+        "error",
+        "A client none of whose rows is usable is an error, or left out by name.",
+        when={"partition.scheme": ("natural",)},
+    )
     path: PathOrName | None = setting(None, "Reuse this saved `partition.json` instead of drawing one.")

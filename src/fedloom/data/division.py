@@ -53,6 +53,11 @@ def divide(division: Division, rows: Rows, tokens: TokenSet, *, seed: int) -> Pa
         PartitionError: the rows cannot be split that way, a client gets fewer than ``min_rows``, or the scheme needs a
             column or a number of clients.
     """
+    _check_encoded(rows, tokens)
+    if len(whole := rows.distinct()) < len(rows):  # a dialogue's rows have one owner
+        _, first = np.unique(rows.units, return_index=True)
+        of_units = divide(division, whole, tokens.select(first), seed=seed)
+        return Partition.from_owners(of_units.owner_of_row()[rows.units], of_units.names, of_units.how)
     partition = _divided(division, rows, tokens, seed)
     sizes = np.diff(partition.starts)
     short = np.flatnonzero(sizes < division.min_rows)
@@ -66,10 +71,6 @@ def divide(division: Division, rows: Rows, tokens: TokenSet, *, seed: int) -> Pa
 
 
 def _divided(division: Division, rows: Rows, tokens: TokenSet, seed: int) -> Partition:
-    if len(rows) != len(tokens):
-        raise PartitionError(
-            f"expected the rows that were encoded, got {len(rows)} rows and {len(tokens)} encoded ones"
-        )
     match division.scheme:
         case Scheme.NATURAL:
             owners = rows.client_of_file() if division.column is None else _categories(division, rows)
@@ -84,6 +85,13 @@ def _divided(division: Division, rows: Rows, tokens: TokenSet, seed: int) -> Par
             return _divide_by_category(division, _categories(division, rows), seed)
         case _:
             assert_never(division.scheme)
+
+
+def _check_encoded(rows: Rows, tokens: TokenSet) -> None:
+    if len(rows) != len(tokens):
+        raise PartitionError(
+            f"expected the rows that were encoded, got {len(rows)} rows and {len(tokens)} encoded ones"
+        )
 
 
 def _divide_by_size(division: Division, num_rows: int, seed: int) -> Partition:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom.data.answer_frame import closed
+from fedloom.data.chat import RewritesTurnsError
 from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape
 from fedloom.data.templates import (
     AUTO,
@@ -60,6 +61,7 @@ class EncodingCounts:
     """What happened to the rows.
 
     ``num_rows = num_kept + num_unanswered + num_overlong_dropped + num_answer_cut_off``; the truncated ones are kept.
+    A dialogue whose earlier turns the chat template rewrites is a row for each answer; ``num_answers_apart`` are those.
     """
 
     num_rows: int
@@ -69,6 +71,7 @@ class EncodingCounts:
     num_truncated: int
     num_answer_cut_off: int
     num_turns_after_last_answer: int
+    num_answers_apart: int = 0
 
     @property
     def told(self) -> str:
@@ -83,12 +86,21 @@ class EncodingCounts:
         parts += [f"{self.num_truncated:,} rows truncated"] if self.num_truncated else []
         if self.num_turns_after_last_answer:
             parts.append(f"{self.num_turns_after_last_answer:,} turns after the last answer dropped")
+        if self.num_answers_apart:
+            parts.append(
+                f"{self.num_answers_apart:,} answers learned each in a row of its own, since the chat template writes "
+                "earlier turns differently"
+            )
         return "; ".join(parts)
+
+    def as_dict(self) -> dict[str, int]:
+        """Return the counts by name; what rows of earlier versions could not be is left out where there is none."""
+        return {name: number for name, number in self.__dict__.items() if number or name != "num_answers_apart"}
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens, the position among the records each row had, and the counts."""
+    """The tokens, the position among the records each row had (twice for one of two rows), and the counts."""
 
     tokens: TokenSet
     kept: npt.NDArray[np.int64]
@@ -121,21 +133,23 @@ def encode(
     """
     loss_on, overlong, unanswered = LossOn(loss_on), Overlong(overlong), Unanswered(unanswered)
     answered, num_trailing = _answered(records, unanswered, named)
-    rendered = _render(records, answered, resolve_template(template, records.shape, tokenizer, date), tokenizer)
-    rows = []
-    for index, row in zip(answered, token_rows(rendered, tokenizer), strict=True):
+    owners: list[int] = []
+    wording = resolve_template(template, records.shape, tokenizer, date)
+    rendered = _render(records, answered, wording, tokenizer, owners)
+    rows: list[TokenRow] = []
+    for row in token_rows(rendered, tokenizer):
         if not row.answer.any():
             raise DataError(
-                f"{records.rows.where(index)}: expected an answer with at least one token, got characters that the "
-                "tokenizer drops; correct or remove the row"
+                f"{records.rows.where(owners[len(rows)])}: expected an answer with at least one token, got characters "
+                "that the tokenizer drops; correct or remove the row"
             )
         rows.append(closed(row, tokenizer))
     kept: list[tuple[int, TokenRow]] = []
     num_truncated = num_cut_off = 0
     limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
     if overlong is Overlong.ERROR:
-        _refuse_overlong(records, answered, rows, limit, named)
-    for index, row in zip(answered, rows, strict=True):
+        _refuse_overlong(records, owners, rows, limit, named)
+    for index, row in zip(owners, rows, strict=True):
         if len(row.ids) <= limit:
             kept.append((index, row))
         elif overlong is Overlong.TRUNCATE and row.answer[:limit].any():
@@ -146,13 +160,14 @@ def encode(
     for index, row in kept:
         check_ids(row.ids, tokenizer, records.rows.where(index))
     counts = EncodingCounts(
-        num_rows=len(records),
+        num_rows=len(records) + len(owners) - len(answered),
         num_kept=len(kept),
         num_unanswered=len(records) - len(answered),
         num_overlong_dropped=len(rows) - len(kept) - num_cut_off,
         num_truncated=num_truncated,
         num_answer_cut_off=num_cut_off,
         num_turns_after_last_answer=num_trailing,
+        num_answers_apart=_num_repeated(owners),
     )
     if not kept:
         remedy = f"raise {named('max_length')}" if answered else "check the rows and their shape"
@@ -205,29 +220,54 @@ def _has_answer(record: Record) -> bool:
         case Prompt():
             return bool(record.answer.strip())
         case Dialogue():
-            answers = [turn.content for turn in record.turns if turn.role == "assistant"]
-            return bool(answers) and all(answer.strip() for answer in answers)
+            answers = [turn for turn in record.turns if turn.is_learned_answer]
+            return bool(answers) and not any(answer.is_empty for answer in answers)
         case _:
             assert_never(record)
 
 
 def _num_trailing_turns(record: Record) -> int:
-    if isinstance(record, Prompt):
+    if isinstance(record, Prompt) or record.last_answer is None:
         return 0
-    return next(n for n, turn in enumerate(reversed(record.turns)) if turn.role == "assistant")
+    return len(record.turns) - 1 - record.last_answer
 
 
 def _render(
-    records: Records, indices: Sequence[int], template: AnyTemplate, tokenizer: PreTrainedTokenizerFast
+    records: Records,
+    indices: Sequence[int],
+    template: AnyTemplate,
+    tokenizer: PreTrainedTokenizerFast,
+    owners: list[int],
 ) -> Iterator[Rendered]:
+    """Yield the texts of records, and add to ``owners`` whose each one is: a record may need several."""
     for index in indices:
         record = records.items[index]
         if isinstance(record, Dialogue) and (trailing := _num_trailing_turns(record)):
-            record = Dialogue(record.turns[:-trailing])
+            record = replace(record, turns=record.turns[:-trailing])
         try:
-            yield render(record, template, tokenizer)
+            for text in _texts(record, template, tokenizer):
+                owners.append(index)
+                yield text
         except DataError as problem:
             raise DataError(f"{records.rows.where(index)}: {problem}") from problem
+
+
+def _texts(record: Record, template: AnyTemplate, tokenizer: PreTrainedTokenizerFast) -> list[Rendered]:
+    """Return a record's text; of a dialogue whose earlier turns the template rewrites, one that ends on each answer."""
+    try:
+        return [render(record, template, tokenizer)]
+    except RewritesTurnsError:
+        assert isinstance(record, Dialogue)
+        answers = [position for position, turn in enumerate(record.turns) if turn.is_learned_answer]
+        if len(answers) < 2:
+            raise
+    return [render(record.up_to(position), template, tokenizer) for position in answers]
+
+
+def _num_repeated(owners: Sequence[int]) -> int:
+    """Return how many texts share their record with another."""
+    _, counts = np.unique(np.array(owners, np.int64), return_counts=True)
+    return int(counts[counts > 1].sum())
 
 
 def _refuse_overlong(

@@ -45,6 +45,11 @@ def hold_out_by_category(categories: Sequence[Hashable], amount: float, rng: np.
     return _split(len(categories), np.concatenate(held))
 
 
+def with_units(split: HoldOut, unit_of_row: npt.NDArray[np.int64]) -> HoldOut:
+    """Return the hold-out of rows from one of units: all rows of a unit stay, or are held out, together."""
+    return _split(len(unit_of_row), np.flatnonzero(np.isin(unit_of_row, split.held)))
+
+
 def _count(num_rows: int, amount: float, place: str) -> int:
     count = amount if isinstance(amount, int) else round(amount * num_rows)
     is_fraction = isinstance(amount, int) or 0 < amount < 1

@@ -7,14 +7,16 @@ Every shape ends as one of two records: a ``Prompt`` (an instruction, perhaps an
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
 from fedloom.data.sources import Row, Rows
+from fedloom.data.turns import Turn, history_turns, message_turns, sharegpt_turns, text_of, tools_of, with_system
 from fedloom.errors import DataError
+
+__all__ = ["Dialogue", "Prompt", "Record", "Records", "Shape", "Turn", "detect_shape", "read_records"]
 
 
 class Shape(StrEnum):
@@ -31,14 +33,6 @@ class Shape(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Turn:
-    """One message of a dialogue; ``role`` is system, user, assistant or tool."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True, slots=True)
 class Prompt:
     """An instruction with an optional input, and its answer."""
 
@@ -46,12 +40,29 @@ class Prompt:
     input: str
     answer: str
 
+    @property
+    def asked(self) -> str:
+        """What is asked, as one turn."""
+        return f"{self.instruction}\n\n{self.input}" if self.input.strip() else self.instruction
+
 
 @dataclass(frozen=True, slots=True)
 class Dialogue:
-    """Turns in order; the assistant's are the answers."""
+    """Turns in order; the assistant's are the answers, which may call ``tools``."""
 
     turns: tuple[Turn, ...]
+    tools: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+
+    @property
+    def last_answer(self) -> int | None:
+        """The position of the last answer that is learned; None where there is none."""
+        learned = [position for position, turn in enumerate(self.turns) if turn.is_learned_answer]
+        return learned[-1] if learned else None
+
+    def up_to(self, position: int) -> Dialogue:
+        """Return the dialogue up to and with the answer at ``position``, which alone is learned."""
+        before = (replace(turn, learned=False) for turn in self.turns[:position])
+        return replace(self, turns=(*before, self.turns[position]))
 
 
 Record = Prompt | Dialogue
@@ -71,11 +82,12 @@ class Records:
 
 @dataclass(frozen=True)
 class _Fields:
-    """Column names of a shape: the instruction (or the turns), the optional input, the answer."""
+    """Column names of a shape: the instruction (or the turns), the optional input, the answer, what stands before."""
 
     asked: str
     answer: str | None = None
     extra: str | None = None
+    before: tuple[str, ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -83,36 +95,28 @@ class _Fields:
 
     @property
     def all(self) -> tuple[str, ...]:
-        return self.required if self.extra is None else (*self.required, self.extra)
+        return (*self.required, *((self.extra,) if self.extra else ()), *self.before)
 
 
+_EARLIER = ("system", "history")
 _FIELDS = {
-    Shape.ALPACA: _Fields("instruction", "output", "input"),
-    Shape.DOLLY: _Fields("instruction", "response", "context"),
-    Shape.PROMPT_COMPLETION: _Fields("prompt", "completion"),
-    Shape.MESSAGES: _Fields("messages"),
-    Shape.SHAREGPT: _Fields("conversations"),
+    Shape.ALPACA: _Fields("instruction", "output", "input", _EARLIER),
+    Shape.DOLLY: _Fields("instruction", "response", "context", _EARLIER),
+    Shape.PROMPT_COMPLETION: _Fields("prompt", "completion", before=_EARLIER),
+    Shape.MESSAGES: _Fields("messages", before=("system", "tools")),
+    Shape.SHAREGPT: _Fields("conversations", before=("system", "tools")),
     Shape.E2E: _Fields("mr", "ref"),
-    Shape.QUESTION_ANSWER: _Fields("question", "answer"),
+    Shape.QUESTION_ANSWER: _Fields("question", "answer", before=_EARLIER),
 }
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "tool": "tool",
-}
-_MESSAGE_ROLES = {role: role for role in ("system", "user", "assistant", "tool")} | {"developer": "system"}
 _E2E_SEPARATOR = "||"
 
 
 def read_records(rows: Rows, shape: Shape | str = Shape.AUTO, columns: Mapping[str, str] | None = None) -> Records:
     """Read each row as ``shape``; ``columns`` maps the shape's names to the file's, e.g. ``{"prompt": "frage"}``.
 
-    An answer may still be empty here: ``encode`` decides what becomes of such rows. Numbers count as text, and NaN, a
-    missing value, as none.
+    What changes learning is read too: an earlier exchange or a system prompt in a column of its own makes a dialogue
+    of a prompt. An answer may still be empty here: ``encode`` decides what becomes of such rows. Numbers count as text,
+    and NaN, a missing value, as none.
 
     Raises:
         DataError: the shape cannot be determined, or a row misses a column or holds something that is not text.
@@ -181,20 +185,33 @@ def _nearest(name: str, names: Sequence[str] | type[Shape]) -> str:
 
 
 def _read(row: Row, shape: Shape, fields: _Fields, columns: Mapping[str, str]) -> Record:
-    if shape is Shape.MESSAGES:
-        return Dialogue(_turns(_value(row, fields.asked, columns), "role", "content", _MESSAGE_ROLES))
-    if shape is Shape.SHAREGPT:
-        return Dialogue(_turns(_value(row, fields.asked, columns), "from", "value", _SHAREGPT_ROLES))
+    free = [name for name in fields.before if name in columns or name not in columns.values()]
+    before = {name: row.get(columns.get(name, name)) for name in free}
+    if shape in (Shape.MESSAGES, Shape.SHAREGPT):
+        read = message_turns if shape is Shape.MESSAGES else sharegpt_turns
+        turns = with_system(read(_value(row, fields.asked, columns)), text_of(before.get("system"), "system"))
+        return Dialogue(turns, tools_of(before.get("tools")))
     if shape is Shape.E2E and not columns and _is_e2e_text(row):
         meaning, _, reference = row["text"].partition(_E2E_SEPARATOR)
         return Prompt(meaning.strip(), "", reference.strip())
     assert fields.answer is not None
     extra = columns.get(fields.extra, fields.extra) if fields.extra else None
-    return Prompt(
-        _text(_value(row, fields.asked, columns), fields.asked),
-        _text(row.get(extra), extra) if extra else "",
-        _text(_value(row, fields.answer, columns), fields.answer),
+    prompt = Prompt(
+        text_of(_value(row, fields.asked, columns), fields.asked),
+        text_of(row.get(extra), extra) if extra else "",
+        text_of(_value(row, fields.answer, columns), fields.answer),
     )
+    return _after(before, prompt)
+
+
+def _after(before: Mapping[str, Any], prompt: Prompt) -> Record:
+    """Return a prompt after what its row says stands before it: then it is the last exchange of a dialogue."""
+    turns = history_turns(before.get("history"))
+    system = text_of(before.get("system"), "system")
+    if not turns and not system.strip():
+        return prompt
+    asked = (Turn("user", prompt.asked), Turn("assistant", prompt.answer))
+    return Dialogue(with_system((*turns, *asked), system))
 
 
 def _value(row: Row, name: str, columns: Mapping[str, str]) -> Any:
@@ -204,43 +221,6 @@ def _value(row: Row, name: str, columns: Mapping[str, str]) -> Any:
             f"expected a column {column!r}, found {', '.join(map(repr, row))}; add it, or name yours with data.columns"
         )
     return row[column]
-
-
-def _text(value: object, name: str) -> str:
-    match value:
-        case None:
-            return ""
-        case str():
-            return value
-        case bool():
-            pass
-        case float() if math.isnan(value):
-            return ""
-        case float() if math.isinf(value):
-            raise DataError(f"column {name!r}: expected text or a number, got {value}; write one or leave it empty")
-        case int() | float():
-            return str(value)
-    raise DataError(f"column {name!r}: expected text, got {type(value).__name__}; write text or leave it empty")
-
-
-def _turns(value: object, role_key: str, content_key: str, roles: Mapping[str, str]) -> tuple[Turn, ...]:
-    if not isinstance(value, list):
-        raise DataError(f"expected a list of turns, got {type(value).__name__}; correct the row, or set data.shape")
-    turns = []
-    for number, turn in enumerate(value, start=1):
-        if not isinstance(turn, dict) or role_key not in turn or content_key not in turn:
-            found = ", ".join(map(repr, turn)) if isinstance(turn, dict) else type(turn).__name__
-            raise DataError(
-                f"turn {number}: expected {role_key!r} and {content_key!r}, found {found}; "
-                "correct the row, or set data.shape (messages has role and content, sharegpt has from and value)"
-            )
-        role = turn[role_key]
-        if not isinstance(role, str) or role not in roles:
-            raise DataError(
-                f"turn {number}: expected {role_key!r} to be one of {', '.join(roles)}, got {role!r}; rename it"
-            )
-        turns.append(Turn(roles[role], _text(turn[content_key], content_key)))
-    return tuple(turns)
 
 
 def _is_e2e_text(row: Row) -> bool:

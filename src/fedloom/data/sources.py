@@ -34,6 +34,10 @@ _READ_BY_LINE = (".jsonl", ".csv", ".tsv", ".txt")
 _SPLIT_PREFIXES = {"train": ("train",), "eval": ("eval", "valid", "dev"), "test": ("test",)}
 
 
+_NO_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
+"""Files that describe rows beside them, as LLaMA-Factory and ``datasets`` write them."""
+
+
 class Split(StrEnum):
     """Which part of a folder or of a hub data set."""
 
@@ -82,6 +86,17 @@ class Rows:
         chosen = np.asarray(indices, dtype=np.int64)
         return Rows([self.rows[i] for i in chosen], self.files, self.file_of_row[chosen], self.numbers[chosen])
 
+    @property
+    def units(self) -> npt.NDArray[np.int64]:
+        """Which rows are one row of a file: a dialogue that was encoded answer by answer is there as often."""
+        same = (np.diff(self.file_of_row) == 0) & (np.diff(self.numbers) == 0)
+        return np.concatenate([np.zeros(min(len(self), 1), np.int64), np.cumsum(~same)])
+
+    def distinct(self) -> Rows:
+        """Return every row once."""
+        _, first = np.unique(self.units, return_index=True)
+        return self if len(first) == len(self) else self.select(first)
+
     def client_of_file(self) -> list[str]:
         """Name each row's client after its file: ``7`` for ``local_training_7.json``, else the file's stem."""
         names = _client_names(self.files)
@@ -93,10 +108,11 @@ def load_rows(
 ) -> Rows:
     """Read the rows of ``split`` from a file, a folder or a hub name, or the package's own by the name ``embedded``.
 
-    A file is read whole whatever the split. In a folder, the files ``local_<split>_<n>.json`` are one client each
-    (Shepherd's and FederatedScope's layout), ordered by number; else ``global_<split>.json``; else the files whose
-    names begin with the split; else, for the training split, every data file. A name that is not a path is a hub data
-    set, whose ``subset`` and ``revision`` may be named.
+    A file is read whole whatever the split, and so is a folder that ``datasets`` wrote with ``save_to_disk``, if it has
+    no splits. In any other folder, the files ``local_<split>_<n>.json`` are one client each (Shepherd's and
+    FederatedScope's layout), ordered by number; else ``global_<split>.json``; else the files whose names begin with the
+    split; else, for the training split, every data file. A name that is not a path is a hub data set, whose ``subset``
+    and ``revision`` may be named.
 
     Raises:
         DataError: nothing exists there, a file is malformed or empty, or the hub cannot be reached.
@@ -106,7 +122,7 @@ def load_rows(
         path = embedded.eval_path() if split is Split.TEST else embedded.data_path()
     place = Path(path).expanduser()
     if place.is_dir():
-        return _read_files(_files_of_folder(place, split))
+        return _read_saved(place, split) if _is_saved(place) else _read_files(_files_of_folder(place, split))
     if place.is_file():
         return _read_files([place])
     if place.suffix.lower() in _READERS or not looks_like_hub_name(str(path)):
@@ -124,13 +140,15 @@ def client_names_of_files(path: str | Path, split: Split | str = Split.TRAIN) ->
         DataError: a folder has no files of the split.
     """
     place = Path(path).expanduser()
+    if place.is_dir() and _is_saved(place):
+        return None
     if place.is_dir():
         return _client_names(_short_names(_files_of_folder(place, Split(split))))
     return _client_names([place.name]) if place.is_file() else None
 
 
 def _files_of_folder(folder: Path, split: Split) -> list[Path]:
-    files = sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in _READERS)
+    files = sorted(p for p in folder.iterdir() if p.is_file() and _may_hold_rows(p))
     word = _CLIENT_FILE_SPLITS[split]
     of_clients = [(int(m[2]), p) for p in files if (m := _CLIENT_FILE.fullmatch(p.name)) and m[1] == word]
     if of_clients:
@@ -148,6 +166,38 @@ def _files_of_folder(folder: Path, split: Split) -> list[Path]:
         f"{folder}: expected files of the {split} split ({kinds}), found {_listed(p.name for p in files)}; rename one, "
         "or name the file itself"
     )
+
+
+def _may_hold_rows(file: Path) -> bool:
+    """Tell whether a file is one of rows by its name; what begins with a dot is a system's own (macOS's ``._x``)."""
+    return file.suffix.lower() in _READERS and not file.name.startswith(".") and file.name not in _NO_ROWS
+
+
+def _is_saved(folder: Path) -> bool:
+    """Tell whether ``datasets`` wrote a folder with ``save_to_disk``."""
+    return (folder / "dataset_dict.json").is_file() or (
+        (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+    )
+
+
+def _read_saved(folder: Path, split: Split) -> Rows:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+        name = folder.name
+        if isinstance(saved, datasets.DatasetDict):
+            part = _hub_split(str(folder), split, list(saved))
+            saved, name = saved[part], f"{name}[{part}]"
+        rows = saved.to_list()
+    except DataError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, datasets.exceptions.DatasetsError) as cause:
+        raise DataError(
+            f"{folder}: expected what datasets wrote with save_to_disk, got {_root(cause)}; write it again, or save it "
+            "with to_json"
+        ) from cause
+    return Rows(rows, (name,), np.zeros(len(rows), np.int64), np.arange(1, len(rows) + 1))
 
 
 def _read_files(files: Sequence[Path]) -> Rows:

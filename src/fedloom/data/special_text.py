@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from fedloom.data.records import Dialogue, Prompt, Record
+from fedloom.data.turns import structured_text
 from fedloom.errors import DataError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class SpecialText:
                 asked, given, answer = (text.translate(self._letters) for text in contents_of(record))
                 return Prompt(asked, given, answer)
             case Dialogue(turns):
-                return Dialogue(tuple(replace(turn, content=turn.content.translate(self._letters)) for turn in turns))
+                hidden = tuple(replace(turn, content=turn.content.translate(self._letters)) for turn in turns)
+                return replace(record, turns=hidden)
 
     def template_spans(self, text: str, hidden: str) -> Spans:
         """Return where the template itself writes special tokens, from the text with the contents and that without.
@@ -154,6 +156,14 @@ def contents_of(record: Record) -> tuple[str, ...]:
             return (record.instruction, record.input, record.answer)
         case Dialogue(turns):
             return tuple(turn.content for turn in turns)
+
+
+def given_beside(record: Record) -> str:
+    """Return as one text what its author gave besides contents: tools, calls, names; empty where there is none."""
+    if isinstance(record, Prompt):
+        return ""
+    given = [*record.tools, *(turn.given for turn in record.turns if turn.given)]
+    return structured_text(given) if given else ""
 
 
 def _one_of(texts: Sequence[str]) -> re.Pattern[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import assert_never
 
 from fedloom.data.records import Dialogue, Prompt, Record, Shape
+from fedloom.data.turns import CALLS, REASONING
 from fedloom.errors import DataError
 
 CHAT = "chat"
@@ -91,6 +92,7 @@ class Template:
         return Rendered(text, ((len(prompt), len(text)),))
 
     def _render_dialogue(self, record: Dialogue, end_of_text: str) -> Rendered:
+        self._check_is_text(record)
         wording, text, spans = self.dialogue, "", []
         turns_before = {"system": wording.system, "user": wording.user, "tool": wording.tool}
         for number, turn in enumerate(record.turns, start=1):
@@ -102,11 +104,21 @@ class Template:
             text += wording.answer.format(answer=turn.content)
             is_last = number == len(record.turns)
             text += "" if is_last else end_of_text
-            spans.append((start, len(text)))
+            spans += [(start, len(text))] if turn.learned else []
             text += "" if is_last else wording.separator
         return Rendered(text, tuple(spans))
 
+    def _check_is_text(self, record: Dialogue) -> None:
+        """Refuse what a template file has no words for."""
+        given = ["tools"] if record.tools else [key for turn in record.turns for key in turn.given if key in _NO_WORDS]
+        if given:
+            raise DataError(
+                f"expected turns of text with the template {self.name}, which has no words for {given[0]}; set "
+                "data.template to 'chat' with a tokenizer whose chat template writes them, or remove them"
+            )
 
+
+_NO_WORDS = (CALLS, *REASONING)
 _PROMPT_NAMES = {
     "with_input": {"instruction", "input"},
     "without_input": {"instruction"},

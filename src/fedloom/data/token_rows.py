@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from fedloom.data.chat import render_chat
 from fedloom.data.records import Dialogue, Prompt, Record, Turn
-from fedloom.data.special_text import contents_of, special_text
+from fedloom.data.special_text import contents_of, given_beside, special_text
 from fedloom.data.templates import AnyTemplate, ChatTemplate, Rendered
 from fedloom.data.tokenizer import check_ids
 from fedloom.errors import DataError
@@ -61,6 +61,11 @@ def render(record: Record, template: AnyTemplate, tokenizer: PreTrainedTokenizer
         DataError: the chat template rejects the turns, or changes contents that spell a special token.
     """
     written, special = _write(record, template, tokenizer), special_text(tokenizer)
+    if (given := given_beside(record)) and special.spelt_in([given]):
+        raise DataError(
+            f"expected tools and calls that spell no special token, got {special.first_in(given)!r}; remove that text "
+            "from the row"
+        )
     if not special.spelt_in(contents_of(record)):
         return written
     hidden = _write(special.hidden(record), template, tokenizer)
@@ -177,8 +182,9 @@ def with_last_answer(record: Record, answer: str) -> Record:
         case Prompt():
             return replace(record, answer=answer)
         case Dialogue(turns):
-            answers = [position for position, turn in enumerate(turns) if turn.role == "assistant"]
-            return Dialogue((*turns[: answers[-1]], Turn("assistant", answer)))
+            last = record.last_answer
+            asked = replace(record, turns=(*turns[:last], Turn("assistant", answer)))
+            return asked.up_to(len(asked.turns) - 1)
 
 
 def _marked(item: Rendered, encoding: Encoding, prefix: list[int]) -> TokenRow:

@@ -13,7 +13,7 @@ from fedloom.assembly.engine_choice import check_engine
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.round_plan import Population, population_of, training_of
 from fedloom.config import Settings
-from fedloom.config.client_names import resolve_names
+from fedloom.config.client_names import resolve_names, without_clients
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
@@ -81,7 +81,8 @@ def run(
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
-    placed = resolve_names(began, inputs.partition.names)
+    names = inputs.partition.names
+    placed = resolve_names(without_clients(began, names, inputs.left_out), names)
     population = population_of(placed, inputs)
     kind = loop_of(placed, inputs, base, lora, population)
     if kind is not None and not fresh:
@@ -93,8 +94,8 @@ def run(
             data_sha256=inputs.data_sha256,
             held_out_sha256=inputs.held_out_sha256,
             partition_sha256=inputs.partition_sha256,
-            row_counts=inputs.counts.__dict__,
-            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.__dict__,
+            row_counts=inputs.counts.as_dict(),
+            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.as_dict(),
         )
         if not (folder.path / "partition.json").exists():
             folder.write_bytes("partition.json", inputs.partition.encoded(inputs.data_sha256))

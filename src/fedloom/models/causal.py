@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+
+from fedloom.errors import DataError
 
 
 def causal_lm(model: Any) -> Any:
@@ -27,3 +30,18 @@ def context_of(config: Any) -> int | None:
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None)
     return int(length) if length else None
+
+
+def longest_row(max_length: int | None, config: Any, named: Callable[[str], str] = "data.{}".format) -> int | None:
+    """Return the tokens that a row may have: ``max_length``, by default the model's positions.
+
+    Raises:
+        DataError: it is more than those; ``named`` gives the name by which the user set it.
+    """
+    context = context_of(config)
+    if max_length is not None and context is not None and max_length > context:
+        raise DataError(
+            f"{named('max_length')}: expected at most the base's context of {context} tokens, got {max_length}; lower "
+            "it, or drop it"
+        )
+    return max_length or context

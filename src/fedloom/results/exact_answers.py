@@ -69,6 +69,7 @@ def exact_match(
     Raises:
         EvaluationError: no row has an answer, or a prompt leaves no room for one.
     """
+    rows = rows.distinct()
     asked = asked_rows(rows, tokenizer, choice, end_ids(model))
     settings = answer_settings(tokenizer, asked, choice.decoding.max_new_tokens)
     decoded = _decode(model, tokenizer, asked, settings, outputs, model_id, on_progress)
@@ -94,6 +95,7 @@ def last_number(
     Raises:
         EvaluationError: an answer has no number, no row has an answer, or a prompt leaves no room for one.
     """
+    rows = rows.distinct()
     asked = asked_rows(rows, tokenizer, choice, end_ids(model))
     for one in asked:
         if not has_part(one.answer, Part.LAST_NUMBER):
@@ -154,7 +156,7 @@ def last_answer(record: Record) -> str:
         case Prompt():
             return record.answer
         case Dialogue():
-            return next((turn.content for turn in reversed(record.turns) if turn.role == "assistant"), "")
+            return "" if record.last_answer is None else record.turns[record.last_answer].content
 
 
 def _decode(

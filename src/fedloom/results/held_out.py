@@ -87,7 +87,7 @@ class Measured:
             "num_loss_tokens": first.num_loss_tokens,
             "num_bytes": first.num_bytes,
             "num_words": first.num_words,
-            **({"row_counts": plain(counts)} if (counts := self.held_out.counts) else {}),
+            **({"row_counts": counts.as_dict()} if (counts := self.held_out.counts) else {}),
             "scores": plain(scores),
             "differences_from_base_in_nats_per_byte": plain(dict(self.differences)),
             "mean_loss_nats": self.mean_nats,

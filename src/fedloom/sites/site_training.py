@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
-from fedloom.data.encoding import encode
-from fedloom.data.holdout import hold_out
+from fedloom.data.encoding import Encoded, encode
+from fedloom.data.holdout import hold_out, with_units
 from fedloom.data.records import read_records
 from fedloom.data.sources import load_rows
 from fedloom.data.tokenizer import fingerprint
@@ -24,7 +25,7 @@ from fedloom.federation.messages import Received, decode_broadcast, encode_updat
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
-from fedloom.models.causal import context_of
+from fedloom.models.causal import longest_row
 from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.seeding import stream
@@ -128,7 +129,7 @@ class SiteTraining:
         output_head(self._lora.model)
         rows = encoded_rows(self.site, sheet, base.tokenizer, base.model.config)
         self._rows, self._held_out = divided(rows, self.site.data.eval_fraction, sheet.seed)
-        longest = int(rows.lengths.max())
+        longest = int(rows.tokens.lengths.max())
         found = (base.revision_hash, fingerprint(base.tokenizer), len(self._rows), longest)
         if (refusal := policy.of_inputs(own, sheet, *found)) is not None:
             raise RefusedError(refusal)
@@ -228,31 +229,32 @@ def load_site_base(site: SiteSettings) -> Base:
     )
 
 
-def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) -> TokenSet:
+def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) -> Encoded:
     """Return the site's rows as tokens, as the sheet says.
 
     Raises:
         DataError: they cannot be read or used.
     """
     rows = load_rows(str(Path(site.data.path)), site.data.split)
-    encoded = encode(
+    return encode(
         read_records(rows, sheet.shape, site.data.columns),
         tokenizer,
         template=sheet.template.template(),
         date=sheet.template.day,
-        max_length=sheet.max_length or context_of(config),
+        max_length=longest_row(sheet.max_length, config),
         loss_on=sheet.loss_on,
         overlong=sheet.overlong,
         unanswered=sheet.unanswered,
     )
-    return encoded.tokens
 
 
-def divided(rows: TokenSet, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
-    """Return the rows that the site trains on, and those that it holds out, if any."""
+def divided(encoded: Encoded, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
+    """Return the rows that the site trains on, and those that it holds out, if any: a dialogue is not divided."""
+    rows = encoded.tokens
     if fraction is None:
         return rows, None
-    split = hold_out(len(rows), fraction, stream(seed, "hold-out"))
+    whole, units = np.unique(encoded.kept, return_inverse=True)
+    split = with_units(hold_out(len(whole), fraction, stream(seed, "hold-out")), units)
     return rows.select(split.kept), rows.select(split.held)
 
 

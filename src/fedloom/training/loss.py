@@ -202,6 +202,14 @@ def _with_adapter(model: Any, head: OutputHead) -> OutputHead:
     return replace(head, weight_VD=layer.weight_OI(dtype), side=layer.side_in(dtype))
 
 
+def _not_finite(model: Any) -> str:
+    kind = str(model.dtype).removeprefix("torch.")
+    found = f"model.base: expected finite logits of {model_type(model)!r}, got infinity or NaN in {kind}"
+    if model.dtype == torch.float16:
+        return f"{found}, whose largest number is 65504; set model.dtype = float32 or bfloat16"
+    return f"{found}; check the weights, or choose another base"
+
+
 @torch.no_grad()
 def _verify(model: Any, head: OutputHead) -> None:
     vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
@@ -214,6 +222,8 @@ def _verify(model: Any, head: OutputHead) -> None:
         row_BT = torch.from_numpy(row).long().to(device)[None]
         with foreign_forward(model):
             own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
+        if not torch.isfinite(own_TV).all():
+            raise ModelError(_not_finite(model))
         error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
         if not error <= tolerance:
             raise ModelError(
