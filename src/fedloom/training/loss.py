@@ -24,6 +24,7 @@ from fedloom.lora.pair import Pair
 from fedloom.models.families import model_type
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.training.packing import hidden_states, pack
+from fedloom.training.rotation import check_rotated_apart
 
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits held at a time: what stays in a CPU's cache; what keeps a GPU busy."""
@@ -199,6 +200,7 @@ def _with_adapter(model: Any, head: OutputHead) -> OutputHead:
 @torch.no_grad()
 def _verify(model: Any, head: OutputHead) -> None:
     vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
+    check_rotated_apart(model)
     # Two samples of different lengths, tokens spread by a prime: packing that mixes samples or positions shows.
     ids = [np.arange(1, n + 1, dtype=np.int32) * 37 % vocabulary for n in PROBE_LENGTHS]
     batch = pack([(row, np.ones(len(row), dtype=np.bool_)) for row in ids], device)
