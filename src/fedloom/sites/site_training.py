@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fedloom.assembly.inputs import lora_of
 from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
 from fedloom.data.encoding import encode
@@ -21,11 +22,10 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, DataError, FedloomError, MethodError, RunError, UpdateError
 from fedloom.federation.blob import read_tensors
 from fedloom.federation.messages import Received, decode_broadcast, encode_update
-from fedloom.lora.layer import LoRAModel, check_covers
+from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
 from fedloom.models.causal import context_of
-from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.seeding import stream
 from fedloom.sites import policy
@@ -127,7 +127,8 @@ class SiteTraining:
         if own.confirm == "first" and not confirmation(self.site.folder, self._sheet_sha256).exists():
             raise RefusedError(Refusal(code=policy.UNCONFIRMED))
         base = load_site_base(self.site)
-        self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))
+        self._lora = lora_of(base.model, sheet.target_modules)
+        self._lora.check_rank(sheet.rank)
         output_head(self._lora.model)
         rows = encoded_rows(self.site, sheet, base)
         self._rows, self._held_out = _held_out(rows, self.site.data.eval_fraction, sheet.seed)
