@@ -95,12 +95,14 @@ def test_patterns_that_cannot_be_adapted_are_refused(patterns: list[str], messag
         resolve_targets(build("llama"), patterns)
 
 
-def test_an_unknown_family_needs_named_targets() -> None:
+def test_a_family_without_query_and_value_needs_named_targets() -> None:
     with pytest.raises(ModelError, match="no default is known for 'mamba'"):
-        default_targets("mamba")
-    with pytest.raises(ModelError, match="got 'bloom'"):
-        decoder_blocks(build("bloom"))
-    assert resolve_targets(build("bloom"), ["query_key_value"])
+        resolve_targets(build("mamba"))
+    model = build("mamba")
+    model.backbone.layers = model.backbone.layers[:1]
+    with pytest.raises(ModelError, match=r"expected one list of 2 blocks beside the embeddings, .* \('mamba'\)"):
+        decoder_blocks(model)
+    assert resolve_targets(build("mamba"), ["in_proj"])
 
 
 def test_a_model_unlike_its_familys_table_is_refused() -> None:

@@ -57,6 +57,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {**_COMMON, **_SLIDING},
     "phi": _COMMON,
     "phi3": _COMMON,
+    "exaone4": {**_COMMON, **_SLIDING},
+    "mixtral": {**_COMMON, "num_local_experts": 4},
 }
 FAMILIES = list(CONFIGS)
 

@@ -14,7 +14,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.families import resolve_targets
 from fedloom.training import packing
-from fedloom.training.attention import bucketed_layout, packed_attention
+from fedloom.training.attention import bucketed_layout, layout, packed_attention
 from fedloom.training.loss import output_head
 from fedloom.training.packing import hidden_states, pack, split_by_tokens
 
@@ -109,19 +109,20 @@ def test_the_model_attends_its_own_way_again_after_a_packed_pass(
 def test_the_own_attention_comes_back_after_an_error(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
     implementation = model.config._attn_implementation
-    with pytest.raises(ZeroDivisionError), packed_attention(model):
+    with pytest.raises(ZeroDivisionError), packed_attention(model, layout([4])):
         raise ZeroDivisionError
     assert model.config._attn_implementation == implementation
 
 
 def test_a_forward_without_layout_is_refused_by_name(tiny: Callable[..., Any]) -> None:
     model = tiny("llama")
-    with packed_attention(model), pytest.raises(ModelError, match="in the packed forward of LlamaAttention, got none"):
+    told = "in the packed forward of LlamaAttention, got none"
+    with packed_attention(model, layout([4])), pytest.raises(ModelError, match=told):
         model(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=False)
 
 
 def test_attention_sinks_are_refused_by_name(tiny: Callable[..., Any]) -> None:
-    from fedloom.training.attention import attend, layout
+    from fedloom.training.attention import attend
 
     module = tiny("llama").model.layers[0].self_attn
     q = torch.zeros(1, 4, 3, 8)

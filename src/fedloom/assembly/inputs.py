@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.causal import longest_row
-from fedloom.models.families import resolve_targets
+from fedloom.models.families import ALL_LINEAR, resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
 from fedloom.names import name_order
@@ -94,8 +94,7 @@ class Workshop:
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
             )
-            targets = resolve_targets(base.model, model.target_modules)
-            self._base, self._base_key = (base, LoRAModel(base.model, targets)), key
+            self._base, self._base_key = (base, lora_of(base.model, model.target_modules)), key
         lora = self._base[1]
         lora.close()
         lora.set_side(None)
@@ -179,6 +178,19 @@ class Workshop:
                 self.progress.note(encoded.counts.told)
             self._rows[key] = usable, encoded, rows
         return self._rows[key]
+
+
+def lora_of(model: Any, patterns: Sequence[str] | None, part: Any = None) -> LoRAModel:
+    """Wrap the modules that the patterns choose, or those of them that a ``part`` of the model holds.
+
+    What ``all-linear`` chooses may be narrower than a rank.
+    """
+    targets = resolve_targets(model, patterns)
+    if part is not None:
+        held = {name for name, _ in part.named_modules(remove_duplicate=False)}
+        targets = [name for name in targets if name in held]
+    narrow = targets if patterns is not None and ALL_LINEAR in patterns else ()
+    return LoRAModel(model if part is None else part, targets, narrow)
 
 
 def known_names(settings: Settings) -> list[str] | None:

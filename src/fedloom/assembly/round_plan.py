@@ -81,8 +81,14 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
 
 
 def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> RoundPlan:
-    """Return everything that stays the same from round to round."""
+    """Return everything that stays the same from round to round.
+
+    Raises:
+        AdapterError: a rank does not fit a module.
+    """
     federation, seed = settings.federation, settings.run.seed
+    for rank in set(population.ranks.values()):
+        lora.check_rank(rank)
     cohort = Cohort(lora.shapes, max(population.ranks.values()), population.ranks.__getitem__, seed)
     return RoundPlan(
         num_rounds=federation.num_rounds,

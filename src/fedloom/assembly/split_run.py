@@ -63,9 +63,12 @@ def split_run(settings: Settings, inputs: Inputs, lora: LoRAModel) -> SplitRun:
     Raises:
         CutError: if the base cannot be cut there.
         SettingsError: if the plan cannot be followed.
+        AdapterError: if a rank does not fit a module.
     """
     rows = [inputs.rows_of(client) for client in range(settings.federation.num_clients)]
     plan = split_plan(settings, [len(own) for own in rows])
+    for rank in {*plan.ranks, plan.server_rank}:
+        lora.check_rank(rank)
     parties = local_parties(lora, plan, rows, partial(segment_strategy, settings), rules_of(settings))
     return SplitRun(parties, inputs.partition.names, settings.evaluation.every)
 

@@ -132,8 +132,9 @@ def read_shape(config: dict[str, Any], targets: tuple[str, ...] | None) -> Shape
     heads = _first(config, "num_attention_heads", "n_head")
     groups = config.get("num_key_value_heads")
     adapted = targets is None or any(_reaches(target, layer) for target in targets for layer in GROUPED)
-    max_rank, narrowest = width, "hidden size"
-    if adapted and width and heads and groups:
+    # Under all-linear a layer that is narrower than a rank takes what it can.
+    max_rank, narrowest = (None if targets is not None and "all-linear" in targets else width), "hidden size"
+    if adapted and width and heads and groups and max_rank is not None:
         head_dim = config.get("head_dim") or width // heads
         max_rank, narrowest = min(width, groups * head_dim), "v_proj's outputs"
     context = _first(config, "max_position_embeddings", "n_positions", "n_ctx")

@@ -36,7 +36,7 @@ from fedloom.federation.blob import (
 )
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import check_covers
-from fedloom.lora.pair import BOTH, Adapter, Factors
+from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
 from fedloom.methods.client_half import Payload, Work
 from fedloom.methods.state import Broadcast, Failure, News, Update
 from fedloom.training.stats import TrainingStats
@@ -235,8 +235,9 @@ def largest_answer(broadcast: Broadcast, work: Work, shapes: Shapes, dtype: Wire
 def expected_tensors(shapes: Shapes, rank: int, factors: Factors) -> dict[str, tuple[int, int]]:
     """Return the shape of every tensor that an update of this rank holds."""
     expected: dict[str, tuple[int, int]] = {}
-    for name, (num_out, num_in) in shapes.items():
-        both = {"b": (num_out, rank), "a": (rank, num_in)}
+    for name, shape in shapes.items():
+        (num_out, num_in), own = shape, rank_in(shape, rank)
+        both = {"b": (num_out, own), "a": (own, num_in)}
         expected |= {f"{name}.{factor}": both[factor] for factor in sorted(factors)}
     return expected
 

@@ -12,7 +12,7 @@ from fedloom.errors import AdapterError, UpdateError
 from fedloom.lora.algebra import distance, norm
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import check_fits
-from fedloom.lora.pair import Adapter
+from fedloom.lora.pair import Adapter, rank_in
 from fedloom.methods.client_half import Payload, Work
 from fedloom.methods.state import Broadcast, Update
 from fedloom.training.stats import TrainingStats
@@ -57,10 +57,11 @@ def check_update(
         check_fits(update.adapter, shapes)
     except AdapterError as error:
         raise UpdateError(str(error)) from error
-    wrong = {name: rank for name, rank in update.adapter.ranks.items() if rank != broadcast.rank}
+    asked_of = {name: rank_in(shape, broadcast.rank) for name, shape in shapes.items()}
+    wrong = {name: rank for name, rank in update.adapter.ranks.items() if rank != asked_of[name]}
     if wrong:
         name, rank = next(iter(wrong.items()))
-        raise UpdateError(f"{name}: expected rank {broadcast.rank}, got {rank}; train at that rank")
+        raise UpdateError(f"{name}: expected rank {asked_of[name]}, got {rank}; train at that rank")
     if not update.adapter.is_finite():
         raise UpdateError("expected finite numbers, got NaN or infinity; lower training.learning_rate")
     check_stats(update.stats, asked)

@@ -10,7 +10,7 @@ import torch
 
 from fedloom.errors import AdapterError
 from fedloom.lora.algebra import truncate
-from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.pair import Adapter, Pair, rank_in
 from fedloom.seeding import torch_stream
 
 
@@ -35,19 +35,22 @@ class Draw:
 def fresh_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, *name: str | int) -> Adapter:
     """Draw an adapter of zero product: ``a ~ U(−1/√I, 1/√I)``, ``b = 0``, in float32.
 
-    Every module has its own named stream, so the draw depends on neither the order nor the number of modules.
+    Every module has its own named stream, so the draw depends on neither the order nor the number of modules. One that
+    is narrower than the rank has the rank that it can.
     Source: the default of LoRA's and PEFT's releases (Kaiming uniform with a = √5).
 
     Raises:
-        AdapterError: if ``rank`` is below 1 or above a module's smaller side.
+        AdapterError: if ``rank`` is below 1.
     """
-    check_rank(shapes, rank)
+    if rank < 1:
+        raise AdapterError(f"method.ranks: expected at least 1, got {rank}; choose a larger rank")
     pairs = {}
-    for module, (num_out, num_in) in shapes.items():
-        a_RI = torch.empty(rank, num_in)
+    for module, shape in shapes.items():
+        (num_out, num_in), own = shape, rank_in(shape, rank)
+        a_RI = torch.empty(own, num_in)
         bound = 1.0 / math.sqrt(num_in)
         a_RI.uniform_(-bound, bound, generator=torch_stream(seed, "init", *name, module))
-        pairs[module] = Pair(torch.zeros(num_out, rank), a_RI)
+        pairs[module] = Pair(torch.zeros(num_out, own), a_RI)
     return Adapter(pairs)
 
 

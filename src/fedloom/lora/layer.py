@@ -5,7 +5,7 @@ A slot holds raw factors and a scale s; outside, only the effective pair ``(s·b
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -25,14 +25,16 @@ class LoRAModel:
     """A frozen causal LM whose target modules carry slots for adapters and one side adapter for all of them.
 
     The model is wrapped in place, once; its own weights are never written. ``open`` makes room for a cohort,
-    ``route`` says whose tokens the next passes hold, ``adapter`` reads a slot back as effective pairs.
+    ``route`` says whose tokens the next passes hold, ``adapter`` reads a slot back as effective pairs. A module of
+    ``may_be_narrow`` takes of a slot's rank what its smaller side can; of any other that is an error.
 
     Raises:
         ModelError: if a target is absent or is not a linear layer.
     """
 
-    def __init__(self, model: nn.Module, targets: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, targets: Sequence[str], may_be_narrow: Collection[str] = ()) -> None:
         self.model = model.requires_grad_(False)
+        self._may_be_narrow = frozenset(may_be_narrow)
         self._route = Route()
         self.layers: dict[str, LoRALinear] = {}
         for name in targets:
@@ -53,14 +55,27 @@ class LoRAModel:
         """The open slots."""
         return self._route.slots
 
+    def check_rank(self, rank: int) -> None:
+        """Reject a rank that a module cannot hold, unless that module may be narrow.
+
+        Raises:
+            AdapterError: naming the module.
+        """
+        named = {name: shape for name, shape in self.shapes.items() if name not in self._may_be_narrow}
+        check_rank(named or dict.fromkeys(self.shapes, (rank, rank)), rank)
+
+    def narrow(self, rank: int) -> dict[str, int]:
+        """Return the modules that take less than this rank, with the rank they take."""
+        return {name: min(shape) for name, shape in self.shapes.items() if min(shape) < rank}
+
     def open(self, slots: Sequence[Slot]) -> None:
         """Make room for a cohort, replacing any slots that were open.
 
         Raises:
-            AdapterError: if a rank is below 1 or above a module's smaller side.
+            AdapterError: if a rank is below 1 or above the smaller side of a module that was named.
         """
         for slot in slots:
-            check_rank(self.shapes, slot.rank)
+            self.check_rank(slot.rank)
         self._route.slots = list(slots)
         self.route_all(None)
         for layer in self.layers.values():
@@ -77,13 +92,13 @@ class LoRAModel:
             AdapterError: if modules, shapes or ranks do not fit.
         """
         check_fits(adapter, self.shapes)
-        rows, scale = self._route.rows_of(slot), self.slots[slot].scale
+        rank, scale = self.slots[slot].rank, self.slots[slot].scale
         with torch.no_grad():
             for name, layer in self.layers.items():
-                pair = adapter[name]
-                if pair.rank != self.slots[slot].rank:
+                pair, rows = adapter[name], self._route.rows_of(slot, layer.most_rank)
+                if pair.rank != min(rank, layer.most_rank):
                     raise AdapterError(
-                        f"expected rank {self.slots[slot].rank} in slot {slot}, got {pair.rank} for {name}; "
+                        f"expected rank {rank} in slot {slot}, got {pair.rank} for {name}; "
                         "open the slot with the adapter's rank"
                     )
                 layer.a_RI[rows].copy_(pair.a_RI)
@@ -91,9 +106,10 @@ class LoRAModel:
 
     def adapter(self, slot: int) -> Adapter:
         """Return a copy of a slot as effective pairs, fp32 (fp64 for an fp64 model), on the CPU."""
-        rows, scale = self._route.rows_of(slot), self.slots[slot].scale
+        scale = self.slots[slot].scale
         pairs = {}
         for name, layer in self.layers.items():
+            rows = self._route.rows_of(slot, layer.most_rank)
             b_OR = (layer.bt_RO.detach()[rows].T * scale).contiguous().cpu()
             # On the CPU ``.cpu()`` copies nothing: without the clone the next step would change the returned adapter.
             pairs[name] = Pair(b_OR, layer.a_RI.detach()[rows].cpu().clone())
@@ -104,8 +120,9 @@ class LoRAModel:
         # Views, because a layer trains all its clients in one tensor (one product, one gradient), while an optimiser
         # must own one client's factors only: its moments, its clipping and its decay must not touch the others'. A
         # view of the weights and a view of the gradient give both without a copy in either direction.
-        rows, views = self._route.rows_of(slot), []
+        views = []
         for layer in self.layers.values():
+            rows = self._route.rows_of(slot, layer.most_rank)
             for whole in (layer.a_RI, layer.bt_RO):
                 view = nn.Parameter(whole.detach()[rows])
                 view.grad = whole.grad[rows]  # type: ignore[index]

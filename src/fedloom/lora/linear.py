@@ -89,6 +89,11 @@ class LoRALinear(nn.Module):
         """The base's own weight, for code that asks a linear layer for its dtype or device."""
         return self.base.weight  # type: ignore[return-value]
 
+    @property
+    def most_rank(self) -> int:
+        """The rank that a slot has here at most: a layer narrower than a slot's rank takes what it can."""
+        return min(self.out_features, self.in_features)
+
     def weight_OI(self, dtype: torch.dtype) -> Tensor:
         """Return the weight to multiply with, (O, I): folded, transposed or dequantised as the base needs."""
         if self._folded_OI is not None:
@@ -102,7 +107,9 @@ class LoRALinear(nn.Module):
 
     def _trainable(self, width: int) -> nn.Parameter:
         dtype = torch.float64 if self.weight.dtype == torch.float64 else torch.float32
-        factors = nn.Parameter(torch.zeros(self.route.total_rank, width, device=self.weight.device, dtype=dtype))
+        factors = nn.Parameter(
+            torch.zeros(self.route.total_rank(self.most_rank), width, device=self.weight.device, dtype=dtype)
+        )
         # Allocated now, so that the optimisers' parameters can be views of it: see LoRAModel.parameters.
         factors.grad = torch.zeros_like(factors)
         return factors
@@ -129,7 +136,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        blocks = self.route.blocks(flat.shape[0])
+        blocks = self.route.blocks(flat.shape[0], self.most_rank)
         mask_TI = self._mask(flat) if blocks else None
         y: Tensor = _LowRankLinear.apply(flat, self.a_RI, self.bt_RO, self, blocks, mask_TI)  # type: ignore[no-untyped-call]
         return y.view(*x.shape[:-1], self.out_features)

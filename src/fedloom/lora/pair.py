@@ -20,6 +20,11 @@ Factors = frozenset[str]
 BOTH: Factors = frozenset("ab")
 
 
+def rank_in(shape: tuple[int, int], rank: int) -> int:
+    """Return the rank of an adapter of ``rank`` in a module of this shape: no more than its smaller side can use."""
+    return min(rank, *shape)
+
+
 @dataclass(frozen=True, eq=False)
 class Pair:
     """One module's update ``delta = b_OR @ a_RI``, held as its two factors and never formed.

@@ -25,17 +25,16 @@ class Route:
     everything_to: int | None = None
     dropout: Dropout | None = None
 
-    @property
-    def total_rank(self) -> int:
-        """Sum of the slots' ranks: rows of ``a_RI`` and ``bt_RO``."""
-        return sum(slot.rank for slot in self.slots)
+    def total_rank(self, most: int) -> int:
+        """Sum of the slots' ranks in a module that holds ``most`` of each: rows of ``a_RI`` and ``bt_RO``."""
+        return sum(min(slot.rank, most) for slot in self.slots)
 
-    def rows_of(self, slot: int) -> slice:
+    def rows_of(self, slot: int, most: int) -> slice:
         """Rows of ``a_RI`` and ``bt_RO`` that belong to a slot."""
-        start = sum(s.rank for s in self.slots[:slot])
-        return slice(start, start + self.slots[slot].rank)
+        start = sum(min(s.rank, most) for s in self.slots[:slot])
+        return slice(start, start + min(self.slots[slot].rank, most))
 
-    def blocks(self, num_tokens: int) -> list[tuple[int, slice, slice]]:
+    def blocks(self, num_tokens: int, most: int) -> list[tuple[int, slice, slice]]:
         """Return (slot, token rows, factor rows) of every segment.
 
         Raises:
@@ -43,10 +42,10 @@ class Route:
         """
         if not self.segments:
             slot = self.everything_to
-            return [] if slot is None else [(slot, slice(0, num_tokens), self.rows_of(slot))]
+            return [] if slot is None else [(slot, slice(0, num_tokens), self.rows_of(slot, most))]
         blocks, start = [], 0
         for slot, count in self.segments:
-            blocks.append((slot, slice(start, start + count), self.rows_of(slot)))
+            blocks.append((slot, slice(start, start + count), self.rows_of(slot, most)))
             start += count
         if start != num_tokens:
             raise ModelError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedloom.lora.algebra import compress, pad
+from fedloom.lora.algebra import compress, padded
 from fedloom.methods.state import Aggregate, ServerState
 from fedloom.methods.sums import FactorSum
 from fedloom.methods.zero_padding import ZeroPadding
@@ -29,4 +29,4 @@ class FlexLoRA(ZeroPadding):
         """Cut the mean product to the largest rank; fewer singular values than that leave slots of zero."""
         rank, mean = self.cohort.max_rank, super().finish(state, sums)
         best = compress(mean.ideal, rank=rank).adapter.to(sums.factors.dtype)
-        return replace(mean, start=pad(best, rank))
+        return replace(mean, start=padded(best, rank))

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 
 from fedloom.lora.algebra import compress_pair, distance, stack_pairs
-from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.pair import Adapter, Pair, rank_in
 from fedloom.methods.state import Update
 from fedloom.methods.strategy import Weighting, normalised, weigh
 
@@ -34,7 +34,7 @@ class RunningFactors:
         """Add one client's factors."""
         for name, pair in adapter.items():
             if name not in self._sums:
-                (num_out, num_in), rank = pair.shape, self._rank
+                (num_out, num_in), rank = pair.shape, rank_in(pair.shape, self._rank)
                 zeros = [torch.zeros(size, dtype=torch.float64) for size in ((num_out, rank), (rank, num_in))]
                 self._sums[name] = Pair(*zeros)
             self._dtype = pair.b_OR.dtype

@@ -1,7 +1,8 @@
-"""Where the parts of a decoder are, family by family, and which modules LoRA adapts.
+"""Where the parts of a decoder are, and which modules LoRA adapts.
 
-The table is data: a new family is a new line. It is checked against the model each time it is used, so a
-renamed module is an error and never a silent skip.
+The parts of a family in the table are those that its line names, checked against the model each time it is used, so a
+renamed module is an error and never a silent skip. Those of any other family are looked for in the model
+(:mod:`fedloom.models.discovery`), so a new family needs no line.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
+from fedloom.models.discovery import discovered_parts, discovered_targets, num_blocks_of
 
 ALL_LINEAR = "all-linear"
 """The pattern that stands for every linear layer below the output head."""
@@ -85,14 +88,18 @@ def decoder_blocks(model: nn.Module) -> Family:
     """Return the names of a causal LM's parts, checked against the model itself.
 
     Raises:
-        ModelError: if the family is not in the table, or the model does not look as the table says.
+        ModelError: if the model does not look as the table says, or is not in it and has no one list of blocks.
     """
     kind = model_type(model)
     family = FAMILIES.get(kind)
     if family is None:
-        raise ModelError(
-            f"model.base: expected one of the families {', '.join(sorted(FAMILIES))}, got {kind!r}; choose another base"
-        )
+        parts = discovered_parts(model)
+        if parts is None:
+            raise ModelError(
+                f"model.base: expected one list of {num_blocks_of(model)} blocks beside the embeddings, found none in "
+                f"{type(model).__name__} ({kind!r}); choose another base"
+            )
+        return Family(parts.before, parts.blocks, parts.after, discovered_targets(model), parts.head)
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     present = Family(
         before=tuple(name for name in family.before if modules.get(name) is not None),
@@ -142,7 +149,8 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> 
 
     A pattern is a module's name or the end of one (``q_proj``, ``self_attn.q_proj``), a glob over full names
     (``model.layers.[0-3].*.v_proj``), a regular expression that matches a full name whole, or ``all-linear``.
-    Without patterns the family's defaults are taken. The output head is never adapted: the loss reads its weight.
+    Without patterns the family's defaults are taken, or the query and value projections that the model has.
+    The output head is never adapted: the loss reads its weight.
 
     Raises:
         ModelError: if a pattern matches nothing, or a module that is not a linear layer.
@@ -150,11 +158,16 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> 
     chosen: set[str] = set()
     leaves = _leaves(model)
     head = _output_head(model)
-    for pattern in default_targets(model_type(model)) if patterns is None else _as_list(patterns):
+    for pattern in _default_patterns(model) if patterns is None else _as_list(patterns):
         matches = _match(pattern, leaves, head)
         _check_matches(pattern, matches, leaves, head)
         chosen.update(matches)
     return [name for name in leaves if name in chosen]
+
+
+def _default_patterns(model: nn.Module) -> Sequence[str]:
+    kind = model_type(model)
+    return default_targets(kind) if kind in FAMILIES else discovered_targets(model) or default_targets(kind)
 
 
 def _as_list(patterns: Sequence[str]) -> Sequence[str]:
@@ -174,8 +187,21 @@ def _is_linear(module: nn.Module) -> bool:
     """Whether a module computes what a linear layer does; a router of a class of its own may return several things."""
     if not isinstance(module, nn.Linear | Conv1D):
         return False
-    own_forward = type(module).forward not in (nn.Linear.forward, Conv1D.forward)
-    return not own_forward or type(module).__module__.partition(".")[0] == "bitsandbytes"
+    is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
+    return is_plain or type(module).__module__.startswith("bitsandbytes") or _computes_linear(module)
+
+
+@torch.no_grad()
+def _computes_linear(module: Any) -> bool:
+    """Compare a linear layer of a class of its own with a plain one."""
+    try:
+        x_TI = torch.linspace(-1, 1, 2 * module.in_features, dtype=module.weight.dtype, device=module.weight.device)
+        x_TI = x_TI.view(2, module.in_features)
+        found, expected = module(x_TI), nn.functional.linear(x_TI, module.weight, module.bias)
+        same_shape = isinstance(found, torch.Tensor) and found.shape == expected.shape
+        return same_shape and (found.is_meta or bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3)))
+    except Exception:  # whatever it wants instead, it is no linear layer
+        return False
 
 
 def _match(pattern: str, leaves: dict[str, nn.Module], head: nn.Module | None) -> list[str]:

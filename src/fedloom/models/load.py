@@ -19,6 +19,7 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
+from fedloom.models.quantized_layers import is_quantized, keep_trainable
 from fedloom.models.threads import BUILDING
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -190,6 +191,8 @@ def _load_model(
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")
+    if is_quantized(model):
+        keep_trainable(model)
     return model if extra else model.to(device)
 
 

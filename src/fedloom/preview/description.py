@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -16,7 +16,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
-from fedloom.assembly.inputs import known_names
+from fedloom.assembly.inputs import known_names, lora_of
 from fedloom.assembly.round_plan import strategy_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
@@ -25,13 +25,11 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.messages import encode_broadcast, encode_update
-from fedloom.lora.initial import check_rank
 from fedloom.lora.layer import LoRAModel
-from fedloom.lora.pair import BOTH, Adapter, Pair
+from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
 from fedloom.methods.state import Broadcast, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.models.base_folder import first_line, read_config
-from fedloom.models.families import resolve_targets
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.training.skeleton import check_runs_packed
@@ -73,6 +71,7 @@ class Description:
     client_ranks: tuple[int, ...]
     names: tuple[str, ...] | None = None
     cuts: CutTable | None = None
+    narrow_modules: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
@@ -90,6 +89,7 @@ class Description:
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
             f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
             f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
+            *self._narrow_lines(),
             "",
             f"{'client':>{width}}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}"
             f"  {'later down':>12}",
@@ -111,6 +111,12 @@ class Description:
         cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
         return [*lines, *cuts, "", *chosen, "Settings not shown have their defaults; --json prints all."]
+
+    def _narrow_lines(self) -> list[str]:
+        """Return which modules are narrower than a client's rank, by their last names."""
+        taken = sorted({(name.rpartition(".")[2], rank) for name, rank in self.narrow_modules.items()})
+        told = ", ".join(f"{name} (rank {rank})" for name, rank in taken)
+        return [f"narrower than a rank, so adapted at what they can hold: {told}"] if taken else []
 
     @property
     def run_bytes(self) -> tuple[float, float]:
@@ -139,17 +145,17 @@ def describe(settings: Settings) -> Description:
     model = _skeleton(settings)
     check_runs_packed(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    lora = LoRAModel(model, resolve_targets(model, settings.model.target_modules))
+    lora = lora_of(model, settings.model.target_modules)
     ranks = settings.client_ranks
     for rank in set(ranks):
-        check_rank(lora.shapes, rank)
-    num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
-    trained = tuple(rank * num_per_rank for rank in ranks)
+        lora.check_rank(rank)
+    trained = tuple(num_trained(lora, rank) for rank in ranks)
     up, first, down = _messages(settings, lora, ranks)
     return Description(
         settings=written.as_dict(),
         family=str(model.config.model_type),
         target_modules=tuple(lora.shapes),
+        narrow_modules=lora.narrow(max(ranks)) if settings.traits.is_trained else {},
         num_base_parameters=num_parameters,
         num_trained_parameters=trained,
         upload_bytes=up,
@@ -161,6 +167,11 @@ def describe(settings: Settings) -> Description:
         names=None if names is None else tuple(names),
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
     )
+
+
+def num_trained(lora: LoRAModel, rank: int) -> int:
+    """Return the numbers in an adapter of this rank."""
+    return sum(rank_in(shape, rank) * sum(shape) for shape in lora.shapes.values())
 
 
 def _skeleton(settings: Settings) -> Any:
@@ -202,14 +213,17 @@ def _messages(
         return nothing, nothing, nothing
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
     strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
-    state, works = ServerState(start=_zeros(lora, max(ranks))), [strategy.client.work(round) for round in (1, 2)]
+    state, works = (
+        ServerState(start=_zeros(lora, max(ranks), fitted=True)),
+        [strategy.client.work(round) for round in (1, 2)],
+    )
     num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
     parts, beyond = _addition(settings, lora, ranks, num_per_rank)
     later = News(1, 2, parts)
     for client, rank in enumerate(ranks):
         if rank in sizes:
             continue
-        update = Update(1, client, _zeros(lora, rank), TrainingStats(1))
+        update = Update(1, client, _zeros(lora, rank, fitted=True), TrainingStats(1))
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
         start, origin = strategy.start_for(state, client), strategy.origin
         crossing = [BOTH if origin is None else work.trains for work in works]
@@ -241,7 +255,7 @@ def _addition(
 
 def _zeros(lora: LoRAModel, rank: int, *, fitted: bool = False) -> Adapter:
     """Return pairs of a rank, where it is to be fitted of no higher one than a module can have."""
-    ranks = {name: min(rank, *shape) if fitted else rank for name, shape in lora.shapes.items()}
+    ranks = {name: rank_in(shape, rank) if fitted else rank for name, shape in lora.shapes.items()}
     return Adapter(
         {name: Pair(torch.zeros(o, ranks[name]), torch.zeros(ranks[name], i)) for name, (o, i) in lora.shapes.items()}
     )

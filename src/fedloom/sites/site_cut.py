@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
-
+from fedloom.assembly.inputs import lora_of
 from fedloom.errors import MethodError
 from fedloom.lora.layer import LoRAModel
-from fedloom.models.families import resolve_targets
 from fedloom.models.load import BaseFolder
 from fedloom.models.partial_load import client_part, skeleton
 from fedloom.sites.sheet import Sheet, SheetSplit
@@ -29,13 +27,7 @@ def own_part(found: BaseFolder, model: SiteModel, sheet: Sheet, cut: SheetSplit)
         trust_remote_code=model.trust_remote_code,
     )
     whole = skeleton(found, model.trust_remote_code)
-    return LoRAModel(part, held_targets(part, resolve_targets(whole, sheet.target_modules)))
-
-
-def held_targets(part: nn.Module, targets: list[str]) -> list[str]:
-    """Return those target modules that a part of a base has."""
-    present = {name for name, _ in part.named_modules(remove_duplicate=False)}
-    return [name for name in targets if name in present]
+    return lora_of(whole, sheet.target_modules, part)
 
 
 def segments_of(cut: SheetSplit, lora: LoRAModel, client: int) -> list[Segment]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedloom.assembly.inputs import lora_of
 from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
 from fedloom.data.encoding import Encoded, encode
@@ -22,11 +23,10 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, DataError, FedloomError, MethodError, RunError, UpdateError
 from fedloom.federation.blob import read_tensors
 from fedloom.federation.messages import Received, decode_broadcast, encode_update
-from fedloom.lora.layer import LoRAModel, check_covers
+from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
 from fedloom.models.causal import longest_row
-from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.seeding import stream
 from fedloom.sites import policy
@@ -125,7 +125,8 @@ class SiteTraining:
         sheet, own = self.sheet, self.site.policy
         check_allowed(self.site, sheet, self._sheet_sha256)
         base = load_site_base(self.site)
-        self._lora = LoRAModel(base.model, resolve_targets(base.model, sheet.target_modules))
+        self._lora = lora_of(base.model, sheet.target_modules)
+        self._lora.check_rank(sheet.rank)
         output_head(self._lora.model)
         rows = encoded_rows(self.site, sheet, base.tokenizer, base.model.config)
         self._rows, self._held_out = divided(rows, self.site.data.eval_fraction, sheet.seed)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fedloom.assembly.inputs import Workshop
+from fedloom.assembly.inputs import Workshop, lora_of
 from fedloom.assembly.round_plan import Population, rules_of
 from fedloom.assembly.split_run import SplitRun, segment_strategy, split_plan
 from fedloom.experiment.loop import Loop, LoopKind, SplitPeriods, WriteAdapter, restored_split
@@ -15,7 +15,6 @@ from fedloom.federation.blob import largest_message
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.methods.strategy import Strategy
 from fedloom.models.cut import cut, verify_cut
-from fedloom.models.families import resolve_targets
 from fedloom.models.load import Base, find_base
 from fedloom.models.partial_load import server_part, skeleton
 from fedloom.models.threads import compute_with
@@ -23,7 +22,6 @@ from fedloom.reporting.progress import Progress
 from fedloom.run_folder.writer import RunFolder
 from fedloom.sites.remote_split_clients import RemoteSplitClients
 from fedloom.sites.sheet import ClientCut, SheetSplit
-from fedloom.sites.site_cut import held_targets
 from fedloom.sites.site_holdings import write_holdings
 from fedloom.sites.sites_engine import Attendance
 from fedloom.sites.study import Study
@@ -65,7 +63,7 @@ def served_base(study: Study, workshop: Workshop) -> tuple[Base, LoRAModel]:
         trust_remote_code=model.trust_remote_code,
     )
     whole = skeleton(found, model.trust_remote_code)
-    lora = LoRAModel(part, held_targets(part, resolve_targets(whole, model.target_modules)))
+    lora = lora_of(whole, model.target_modules, part)
     return Base(part, found.tokenizer, found.name, found.revision_hash, part.dtype, found.device), lora
 
 
@@ -78,7 +76,7 @@ class CutStudy:
         self.plan: SplitPlan = split_plan(settings, rows)
         found = find_base(model.base, tokenizer=model.tokenizer, revision=model.revision, device="cpu")
         whole = skeleton(found, model.trust_remote_code)
-        shapes = LoRAModel(whole, resolve_targets(whole, model.target_modules)).shapes
+        shapes = lora_of(whole, model.target_modules).shapes
         self.plan.check(whole, shapes)
         self._segments = segments(self.plan, whole, shapes)
         self._server_shapes = server_shapes(self.plan, whole, shapes)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.lora.layer import LoRAModel
-from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.pair import Adapter, Pair, rank_in
 from fedloom.split.plan import SplitPlan
 from fedloom.training.optimiser import ClientOptimiser, schedule
 
@@ -132,7 +132,7 @@ def _spread(adapter: Adapter, lora: LoRAModel, rank: int) -> Adapter:
         {
             module: adapter[module]
             if module in adapter
-            else Pair(torch.zeros(num_out, rank), torch.zeros(rank, num_in))
-            for module, (num_out, num_in) in lora.shapes.items()
+            else Pair(torch.zeros(shape[0], rank_in(shape, rank)), torch.zeros(rank_in(shape, rank), shape[1]))
+            for module, shape in lora.shapes.items()
         }
     )

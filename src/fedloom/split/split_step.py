@@ -53,7 +53,7 @@ def _order_of_epoch(seed: int, client: int, num_rows: int, epoch: int) -> NDArra
 
 def run_part(part: Part, inputs: Tensor, position_ids_T: Tensor, samples: Layout) -> Tensor:
     """Run a part on packed ids (T,) or activations (T, D) and return the activations (T, D) behind it."""
-    with packed_attention(part.decoder), foreign_forward(part.decoder):
+    with packed_attention(part.decoder, samples), foreign_forward(part.decoder):
         hidden_BTD: Tensor = part(inputs[None], position_ids=position_ids_T[None], use_cache=False, **{LAYOUT: samples})
     return hidden_BTD[0]
 

@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fedloom.errors import ModelError
+from fedloom.training.rotation import rotated_apart
 
 PACKED = "fedloom_packed"
 """The name under which the packed attention is registered."""
@@ -112,13 +113,17 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
 
 
 @contextmanager
-def packed_attention(model: Any) -> Iterator[None]:
-    """Let a model attend sample by sample as its forward's ``packed_layout`` says; put its own attention back after."""
+def packed_attention(model: Any, samples: Layout) -> Iterator[None]:
+    """Let a model attend sample by sample, and rotate each by its own length; put back after what the model had.
+
+    The forward gets the layout once more, as ``packed_layout``.
+    """
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = PACKED
     try:
-        yield
+        with rotated_apart(model, samples.lengths):
+            yield
     finally:
         config._attn_implementation = before
 

@@ -89,7 +89,7 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     Raises:
         ModelError: if the model cannot attend sample by sample, naming what it has, or its own code raises.
     """
-    with packed_attention(model), foreign_forward(model):
+    with packed_attention(model, batch.layout), foreign_forward(model):
         outputs = body_of(model)(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],

@@ -28,6 +28,7 @@ from fedloom.models.causal import causal_lm
 from fedloom.models.families import body_of
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.training.loss import output_head, target_nats
+from fedloom.training.rotation import shortest_switch
 from fedloom.training.row_losses import row_losses
 
 _PROMPT, _PADDING = 0, -1
@@ -45,7 +46,8 @@ def continuation_nats(model: Any, queries: Sequence[Query], *, token_budget: int
     """Return for each query the negative log-likelihood of each continuation, in nats.
 
     A pass holds at most ``token_budget`` tokens, the prefix counted in every row. Where the model's attention cannot
-    take a mask of ours (sliding windows shorter than a row, flash attention) all are scored from scratch.
+    take a mask of ours (sliding windows shorter than a row, flash attention), or rotates a row by its length, all are
+    scored from scratch.
     """
     lm = causal_lm(model)
     longest = max(len(query.prompt) + sum(map(len, query.continuations)) for query in queries)
@@ -180,4 +182,5 @@ def _passes(queries: Sequence[Query], token_budget: int) -> Iterator[list[int]]:
 def _takes_masks(lm: Any, longest: int) -> bool:
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None)
-    return config._attn_implementation in {"sdpa", "eager"} and (not window or longest < window)
+    fits = (not window or longest < window) and longest <= shortest_switch(lm)
+    return fits and config._attn_implementation in {"sdpa", "eager"}
