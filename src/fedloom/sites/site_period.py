@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fedloom.federation.buffers import Buffer
 from fedloom.sites.frames import Begin, Updates
 
 _ANSWERS_KEPT = 4
@@ -23,16 +24,16 @@ class SitePeriod:
     begin: Begin
     next: int = 0
     is_at_work: bool = True
-    _answers: dict[int, bytes] = field(default_factory=dict)
+    _answers: dict[int, Buffer] = field(default_factory=dict)
 
-    def take(self, number: int) -> tuple[bool, bytes | None]:
+    def take(self, number: int) -> tuple[bool, Buffer | None]:
         """Return whether a frame is to be done now, and the answer to send again where it was done before."""
         if number != self.next:
             return False, self._answers.get(number)
         self.next += 1
         return True, None
 
-    def answered(self, number: int, data: bytes) -> None:
+    def answered(self, number: int, data: Buffer) -> None:
         """Keep an answer for a while."""
         self._answers[number] = data
         for oldest in sorted(self._answers)[:-_ANSWERS_KEPT]:

@@ -124,7 +124,7 @@ def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tup
             except (queue.Empty, UpdateError):
                 continue
             if isinstance(head, SheetSent):
-                return head.run, body
+                return head.run, bytes(body)
     finally:
         link.close()
     if refusals:
