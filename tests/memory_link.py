@@ -12,7 +12,7 @@ from typing import Any
 
 from fedloom.config import Settings
 from fedloom.experiment.run_summary import RunSummary
-from fedloom.sites.link import CONNECTED, SERVER
+from fedloom.sites.link import CONNECTED, SERVER, Frame
 from fedloom.sites.serving import serve
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 from fedloom.sites.site_worker import SiteWorker
@@ -22,6 +22,11 @@ from fedloom.sites.trainer import Heard, Trainer
 NAMES = ["berlin", "oslo", "rome"]
 Meddle = Callable[[str, str, bytes], list[bytes]]
 """From sender, receiver and frame to what arrives of it."""
+
+
+def joined(frame: Frame) -> bytes:
+    """Return a frame in one piece, as it arrives."""
+    return b"".join(frame if isinstance(frame, list) else [frame])
 
 
 @dataclass
@@ -47,11 +52,11 @@ class MemoryLink:
     inbox: queue.Queue[tuple[str, bytes]] = field(default_factory=queue.Queue)
     connections: Counter[str] = field(default_factory=Counter)
 
-    def send(self, to: str, frame: bytes) -> bool:
+    def send(self, to: str, frame: Frame) -> bool:
         other = self.hub.ends.get(to)
         if other is None:
             return False
-        for data in self.hub.meddle(self.name, to, frame):
+        for data in self.hub.meddle(self.name, to, joined(frame)):
             other.inbox.put((self.name, data))
         return True
 
@@ -76,9 +81,9 @@ class ThreadTrainer:
         self._is_closed = True
         self._waiting.put(None)
 
-    def _answer(self, data: bytes) -> None:
+    def _answer(self, data: Frame) -> None:
         if not self._is_closed:
-            self._reply(data)
+            self._reply(joined(data))
 
     def _work(self) -> None:
         while (heard := self._waiting.get()) is not None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from fedloom.errors import UpdateError
+from fedloom.federation.blob import Checked, sealed
 from fedloom.seeding import stream
+from fedloom.sites.dropped import Dropped
 from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
     TO_SITE,
-    Dropped,
     End,
     Hello,
     Refusal,
@@ -19,24 +20,28 @@ from fedloom.sites.frames import (
     SheetSent,
     Task,
     frame,
+    framed,
     unframe,
+    unframe_here,
 )
 
 RUN, SHA = "ab" * 16, "cd" * 32
 HELLO = Hello(format=FORMAT, fedloom="0.1.0", torch="2.8.0+cpu", run=RUN, state="ready", task=SHA)
 RESULT = Result(run=RUN, round=3, task=SHA, refusal=Refusal(code="rank", numbers={"asked": 8, "allowed": 4}))
-UP = [(HELLO, b""), (RESULT, b"update"), (Scored(run=RUN, round=0, sum_nats=1.5, num_loss_tokens=3), b"")]
-DOWN = [(SheetSent(run=RUN, format=FORMAT), b"{}"), (Task(run=RUN, round=1, task=SHA, counted=0), b"x" * 99)]
+UP = [(HELLO, b""), (RESULT, sealed(b"update")), (Scored(run=RUN, round=0, sum_nats=1.5, num_loss_tokens=3), b"")]
+DOWN = [(SheetSent(run=RUN, format=FORMAT), b"{}"), (Task(run=RUN, round=1, task=SHA, counted=0), sealed(b"x" * 99))]
 
 
 @pytest.mark.parametrize(("head", "body"), UP)
 def test_a_frame_to_the_server_comes_back_as_it_was(head: Hello, body: bytes) -> None:
-    assert unframe(frame(head, body), TO_SERVER, 100) == (head, body)
+    found, theirs = unframe(frame(head, body), TO_SERVER, 200)
+    assert (found, bytes(theirs)) == (head, body)
 
 
 @pytest.mark.parametrize(("head", "body"), DOWN)
 def test_a_frame_to_a_site_comes_back_as_it_was(head: Task, body: bytes) -> None:
-    assert unframe(frame(head, body), TO_SITE, 100) == (head, body)
+    found, theirs = unframe(frame(head, body), TO_SITE, 200)
+    assert (found, bytes(theirs)) == (head, body)
 
 
 def test_a_receiver_takes_no_frame_of_the_other_direction() -> None:
@@ -52,7 +57,7 @@ def test_a_body_where_none_belongs_or_a_longer_one_is_refused() -> None:
     with pytest.raises(UpdateError, match="no body in a frame of kind end"):
         unframe(frame(End(run=RUN), b"x"), TO_SITE, 100)
     with pytest.raises(UpdateError, match="at most 5 bytes"):
-        unframe(frame(RESULT, b"update"), TO_SERVER, 5)
+        unframe(frame(RESULT, sealed(b"update")), TO_SERVER, 5)
 
 
 def test_a_length_that_moves_a_blank_of_the_body_into_the_head_is_refused() -> None:
@@ -97,6 +102,24 @@ def test_a_thousand_mutated_frames_are_all_refused(numbers: tuple) -> None:
                 data[place:place] = rng.bytes(int(rng.integers(1, 9)))
         with pytest.raises(UpdateError):
             unframe(bytes(data), kinds, 200)
+
+
+def test_a_frame_in_several_buffers_is_the_same_bytes() -> None:
+    for head, body in UP + DOWN:
+        parts = framed(head, [memoryview(body)[:3], body[3:]]) if body else framed(head, [])
+        assert b"".join(parts) == frame(head, body)
+
+
+def test_a_body_that_ends_with_its_own_hash_is_hashed_once_and_says_that_it_was() -> None:
+    data = bytearray(frame(RESULT, sealed(b"update")))
+    assert isinstance(unframe(data, TO_SERVER, 100)[1], Checked)
+    data[data.index(b"update")] ^= 1
+    with pytest.raises(UpdateError, match="do not have the hash they end with"):
+        unframe(data, TO_SERVER, 100)
+    head, body = unframe_here(data, TO_SERVER, 100)  # from a process of this machine, which has looked
+    assert (head, bytes(body)[:6]) == (RESULT, b"tpdate")
+    with pytest.raises(UpdateError, match="fits its digest"):
+        unframe_here(data[:-1] + bytes([data[-1] ^ 1]), TO_SERVER, 100)
 
 
 def test_what_is_dropped_is_counted_by_sender_and_reason_without_growing_for_ever() -> None:

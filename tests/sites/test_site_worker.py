@@ -345,14 +345,17 @@ def test_a_killed_trainer_process_is_replaced(sheet: Sheet, settings: SiteSettin
 def test_what_is_remembered_comes_back_and_a_damaged_file_is_forgotten(tmp_path: Path) -> None:
     store = Store(tmp_path, RUN)
     assert store.read().round == 0
-    store.write(Recall(version=3, round=4, task="ab" * 32, answer=b"answer"))
+    store.write(Recall(version=3, round=4, task="ab" * 32), [b"ans", b"wer"])
     found = store.read()
-    assert (found.version, found.round, found.task, found.answer) == (3, 4, "ab" * 32, b"answer")
+    assert (found.version, found.round, found.task) == (3, 4, "ab" * 32)
+    assert store.answer("ab" * 32) == b"answer"
+    assert store.answer("cd" * 32) is None
     path = next(tmp_path.rglob("state.safetensors"))
     for size in (0, 5, len(path.read_bytes()) - 3):
         data = path.read_bytes()
         path.write_bytes(data[:size])
         assert store.read().round == 0
+        assert store.answer("ab" * 32) is None
         path.write_bytes(data)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fedloom.federation.blob import WireDtype
+from fedloom.federation.blob import Message, WireDtype
 from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import decode_answer
 from fedloom.lora.initial import Draw
@@ -14,7 +14,7 @@ from fedloom.methods.state import Broadcast
 
 
 def arrival_of(
-    answer: bytes,
+    answer: Message,
     broadcast: Broadcast,
     download_bytes: int,
     *,

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 import torch
 from pydantic import BaseModel, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.errors import UpdateError
+from fedloom.federation.buffers import Buffer, Buffers
 from fedloom.lora.pair import Adapter
 
 NUMBERS_CHARACTERS = 512
@@ -31,7 +32,7 @@ MAX_HEADER_BYTES = 1 << 16
 """A header's fixed part; each tensor may add ``MAX_ENTRY_BYTES``."""
 MAX_ENTRY_BYTES = 1 << 10
 SEAL_BYTES = 16
-"""A message ends with so many bytes of BLAKE2b over all that is before them."""
+"""A message ends with the first so many bytes of the SHA-256 of all that is before them."""
 
 
 class WireDtype(StrEnum):
@@ -48,6 +49,9 @@ class WireDtype(StrEnum):
 
 
 SAFETENSORS_NAMES = {WireDtype.FP32: "F32", WireDtype.BF16: "BF16", WireDtype.FP16: "F16"}
+_DTYPES = {"F64": torch.float64} | {name: dtype.torch for dtype, name in SAFETENSORS_NAMES.items()}
+"""In the order in which safetensors puts tensors of different types."""
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def as_received(adapter: Adapter, dtype: WireDtype) -> Adapter:
@@ -65,34 +69,95 @@ def without_loss(tensor: Tensor, dtype: WireDtype) -> Tensor:
 
 def pack(tensors: Mapping[str, Tensor], head: BaseModel) -> bytes:
     """Return a message of tensors, as they are, and numbers."""
-    ready = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    return b"".join(packed(tensors, head))
+
+
+def packed(tensors: Mapping[str, Tensor], head: BaseModel) -> Buffers:
+    """Return the message in several buffers, of which the tensors' own memory is most.
+
+    Joined, and without the hash, they are the very bytes that safetensors writes.
+    """
     text = head.model_dump_json()
     room = -(-len(text) // NUMBERS_CHARACTERS) * NUMBERS_CHARACTERS
-    return sealed(save(ready, metadata={"message": text.ljust(room)}))
+    header: dict[str, Any] = {"__metadata__": {"message": text.ljust(room)}}
+    parts: Buffers = [b""]
+    offset = 0
+    order = list(_NAMES)
+    for key, tensor in sorted(tensors.items(), key=lambda item: (order.index(item[1].dtype), item[0])):
+        end = offset + tensor.nbytes
+        header[key] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        parts.append(_memory_of(tensor))
+        offset = end
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    parts[0] = len(encoded).to_bytes(8, "little") + encoded
+    return [*parts, _seal(parts)]
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return flat.numpy().data  # it keeps the memory alive
 
 
 def sealed(blob: bytes) -> bytes:
     """Return a blob with its hash behind it: what was changed on the way is found, whoever sent it."""
-    return blob + _seal(blob)
+    return blob + _seal([blob])
 
 
-def unsealed(message: bytes) -> bytes:
-    """Return the blob of a message, of which nothing has been parsed.
+@dataclass(frozen=True)
+class Checked:
+    """A message whose hash was compared where it came in; who reads it afterwards need not do so again."""
+
+    message: Buffer
+
+    def __len__(self) -> int:
+        return len(self.message)
+
+    def __bytes__(self) -> bytes:
+        return bytes(self.message)
+
+
+Message = Buffer | Checked
+
+
+def checked(message: Buffer) -> Checked:
+    """Compare a message with the hash that it ends with, before anything of it is parsed.
 
     Raises:
-        UpdateError: the hash behind it is not its own.
+        UpdateError: the hash is not its own.
     """
-    blob = memoryview(message)[:-SEAL_BYTES]
-    if len(message) < SEAL_BYTES or _seal(blob) != message[-SEAL_BYTES:]:
+    whole = memoryview(message)
+    if len(whole) < SEAL_BYTES or _seal([whole[:-SEAL_BYTES]]) != whole[-SEAL_BYTES:]:
         raise UpdateError(
             f"expected a whole message, got {len(message)} bytes that do not have the hash they end with (empty, cut "
             "or changed on the way); send it again, with the same version of fedloom on both sides"
         )
-    return bytes(blob)
+    return Checked(whole)
 
 
-def _seal(blob: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(blob, digest_size=SEAL_BYTES).digest()
+def blob_in(message: Message) -> memoryview:
+    """Return the blob of a message, where it lies.
+
+    Raises:
+        UpdateError: the hash behind it is not its own.
+    """
+    return memoryview((message if isinstance(message, Checked) else checked(message)).message)[:-SEAL_BYTES]
+
+
+def unsealed(message: Message) -> bytes:
+    """Return a copy of the blob of a message.
+
+    Raises:
+        UpdateError: the hash behind it is not its own.
+    """
+    return bytes(blob_in(message))
+
+
+def _seal(parts: Iterable[Buffer]) -> bytes:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part)
+    return found.digest()[:SEAL_BYTES]
 
 
 def largest_message(num_tensors: int, num_bytes: int) -> int:
@@ -100,7 +165,7 @@ def largest_message(num_tensors: int, num_bytes: int) -> int:
     return 8 + MAX_HEADER_BYTES + num_tensors * MAX_ENTRY_BYTES + num_bytes + SEAL_BYTES
 
 
-def check_size(blob: bytes, largest: int) -> None:
+def check_size(blob: Message, largest: int) -> None:
     """Refuse a message that is longer than what was asked for can be, before any of it is parsed.
 
     Raises:
@@ -113,7 +178,7 @@ def check_size(blob: bytes, largest: int) -> None:
 
 
 def read_head(
-    blob: bytes, schema: TypeAdapter[Any], room: int, name: str = "message"
+    blob: Buffer, schema: TypeAdapter[Any], room: int, name: str = "message"
 ) -> tuple[Any, dict[str, tuple[str, tuple[int, ...]]]]:
     """Return a message's numbers, and (dtype, shape) of each of its tensors, none of which is made yet.
 
@@ -129,7 +194,7 @@ def read_head(
             f"expected a whole message, got {len(blob)} bytes that do not parse (empty or damaged); send it again"
         )
     try:
-        header = json.loads(blob[8 : 8 + length].decode("utf-8"), object_pairs_hook=_once)
+        header = json.loads(str(blob[8 : 8 + length], "utf-8"), object_pairs_hook=_once)
         text = header.pop("__metadata__")[name]
         entries = {key: (_entry(entry["dtype"], str), _entry(entry["shape"], list)) for key, entry in header.items()}
         json.loads(text, object_pairs_hook=_once)
@@ -185,15 +250,38 @@ def check_entries(
             )
 
 
-def read_tensors(blob: bytes) -> dict[str, Tensor]:
-    """Return a message's tensors in fp32.
+def read_tensors(blob: Buffer) -> dict[str, Tensor]:
+    """Return a message's tensors in fp32, in memory of their own.
 
     Raises:
         UpdateError: if it is cut short or its offsets do not fit.
     """
     try:
-        return {key: tensor.to(torch.float32) for key, tensor in load(blob).items()}
-    except (SafetensorError, ValueError, TypeError, KeyError, OverflowError) as error:
+        return {key: tensor.to(torch.float32) for key, tensor in _tensors_in(memoryview(blob)).items()}
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise UpdateError(
             f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); send it again"
         ) from error
+
+
+def _tensors_in(blob: memoryview) -> dict[str, Tensor]:
+    """Read tensors, which must fill the blob without a gap, in the order of their offsets."""
+    length = int.from_bytes(blob[:8], "little")
+    header = json.loads(str(blob[8 : 8 + length], "utf-8"))
+    header.pop("__metadata__", None)
+    data, end = blob[8 + length :], 0
+    found: dict[str, Tensor] = {}
+    for key, entry in sorted(header.items(), key=lambda item: tuple(item[1]["data_offsets"])):
+        dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+        begin, stop = entry["data_offsets"]
+        if not all(type(number) is int and number >= 0 for number in (*shape, begin, stop)):
+            raise ValueError("a shape or an offset is not whole")
+        if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or stop > len(data):
+            raise ValueError("shapes and offsets do not fit")
+        found[key] = torch.empty(shape, dtype=dtype)
+        if stop > begin:
+            _memory_of(found[key])[:] = data[begin:stop]
+        end = stop
+    if end != len(data):
+        raise ValueError("bytes are left over")
+    return found

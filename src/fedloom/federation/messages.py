@@ -24,16 +24,19 @@ from fedloom.errors import AdapterError, UpdateError
 from fedloom.federation.blob import (
     MAX_ENTRY_BYTES,
     SAFETENSORS_NAMES,
+    Message,
     WireDtype,
+    blob_in,
     check_entries,
     check_size,
     largest_message,
     pack,
+    packed,
     read_head,
     read_tensors,
-    unsealed,
     without_loss,
 )
+from fedloom.federation.buffers import Buffer, Buffers
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
@@ -106,6 +109,15 @@ _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
 
 def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
     """Serialise what crosses of a broadcast: its news, the factors of its start that cross, and its numbers."""
+    return pack(*_sent_of(broadcast, dtype))
+
+
+def broadcast_buffers(broadcast: Broadcast, dtype: WireDtype) -> Buffers:
+    """Return :func:`encode_broadcast` in several buffers, most of them the server's own tensors."""
+    return packed(*_sent_of(broadcast, dtype))
+
+
+def _sent_of(broadcast: Broadcast, dtype: WireDtype) -> tuple[dict[str, Tensor], BaseModel]:
     news, start = broadcast.news, broadcast.start
     tensors: dict[str, Tensor] = {}
     for position, part in enumerate(news.parts):
@@ -128,7 +140,7 @@ def encode_broadcast(broadcast: Broadcast, dtype: WireDtype) -> bytes:
         origin=None if broadcast.origin is None else _draw_head(broadcast.origin),
         crossing="".join(sorted(broadcast.crossing)),  # type: ignore[arg-type]
     )
-    return pack(tensors, head)
+    return tensors, head
 
 
 class Received:
@@ -141,13 +153,13 @@ class Received:
         self.origin = None if head.origin is None else Draw(head.origin.name, head.origin.rank)
 
 
-def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
+def decode_broadcast(message: Message, shapes: Shapes) -> Received:
     """Read a broadcast at a client whose target modules have these shapes.
 
     Raises:
         UpdateError: if it is not a whole message of this form, or of another base.
     """
-    blob = unsealed(blob)
+    blob = blob_in(message)
     head, entries = read_head(blob, _BROADCAST, _room_for_entries(blob, shapes))
     for key, (dtype, _) in entries.items():
         if dtype not in SAFETENSORS_NAMES.values():
@@ -162,7 +174,7 @@ def decode_broadcast(blob: bytes, shapes: Shapes) -> Received:
     return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start)
 
 
-def _room_for_entries(blob: bytes, shapes: Shapes) -> int:
+def _room_for_entries(blob: Buffer, shapes: Shapes) -> int:
     """Return how long the entries of a broadcast's tensors can be: each stands for a row or column at least.
 
     Without a limit a header that describes nothing would be parsed into many times its size.
@@ -190,8 +202,13 @@ def as_sent(broadcast: Broadcast) -> Received:
 
 def encode_update(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtype) -> bytes:
     """Serialise an update: ``tensors`` are what the client half sends of it."""
+    return b"".join(update_buffers(update, tensors, dtype))
+
+
+def update_buffers(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtype) -> Buffers:
+    """Return :func:`encode_update` in several buffers, most of them the tensors' own memory."""
     head = _UpdateHead(round=update.round, client=update.client, held=update.held, **asdict(update.stats))
-    return pack({key: tensor.to(dtype.torch) for key, tensor in tensors.items()}, head)
+    return packed({key: tensor.to(dtype.torch) for key, tensor in tensors.items()}, head)
 
 
 def encode_failure(failure: Failure) -> bytes:
@@ -200,7 +217,12 @@ def encode_failure(failure: Failure) -> bytes:
 
 
 def decode_answer(
-    blob: bytes, broadcast: Broadcast, work: Work, shapes: Shapes, dtype: WireDtype, start_of: Callable[[Draw], Adapter]
+    message: Message,
+    broadcast: Broadcast,
+    work: Work,
+    shapes: Shapes,
+    dtype: WireDtype,
+    start_of: Callable[[Draw], Adapter],
 ) -> Update | Failure:
     """Read a client's answer to a broadcast; whatever does not fit makes a failure of this client, never an error.
 
@@ -209,8 +231,8 @@ def decode_answer(
     client = broadcast.client
     expected = expected_tensors(shapes, broadcast.rank, work.sends)
     try:
-        check_size(blob, largest_answer(broadcast, work, shapes, dtype))
-        blob = unsealed(blob)
+        check_size(message, largest_answer(broadcast, work, shapes, dtype))
+        blob = blob_in(message)
         head, entries = read_head(blob, _ANSWER, len(expected) * MAX_ENTRY_BYTES)
         _check_sender(head.client, client)
         if isinstance(head, _FailureHead):

@@ -84,7 +84,7 @@ class Pair:
 class Adapter(Mapping[str, Pair]):
     """An immutable map from module name (as in ``model.named_modules()``) to that module's pair."""
 
-    __slots__ = ("_pairs",)
+    __slots__ = ("__weakref__", "_pairs")
 
     def __init__(self, pairs: Mapping[str, Pair] | None = None) -> None:
         self._pairs: Mapping[str, Pair] = MappingProxyType(dict(pairs or {}))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -27,11 +28,23 @@ def grown_by(side: Adapter, additions: Iterable[Adapter]) -> Adapter:
     return side
 
 
+_COMPACTED: WeakValueDictionary[tuple[object, ...], Adapter] = WeakValueDictionary()
+"""Compacted sides that somebody in this process holds, by what they were compacted from."""
+
+
 def compacted(side: Adapter) -> Adapter:
-    """Compress losslessly once a module's pair is larger than its matrix; below that it costs more than it saves."""
+    """Compress losslessly once a module's pair is larger than its matrix; below that it costs more than it saves.
+
+    Where server and clients live in one process, the second of them is given what the first one has computed: a hash
+    takes a small part of the time.
+    """
     if all(pair.rank <= min(pair.shape) for pair in side.values()):
         return side
-    return compress(side).adapter
+    key = (digest(side), *sorted({(str(t.dtype), str(t.device)) for t in side.as_tensors().values()}))
+    found = _COMPACTED.get(key)
+    if found is None:
+        found = _COMPACTED[key] = compress(side).adapter
+    return found
 
 
 def digest(adapter: Adapter) -> str:

@@ -43,13 +43,14 @@ def _beginning(name: str) -> str:
     return f"{TEMPORARY}{short}-" if name else TEMPORARY
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace the file ``path`` by ``data`` in one step."""
+def write_bytes(path: Path, *data: bytes | bytearray | memoryview) -> None:
+    """Replace the file ``path`` by ``data``, one part after another, in one step."""
     remove_leftovers(path.parent, path.name)
     temporary = temporary_name(path.parent, path.name)
     try:
         with _held_file(temporary) as file:
-            file.write(data)
+            for part in data:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
             temporary.replace(path)

@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.errors import MissingExtraError, RunError
+from fedloom.federation.buffers import Buffer
 from fedloom.sites import link
 from fedloom.sites.flare_pipe import (
     CONNECTED,
@@ -41,7 +42,7 @@ from fedloom.sites.flare_pipe import (
 from fedloom.sites.grpc_link import check_free, unreachable
 from fedloom.sites.kit import read_kit
 from fedloom.sites.kit_check import FlareKit
-from fedloom.sites.link import SERVER
+from fedloom.sites.link import SERVER, Frame
 
 FRAMES_WAITING = 8
 _START_SECONDS = 120.0
@@ -71,7 +72,7 @@ class FlareLink:
             MissingExtraError: FLARE is not installed.
         """
         required_flare()
-        self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=inbox_size)
+        self.inbox: queue.Queue[tuple[str, Buffer]] = queue.Queue(maxsize=inbox_size)
         self.is_started = threading.Event()
         self.connected: set[str] = set()
         self.connections: Counter[str] = Counter()
@@ -81,7 +82,7 @@ class FlareLink:
         self._is_closed = threading.Event()
         self._pipe: Pipe | None = None
         self.process: subprocess.Popen[bytes] | None = None
-        self._out: dict[str, queue.Queue[bytes | None]] = {
+        self._out: dict[str, queue.Queue[Frame | None]] = {
             name: queue.Queue(maxsize=FRAMES_WAITING) for name in receivers
         }
         self._credits = {name: threading.Semaphore(PIECES_WAITING) for name in receivers}
@@ -90,7 +91,7 @@ class FlareLink:
         for thread in (*self._pumps, self._runner):
             thread.start()
 
-    def send(self, to: str, frame: bytes) -> bool:
+    def send(self, to: str, frame: Frame) -> bool:
         """Put a frame into the receiver's outbox; False where it cannot be reached now."""
         out = self._out.get(to)
         if out is None or to not in self.connected or self._is_closed.is_set():
@@ -200,6 +201,7 @@ class FlareLink:
                     credit.release()  # the piece stays here, so no DONE will give it back
                     break
                 pipe.put(Event(PIECE, name, place, data))
+            del frame  # nothing is held while there is nothing to send
 
     def _end_process(self) -> int:
         process = self.process

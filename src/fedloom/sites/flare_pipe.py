@@ -18,6 +18,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
+from fedloom.federation.buffers import Buffer
+from fedloom.sites.link import Frame, cut
+
 PIECE_BYTES = 16 << 20
 PIECES_WAITING = 4
 """Pieces for one receiver that FLARE's process holds at most."""
@@ -121,34 +124,38 @@ class Joiner:
     largest: int
     _session: str = ""
     _frame: int = -1
-    _parts: list[bytes] = field(default_factory=list)
-    _size: int = 0
+    _count: int = 0
+    _joined: bytearray = field(default_factory=bytearray)
 
-    def take(self, place: Place, data: bytes) -> bytes | None:
+    def take(self, place: Place, data: Buffer) -> Buffer | None:
         """Take a piece; return the frame that it completes, if it does."""
         if place.session != self._session:
-            self._session, self._frame, self._parts, self._size = place.session, -1, [], 0
+            self._session, self._frame = place.session, -1
+            self._begin()
         if place.index == 0 and place.frame > self._frame:
-            self._frame, self._parts, self._size = place.frame, [], 0
-        elif place.frame != self._frame or not self._parts or place.index != len(self._parts):
+            self._frame = place.frame
+            self._begin()
+        elif place.frame != self._frame or self._count == 0 or place.index != self._count:
             return None
-        self._parts.append(data)
-        self._size += len(data)
-        if self._size > self.largest:
-            self._parts = []
+        if len(self._joined) + len(data) > self.largest:
+            self._begin()
             return None
+        self._joined += data  # it grows in place: pieces joined at the end would lie in memory twice
+        self._count += 1
         if not place.last:
             return None
-        found, self._parts = b"".join(self._parts), []
+        found = self._joined
+        self._begin()
         return found
 
+    def _begin(self) -> None:
+        self._joined, self._count = bytearray(), 0
 
-def pieces(frame: bytes, session: str, number: int) -> Iterator[tuple[Place, bytes]]:
+
+def pieces(frame: Frame, session: str, number: int) -> Iterator[tuple[Place, bytes]]:
     """Cut a frame."""
-    view, count = memoryview(frame), max(1, -(-len(frame) // PIECE_BYTES))
-    for index in range(count):
-        part = view[index * PIECE_BYTES : (index + 1) * PIECE_BYTES]
-        yield Place(session, number, index, index == count - 1), bytes(part)
+    for index, (piece, is_last) in enumerate(cut(frame, PIECE_BYTES)):
+        yield Place(session, number, index, is_last), b"".join(piece)
 
 
 def seconds_for(data: bytes) -> float:

@@ -1,21 +1,20 @@
 """A message between server and site: one frame of a length, a digest, a JSON head and a body.
 
     4 bytes   length of the head, little-endian
-    32 bytes  SHA-256 of length, head and body
+    32 bytes  SHA-256 of length, head and body; of a body that ends with its own hash, of length, head and that hash
     head      JSON, of one of the kinds below
     body      a sheet, a broadcast, an update, an adapter, a split message, or nothing
 
 Nothing of a frame is believed unread: the digest first, then the head by its kind's schema, which knows no other
-entries. What a receiver does not expect (a server's kind at the server, another run, a body where none belongs) it
-drops and counts; see :class:`Dropped`.
+entries, then the body by its own hash: each byte is hashed once where it is sent and once where it comes in. What a
+receiver does not expect (a server's kind at the server, another run, a body where none belongs) it drops and counts;
+see :class:`~.dropped.Dropped`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
@@ -23,8 +22,10 @@ from annotated_types import Ge, Le, MaxLen
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
 from fedloom.errors import UpdateError
+from fedloom.federation.blob import SEAL_BYTES, Checked, checked
+from fedloom.federation.buffers import Buffer, Buffers
 
-FORMAT = 1
+FORMAT = 2
 """Version of the frames and of what they mean: both ends must have the same."""
 MAX_HEAD_BYTES = 1 << 16
 MAX_SHEET_BYTES = 1 << 20
@@ -275,31 +276,52 @@ _WITH_BODY = (
     *("result", "sheet", "task", "score"),
     *("begin", "hidden", "gradients", "activations", "tail-gradients", "updates"),
 )
+_SEALED = tuple(
+    f'{{"kind":"{kind}"'.encode() for kind in ("result", "task", "hidden", "gradients", "activations", "tail-gradients")
+)
+"""How heads begin whose body is one message, which ends with its own hash."""
+
+Body = memoryview | Checked
 
 
-def parts_of(body: bytes, sizes: Sequence[int]) -> list[bytes]:
+def parts_of(body: Body, sizes: Sequence[int]) -> list[memoryview]:
     """Return the parts of a body that have these sizes.
 
     Raises:
         UpdateError: the sizes are not those of the whole body.
     """
-    if sum(sizes) != len(body):
+    if isinstance(body, Checked) or sum(sizes) != len(body):
         raise UpdateError(f"expected a body of {sum(sizes)} bytes, as its head says, got {len(body)}; send it again")
     ends = list(accumulate(sizes))
     return [body[end - size : end] for end, size in zip(ends, sizes, strict=True)]
 
 
-def frame(head: ToServer | ToSite, body: bytes = b"") -> bytes:
+def frame(head: ToServer | ToSite, body: Buffer | Checked = b"") -> bytes:
     """Return a message as bytes."""
+    return b"".join(framed(head, [bytes(body)]))
+
+
+def framed(head: ToServer | ToSite, body: Buffers) -> Buffers:
+    """Return a message in several buffers, those of the body among them as they are."""
     text = head.model_dump_json().encode()
-    return len(text).to_bytes(_LENGTH_BYTES, "little") + _digest(text, body) + text + body
+    return [len(text).to_bytes(_LENGTH_BYTES, "little") + _digest(text, body) + text, *body]
 
 
-def unframe(data: bytes, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, bytes]:
-    """Return a message's head and body; ``kinds`` are those that the receiver takes.
+def unframe(data: Buffer, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, Body]:
+    """Return a message's head, and its body where it lies; ``kinds`` are those that the receiver takes.
 
     Raises:
         UpdateError: it is damaged, of no such kind, or longer than it can be.
+    """
+    head, body = unframe_here(data, kinds, max_body)
+    return head, checked(body.message) if isinstance(body, Checked) else body
+
+
+def unframe_here(data: Buffer, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, Body]:
+    """Do what :func:`unframe` does for a frame of another process of this machine, which has checked the body's hash.
+
+    Raises:
+        UpdateError: it is damaged elsewhere, of no such kind, or longer than it can be.
     """
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     end = PREFIX_BYTES + length
@@ -307,8 +329,8 @@ def unframe(data: bytes, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, b
         raise UpdateError(
             f"expected a whole frame with at most {max_body} bytes of body, got {len(data)} bytes; send it again"
         )
-    text, body = data[PREFIX_BYTES:end], data[end:]
-    if _digest(text, body) != data[_LENGTH_BYTES:PREFIX_BYTES]:
+    text, body = bytes(data[PREFIX_BYTES:end]), memoryview(data)[end:]
+    if _digest(text, [body]) != data[_LENGTH_BYTES:PREFIX_BYTES]:
         raise UpdateError(f"expected a frame that fits its digest, got {len(data)} bytes that do not; send it again")
     try:
         head = kinds.validate_json(text)
@@ -318,30 +340,12 @@ def unframe(data: bytes, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, b
         ) from error
     if body and head.kind not in _WITH_BODY:
         raise UpdateError(f"expected no body in a frame of kind {head.kind}, got {len(body)} bytes; leave it out")
-    return head, body
+    return head, Checked(body) if body and text.startswith(_SEALED) else body
 
 
-def _digest(text: bytes, body: bytes) -> bytes:
+def _digest(text: bytes, body: Buffers) -> bytes:
     """Return the hash of head and body, and of where one ends: a head may end in blanks, and a body begin with them."""
     found = hashlib.sha256(len(text).to_bytes(_LENGTH_BYTES, "little") + text)
-    found.update(body)
+    for part in [memoryview(body[-1])[-SEAL_BYTES:]] if body and text.startswith(_SEALED) else body:
+        found.update(part)
     return found.digest()
-
-
-@dataclass
-class Dropped:
-    """What a receiver dropped, by its sender and a word for the reason; at most so many different ones."""
-
-    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
-    _LARGEST = 1 << 10
-
-    def add(self, sender: str, why: str) -> None:
-        """Count one message."""
-        key = (sender[:200], why)
-        if key in self.counts or len(self.counts) < self._LARGEST:
-            self.counts[key] += 1
-
-    @property
-    def total(self) -> int:
-        """Messages dropped in all."""
-        return sum(self.counts.values())

@@ -17,8 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fedloom.errors import MissingExtraError, RunError
+from fedloom.federation.buffers import Buffer
 from fedloom.sites.kit import Kit
-from fedloom.sites.link import CONNECTED, SERVER, offered
+from fedloom.sites.link import CONNECTED, SERVER, Frame, cut, offered
 
 PIECE_BYTES = 2 << 20
 FRAMES_WAITING = 8
@@ -50,10 +51,10 @@ class GrpcServerLink:
             MissingExtraError: gRPC is not installed.
         """
         grpc = required_grpc()
-        self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue(maxsize=64 * len(names))
+        self.inbox: queue.Queue[tuple[str, Buffer]] = queue.Queue(maxsize=64 * len(names))
         self.connections: Counter[str] = Counter()
         self._names, self._largest, self._lock = frozenset(names), largest_frame, threading.Lock()
-        self._out: dict[str, queue.Queue[bytes | None]] = {}
+        self._out: dict[str, queue.Queue[Frame | None]] = {}
         self._codes = grpc.StatusCode
         self._server = grpc.server(ThreadPoolExecutor(2 * len(names) + 4), options=_OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(self._session)
@@ -71,7 +72,7 @@ class GrpcServerLink:
         self.port = bound
         self._server.start()
 
-    def send(self, to: str, frame: bytes) -> bool:
+    def send(self, to: str, frame: Frame) -> bool:
         """Put a frame into the site's stream; False where it has none, or does not take it in."""
         with self._lock:
             out = self._out.get(to)
@@ -90,7 +91,7 @@ class GrpcServerLink:
         name = names[0] if names else ""
         if name not in self._names:
             context.abort(self._codes.PERMISSION_DENIED, f"{name[:100]} is not a site of this study")
-        out: queue.Queue[bytes | None] = queue.Queue(maxsize=FRAMES_WAITING)
+        out: queue.Queue[Frame | None] = queue.Queue(maxsize=FRAMES_WAITING)
         with self._lock:
             former, self._out[name] = self._out.get(name), out
             self.connections[name] += 1
@@ -107,10 +108,11 @@ class GrpcServerLink:
                 if self._out.get(name) is out:
                     del self._out[name]
 
-    def _listen(self, name: str, requests: Iterator[bytes], out: queue.Queue[bytes | None], context: Any) -> None:
+    def _listen(self, name: str, requests: Iterator[bytes], out: queue.Queue[Frame | None], context: Any) -> None:
         try:
             for frame in _frames(requests, self._largest):
                 self.inbox.put((name, frame))
+                del frame  # while the next one is waited for, this one is not held
         except Exception:  # gRPC has one error for every way in which a stream ends, and no public name for it
             context.cancel()
         _end(out)
@@ -128,7 +130,7 @@ class GrpcSiteLink:
             MissingExtraError: gRPC is not installed.
         """
         self._grpc = required_grpc()
-        self.inbox: queue.Queue[tuple[str, bytes]] = queue.Queue()
+        self.inbox: queue.Queue[tuple[str, Buffer]] = queue.Queue()
         self.connections: Counter[str] = Counter()
         self._address, self._kit, self._largest = address, kit, largest_frame
         self._note, self._refused = note, refused
@@ -138,9 +140,9 @@ class GrpcSiteLink:
         self._thread = threading.Thread(target=self._run, name="link", daemon=True)
         self._thread.start()
 
-    _out: queue.Queue[bytes | None] | None
+    _out: queue.Queue[Frame | None] | None
 
-    def send(self, to: str, frame: bytes) -> bool:
+    def send(self, to: str, frame: Frame) -> bool:
         """Put a frame into the stream; False where there is none."""
         with self._lock:
             out = self._out
@@ -183,7 +185,7 @@ class GrpcSiteLink:
         grpc, kit = self._grpc, self._kit
         credentials = grpc.ssl_channel_credentials(kit.root, kit.key, kit.certificate)
         channel = grpc.secure_channel(self._address, credentials, options=_OPTIONS)
-        out: queue.Queue[bytes | None] = queue.Queue(maxsize=FRAMES_WAITING)
+        out: queue.Queue[Frame | None] = queue.Queue(maxsize=FRAMES_WAITING)
         has_come = False
         try:
             stream = channel.stream_stream(f"/{_SERVICE}/{_METHOD}")(_outgoing(out))
@@ -194,6 +196,7 @@ class GrpcSiteLink:
             for frame in _frames(stream, self._largest):
                 has_come = True
                 self.inbox.put((SERVER, frame))
+                del frame
         except grpc.RpcError as error:
             return error if not has_come or error.code() == grpc.StatusCode.ABORTED else None
         except ValueError:
@@ -262,7 +265,7 @@ def _port_taken(address: str, reason: str) -> str:
     )
 
 
-def _end(out: queue.Queue[bytes | None]) -> None:
+def _end(out: queue.Queue[Frame | None]) -> None:
     """Ask the sender of a stream to end, whatever waits in front of it."""
     while True:
         try:
@@ -276,31 +279,25 @@ def _end(out: queue.Queue[bytes | None]) -> None:
             return
 
 
-def _outgoing(out: queue.Queue[bytes | None]) -> Iterator[bytes]:
+def _outgoing(out: queue.Queue[Frame | None]) -> Iterator[bytes]:
     while (frame := out.get()) is not None:
-        yield from _pieces(frame)
+        for piece, is_last in cut(frame, PIECE_BYTES):
+            yield b"".join([_LAST if is_last else _MORE, *piece])
+        del frame  # nothing is held while there is nothing to send
 
 
-def _pieces(frame: bytes) -> Iterator[bytes]:
-    view = memoryview(frame)
-    for start in range(0, max(1, len(view)), PIECE_BYTES):
-        is_last = start + PIECE_BYTES >= len(view)
-        yield (_LAST if is_last else _MORE) + bytes(view[start : start + PIECE_BYTES])
-
-
-def _frames(stream: Iterator[bytes], largest: int) -> Iterator[bytes]:
+def _frames(stream: Iterator[bytes], largest: int) -> Iterator[Buffer]:
     """Yield whole frames.
 
     Raises:
         ValueError: one is longer than the receiver takes in.
     """
-    parts: list[bytes] = []
-    size = 0
+    frame = bytearray()  # it grows in place: pieces joined at the end would lie in memory twice
     for piece in stream:
-        parts.append(piece[1:])
-        size += len(piece) - 1
-        if size > largest:
+        if len(frame) + len(piece) - 1 > largest:
             raise ValueError("a frame is too long")
+        frame += memoryview(piece)[1:]
         if piece[:1] == _LAST:
-            yield b"".join(parts)
-            parts, size = [], 0
+            whole, frame = frame, bytearray()
+            yield whole
+            del whole

@@ -23,6 +23,7 @@ from fedloom.sites.frames import (
     Activations,
     Begin,
     Begun,
+    Body,
     Collect,
     Failed,
     Finish,
@@ -53,7 +54,7 @@ class _Line:
     sent: int = 0
     unanswered: list[tuple[int, bytes]] = field(default_factory=list)
     due: dict[int, type[InPeriod]] = field(default_factory=dict)
-    arrived: dict[int, tuple[Any, bytes]] = field(default_factory=dict)
+    arrived: dict[int, tuple[Any, Body]] = field(default_factory=dict)
     touched: float = 0.0
     has_begun: bool = False
     is_over: bool = False
@@ -238,9 +239,9 @@ class RemoteSplitClients:
             held = {"kept_version": site.held, "last_round": self._round, "last_version": site.held}
             site.ready = site.ready.model_copy(update=held)
 
-    def _gathered(self, asked: Mapping[int, int], what: str) -> dict[int, tuple[Any, bytes] | Failure]:
+    def _gathered(self, asked: Mapping[int, int], what: str) -> dict[int, tuple[Any, Body] | Failure]:
         """Wait for the answers of these numbers, by client; who sends none in time is out of the period."""
-        found: dict[int, tuple[Any, bytes] | Failure] = {}
+        found: dict[int, tuple[Any, Body] | Failure] = {}
         until = self.attendance.clock() + self.deadline_s
         while True:
             for client, number in asked.items():

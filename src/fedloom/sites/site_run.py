@@ -130,7 +130,7 @@ def _sheet_now(site: SiteSettings, kit: Kit, note: Callable[[str], None]) -> tup
             except (queue.Empty, UpdateError):
                 continue
             if isinstance(head, SheetSent):
-                return head, body
+                return head, bytes(body)
     finally:
         link.close()
     if refusals:

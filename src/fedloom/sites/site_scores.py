@@ -10,7 +10,7 @@ from safetensors.torch import save
 
 from fedloom.lora.pair import Adapter
 from fedloom.sites import policy
-from fedloom.sites.frames import Hello, Ready, Score, Scored, frame
+from fedloom.sites.frames import Hello, Ready, Score, Scored, framed
 
 if TYPE_CHECKING:
     from fedloom.sites.sites_engine import Attendance
@@ -22,7 +22,7 @@ def scored_by_sites(engine: Attendance, round: int, adapter: Adapter) -> dict[st
     A site that is away, or has no held-out rows, is not part of the mean; ``loss_nats_of_site`` says who is.
     """
     body = save({key: tensor.contiguous() for key, tensor in adapter.as_tensors().items()})
-    data = frame(Score(run=engine.run, round=round), body)
+    data = framed(Score(run=engine.run, round=round), [body])
     asked: dict[str, float] = {}
     found: dict[str, Scored] = {}
     begun = engine.clock()

@@ -22,7 +22,8 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, DataError, FedloomError, MethodError, RunError, UpdateError
 from fedloom.federation.blob import read_tensors
-from fedloom.federation.messages import Received, decode_broadcast, encode_update
+from fedloom.federation.buffers import Buffers
+from fedloom.federation.messages import Received, decode_broadcast, update_buffers
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
@@ -30,7 +31,7 @@ from fedloom.models.causal import longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.seeding import stream
 from fedloom.sites import policy
-from fedloom.sites.frames import Ready, Refusal, Result, Score, Scored, Task
+from fedloom.sites.frames import Body, Ready, Refusal, Result, Score, Scored, Task
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation
@@ -39,6 +40,8 @@ from fedloom.training.loss import output_head
 from fedloom.training.row_losses import row_losses_of
 
 Note = Callable[[str], None]
+Take = Callable[[], Body]
+"""Hands over a frame's body, and keeps nothing of it."""
 
 
 class _SupersededError(Exception):
@@ -91,28 +94,33 @@ class SiteTraining:
         """Rows that the site trains on, for its owner alone."""
         return len(self._rows)
 
-    def answer(self, task: Task, body: bytes) -> tuple[Result, bytes]:
+    def answer(self, task: Task, take: Take) -> tuple[Result, Buffers]:
         """Train, or send the last answer again where this task is the one it answered."""
         begun = time.perf_counter()
         self._recall = self._recall.settled(task.counted)
         head = Result(run=task.run, round=task.round, task=task.task)
         if task.task == self._recall.task and self.refusal is None:
-            return head.model_copy(update={"again": True}), self._recall.answer
+            kept = self._store.answer(task.task)
+            if kept is not None:
+                return head.model_copy(update={"again": True}), [kept]
         try:
             if self.refusal is not None:
                 raise RefusedError(self.refusal)
-            blob = self._trained(task, body)
+            answer = self._trained(task, take)
         except (FedloomError, _SupersededError, torch.OutOfMemoryError, MemoryError) as error:
-            return head.model_copy(update={"refusal": refusal_of(error, self._note)}), b""
-        return head.model_copy(update={"seconds": time.perf_counter() - begun}), blob
+            return head.model_copy(update={"refusal": refusal_of(error, self._note)}), []
+        return head.model_copy(update={"seconds": time.perf_counter() - begun}), answer
 
-    def score(self, asked: Score, body: bytes) -> Scored:
+    def score(self, asked: Score, take: Take) -> Scored:
         """Score an adapter on the site's held-out rows: two sums and a count cross."""
         head = Scored(run=asked.run, round=asked.round)
         try:
             if self.refusal is not None or not self.sheet.scores or self._held_out is None:
                 raise RefusedError(self.refusal or Refusal(code="held-out"))
+            body = take()
+            assert isinstance(body, memoryview)  # it is no message of the rounds
             adapter = Adapter.from_tensors(read_tensors(body))
+            del body
             check_covers(adapter, self._lora.shapes)
             losses = row_losses_of(self._lora, adapter, self._held_out, token_budget=self.sheet.batch_tokens)
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
@@ -140,9 +148,9 @@ class SiteTraining:
         self._recall = self._store.read()
         self._sides = HeldSides(self._recall.version, self._recall.side)
 
-    def _trained(self, task: Task, body: bytes) -> bytes:
+    def _trained(self, task: Task, take: Take) -> Buffers:
         sheet = self.sheet
-        received = decode_broadcast(body, self._lora.shapes)
+        received = decode_broadcast(take(), self._lora.shapes)
         check_asked(received, sheet, task.round)
         client = Client(
             sheet.client, self._half, self._lora.shapes, sheet.seed, lambda: self._rows, self._sides, self._recall.kept
@@ -153,18 +161,18 @@ class SiteTraining:
         outcome, tensors = client.conclude(assignment, replace(result, stats=stats), sheet.wire)
         if isinstance(outcome, Failure):
             raise RefusedError(Refusal(code="diverged"), outcome.reason)
-        blob = encode_update(outcome, tensors, sheet.wire)
-        self._recall = Recall(
+        answer = update_buffers(outcome, tensors, sheet.wire)
+        recall = Recall(
             version=client.memory.version,
             side=assignment.side,
             kept=self._recall.kept,
             last=client.memory,
             round=task.round,
             task=task.task,
-            answer=blob,
         )
-        self._store.write(self._recall)
-        return blob
+        self._store.write(recall, answer)
+        self._recall = recall
+        return answer
 
     def _train(self, assignment: Assignment, round: int) -> ClientResult:
         def stop_between_steps(_: StepReport) -> None:

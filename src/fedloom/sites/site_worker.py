@@ -17,13 +17,14 @@ from importlib.metadata import version
 from typing import Any
 
 from fedloom.errors import RunError, UpdateError
+from fedloom.federation.buffers import Buffer
 from fedloom.sites import policy
+from fedloom.sites.dropped import Dropped
 from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
     TO_SITE,
     Begin,
-    Dropped,
     End,
     Failed,
     Hello,
@@ -40,6 +41,7 @@ from fedloom.sites.frames import (
     Updates,
     frame,
     unframe,
+    unframe_here,
 )
 from fedloom.sites.kit import read_kit
 from fedloom.sites.link import CONNECTED, SERVER, Link
@@ -55,7 +57,7 @@ _TRAINER, _ENDED = "(trainer)", "(trainer ended)"
 """Senders inside the site; a link's names have no brackets, and at a site it names the server alone."""
 _DEATHS_WHILE_LOADING = 3
 
-Start = Callable[[Callable[[bytes], None], Callable[[int], None]], TrainerHandle]
+Start = Callable[[Callable[[Buffer], None], Callable[[int], None]], TrainerHandle]
 """Starts a trainer, given what takes its frames and what is told its exit code."""
 
 
@@ -73,7 +75,7 @@ class SiteWorker:
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.site.folder)
         self._trainer: TrainerHandle | None = None
-        self._sheet: tuple[str, SheetSent, bytes] | None = None
+        self._sheet: tuple[str, SheetSent, Buffer] | None = None
         self._ready: Ready | None = None
         self._is_asked, self._scoring, self._deaths = False, False, 0
         self._task: Task | None = None
@@ -90,10 +92,11 @@ class SiteWorker:
                     self._confirm()
                     self.greet()
                 try:
-                    sender, data = self.link.inbox.get(timeout=min(self.hello_seconds, 0.5))
+                    event = self.link.inbox.get(timeout=min(self.hello_seconds, 0.5))
                 except queue.Empty:
                     continue
-                self.take(sender, data)
+                self.take(*event)
+                del event  # while the next one is waited for, a large frame is not held
         finally:
             if self._trainer is not None:
                 self._trainer.close()
@@ -118,7 +121,7 @@ class SiteWorker:
         period = {} if self._period is None else {"period": self._period.begin.period, "number": self._period.next}
         self._send(Hello(format=FORMAT, run=run, state=state, task=task, **period, **self._versions))  # type: ignore[arg-type]
 
-    def take(self, sender: str, data: bytes) -> None:
+    def take(self, sender: str, data: Buffer) -> None:
         """Take one event; what is not expected is dropped and counted."""
         if sender == _ENDED:
             self._trainer_ended(int(data))
@@ -127,18 +130,19 @@ class SiteWorker:
             self.greet()
             return
         try:
-            kinds = TO_SERVER if sender == _TRAINER else TO_SITE
-            head, body = unframe(data, kinds, self.site.policy.max_message_mib << 20)
+            largest = self.site.policy.max_message_mib << 20
+            of_trainer = sender == _TRAINER
+            head, body = unframe_here(data, TO_SERVER, largest) if of_trainer else unframe(data, TO_SITE, largest)
         except UpdateError as error:
             self.dropped.add(sender, "damaged")
             self.note(f"dropped a message of the server: {error}")
             return
-        if sender == _TRAINER:
+        if of_trainer:
             self._of_trainer(head, data)
         elif sender != SERVER:
             self.dropped.add(sender, "stranger")
         elif isinstance(head, SheetSent):
-            self._take_sheet(head, body, data)
+            self._take_sheet(head, bytes(body), data)
         elif self._sheet is None or head.run != self._sheet[1].run or self._trainer is None:
             self.dropped.add(sender, "run")
             self.greet()
@@ -154,7 +158,7 @@ class SiteWorker:
             self._task = head
             self._trainer.send(data)
 
-    def _take_split(self, head: SplitToSite, data: bytes) -> None:
+    def _take_split(self, head: SplitToSite, data: Buffer) -> None:
         """Pass on what is next in the period under way; of another period nothing is known here."""
         assert self._trainer is not None
         if isinstance(head, Begin) and (self._period is None or self._period.begin.period != head.period):
@@ -168,7 +172,7 @@ class SiteWorker:
         elif again is not None:
             self.link.send(SERVER, again)
 
-    def _split_answered(self, head: SplitToServer, data: bytes) -> None:
+    def _split_answered(self, head: SplitToServer, data: Buffer) -> None:
         """Send an answer on, and keep it."""
         if self._period is None or head.period != self._period.begin.period:
             return
@@ -186,7 +190,7 @@ class SiteWorker:
         self._period.answered(head.number, data)
         self.link.send(SERVER, data)
 
-    def _take_sheet(self, head: SheetSent, body: bytes, data: bytes) -> None:
+    def _take_sheet(self, head: SheetSent, body: bytes, data: Buffer) -> None:
         found = sha256(body).hexdigest()
         refusal = policy.of_format(head.format)
         if refusal is not None:
@@ -255,7 +259,7 @@ class SiteWorker:
             self._trainer.close()
         self._trainer, self._ready, self._task, self._period, self._scoring = None, None, None, None, False
 
-    def _of_trainer(self, head: object, data: bytes) -> None:
+    def _of_trainer(self, head: object, data: Buffer) -> None:
         if self._sheet is None or getattr(head, "run", None) != self._sheet[1].run:
             return
         if isinstance(head, Ready):

@@ -24,10 +24,11 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState
 from fedloom.sites import policy
+from fedloom.sites.dropped import Dropped
 from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
-    Dropped,
+    Body,
     End,
     Hello,
     Members,
@@ -138,7 +139,7 @@ class Attendance:
             site.name, frame(SheetSent(run=self.run, format=FORMAT, members=self.members), self._bodies[site.client])
         )
 
-    def take(self) -> tuple[SiteState, Any, bytes] | None:
+    def take(self) -> tuple[SiteState, Any, Body] | None:
         """Take one message, and note what it says of its site; None where there is none, or it was dropped."""
         self._repeat_sheets()
         self._show()
@@ -151,7 +152,7 @@ class Attendance:
             self.dropped.add(name, "stranger")
             return None
         try:
-            head, body = unframe(bytes(data), TO_SERVER, self._largest)
+            head, body = unframe(data, TO_SERVER, self._largest)
         except UpdateError:
             self.dropped.add(name, "damaged")
             return None

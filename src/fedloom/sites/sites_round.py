@@ -8,15 +8,16 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from fedloom.engines.receiving import arrival_of
+from fedloom.federation.buffers import num_bytes
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import encode_broadcast, largest_answer
+from fedloom.federation.messages import broadcast_buffers, largest_answer
 from fedloom.federation.server import addressed
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Work
 from fedloom.methods.side import digest
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.sites import policy
-from fedloom.sites.frames import Hello, Ready, Result, Task, frame
+from fedloom.sites.frames import Body, Hello, Ready, Result, Task, framed
 from fedloom.sites.site_state import SiteState
 
 if TYPE_CHECKING:
@@ -46,14 +47,17 @@ class SitesRound:
         for client in list(self.waiting):
             self._post(client)
         while self.waiting and not self._is_over():
-            taken = self.engine.take()
-            if taken is not None:
-                self._hear(*taken)
+            self._take()
         seconds = self.engine.clock() - self.begun
         for client in list(self.waiting):
             site = self._site(client)
             asked = "did not answer" if site.posted is not None else "was not reachable"
             self._fail(client, f"{asked} within {seconds:.0f} s")
+
+    def _take(self) -> None:
+        taken = self.engine.take()
+        if taken is not None:
+            self._hear(*taken)
 
     def _is_over(self) -> bool:
         engine, now = self.engine, self.engine.clock()
@@ -66,7 +70,7 @@ class SitesRound:
         at_work = [c for c in self.waiting if self._site(c).posted is not None and self._site(c).is_near(now)]
         return not at_work or now - self.quorum_at > engine.patience.grace_s
 
-    def _hear(self, site: SiteState, head: object, body: bytes) -> None:
+    def _hear(self, site: SiteState, head: object, body: Body) -> None:
         client = site.client
         if isinstance(head, Result) and (client not in self.waiting or head.task != self.keys[client]):
             self.engine.dropped.add(site.name, "late")
@@ -81,7 +85,7 @@ class SitesRound:
         elif isinstance(head, Result):
             self._take_result(site, head, body)
 
-    def _take_result(self, site: SiteState, head: Result, body: bytes) -> None:
+    def _take_result(self, site: SiteState, head: Result, body: Body) -> None:
         client, refusal = site.client, head.refusal
         if refusal is not None and refusal.code == policy.BEHIND and not site.is_whole_sent:
             site.is_whole_sent = True
@@ -92,7 +96,7 @@ class SitesRound:
         else:
             self._take_answer(site, head, body)
 
-    def _take_answer(self, site: SiteState, head: Result, body: bytes) -> None:
+    def _take_answer(self, site: SiteState, head: Result, body: Body) -> None:
         client, engine = site.client, self.engine
         broadcast, shapes = self.waiting.pop(client), engine.plan.shapes
         seed = engine.sheets[client].seed
@@ -124,12 +128,11 @@ class SitesRound:
             return
         counted = engine.counted.get(client, 0)
         held = None if site.is_whole_sent else min(site.held_version(counted), engine.state.round)
-        body = encode_broadcast(addressed(broadcast, engine.state, engine.plan.strategy, held), engine.wire)
+        body = broadcast_buffers(addressed(broadcast, engine.state, engine.plan.strategy, held), engine.wire)
         task = Task(run=engine.run, round=broadcast.round, task=self.keys[client], counted=counted)
-        data = frame(task, body)
-        if engine.link.send(site.name, data):
+        if engine.link.send(site.name, framed(task, body)):
             site.posted = engine.clock()
-            self.sent[client] += len(body)
+            self.sent[client] += num_bytes(body)
         else:
             site.posted = None
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from fedloom.errors import UpdateError
-from fedloom.federation.blob import WireDtype
+from fedloom.federation.blob import Message, WireDtype
 from fedloom.federation.messages import Shapes, decode_answer
 from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Failure, Update
-from fedloom.sites.frames import parts_of
+from fedloom.sites.frames import Body, parts_of
 from fedloom.split.cut_messages import SplitMessage
 
 
-def message_of(client: int, name: str, body: bytes) -> SplitMessage | Failure:
+def message_of(client: int, name: str, body: Body) -> SplitMessage | Failure:
     """Return a split message of a site, which the link has named; what the message says of its sender must be that."""
     try:
         message = SplitMessage.from_bytes(body)
@@ -31,7 +31,7 @@ def message_of(client: int, name: str, body: bytes) -> SplitMessage | Failure:
 def updates_of(
     client: int,
     sizes: Sequence[int],
-    body: bytes,
+    body: Body,
     parts: Sequence[tuple[Broadcast, Shapes, Work]],
     wire: WireDtype,
     seed: int,
@@ -48,5 +48,5 @@ def updates_of(
     return updates if len(updates) == len(found) else next(one for one in found if isinstance(one, Failure))
 
 
-def _update(blob: bytes, sent: Broadcast, shapes: Shapes, work: Work, wire: WireDtype, seed: int) -> Update | Failure:
+def _update(blob: Message, sent: Broadcast, shapes: Shapes, work: Work, wire: WireDtype, seed: int) -> Update | Failure:
     return decode_answer(blob, sent, work, shapes, wire, lambda draw: draw.adapter(shapes, sent.rank, seed))

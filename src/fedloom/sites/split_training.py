@@ -18,6 +18,7 @@ from fedloom.clients.memory import Memory
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import FedloomError, UpdateError
+from fedloom.federation.blob import Message
 from fedloom.federation.messages import decode_broadcast, encode_update
 from fedloom.lora.layer import Slot
 from fedloom.lora.pair import Adapter
@@ -27,6 +28,7 @@ from fedloom.sites.frames import (
     Activations,
     Begin,
     Begun,
+    Body,
     Collect,
     Failed,
     Finish,
@@ -102,7 +104,7 @@ class SplitTraining:
         """Rows that the site trains on: those that the server is told of, since it draws the steps' rows."""
         return len(self._rows)
 
-    def answer(self, head: SplitToSite, body: bytes) -> Answer | None:
+    def answer(self, head: SplitToSite, body: Body) -> Answer | None:
         """Do what is asked, and return what is sent back; what goes wrong ends this site's part in the period."""
         if head.run != self.sheet.run:
             return None
@@ -116,7 +118,7 @@ class SplitTraining:
             self._begun = None
             return Failed(**_place(head), refusal=refusal_of(error, self._note)), b""
 
-    def _answered(self, head: SplitToSite, body: bytes) -> Answer | None:
+    def _answered(self, head: SplitToSite, body: Body) -> Answer | None:
         match head:
             case Begin():
                 return self._begin(head, body)
@@ -159,7 +161,7 @@ class SplitTraining:
         sides = [Adapter({name: held[name] for name in part.shapes if name in held}) for part in self._segments]
         self._clients.restore(self._recall.version, sides)
 
-    def _begin(self, head: Begin, body: bytes) -> Answer:
+    def _begin(self, head: Begin, body: Body) -> Answer:
         blobs = parts_of(body, head.sizes)
         if len(blobs) != len(self._segments) or not self._plan.steps(head.round):
             raise UpdateError(
@@ -176,7 +178,7 @@ class SplitTraining:
         self._asked, self._waiting = set(), {}
         return Begun(**_place(head), memory_of=kept.version), b""
 
-    def _broadcast(self, blob: bytes, segment: Segment, round: int) -> Broadcast:
+    def _broadcast(self, blob: Message, segment: Segment, round: int) -> Broadcast:
         received = decode_broadcast(blob, segment.shapes)
         check_asked(received, self.sheet, round)
         if received.news.version != round - 1:
@@ -201,7 +203,7 @@ class SplitTraining:
         self._waiting[head.micro_batch] = message.num_tokens
         return Activations(**_place(head)), message.to_bytes()
 
-    def _hidden(self, head: Hidden, body: bytes) -> Answer:
+    def _hidden(self, head: Hidden, body: Body) -> Answer:
         if self._cut.tail_blocks is None:
             raise UpdateError(self._out_of_turn(head.step, head.micro_batch))
         message = self._received(head, body)
@@ -211,7 +213,7 @@ class SplitTraining:
         assert isinstance(found, SplitMessage)
         return TailGradients(**_place(head)), found.to_bytes()
 
-    def _gradients(self, head: Gradients, body: bytes) -> None:
+    def _gradients(self, head: Gradients, body: Body) -> None:
         message = self._received(head, body)
         tokens = self._waiting.pop(head.micro_batch, None)
         if tokens is None:
@@ -226,7 +228,7 @@ class SplitTraining:
         most = tokens if kind == "gradients" else 0
         check_message(message, Expected(kind, *place, width, dtype, num_tokens=tokens, max_loss_tokens=most))
 
-    def _received(self, head: Hidden | Gradients, body: bytes) -> SplitMessage:
+    def _received(self, head: Hidden | Gradients, body: Body) -> SplitMessage:
         """Return a message of this step, which says of itself what the frame says of it."""
         message = SplitMessage.from_bytes(body)
         plan = self._plan
@@ -260,7 +262,7 @@ class SplitTraining:
             last=Memory(version=round, moments=carried, owed=owed),
             round=round,
         )
-        self._store.write(self._recall)
+        self._store.write(self._recall, [])
         sizes, seconds = tuple(len(blob) for blob in blobs), time.perf_counter() - self._since
         return Updates(**_place(head), sizes=sizes, seconds=seconds), b"".join(blobs)
 

@@ -23,10 +23,12 @@ from torch import Tensor
 
 from fedloom.clients.memory import Memory, decode_memories, encode_memories
 from fedloom.errors import AdapterError, RunError
+from fedloom.federation.buffers import Buffers, num_bytes
 from fedloom.lora.pair import Adapter
 from fedloom.run_folder import durable
 
 _STATE = "state.safetensors"
+_DAMAGE = (OSError, SafetensorError, AdapterError, ValueError, KeyError, TypeError)
 _RETRY = "free space or mend the disk; the site takes part again from where it is"
 
 
@@ -37,7 +39,7 @@ class Recall:
     Attributes:
         version, side: the side it holds, of the last task it answered.
         kept: its memory before its last answer; ``last`` the one after.
-        round, task, answer: of that answer; round 0 is none.
+        round, task: of that answer, which itself lies on disk alone; round 0 is none.
     """
 
     version: int = 0
@@ -46,7 +48,6 @@ class Recall:
     last: Memory = field(default_factory=Memory)
     round: int = 0
     task: str = ""
-    answer: bytes = b""
 
     def settled(self, counted: int) -> Recall:
         """Return this once it is known whether the last answer counted: its memory is kept, or never was."""
@@ -79,22 +80,30 @@ class Store:
         """
         path = self._folder / _STATE
         try:
-            return _decode(path.read_bytes())
-        except (OSError, SafetensorError, AdapterError, ValueError, KeyError, TypeError):
+            return _decode(path.read_bytes())[0]
+        except _DAMAGE:
             return Recall()
 
-    def write(self, recall: Recall) -> None:
-        """Replace what is remembered, in one step.
+    def answer(self, task: str) -> bytes | None:
+        """Return the answer to a task, where it is the last one and undamaged."""
+        try:
+            recall, answer = _decode((self._folder / _STATE).read_bytes())
+        except _DAMAGE:
+            return None
+        return answer if recall.task == task else None
+
+    def write(self, recall: Recall, answer: Buffers) -> None:
+        """Replace what is remembered, and the answer, in one step.
 
         Raises:
             RunError: the disk refused.
         """
         with durable.explained(str(self._folder / _STATE), _RETRY):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # its owner may have removed it meanwhile
-            durable.write_bytes(self._folder / _STATE, _encode(recall))
+            durable.write_bytes(self._folder / _STATE, *_encode(recall, answer))
 
 
-def _encode(recall: Recall) -> bytes:
+def _encode(recall: Recall, answer: Buffers) -> Buffers:
     numbers = {
         "version": recall.version,
         "kept": recall.kept.version,
@@ -105,18 +114,21 @@ def _encode(recall: Recall) -> bytes:
     tensors: dict[str, Tensor] = {f"side/{key}": t.contiguous() for key, t in recall.side.as_tensors().items()}
     memories = encode_memories({0: recall.kept, 1: recall.last}) or b""
     head = save(tensors, metadata={"numbers": json.dumps(numbers)})
-    parts = [head, memories, recall.answer]
-    return b"".join(len(part).to_bytes(8, "little") + part for part in parts)
+    found = Buffers()
+    for part in (Buffers([head]), Buffers([memories]), answer):
+        found += [num_bytes(part).to_bytes(8, "little"), *part]
+    return found
 
 
-def _decode(data: bytes) -> Recall:
+def _decode(data: bytes) -> tuple[Recall, bytes]:
     parts: list[bytes] = []
-    while data:
-        size = int.from_bytes(data[:8], "little")
-        parts.append(data[8 : 8 + size])
+    start = 0
+    while start < len(data):
+        size = int.from_bytes(data[start : start + 8], "little")
+        parts.append(data[start + 8 : start + 8 + size])
         if len(parts[-1]) != size:
             raise ValueError("cut short")
-        data = data[8 + size :]
+        start += 8 + size
     head, memories, answer = parts
     length = int.from_bytes(head[:8], "little")
     numbers = json.loads(json.loads(head[8 : 8 + length])["__metadata__"]["numbers"])
@@ -125,7 +137,7 @@ def _decode(data: bytes) -> Recall:
     kept, last = (
         replace(found.get(place, Memory()), version=numbers[key]) for place, key in ((0, "kept"), (1, "last"))
     )
-    return Recall(numbers["version"], side, kept, last, numbers["round"], numbers["task"], answer)
+    return Recall(numbers["version"], side, kept, last, numbers["round"], numbers["task"]), answer
 
 
 class Ledger:

@@ -19,19 +19,43 @@ from hashlib import sha256
 from typing import IO, Any, Protocol
 
 from fedloom.errors import UpdateError
-from fedloom.sites.frames import TO_SITE, Ready, Refusal, Score, SheetSent, SplitToSite, Task, Updates, frame, unframe
+from fedloom.federation.buffers import Buffer, num_bytes
+from fedloom.sites.frames import (
+    TO_SITE,
+    Body,
+    Ready,
+    Refusal,
+    Score,
+    SheetSent,
+    SplitToSite,
+    Task,
+    Updates,
+    frame,
+    framed,
+    unframe_here,
+)
+from fedloom.sites.link import Frame
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 
 _LENGTH_BYTES = 8
 
-Heard = tuple[Any, bytes]
-"""The head and the body of a frame."""
+
+class Heard:
+    """A frame of the parent, which has checked it: its head, and its body until somebody takes it."""
+
+    def __init__(self, head: Any, body: Body) -> None:
+        self.head, self._body = head, body
+
+    def take(self) -> Body:
+        """Return the body, and let go of it: it is large, and training needs the memory."""
+        body, self._body = self._body, memoryview(b"")
+        return body
 
 
 class TrainerHandle(Protocol):
     """What a site's worker knows of the process that trains."""
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: Buffer) -> None:
         """Give it a frame; what becomes of it comes back as a frame, or as the end of the process."""
         ...
 
@@ -43,37 +67,37 @@ class TrainerHandle(Protocol):
 class Trainer:
     """Answers frames: a sheet by whether the site is ready, a task by a result, an adapter to score by two sums."""
 
-    def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], note: Callable[[str], None]) -> None:
+    def __init__(self, site: SiteSettings, reply: Callable[[Frame], None], note: Callable[[str], None]) -> None:
         self._site, self._reply, self._note = site, reply, note
         self._newest = 0
         self._max_body = site.policy.max_message_mib << 20
         self._run: object | None = None
 
-    def hear(self, data: bytes) -> Heard:
+    def hear(self, data: Buffer) -> Heard:
         """Read a frame that is to wait, from another thread: a newer round stops an older one between two steps."""
-        head, body = unframe(data, TO_SITE, self._max_body)
+        head, body = unframe_here(data, TO_SITE, self._max_body)
         if isinstance(head, Task):
             self._newest = max(self._newest, head.round)
-        return head, body
+        return Heard(head, body)
 
     def handle(self, heard: Heard) -> None:
         """Answer one frame."""
-        head, body = heard
+        head = heard.head
         from fedloom.sites.site_training import SiteTraining
         from fedloom.sites.split_training import SplitTraining
 
         if isinstance(head, SheetSent):
             self._run = None
-            self._reply(frame(self._opened(head, body)))
+            self._reply(frame(self._opened(head, bytes(heard.take()))))
         elif isinstance(self._run, SiteTraining) and head.run == self._run.sheet.run:
             if isinstance(head, Task):
-                result, answer = self._run.answer(head, body)
+                result, answer = self._run.answer(head, heard.take)
                 self._reply(frame(self._run.ready()))  # what it holds now, for whoever asks next
-                self._reply(frame(result, answer))
+                self._reply(framed(result, answer) if answer else frame(result))
             elif isinstance(head, Score):
-                self._reply(frame(self._run.score(head, body)))
+                self._reply(frame(self._run.score(head, heard.take)))
         elif isinstance(self._run, SplitTraining) and isinstance(head, SplitToSite):
-            found = self._run.answer(head, body)
+            found = self._run.answer(head, heard.take())
             if found is not None and isinstance(found[0], Updates):
                 self._reply(frame(self._run.ready()))
             if found is not None:
@@ -118,7 +142,7 @@ class TrainerProcess:
         """The process."""
         return self._process.pid
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: Buffer) -> None:
         """Give it a frame; one that its end makes impossible is told as its end."""
         try:
             _write(self._to, data)
@@ -136,6 +160,7 @@ class TrainerProcess:
         with self._from:
             while (data := _read(self._from)) is not None:
                 self._reply(data)
+                del data  # while the next one is waited for, this one is not held
         code = self._process.wait()
         self._close_pipe()
         if not self._is_closed:
@@ -146,9 +171,11 @@ class TrainerProcess:
             self._to.close()
 
 
-def _write(stream: IO[bytes], data: bytes) -> None:
-    stream.write(len(data).to_bytes(_LENGTH_BYTES, "little"))
-    stream.write(data)
+def _write(stream: IO[bytes], data: Buffer | Frame) -> None:
+    parts = data if isinstance(data, list) else [data]
+    stream.write(num_bytes(parts).to_bytes(_LENGTH_BYTES, "little"))
+    for part in parts:
+        stream.write(part)
     stream.flush()
 
 
@@ -177,6 +204,7 @@ def main(write_end: int) -> None:
     def listen() -> None:
         while (data := _read(source)) is not None:
             waiting.put(trainer.hear(data))
+            del data
         os._exit(0)  # the parent is gone: nobody would be told what a step in progress comes to
 
     threading.Thread(target=listen, daemon=True).start()

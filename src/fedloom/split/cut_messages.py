@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedloom.errors import UpdateError
-from fedloom.federation.blob import MAX_ENTRY_BYTES, SEAL_BYTES, largest_message, read_head, sealed, unsealed
+from fedloom.federation.blob import MAX_ENTRY_BYTES, SEAL_BYTES, Message, largest_message, read_head, sealed, unsealed
 from fedloom.split.codecs import Encoded
 
 _MAX_COUNT = 1 << 53
@@ -110,13 +110,13 @@ class SplitMessage:
         return sealed(save(tensors, metadata={"split": self._metadata()}))
 
     @classmethod
-    def from_bytes(cls, blob: bytes) -> Self:
+    def from_bytes(cls, message: Message) -> Self:
         """Read a message back.
 
         Raises:
             UpdateError: if the blob is not one; whether it is the one asked for is :mod:`.message_checks`'s to say.
         """
-        blob = unsealed(blob)
+        blob = unsealed(message)
         head, entries = read_head(blob, _NUMBERS, len(_DIMENSIONS) * MAX_ENTRY_BYTES, "split")
         for name, (dtype, shape) in entries.items():
             if len(shape) != _DIMENSIONS.get(name) or dtype not in _ORDER:
