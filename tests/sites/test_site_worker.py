@@ -20,7 +20,7 @@ from memory_link import Hub, SiteThread, ThreadTrainer, site_of, study_of
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.tokenizer import fingerprint
-from fedloom.federation.blob import WireDtype
+from fedloom.federation.blob import SEAL_BYTES, WireDtype, sealed
 from fedloom.federation.messages import encode_broadcast
 from fedloom.federation.server import broadcasts_for
 from fedloom.methods import table
@@ -226,8 +226,8 @@ def test_a_message_longer_than_the_policy_allows_is_dropped(sheet: Sheet, settin
         server.send(NAME, sheet_frame(sheet))
         assert heads(server, Ready).refusal is None
         head = Task(run=RUN, round=1, task="ab" * 32, counted=0)
-        server.send(NAME, frame(head, bytes((1 << 20) + 1)))
-        server.send(NAME, frame(head.model_copy(update={"task": "cd" * 32}), bytes(1 << 20)))
+        server.send(NAME, frame(head, sealed(bytes((1 << 20) - SEAL_BYTES + 1))))
+        server.send(NAME, frame(head.model_copy(update={"task": "cd" * 32}), sealed(bytes((1 << 20) - SEAL_BYTES))))
         assert heads(server, Result).task == "cd" * 32
     finally:
         site.end()
