@@ -29,7 +29,7 @@ _KILLED, _KILLED_AFTER, _BACK_AFTER, _SECONDS = "oslo", 2, 4, 1800.0
 _RECIPE: Mapping[str, Mapping[str, Any]] = {
     "method": {"name": next(iter(table.shipped("starts_fresh"))), "ranks": list(RANKS)},
     "federation": {"num_rounds": 8},
-    "training": {"local_steps": 8, "batch_size": 8, "learning_rate": 3e-3},
+    "training": {"local_steps": 6, "batch_size": 8, "learning_rate": 3e-3},
     "evaluation": {"every": 0},
 }
 _WORDING = {"template": "plain"}
