@@ -78,6 +78,16 @@ def test_a_site_that_is_away_is_named_at_once_and_when_it_is_back(watched: Watch
     assert watched.at(27.0, greets=True) == ["berlin is back"]
 
 
+def test_a_site_that_greeted_while_the_server_was_busy_is_not_away(watched: Watched) -> None:
+    watched.at(1.0, greets=True)
+    watched.now = 100.0
+    watched.site.send(SERVER, frame(Hello(format=FORMAT, fedloom="1", torch="1", run=RUN, state="ready")))
+    watched.notes.clear()
+    watched.attendance.catch_up()
+    assert watched.notes == []
+    assert watched.attendance.report()[0]["state"] == "loading"
+
+
 def test_the_report_has_what_the_lines_have(watched: Watched) -> None:
     watched.at(1.0, greets=True)
     watched.now = 3.0

@@ -212,6 +212,7 @@ class SitesRounds(AdapterRounds):
         for client in record.clients:
             if client.reason is not None:
                 self.sites.sites[self.sites.names[client.client]].left_out = client.reason
+        self.sites.catch_up()
         metrics["sites"] = self.sites.report()
         for line in self.sites.lines():
             self.progress.note(f"  {line}")

@@ -25,14 +25,15 @@ from fedloom.sites.throwaway_certificates import ThrowawayRoot
 NAMES = ("berlin", "oslo", "rome")
 RANKS = (16, 8, 4)
 _MARK = "fedloom-sites-demo.json"
-_KILLED, _SECONDS = "oslo", 1800.0
+_KILLED, _KILLED_AFTER, _BACK_AFTER, _SECONDS = "oslo", 2, 4, 1800.0
 _RECIPE: Mapping[str, Mapping[str, Any]] = {
     "method": {"name": next(iter(table.shipped("starts_fresh"))), "ranks": list(RANKS)},
-    "federation": {"num_rounds": 10},
-    "training": {"local_steps": 8, "batch_size": 8, "learning_rate": 3e-3},
-    "evaluation": {"every": 5},
+    "federation": {"num_rounds": 8},
+    "training": {"local_steps": 6, "batch_size": 8, "learning_rate": 3e-3},
+    "evaluation": {"every": 0},
 }
 _WORDING = {"template": "plain"}
+_EVAL_ROWS = 100
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def run_demo(out: Path, say: Callable[[str], None]) -> SitesDemo:
     say("replaying who counted in one process")
     recipe = {
         **{name: dict(values) for name, values in _RECIPE.items()},
-        "data": {"path": str(out / "rows"), "eval_path": "embedded", **_WORDING},
+        "data": {"path": str(out / "rows"), "eval_path": str(out / "eval.json"), **_WORDING},
         "partition": {"scheme": "natural"},
     }
     recipe["federation"] |= {"num_clients": len(NAMES), "participation": str(out / "run")}
@@ -100,31 +101,39 @@ def run_demo(out: Path, say: Callable[[str], None]) -> SitesDemo:
 
 
 def _train(out: Path, study: Path, say: Callable[[str], None]) -> None:
-    """Run server and sites; kill one site after a round, and start it again two rounds later."""
+    """Run server and sites; kill a site, start it again two rounds later, then kill the server and serve again."""
     started: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(name: str, *command: str) -> None:
         with (out / "logs" / f"{name}.log").open("ab") as log:
             started[name] = _process(log, *command)
 
+    def kill(name: str) -> None:
+        started[name].kill()
+        started[name].wait()
+
+    serve, away = ("serve", str(study), "--out", str(out / "run")), [_KILLED]
     try:
-        start("server", "serve", str(study), "--out", str(out / "run"))
+        start("server", *serve)
         for name in NAMES:
             start(name, "site", "run", str(out / name / "site.toml"))
         say("started the server and three sites, each in a process of its own")
-        until, is_killed, shown = time.monotonic() + _SECONDS, False, 0
+        until, shown = time.monotonic() + _SECONDS, 0
         while started["server"].poll() is None and time.monotonic() < until:
             time.sleep(0.2)
             done = len(list((out / "run" / "rounds").glob("*"))) if (out / "run" / "rounds").is_dir() else 0
-            if done > shown:
-                shown = done
-                say(f"round {done} is complete")
-            if done == 2 and not is_killed:
-                is_killed = True
-                started[_KILLED].kill()
-                started[_KILLED].wait()
-                say(f"killed {_KILLED}; starting it again at once: it comes back with what is on its disk")
-                start(_KILLED, "site", "run", str(out / _KILLED / "site.toml"))
+            if done == shown:
+                continue
+            shown = done
+            say(f"round {done} is complete")
+            if done >= _KILLED_AFTER and started[_KILLED].returncode is None and away:
+                kill(_KILLED)
+                say(f"killed {_KILLED}; the others go on")
+            elif done >= _BACK_AFTER and away:
+                kill("server")
+                start(away.pop(), "site", "run", str(out / _KILLED / "site.toml"))
+                start("server", *serve, "--set", f"sites.quorum={len(NAMES)}")
+                say(f"killed the server; started {_KILLED} and the same command again, which waits for all three")
     finally:
         for process in started.values():
             process.kill()
@@ -170,7 +179,12 @@ def _write_files(out: Path) -> Path:
         }
         _write_toml(out / name / "site.toml", site)
     sites = {"names": list(NAMES), "address": address, "kit": str(out / "kit"), "quorum": 2, "grace_s": 5.0}
-    study = {**_RECIPE, "data": {"eval_path": "embedded", **_WORDING}, "sites": {**sites, "deadline_s": 300.0}}
+    durable.write_json(out / "eval.json", list(load_rows("embedded", Split.EVAL).rows)[:_EVAL_ROWS])
+    study = {
+        **_RECIPE,
+        "data": {"eval_path": str(out / "eval.json"), **_WORDING},
+        "sites": {**sites, "deadline_s": 300.0},
+    }
     _write_toml(out / "study.toml", study)
     return out / "study.toml"
 

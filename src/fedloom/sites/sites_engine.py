@@ -123,6 +123,11 @@ class Attendance:
         now = self._shown = self.clock()
         return [site.line(now) for site in self.sites.values()]
 
+    def catch_up(self) -> None:
+        """Read what came while the server was busy between two rounds, so that who greeted is not taken for away."""
+        for _ in range(self.link.inbox.qsize()):
+            self.take()
+
     def end(self) -> None:
         """Tell every site that the run is complete."""
         for name in self.names:
@@ -194,6 +199,8 @@ class Attendance:
     def _show(self) -> None:
         """Show where all stand every now and then while something lasts, and at once who is away, or back."""
         now = self.clock()
+        if not self.link.inbox.empty():  # the server was busy: what came meanwhile is not read yet
+            return
         if now - self._shown >= SHOWN_SECONDS:
             for line in self.lines():
                 self.note(f"  {line}")

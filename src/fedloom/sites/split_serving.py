@@ -202,6 +202,7 @@ class CutPeriods(SplitPeriods):
                 site.left_out = client.reason
             elif client.stats is not None:
                 site.last_loss = client.stats.loss_nats
+        engine.catch_up()
         metrics["sites"] = engine.report()
         for line in engine.lines():
             self.progress.note(f"  {line}")
