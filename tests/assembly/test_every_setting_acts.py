@@ -257,7 +257,8 @@ class Recorder:
             "load_base": SimpleNamespace(model=SimpleNamespace(config=None), tokenizer=None, revision_hash=""),
             "resolve_targets": None,
             "LoRAModel": SimpleNamespace(close=lambda: None, set_side=lambda side: None),
-            "context_of": 128,
+            "longest_row": 128,
+            "_emptied": ("a client without a row",),
             "load_rows": Rowlike(40),
             "read_records": None,
             "encode": SimpleNamespace(tokens=tokens, kept=np.arange(40), counts=SimpleNamespace(told="")),
@@ -267,11 +268,16 @@ class Recorder:
         for name, result in found.items():
             monkeypatch.setattr(assembly_inputs, name, self._standing_in(name, lambda result=result: result))
         monkeypatch.setattr(assembly_inputs, "divide", self._standing_in("divide", self._partition))
+        monkeypatch.setattr(assembly_inputs, "_without_emptied", self._with_all)
         load = self._standing_in("Partition.load", self._partition)
         monkeypatch.setattr(assembly_inputs, "Partition", SimpleNamespace(load=load))
 
     def _partition(self) -> Any:
         return SimpleNamespace(num_clients=self.num_clients)
+
+    def _with_all(self, settings: Settings, *_: Any) -> Settings:
+        self.calls.append(("what becomes of empty clients", settings.partition.empty))
+        return settings
 
     def _standing_in(self, name: str, result: Callable[[], Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
@@ -301,6 +307,13 @@ class Rowlike:
 
     def __repr__(self) -> str:
         return f"{self.size} rows"
+
+    @property
+    def units(self) -> Any:
+        return np.arange(self.size)
+
+    def distinct(self) -> Rowlike:
+        return self
 
     def select(self, chosen: Any) -> Rowlike:
         return Rowlike(len(chosen))
