@@ -69,12 +69,17 @@ def test_a_base_without_a_tokenizer_needs_one_named(base: Path) -> None:
 
 @pytest.mark.parametrize(
     ("targets", "largest"),
-    [(None, 64), (("q_proj",), 192), (("v_proj",), 64), (("all-linear",), 64), (("*_proj",), 64)],
+    [(None, 64), (("q_proj",), 192), (("v_proj",), 64), (("*_proj",), 64)],
 )
 def test_ranks_stay_within_the_narrowest_adapted_layer(base: Path, targets: object, largest: int) -> None:
     model = {"base": str(base), "target_modules": targets}
     assert found(model, method={"ranks": largest}) == []
     assert found(model, method={"ranks": largest + 1}) == ["method.ranks"]
+
+
+def test_under_all_linear_a_narrow_layer_takes_the_rank_it_can(base: Path) -> None:
+    model = {"base": str(base), "target_modules": ("all-linear",)}
+    assert found(model, method={"ranks": 65}) == []
 
 
 def test_gpt2_names_its_sizes_differently(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import AdapterError
-from fedloom.lora.pair import Adapter, Pair, check_finite, rank_in
+from fedloom.lora.pair import Adapter, Pair, check_finite
 
 EPS_64 = torch.finfo(torch.float64).eps
 
@@ -198,11 +198,6 @@ def check_alike(adapters: Sequence[Adapter]) -> None:
 def pad(adapter: Adapter, rank: int) -> Adapter:
     """Append zero slots to every pair up to ``rank``."""
     return Adapter({name: pad_pair(pair, rank) for name, pair in adapter.items()})
-
-
-def padded(adapter: Adapter, rank: int) -> Adapter:
-    """Append zero slots up to an adapter of ``rank``, in a narrower module up to the rank that it has there."""
-    return Adapter({name: pad_pair(pair, rank_in(pair.shape, rank)) for name, pair in adapter.items()})
 
 
 def truncate(adapter: Adapter, rank: int) -> Adapter:

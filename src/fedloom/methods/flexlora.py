@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedloom.lora.algebra import compress, padded
+from fedloom.lora.algebra import compress, pad_pair
+from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Aggregate, ServerState
 from fedloom.methods.sums import FactorSum
 from fedloom.methods.zero_padding import ZeroPadding
@@ -29,4 +30,5 @@ class FlexLoRA(ZeroPadding):
         """Cut the mean product to the largest rank; fewer singular values than that leave slots of zero."""
         rank, mean = self.cohort.max_rank, super().finish(state, sums)
         best = compress(mean.ideal, rank=rank).adapter.to(sums.factors.dtype)
-        return replace(mean, start=padded(best, rank))
+        assert mean.start is not None
+        return replace(mean, start=Adapter({name: pad_pair(best[name], own.rank) for name, own in mean.start.items()}))

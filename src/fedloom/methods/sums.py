@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from fedloom.lora.algebra import compress_pair, distance, stack_pairs
+from fedloom.lora.algebra import compress_pair, distance, pad_pair, stack_pairs
 from fedloom.lora.pair import Adapter, Pair, rank_in
 from fedloom.methods.state import Update
 from fedloom.methods.strategy import Weighting, normalised, weigh
@@ -33,10 +33,7 @@ class RunningFactors:
     def add(self, adapter: Adapter, weight: float) -> None:
         """Add one client's factors."""
         for name, pair in adapter.items():
-            if name not in self._sums:
-                (num_out, num_in), rank = pair.shape, rank_in(pair.shape, self._rank)
-                zeros = [torch.zeros(size, dtype=torch.float64) for size in ((num_out, rank), (rank, num_in))]
-                self._sums[name] = Pair(*zeros)
+            self._make_room(name, pair.shape, pair.rank)
             self._dtype = pair.b_OR.dtype
             self._sums[name].b_OR[:, : pair.rank] += weight * pair.b_OR.double()
             self._sums[name].a_RI[: pair.rank] += weight * pair.a_RI.double()
@@ -45,14 +42,20 @@ class RunningFactors:
     def merge(self, other: RunningFactors) -> None:
         """Add another sum of factors."""
         for name, theirs in other._sums.items():
-            ours = self._sums.get(name)
-            if ours is None:
-                self._sums[name] = Pair(theirs.b_OR.clone(), theirs.a_RI.clone())
-            else:
-                ours.b_OR.add_(theirs.b_OR)
-                ours.a_RI.add_(theirs.a_RI)
+            self._make_room(name, theirs.shape, theirs.rank)
+            self._sums[name].b_OR[:, : theirs.rank] += theirs.b_OR
+            self._sums[name].a_RI[: theirs.rank] += theirs.a_RI
         self._dtype = other._dtype if other._sums else self._dtype
         self._weight += other._weight
+
+    def _make_room(self, name: str, shape: tuple[int, int], rank: int) -> None:
+        """Have slots for the largest rank that a module can hold, and for an adapter made elsewhere that has more."""
+        held = self._sums.get(name) or Pair(
+            *(torch.zeros(s, dtype=torch.float64) for s in ((shape[0], 0), (0, shape[1])))
+        )
+        wanted = max(held.rank, rank, rank_in(shape, self._rank))
+        if name not in self._sums or held.rank < wanted:
+            self._sums[name] = pad_pair(held, wanted)
 
     def mean(self) -> Adapter:
         """Return the weighted mean of the factors."""
