@@ -31,7 +31,7 @@ ADVICE = ("remedy", "advice", "advice_after", "action", "unfinished_note")
 ACTION = re.compile(rf"(?:^|[;:] |, or |\bthen )(?:if [^,;]+, )?(?:{'|'.join(VERBS)})\b")
 PROGRAMMING = "a programming error, not a user's mistake"
 WITHOUT_ACTION = {
-    "data/division.py:_divided": (1, PROGRAMMING),
+    "data/division.py:_check_encoded": (1, PROGRAMMING),
     "data/layouts.py:write_shepherd": (1, PROGRAMMING),
     "data/partition.py:Partition.__post_init__": (3, PROGRAMMING),
     "evaluation/exact_match.py:score_matches": (1, PROGRAMMING),
