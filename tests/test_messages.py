@@ -32,6 +32,7 @@ ACTION = re.compile(rf"(?:^|[;:] |, or |\bthen )(?:if [^,;]+, )?(?:{'|'.join(VER
 PROGRAMMING = "a programming error, not a user's mistake"
 WITHOUT_ACTION = {
     "data/division.py:_check_encoded": (1, PROGRAMMING),
+    "data/turns.py:_turns": (1, "it only adds the turn to a message that says what to do"),
     "data/layouts.py:write_shepherd": (1, PROGRAMMING),
     "data/partition.py:Partition.__post_init__": (3, PROGRAMMING),
     "evaluation/exact_match.py:score_matches": (1, PROGRAMMING),

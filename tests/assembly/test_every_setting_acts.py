@@ -200,7 +200,7 @@ def in_rounds(settings: Settings) -> list[object]:
     )
     model: Any = nn.Linear(1, 1)
     model.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace(max_position_embeddings=64))
-    lora: Any = SimpleNamespace(shapes=SHAPES, model=model)
+    lora: Any = SimpleNamespace(shapes=SHAPES, model=model, check_rank=lambda rank: None)
     population = population_of(settings, inputs)
     plan = plan_of(settings, population, lora)
     strategy: Any = plan.strategy
@@ -256,7 +256,8 @@ class Recorder:
         found: dict[str, Any] = {
             "load_base": SimpleNamespace(model=SimpleNamespace(config=None), tokenizer=None, revision_hash=""),
             "resolve_targets": None,
-            "LoRAModel": SimpleNamespace(close=lambda: None, set_side=lambda side: None),
+            "LoRAModel": SimpleNamespace(close=lambda: None, set_side=lambda side: None, model=None),
+            "output_head": None,
             "longest_row": 128,
             "_emptied": ("a client without a row",),
             "load_rows": Rowlike(40),

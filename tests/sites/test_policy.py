@@ -85,10 +85,10 @@ def test_what_base_and_rows_show_refuses_too(line: dict[str, Any], given: dict[s
         assert "cdcdcdcdcdcd" in words
 
 
-def test_every_line_of_the_policy_has_a_test_here_or_with_the_worker() -> None:
+def test_every_line_of_the_policy_has_a_test_here_or_where_it_acts() -> None:
     here = {"methods", "bases", "max_rank", "max_rounds", "max_steps_per_round", "max_tokens_per_pass", "min_rows"}
     here |= {"hide_row_count", "row_cap"}
-    assert set(Policy.model_fields) == here | {"max_message_mib", "confirm"}
+    assert set(Policy.model_fields) == here | {"max_message_mib", "confirm", "split"}
 
 
 def test_hidden_rows_are_hundreds_and_capped() -> None:

@@ -297,7 +297,7 @@ HOSTILE: list[tuple[Callable[[bytes, int], bytes], str]] = [
     (lambda body, round: spoilt(body, lambda t: t, round=round + 1), "round"),
     (lambda body, _: spoilt(body, lambda t: t, client=1), "client"),
     (lambda body, _: spoilt(body, lambda t: t, num_rows=10**6), "rows"),
-    (lambda body, _: (100 << 20).to_bytes(8, "little") + body, "message"),
+    (lambda body, _: sealed((100 << 20).to_bytes(8, "little") + unsealed(body)), "message"),
 ]
 
 
@@ -310,7 +310,7 @@ def test_a_hostile_update_is_left_out_and_its_site_named(
         if sender != NAMES[0] or b'"result"' not in data:
             return [data]
         head, body = unframe(data, TO_SERVER, 1 << 30)
-        return [frame(head, HOSTILE[head.round - 2][0](body, head.round))] if head.round > 1 else [data]
+        return [frame(head, HOSTILE[head.round - 2][0](bytes(body), head.round))] if head.round > 1 else [data]
 
     hub, changes = Hub(meddle), {"federation__num_rounds": 1 + len(HOSTILE)}
     sites(hub)

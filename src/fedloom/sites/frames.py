@@ -7,8 +7,7 @@
 
 Nothing of a frame is believed unread: the digest first, then the head by its kind's schema, which knows no other
 entries, then the body by its own hash: each byte is hashed once where it is sent and once where it comes in. What a
-receiver does not expect (a server's kind at the server, another run, a body where none belongs) it drops and counts;
-see :class:`~.dropped.Dropped`.
+receiver does not expect (another way's kind, another run, a body where none belongs) is :class:`~.dropped.Dropped`.
 """
 
 from __future__ import annotations

@@ -267,7 +267,9 @@ class SiteWorker:
         elif isinstance(head, Result):
             if self._task is not None and head.task == self._task.task:
                 self._task = None
-            self.link.send(SERVER, data if self._book(head, len(data)) else frame(_unbooked(head)))
+            unbooked = {"refusal": head.refusal or Refusal(code=policy.DISK), "again": False}
+            is_booked = self._book(head, len(data))
+            self.link.send(SERVER, data if is_booked else frame(head.model_copy(update=unbooked)))
         elif isinstance(head, SplitToServer):
             self._split_answered(head, data)
         elif isinstance(head, Scored):
@@ -346,8 +348,3 @@ class SiteWorker:
 
     def _send(self, head: Hello | Ready | Result | Failed) -> None:
         self.link.send(SERVER, frame(head))
-
-
-def _unbooked(head: Result) -> Result:
-    """Return what is told in place of an answer that could not be entered in the ledger."""
-    return head.model_copy(update={"refusal": head.refusal or Refusal(code=policy.DISK), "again": False})
