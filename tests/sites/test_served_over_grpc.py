@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_link import NAMES, SiteThread, site_of, study_of
+from memory_link import NAMES, SiteThread, joined, site_of, study_of
 
 from fedloom.config import Settings
 from fedloom.experiment.session import run
@@ -16,7 +16,7 @@ from fedloom.seeding import stream
 from fedloom.sites.frames import MAX_HEAD_BYTES
 from fedloom.sites.grpc_link import GrpcServerLink, GrpcSiteLink
 from fedloom.sites.kit import read_kit
-from fedloom.sites.link import Link
+from fedloom.sites.link import Frame, Link
 from fedloom.sites.serving import serve
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
 
@@ -32,9 +32,9 @@ class Mutating:
         self.close, self._number, self.num_sent = link.close, number, 0
         self._rng, self._lock = stream(3, "mutations", number), threading.Lock()
 
-    def send(self, to: str, frame: bytes) -> bool:
+    def send(self, to: str, frame: Frame) -> bool:
         with self._lock:
-            copies = [self._mutated(frame) for _ in range(self._number)]
+            copies = [self._mutated(joined(frame)) for _ in range(self._number)]
         half = self._number // 2
         sent = [self.link.send(to, data) for data in [*copies[:half], frame, *copies[half:]]]
         self.num_sent += sum(sent)
