@@ -54,13 +54,13 @@ def test_a_thousand_mutated_frames_each_way_over_grpc_are_not_taken(
     settings, root = recipe(), ThrowawayRoot()
     alone = run(settings, tmp_path / "alone")
     kit = read_kit(root.write(tmp_path / "kit", "server", "server"), "server")
-    server = Mutating(GrpcServerLink("127.0.0.1:0", kit, tuple(NAMES), LARGEST), 80)
+    server = Mutating(GrpcServerLink("127.0.0.1:0", kit, tuple(NAMES), LARGEST), 100)
     links: dict[str, Mutating] = {}
 
     def dialled(name: str) -> Any:
         own = read_kit(root.write(tmp_path / name, "client", name), "client")
         link = GrpcSiteLink(f"127.0.0.1:{server.link.port}", own, LARGEST, print, print)  # type: ignore[attr-defined]
-        links[name] = Mutating(link, 60)
+        links[name] = Mutating(link, 100)
         return links[name]
 
     class Hub:
