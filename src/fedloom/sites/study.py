@@ -111,8 +111,11 @@ def signed_file(study: Path) -> Path:
 
 
 def unchanging(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings that no version of a study changes, by dotted name."""
-    free = (*MAY_CHANGE, *VERSIONED)
+    """Return the settings that no version of a study changes, by dotted name.
+
+    The day that templates are told is none of them: who signs does not know on which the run began. It is in the sheet.
+    """
+    free = (*MAY_CHANGE, *VERSIONED, "data.date")
     return {
         name: value
         for name, value in flatten(settings).items()
