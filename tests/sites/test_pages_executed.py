@@ -127,6 +127,7 @@ def wait(condition: Callable[[], object], seconds: float = 240.0) -> None:
 def write_study(folder: Path, second: dict[str, Any] | None = None) -> None:
     """Write the page's study, smaller: two rounds of one step, and one site is enough."""
     study = {**examples("coordinator.md")[0]}
+    study["data"] = {**study["data"], "max_length": 128}  # the embedded base's context
     study["federation"] = {"num_rounds": 2, "min_clients": 1}
     study["training"] = {**study["training"], "local_steps": 1, "batch_size": 2}
     study["sites"] = {**study["sites"], "quorum": 1, "grace_s": 1.0, "deadline_s": 240.0, **(second or {})}
@@ -205,7 +206,7 @@ def write_recipe(folder: Path) -> None:
         folder / "recipe.toml",
         {
             "method": {"name": study["method"]["name"], "ranks": list(study["method"]["ranks"].values())},
-            "data": {"path": "rows", "template": "plain", "max_length": 256, "overlong": "truncate"},
+            "data": {"path": "rows", "template": "plain", "max_length": 128, "overlong": "truncate"},
             "partition": {"scheme": "natural"},
             "federation": {"num_rounds": 2, "num_clients": len(names)},
             "training": {"local_steps": 1, "batch_size": 2},

@@ -30,12 +30,21 @@ def test_the_coordinators_example_is_a_study() -> None:
 
 
 def test_the_coordinators_second_version_goes_on_from_the_first() -> None:
-    first, second = examples("coordinator.md")
+    first, second, _ = examples("coordinator.md")
     changed = {**first, "sites": {**first["sites"], **second["sites"]}}
     changed["method"]["ranks"]["hospital-d"] = 4
     study = resolve_study(changed, "study.toml")
     assert study.members.names[:3] == tuple(first["sites"]["names"])
     assert (study.sites.version, study.cohort_size) == (2, 3)
+
+
+def test_the_coordinators_cut_model_is_a_study() -> None:
+    first, _, cut = examples("coordinator.md")
+    document = {name: {**first.get(name, {}), **cut.get(name, {})} for name in {**first, **cut}}
+    document["sites"]["evaluate"] = "server"
+    study = resolve_study(document, "study.toml")
+    assert study.settings.traits.is_cut
+    assert study.sites.step_deadline_s == 60.0
 
 
 def test_the_owners_example_is_a_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

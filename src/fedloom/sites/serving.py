@@ -24,6 +24,7 @@ from fedloom.federation.rounds import RoundPlan, RoundRecord
 from fedloom.federation.sampling import sample_clients
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.state import Standing
+from fedloom.models.causal import longest_row
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.results.state_scores import Score
@@ -73,6 +74,7 @@ def serve(
     may_change = check_folder(out, settings, fresh, check_version(study, out, fresh))
     study = study.on(date_in(out, fresh) or today())
     base, lora = served_base(study, workshop)
+    longest_row(study.settings.data.max_length, base.model.config)  # every site would refuse the study
     held_out = _held_out(study, workshop, base)
     if held_out.held_out is None and study.sites.evaluate == "server":
         progress.note(NOTHING_HELD_OUT)
