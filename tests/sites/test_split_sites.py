@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import tomllib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -450,13 +449,6 @@ def test_what_a_cut_study_cannot_be_is_refused_in_one_line(changes: dict[str, An
     with pytest.raises(SettingsError) as refusal:
         resolve_study(document, "study.toml")
     assert told in str(refusal.value)
-
-
-def test_the_pages_example_of_a_cut_model_is_a_study() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "sites" / "coordinator.md").read_text("utf-8")
-    example = page.partition("## A cut model")[2].partition("```text\n")[2].partition("```")[0]
-    study = resolve_study({"model": {"base": "embedded"}, **tomllib.loads(example)}, "study.toml")
-    assert (study.settings.per_client(study.settings.split.cut_layer), study.sites.step_deadline_s) == ((2, 4, 4), 60.0)
 
 
 @pytest.mark.extra("sites")
