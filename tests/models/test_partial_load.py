@@ -65,7 +65,7 @@ def test_a_part_is_not_quantised_and_a_cut_outside_the_base_is_refused(tmp_path:
 def test_a_skeleton_has_every_name_and_shape_and_no_weight(tmp_path: Path) -> None:
     found = find_base(saved("llama", tmp_path), tokenizer="bytes", device="cpu")
     whole = {name: tuple(p.shape) for name, p in load_base(tmp_path, tokenizer="bytes").model.named_parameters()}
-    bare = dict(skeleton(found).named_parameters())
+    bare = dict(skeleton(found.path).named_parameters())
     assert {name: tuple(p.shape) for name, p in bare.items()} == whole
     assert all(p.is_meta for name, p in bare.items() if p.ndim == 2)
 
@@ -83,5 +83,5 @@ def test_laying_a_base_out_leaves_the_layers_of_other_threads_alone(
         return build(*args, **named)
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_config", meanwhile)
-    skeleton(found)
+    skeleton(found.path)
     assert [p.is_meta for p in made[0].parameters()] == [False, False]

@@ -53,7 +53,10 @@ class Base:
 
 @dataclass(frozen=True, eq=False)
 class BaseFolder:
-    """A base as it lies on disk, checked to be a whole causal LM's; no weight has been read."""
+    """A base as it lies on disk, checked to be a whole causal LM's; no weight has been read.
+
+    ``is_trusted`` says whether Python code that comes with it may run.
+    """
 
     name: str
     path: Path
@@ -61,6 +64,7 @@ class BaseFolder:
     tokenizer: Any
     device: torch.device
     revision_hash: str
+    is_trusted: bool = False
 
 
 def find_base(
@@ -84,7 +88,7 @@ def find_base(
     loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
     set_vocabulary(loaded, config.get_text_config().vocab_size)
     digest = _identity([folder / "config.json", *weights])
-    return BaseFolder(str(name_or_path), folder, config, loaded, place, digest)
+    return BaseFolder(str(name_or_path), folder, config, loaded, place, digest, trust_remote_code)
 
 
 def load_base(

@@ -82,7 +82,6 @@ def client_part(
     *,
     dtype: Dtype = "auto",
     quantization: Quantization = "none",
-    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load what a client holds: the bottom up to its cut and, in a U-shape, the last blocks, final norm and head.
 
@@ -90,10 +89,8 @@ def client_part(
         CutError: if the model cannot be cut there.
         ModelError: if a tensor is not in the folder, or the base is to be quantised.
     """
-    depth = found.config.get_text_config().num_hidden_layers
-    check_cuts((cut_layer,), depth, tail_blocks or 0)
-    held = Held(cut_layer, depth - (tail_blocks or 0), depth)
-    return _placed(found, held, tail_blocks is not None, dtype, quantization, trust_remote_code)
+    depth, top = _bounds(found, cut_layer, tail_blocks)
+    return _placed(found, Held(cut_layer, top, depth), tail_blocks is not None, dtype, quantization)
 
 
 def server_part(
@@ -103,33 +100,33 @@ def server_part(
     *,
     dtype: Dtype = "auto",
     quantization: Quantization = "none",
-    trust_remote_code: bool = False,
 ) -> nn.Module:
     """Load what a server holds: the blocks from the lowest cut to the top or, in a U-shape, to the clients' tails.
 
-    Raises:
-        CutError: if the model cannot be cut there.
-        ModelError: if a tensor is not in the folder, or the base is to be quantised.
+    Raises: as for :func:`client_part`.
     """
-    depth = found.config.get_text_config().num_hidden_layers
-    check_cuts((cut_layer,), depth, tail_blocks or 0)
-    held = Held(0, cut_layer, depth - (tail_blocks or 0))
-    return _placed(found, held, tail_blocks is None, dtype, quantization, trust_remote_code)
+    _, top = _bounds(found, cut_layer, tail_blocks)
+    return _placed(found, Held(0, cut_layer, top), tail_blocks is None, dtype, quantization)
 
 
-def skeleton(found: BaseFolder, trust_remote_code: bool = False) -> nn.Module:
+def skeleton(folder: Path, trust_remote_code: bool = False) -> nn.Module:
     """Return the whole model's structure without a single weight: names and shapes, for whoever holds a part of it.
 
     Raises:
         ModelError: if the model needs code that is not trusted.
     """
-    model: nn.Module = _laid_out(found.path, torch.float32, trust_remote_code)[0]
+    model: nn.Module = _laid_out(folder, torch.float32, trust_remote_code)[0]
     return model
 
 
-def _placed(
-    found: BaseFolder, held: Held, keeps_head: bool, dtype: Dtype, quantization: Quantization, trust_remote_code: bool
-) -> nn.Module:
+def _bounds(found: BaseFolder, cut_layer: int, tail_blocks: int | None) -> tuple[int, int]:
+    """Return the number of blocks, and the first of those that the clients hold behind the server's."""
+    depth, tail = found.config.get_text_config().num_hidden_layers, tail_blocks or 0
+    check_cuts((cut_layer,), depth, tail)
+    return depth, depth - tail
+
+
+def _placed(found: BaseFolder, held: Held, keeps_head: bool, dtype: Dtype, quantization: Quantization) -> nn.Module:
     if quantization != "none":
         raise ModelError(
             f"model.quantization: expected none for a part of a base, got {quantization}; set it to none, and to save "
@@ -137,7 +134,7 @@ def _placed(
         )
     wanted = DTYPES[dtype]
     chosen = wanted if isinstance(wanted, torch.dtype) else _own_dtype(found)
-    model, tied = _laid_out(found.path, chosen, trust_remote_code)
+    model, tied = _laid_out(found.path, chosen, found.is_trusted)
     _drop_absent(model, held, keeps_head=keeps_head)
     _fill(model, found.path, tied, chosen)
     placed: nn.Module = model.eval().requires_grad_(False).to(found.device)

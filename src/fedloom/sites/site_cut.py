@@ -18,16 +18,8 @@ def own_part(found: BaseFolder, model: SiteModel, sheet: Sheet, cut: SheetSplit)
     Raises:
         FedloomError: the base cannot be loaded or cut there.
     """
-    part = client_part(
-        found,
-        cut.cut_layer,
-        cut.tail_blocks,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        trust_remote_code=model.trust_remote_code,
-    )
-    whole = skeleton(found, model.trust_remote_code)
-    return lora_of(whole, sheet.target_modules, part)
+    part = client_part(found, cut.cut_layer, cut.tail_blocks, dtype=model.dtype, quantization=model.quantization)
+    return lora_of(skeleton(found.path, found.is_trusted), sheet.target_modules, part)
 
 
 def segments_of(cut: SheetSplit, lora: LoRAModel, client: int) -> list[Segment]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from fedloom import embedded
 from fedloom.assembly.inputs import Workshop, lora_of
 from fedloom.assembly.round_plan import Population, rules_of
 from fedloom.assembly.split_run import SplitRun, segment_strategy, split_plan
@@ -14,6 +15,7 @@ from fedloom.experiment.loop import Loop, LoopKind, SplitPeriods, WriteAdapter, 
 from fedloom.federation.blob import largest_message
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.methods.strategy import Strategy
+from fedloom.models.base_folder import resolve_folder
 from fedloom.models.cut import cut, verify_cut
 from fedloom.models.load import Base, find_base
 from fedloom.models.partial_load import server_part, skeleton
@@ -54,16 +56,8 @@ def served_base(study: Study, workshop: Workshop) -> tuple[Base, LoRAModel]:
     tail = settings.split.tail_blocks if settings.split.labels == "client" else None
     lowest = min(settings.per_client(settings.split.cut_layer))
     workshop.progress.note(f"loading the server's blocks of base {model.base}")
-    part: Any = server_part(
-        found,
-        lowest,
-        tail,
-        dtype=model.dtype,
-        quantization=model.quantization,
-        trust_remote_code=model.trust_remote_code,
-    )
-    whole = skeleton(found, model.trust_remote_code)
-    lora = lora_of(whole, model.target_modules, part)
+    part: Any = server_part(found, lowest, tail, dtype=model.dtype, quantization=model.quantization)
+    lora = lora_of(skeleton(found.path, found.is_trusted), model.target_modules, part)
     return Base(part, found.tokenizer, found.name, found.revision_hash, part.dtype, found.device), lora
 
 
@@ -74,8 +68,9 @@ class CutStudy:
         settings, model = study.settings, study.settings.model
         self._settings, self._lora, self._study = settings, lora, study
         self.plan: SplitPlan = split_plan(settings, rows)
-        found = find_base(model.base, tokenizer=model.tokenizer, revision=model.revision, device="cpu")
-        whole = skeleton(found, model.trust_remote_code)
+        # The base is here and was checked and hashed when the server's blocks were loaded; only shapes are wanted.
+        folder = resolve_folder(str(embedded.base_path(model.base)), model.revision, model.trust_remote_code)
+        whole = skeleton(folder, model.trust_remote_code)
         shapes = lora_of(whole, model.target_modules).shapes
         self.plan.check(whole, shapes)
         self._segments = segments(self.plan, whole, shapes)
