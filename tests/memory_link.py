@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import queue
 import threading
 from collections import Counter
@@ -12,6 +13,7 @@ from typing import Any
 
 from fedloom.config import Settings
 from fedloom.experiment.run_summary import RunSummary
+from fedloom.experiment.session import run
 from fedloom.sites.link import CONNECTED, SERVER, Frame
 from fedloom.sites.serving import serve
 from fedloom.sites.site_settings import SiteSettings, resolve_site
@@ -22,6 +24,22 @@ from fedloom.sites.trainer import Heard, Trainer
 NAMES = ["berlin", "oslo", "rome"]
 Meddle = Callable[[str, str, bytes], list[bytes]]
 """From sender, receiver and frame to what arrives of it."""
+
+
+def adapter_of(folder: Path) -> bytes:
+    """Return the adapter of the run in a folder."""
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def records_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the records of the rounds of the run in a folder."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def replayed(recipe: Callable[..., Settings], folder: Path, **changes: Any) -> bytes:
+    """Return the adapter of one process in which those take part who counted in a served run, and no longer."""
+    run(recipe(**changes, federation__participation=str(folder)), folder.with_name("replayed"))
+    return adapter_of(folder.with_name("replayed"))
 
 
 def joined(frame: Frame) -> bytes:

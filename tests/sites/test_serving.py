@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_link import NAMES, Hub, SiteThread, served, study_of
+from memory_link import NAMES, Hub, SiteThread, adapter_of, served, study_of
 
 from fedloom.config import Settings
 from fedloom.experiment.session import run
@@ -27,10 +27,6 @@ METHODS = [
     ({"method__name": "ffa-lora", "federation__clients_per_round": 2}, "fp32"),
     ({"method__name": "flora", "federation__clients_per_round": 2, "federation__num_rounds": 5}, "bf16"),
 ]
-
-
-def adapter_of(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 @pytest.mark.parametrize(("changes", "dtype"), METHODS)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from memory_link import NAMES, Hub, SiteThread, adapter_of, records_of, replayed, served, site_of, study_of
 from safetensors.torch import load, save
 
 from fedloom.clients.held_sides import HeldSides
@@ -31,20 +31,6 @@ StartSites = Callable[..., list[SiteThread]]
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites_engine, "ASK_AGAIN_SECONDS", 0.2)
-
-
-def adapter_of(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def replayed(recipe: Callable[..., Settings], folder: Path, **changes: Any) -> bytes:
-    """Return the adapter of one process in which those take part who counted in a served run."""
-    run(recipe(**changes, federation__participation=str(folder)), folder.with_name("replayed"))
-    return adapter_of(folder.with_name("replayed"))
 
 
 @pytest.mark.parametrize("seed", [1, 2])

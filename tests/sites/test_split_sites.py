@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import threading
 from collections.abc import Callable
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from memory_link import NAMES, Hub, SiteThread, adapter_of, records_of, replayed, served, site_of, study_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.config import Settings
@@ -70,20 +69,6 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites_engine, "ASK_AGAIN_SECONDS", 0.5)
-
-
-def adapter_of(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-def records_of(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def replayed(recipe: Recipe, folder: Path, **changes: Any) -> bytes:
-    """Return the adapter of one process in which those leave who left a served run, and when."""
-    run(recipe(**changes, federation__participation=str(folder)), folder.with_name("replayed"))
-    return adapter_of(folder.with_name("replayed"))
 
 
 CASES: dict[str, dict[str, Any]] = {

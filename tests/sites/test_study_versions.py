@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from memory_link import NAMES, Hub, SiteThread, adapter_of, served, site_of, study_of
 
 from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
@@ -74,10 +74,6 @@ def version(recipe: Callable[..., Settings], tmp_path: Path) -> Callable[..., St
         return replace(study, signature=with_signature(study.members, tmp_path / "ca").signature)
 
     return make
-
-
-def adapter_of(folder: Path) -> bytes:
-    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def counted(folder: Path) -> list[list[str]]:
