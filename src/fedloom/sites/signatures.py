@@ -18,9 +18,9 @@ def sign(key_pem: bytes, statement: bytes) -> bytes:
     key = load_pem_private_key(key_pem, None)
     match key:
         case rsa.RSAPrivateKey():
-            return key.sign(statement, padding.PKCS1v15(), SHA256())
+            return bytes(key.sign(statement, padding.PKCS1v15(), SHA256()))
         case ec.EllipticCurvePrivateKey():
-            return key.sign(statement, ec.ECDSA(SHA256()))
+            return bytes(key.sign(statement, ec.ECDSA(SHA256())))
     raise ValueError(f"expected an RSA or elliptic-curve key, got {type(key).__name__}; make the root anew")
 
 
