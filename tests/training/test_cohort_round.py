@@ -14,6 +14,8 @@ from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.models.families import resolve_targets
+from fedloom.seeding import torch_stream
 from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
 
 SETTINGS = LocalTraining(learning_rate=1e-2, batch_size=3, steps=20)
@@ -77,6 +79,32 @@ def test_k_micro_batches_equal_one_batch(
     whole, cut = train(llama_lora, tasks, settings), train(llama_lora, tasks, replace(settings, **changes))
     for one, other in zip(whole, cut, strict=True):
         assert_same(one.adapter, other.adapter, 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_on_a_cpu_passes_and_their_members_change_no_bit(
+    kind: str, dtype: torch.dtype, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet]
+) -> None:
+    """Where a matrix product's rows do not depend on their number, which a library need not promise."""
+    model = tiny(kind, dtype)
+    lora = LoRAModel(model, resolve_targets(model))
+    probe, weight = (torch.randn(n, 32, generator=torch_stream(1, "x")).to(dtype) for n in (60, 64))
+    if any(not torch.equal(probe[:n] @ weight.T, (probe @ weight.T)[:n]) for n in (4, 7, 30)):
+        pytest.skip("this machine's matrix products depend on the number of rows")
+    tasks = [
+        ClientTask(k, rows_of_lengths(lengths, k), rank, 2.0, fresh_adapter(lora.shapes, rank, 0, k))
+        for k, (lengths, rank) in enumerate(zip(([9, 4, 17, 5, 8, 11], [21, 5, 6], [7, 30, 12]), RANKS, strict=True))
+    ]
+    settings = replace(SETTINGS, dropout=0.2)
+    whole = train(lora, tasks, settings)
+    for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"token_budget": 1}, {"token_budget": 25}):
+        cut = train(lora, tasks, replace(settings, **changes))
+        alone = [train(lora, [task], replace(settings, **changes))[0] for task in tasks]
+        for one, *others in zip(whole, cut, alone, strict=True):
+            for name, pair in one.adapter.items():
+                assert all(torch.equal(pair.a_RI, other.adapter[name].a_RI) for other in others), changes
+                assert all(torch.equal(pair.b_OR, other.adapter[name].b_OR) for other in others), changes
 
 
 def test_a_step_equals_a_plain_loop_over_padded_logits(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:

@@ -6,6 +6,7 @@ A slot holds raw factors and a scale s; outside, only the effective pair ``(s·b
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -148,16 +149,26 @@ class LoRAModel:
         for name, layer in self.layers.items():
             layer.set_side(side.get(name))
 
-    def route(self, segments: Sequence[tuple[int, int]], dropout: Dropout | None = None) -> None:
+    def route(
+        self, segments: Sequence[tuple[int, int]], dropout: Dropout | None = None, lengths: Sequence[int] = ()
+    ) -> None:
         """Say which slot the token rows of the next passes belong to: ``[(slot, num_tokens), ...]`` in order.
 
-        ``dropout`` acts on the adapters' input in passes with gradients.
+        ``dropout`` acts on the adapters' input in passes with gradients. With the ``lengths`` of the pass's samples a
+        CPU sums the factors' gradients sample by sample: how a batch was cut into passes then changes no bit of them.
         """
-        self._route.segments, self._route.everything_to, self._route.dropout = list(segments), None, dropout
+        self._send(list(segments), None, dropout, lengths)
 
-    def route_all(self, slot: int | None, dropout: Dropout | None = None) -> None:
+    def route_all(self, slot: int | None, dropout: Dropout | None = None, lengths: Sequence[int] = ()) -> None:
         """Send every token of the next passes to one slot, or to none (base and side only)."""
-        self._route.segments, self._route.everything_to, self._route.dropout = [], slot, dropout
+        self._send([], slot, dropout, lengths)
+
+    def _send(
+        self, segments: list[tuple[int, int]], slot: int | None, dropout: Dropout | None, lengths: Sequence[int]
+    ) -> None:
+        route, ends = self._route, list(accumulate(lengths))
+        route.segments, route.everything_to, route.dropout = segments, slot, dropout
+        route.samples = tuple(slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
 
     def unwrap(self) -> nn.Module:
         """Put the original modules back and return the model."""

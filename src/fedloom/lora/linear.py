@@ -33,7 +33,7 @@ class _LowRankLinear(torch.autograd.Function):
         if (side := layer.side_in(x.dtype)) is not None:
             y.addmm_(x @ side.a_RI.T, side.b_OR.T)
         a_x, bt_x, middles = a.to(x.dtype), bt.to(x.dtype), []
-        for slot, tokens, rows in blocks:
+        for slot, tokens, rows, _ in blocks:
             seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
             middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
             y[tokens].addmm_(middle, bt_x[rows])
@@ -52,18 +52,34 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad @ layer.weight_OI(grad.dtype)
             if (side := layer.side_in(grad.dtype)) is not None:
                 grad_x.addmm_(grad @ side.b_OR, side.a_RI)
-        grad_a = torch.zeros_like(a, dtype=layer.a_RI.dtype)
-        grad_bt = torch.zeros_like(bt, dtype=layer.bt_RO.dtype)
-        for (slot, tokens, rows), middle in zip(ctx.blocks, middles, strict=True):
+        # On a CPU samples are added one by one to the gradients themselves: a batch that is cut into more passes, or
+        # shares one with other clients, then has the same sums in the same order, so the same bits wherever a row of a
+        # matrix product does not depend on how many there are. Elsewhere many small products cost more than that gives.
+        adds_samples = grad.device.type == "cpu" and all(block.samples for block in ctx.blocks)
+        grad_a, grad_bt = layer.a_RI.grad, layer.bt_RO.grad
+        if not adds_samples or grad_a is None or grad_bt is None:
+            grad_a, grad_bt = torch.zeros_like(layer.a_RI), torch.zeros_like(layer.bt_RO)
+        for (slot, tokens, rows, samples), middle in zip(ctx.blocks, middles, strict=True):
             seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
             grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
-            grad_bt[rows] += middle.T @ grad[tokens]
-            grad_a[rows] += grad_middle.T @ seen
+            for own in samples if adds_samples else [slice(None)]:
+                _add_product(grad_a[rows], grad_middle[own], seen[own])
+                _add_product(grad_bt[rows], middle[own], grad[tokens][own])
             if grad_x is not None and mask_TI is None:
                 grad_x[tokens].addmm_(grad_middle, a[rows])
             elif grad_x is not None:
                 grad_x[tokens].add_((grad_middle @ a[rows]).mul_(mask_TI[tokens]))
+        if grad_a is layer.a_RI.grad:
+            return grad_x, None, None, None, None, None
         return grad_x, grad_a, grad_bt, None, None, None
+
+
+def _add_product(sum_RX: Tensor, left_TR: Tensor, right_TX: Tensor) -> None:
+    """Add ``leftᵀ right`` in place; where the activations are narrower than the sum, the product is rounded first."""
+    if left_TR.dtype == sum_RX.dtype:
+        sum_RX.addmm_(left_TR.T, right_TX)
+    else:
+        sum_RX += left_TR.T @ right_TX
 
 
 class LoRALinear(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import Dropout
@@ -16,14 +17,30 @@ class Slot:
     scale: float
 
 
+class Block(NamedTuple):
+    """A segment in one module: its slot, its token rows, its factor rows, and its samples as parts of the token rows.
+
+    No samples where they are not told apart.
+    """
+
+    slot: int
+    tokens: slice
+    rows: slice
+    samples: list[slice]
+
+
 @dataclass
 class Route:
-    """Which token rows belong to which slot in the passes that follow; shared by all modules of a model."""
+    """Which token rows belong to which slot in the passes that follow; shared by all modules of a model.
+
+    ``samples`` are the token rows of the pass's samples, in order; empty where they are not told apart.
+    """
 
     slots: list[Slot] = field(default_factory=list)
     segments: list[tuple[int, int]] = field(default_factory=list)
     everything_to: int | None = None
     dropout: Dropout | None = None
+    samples: tuple[slice, ...] = ()
 
     def total_rank(self, most: int) -> int:
         """Sum of the slots' ranks in a module that holds ``most`` of each: rows of ``a_RI`` and ``bt_RO``."""
@@ -34,21 +51,26 @@ class Route:
         start = sum(min(s.rank, most) for s in self.slots[:slot])
         return slice(start, start + min(self.slots[slot].rank, most))
 
-    def blocks(self, num_tokens: int, most: int) -> list[tuple[int, slice, slice]]:
-        """Return (slot, token rows, factor rows) of every segment.
+    def blocks(self, num_tokens: int, most: int) -> list[Block]:
+        """Return the block of every segment, in order.
 
         Raises:
             ModelError: if the segments do not add up to the tokens that arrived.
         """
         if not self.segments:
             slot = self.everything_to
-            return [] if slot is None else [(slot, slice(0, num_tokens), self.rows_of(slot, most))]
+            return [] if slot is None else [self._block(slot, slice(0, num_tokens), most)]
         blocks, start = [], 0
         for slot, count in self.segments:
-            blocks.append((slot, slice(start, start + count), self.rows_of(slot, most)))
+            blocks.append(self._block(slot, slice(start, start + count), most))
             start += count
         if start != num_tokens:
             raise ModelError(
                 f"expected {start} token rows as routed to the slots, got {num_tokens}; call route() again"
             )
         return blocks
+
+    def _block(self, slot: int, tokens: slice, most: int) -> Block:
+        inside = [own for own in self.samples if tokens.start <= own.start and own.stop <= tokens.stop]
+        within = [slice(own.start - tokens.start, own.stop - tokens.start) for own in inside]
+        return Block(slot, tokens, self.rows_of(slot, most), within)

@@ -299,7 +299,7 @@ class LocalSplitClients:
             return
         keys = [self._plan.row_keys(self._round, client, step, micro_batch) for client in counts]
         dropout = dropout_of(self._plan.training.dropout, keys, batch.lengths, self._device)
-        self._lora.route([(self._slot_of[client], tokens) for client, tokens in counts.items()], dropout)
+        self._lora.route([(self._slot_of[client], tokens) for client, tokens in counts.items()], dropout, batch.lengths)
 
     def _num_loss_tokens(self, client: int, step: int) -> int:
         return _count_targets(self._rows[client], self._plan.all_rows(client, step))

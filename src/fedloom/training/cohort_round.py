@@ -1,8 +1,8 @@
 """Train a cohort of clients over one frozen base: several clients' rows in one packed pass, each with its own adapter.
 
 What a client ends with depends on its own rows, rank, start and streams only; which other clients were in its passes
-changes rounding at most. Per step and client the loss is the mean over all supervised tokens of the batch, however
-many micro-batches it is cut into.
+changes rounding at most, and on a CPU no bit (:mod:`fedloom.lora.linear` says how). Per step and client the loss is the
+mean over all supervised tokens of the batch, however many micro-batches it is cut into.
 
 What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is given), the
 order of the rows (stream ``batches``), the dropout masks (one per row, :mod:`fedloom.lora.dropout`), and with
@@ -292,7 +292,7 @@ def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], s
     device = head.weight_VD.device
     batch = pack([row for part in parts for row in part.rows], device)
     dropout = dropout_of(settings.dropout, [part.keys for part in parts], batch.lengths, device)
-    lora.route([(part.owner.slot, part.num_tokens) for part in parts], dropout)
+    lora.route([(part.owner.slot, part.num_tokens) for part in parts], dropout, batch.lengths)
     hidden_SD = hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
     counts = [part.num_targets for part in parts]
     weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)

@@ -30,6 +30,9 @@ from fedloom.training.rotation import check_rotated_apart
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits held at a time: what stays in a CPU's cache; what keeps a GPU busy."""
 
+FEWEST_ROWS = 4
+"""Rows of a product with the output head at least, so that a target's loss does not depend on how many there are."""
+
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two samples with which a model's packed forward is compared with its own."""
 
@@ -49,7 +52,7 @@ class OutputHead:
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Return the logits (S, V), in fp32 at least."""
-        logits_SV = nn.functional.linear(hidden_SD, self.weight_VD, self.bias_V)
+        logits_SV = _linear(hidden_SD, self.weight_VD, self.bias_V)
         if self.side is not None:
             logits_SV = logits_SV.addmm(hidden_SD @ self.side.a_RI.T, self.side.b_OR.T)
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
@@ -66,8 +69,16 @@ class OutputHead:
         if self.scale != 1.0:
             grad_SV.mul_(self.scale)
         grad_SV = grad_SV.to(self.weight_VD.dtype)
-        grad_SD = grad_SV @ self.weight_VD
+        grad_SD = _linear(grad_SV, self.weight_VD.T)
         return grad_SD if self.side is None else grad_SD.addmm(grad_SV @ self.side.b_OR, self.side.a_RI)
+
+
+def _linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
+    """Return ``x Wᵀ + bias``, of few rows as of more: libraries sum one or two rows in another order."""
+    num_rows = x_SX.shape[0]
+    if num_rows < FEWEST_ROWS:
+        x_SX = torch.cat([x_SX, x_SX.new_zeros(FEWEST_ROWS - num_rows, x_SX.shape[1])])
+    return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
 
 
 def supervised_cross_entropy(
