@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fedloom.sites import policy
-from fedloom.sites.frames import FORMAT, Refusal
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import FORMAT
 from fedloom.sites.sheet import Sheet, read_sheet, sheet_of
 from fedloom.sites.site_settings import Policy
 from fedloom.sites.study import resolve_study

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedloom.data.batches import num_batches
-from fedloom.sites.frames import FORMAT, Refusal
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import FORMAT
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import Policy
 

@@ -31,7 +31,8 @@ from fedloom.models.causal import longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.seeding import stream
 from fedloom.sites import policy
-from fedloom.sites.frames import Body, Ready, Refusal, Result, Score, Scored, Task
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import Body, Ready, Result, Score, Scored, Task
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation

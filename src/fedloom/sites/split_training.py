@@ -24,25 +24,8 @@ from fedloom.lora.layer import Slot
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.sites import policy
-from fedloom.sites.frames import (
-    Activations,
-    Begin,
-    Begun,
-    Body,
-    Collect,
-    Failed,
-    Finish,
-    Gradients,
-    Hidden,
-    Ready,
-    Refusal,
-    Request,
-    SplitToServer,
-    SplitToSite,
-    TailGradients,
-    Updates,
-    parts_of,
-)
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import Body, Ready, parts_of
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_cut import own_part, plan_of, segments_of
 from fedloom.sites.site_settings import SiteSettings
@@ -55,6 +38,21 @@ from fedloom.sites.site_training import (
     encoded_rows,
     find_site_base,
     refusal_of,
+)
+from fedloom.sites.split_frames import (
+    Activations,
+    Begin,
+    Begun,
+    Collect,
+    Failed,
+    Finish,
+    Gradients,
+    Hidden,
+    Request,
+    SplitToServer,
+    SplitToSite,
+    TailGradients,
+    Updates,
 )
 from fedloom.sites.store import Recall, Store
 from fedloom.split.client_halves import LocalSplitClients

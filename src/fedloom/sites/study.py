@@ -20,7 +20,7 @@ from fedloom.config.setting import Count, Name, NonNegative, PathOrName, Positiv
 from fedloom.data.templates import AUTO
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.writer import MAY_CHANGE
-from fedloom.sites.frames import Members
+from fedloom.sites.frame_parts import Members
 from fedloom.sites.members import settings_hash
 from fedloom.sites.site_settings import Address
 

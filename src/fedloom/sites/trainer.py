@@ -20,22 +20,11 @@ from typing import IO, Any, Protocol
 
 from fedloom.errors import UpdateError
 from fedloom.federation.buffers import Buffer, num_bytes
-from fedloom.sites.frames import (
-    TO_SITE,
-    Body,
-    Ready,
-    Refusal,
-    Score,
-    SheetSent,
-    SplitToSite,
-    Task,
-    Updates,
-    frame,
-    framed,
-    unframe_here,
-)
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import TO_SITE, Body, Ready, Score, SheetSent, Task, frame, framed, unframe_here
 from fedloom.sites.link import Frame
 from fedloom.sites.site_settings import SiteSettings, resolve_site
+from fedloom.sites.split_frames import SplitToSite, Updates
 
 _LENGTH_BYTES = 8
 
