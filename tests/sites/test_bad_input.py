@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import socket
 import sys
@@ -13,6 +12,7 @@ from typing import Any
 
 import pytest
 from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from site_ends import free_port, write_toml
 
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
@@ -73,28 +73,12 @@ class Place:
         write_toml(Path("site.toml"), changed(self._site, changes))
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def changed(document: dict[str, dict[str, Any]], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {name: dict(values) for name, values in document.items()}
     for name, value in changes.items():
         table, _, key = name.partition("__")
         found.setdefault(table, {})[key] = value
     return found
-
-
-def write_toml(path: Path, tables: dict[str, dict[str, Any]]) -> None:
-    def shown(value: Any) -> str:
-        if not isinstance(value, dict):
-            return json.dumps(value)
-        return "{" + ", ".join(f"{key} = {json.dumps(one)}" for key, one in value.items()) + "}"
-
-    lines = (f"[{n}]\n" + "".join(f"{key} = {shown(v)}\n" for key, v in table.items()) for n, table in tables.items())
-    path.write_text("".join(lines))
 
 
 @pytest.fixture

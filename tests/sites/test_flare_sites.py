@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from site_ends import frames, free_port, wait, write_toml
 
 from fedloom import config
 from fedloom.cli.app import exit_code
@@ -28,7 +29,7 @@ from fedloom.sites.flare_link import FlareLink, FlareServerLink, FlareSiteLink
 from fedloom.sites.flare_pipe import PIECE_BYTES
 from fedloom.sites.grpc_link import check_free
 from fedloom.sites.kit_check import FlareKit, check_kit
-from fedloom.sites.link import CONNECTED, SERVER
+from fedloom.sites.link import SERVER
 from fedloom.sites.study import load_study
 
 pytestmark = [pytest.mark.extra("sites"), pytest.mark.slow]
@@ -77,22 +78,6 @@ class Project:
         return check_kit(self.folder / "server", "server")
 
 
-def write_toml(path: Path, tables: dict[str, dict[str, Any]]) -> None:
-    path.write_text(
-        "\n".join(
-            line
-            for name, table in tables.items()
-            for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()))
-        )
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def is_free(address: str) -> bool:
     try:
         check_free(address)
@@ -138,22 +123,6 @@ def ends(project: Project) -> Iterator[Ends]:
     for link in reversed(found.open):
         link.close()
     assert all(link.process is None or link.process.poll() is not None for link in found.open)
-
-
-def wait(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def frames(link: FlareLink, number: int) -> list[tuple[str, bytes]]:
-    found: list[tuple[str, bytes]] = []
-    while len(found) < number:
-        sender, data = link.inbox.get(timeout=90)
-        if (sender, data) != (SERVER, CONNECTED):
-            found.append((sender, data))
-    return found
 
 
 def test_frames_of_every_size_and_a_thousand_small_ones_arrive_whole_and_in_order(ends: Ends) -> None:
