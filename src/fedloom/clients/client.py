@@ -93,6 +93,7 @@ class Client:
             optimiser_state=moments,
             trains=work.trains,
             measures_gradient=work.payload is Payload.GRADIENT,
+            keeps_moments=work.moments is Moments.OWN,
         )
         return Assignment(task, side, work, received.round)
 
@@ -116,7 +117,7 @@ class Client:
         self.memory = replace(
             self.memory,
             own=result.adapter.as_tensors(work.keeps),
-            moments=(result.optimiser_state or {}) if work.moments is Moments.OWN else {},
+            moments=result.optimiser_state or {},
             owed=owed,
         )
         moved = None if work.sends else distance(result.adapter, start)
