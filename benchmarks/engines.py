@@ -57,6 +57,7 @@ NAMES = ("berlin", "oslo", "rome")
 LONGEST = 1800.0
 TARGETS, WIDTH = ("gate_proj", "up_proj", "down_proj"), 64
 RAW = "/raw/Echo"
+KINDS = ("local-2", "local-3", "ray", "sites")
 
 
 @dataclass(frozen=True)
@@ -306,6 +307,11 @@ class Times:
         return [a - b for a, b in zip(self.engine, self.training, strict=True)]
 
 
+def num_clients_of(kind: str) -> int:
+    """Return how many clients a kind has."""
+    return 2 if kind in ("ray", "local-2") else 3
+
+
 def free_address() -> str:
     """Return an address of this machine that nothing listens on."""
     with socket.socket() as free:
@@ -320,7 +326,7 @@ def time_rounds(shape: Shape, repeats: int, kinds: Sequence[str]) -> None:
         project.write(NAMES)
         raws: dict[int, RawStreams] = {}
         num_bytes = int(shape.megabytes * 1e6)
-        for count in {2: "ray", 3: "sites"}:
+        for count in sorted({num_clients_of(kind) for kind in kinds}):
             raw = raws[count] = RawStreams(project.folder, count, num_bytes)
             stack.callback(raw.close)
             place = f"127.0.0.1:{raw.port}"
@@ -333,7 +339,7 @@ def time_rounds(shape: Shape, repeats: int, kinds: Sequence[str]) -> None:
             for kind, turn in turns.items():
                 record = turn.next()
                 add(times[kind], record, kind)
-                times[kind].raw.append(raws[3 if kind.endswith("sites") or kind.endswith("3") else 2].seconds())
+                times[kind].raw.append(raws[num_clients_of(kind)].seconds())
         for turn in turns.values():
             turn.end()
     report(shape, times)
@@ -348,8 +354,9 @@ def start_all(project: Project, kinds: Sequence[str], stack: ExitStack) -> dict[
         settings = project.of_one_process(num_clients, **engine)
         return lambda turn: run(settings, out / f"run-{num_clients}-{len(engine)}", progress=turn)
 
-    if "local" in kinds:
-        turns["local 2"], turns["local 3"] = Turn(local(2)), Turn(local(3))
+    for count in (2, 3):
+        if f"local-{count}" in kinds:
+            turns[f"local-{count}"] = Turn(local(count))
     if "ray" in kinds:
         turns["ray"] = Turn(local(2, name="ray", workers=2))
     if "sites" in kinds:
@@ -451,7 +458,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, nargs="+", default=None, choices=sorted(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sites", type=int, default=1, help="sites of `memory`")
-    parser.add_argument("--kinds", nargs="+", default=["local", "ray", "sites"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--raw", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.what == "answer":
