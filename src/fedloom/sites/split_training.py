@@ -139,11 +139,12 @@ class SplitTraining:
         sheet, own = self.sheet, self.site.policy
         check_allowed(self.site, sheet, self._sheet_sha256)
         found = find_site_base(self.site)
+        if (refusal := policy.of_base(sheet, found.revision_hash, fingerprint(found.tokenizer))) is not None:
+            raise RefusedError(refusal)
         rows, _ = divided(
             encoded_rows(self.site, sheet, found.tokenizer, found.config), self.site.data.eval_fraction, sheet.seed
         )
-        facts = (found.revision_hash, fingerprint(found.tokenizer), len(rows), int(rows.lengths.max()))
-        if (refusal := policy.of_inputs(own, sheet, *facts)) is not None:
+        if (refusal := policy.of_inputs(own, sheet, len(rows), int(rows.lengths.max()))) is not None:
             raise RefusedError(refusal)
         self._rows = rows.select(np.arange(min(len(rows), policy.told_rows(own, len(rows)))))
         self._lora = own_part(found, self.site.model, sheet, self._cut)
