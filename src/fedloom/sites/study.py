@@ -225,6 +225,9 @@ def _split_problems(settings: Settings, sites: Sites, merged: Mapping[str, Any])
     if sites.withdrawn:
         wanted, action = "nobody in a study of a cut model", "keep its sites, or begin another run without them"
         found.append(Problem("sites.withdrawn", wanted, str(list(sites.withdrawn)), action))
+    if sites.version > 1:
+        wanted, action = "1 in a study of a cut model, which keeps its sites", "begin another run with other sites"
+        found.append(Problem("sites.version", wanted, str(sites.version), f"set it back, or {action}"))
     return found
 
 
