@@ -10,9 +10,10 @@ processes of their own (`fedloom site run`) over gRPC with mutual TLS on loopbac
 the same two and three clients in one process, and as many bare gRPC streams (mutual TLS, the link's options and pieces)
 over which as many bytes go both ways. All take turns round by round in one run; reported are medians and, for pairs,
 the median of the ratios. A round's overhead is the time that the engine takes for the round beyond its slowest client's
-training; of one process, beyond all clients' training. For sites it includes reading, checking and storing at the site;
-beside it stands the overhead beyond the slowest site's own work. What the server does with the updates afterwards is
-the same everywhere and left out.
+training steps; of one process, beyond all clients' steps. That includes what a client does besides them: reading,
+checking, making room for the adapter, writing, and at a site storing. Beside it stands the overhead beyond the slowest
+site's own work, and with ``--kinds local-2 ray`` (or ``local-3 sites``) beyond a client's share of the round of one
+process. What the server does with the updates afterwards is the same everywhere and left out.
 
 ``memory`` serves a study to sites, all in processes of their own, once at rank 1 and once with messages of so many
 megabytes, and prints how many messages' size the peak of each process grows by.
@@ -188,6 +189,11 @@ class Turn(SilentProgress):
         except BaseException as error:
             self._records.put(error)
             raise
+
+    @property
+    def thread(self) -> int:
+        """The thread that works."""
+        return self._thread.ident or 0
 
     def run_started(self, title: str, num_rounds: int, num_rounds_done: int = 0) -> None:
         """Wait for the first turn."""
@@ -396,9 +402,19 @@ def report(shape: Shape, times: Mapping[str, Times]) -> None:
             f"bare gRPC {statistics.median(raw):.3f} s, ratio {spread(ratios)}"
         )
         if kind == "sites":
-            beyond = [a - b for a, b in zip(found.engine[1:], found.client[1:], strict=True)]
-            ratios = [a / b for a, b in zip(beyond, raw, strict=True)]
-            print(f"           beyond the slowest site's work {spread(beyond)} s, ratio {spread(ratios)}")
+            tell_beyond("the slowest site's work", found.engine[1:], found.client[1:], raw)
+        count = num_clients_of(kind)
+        alone = times.get(f"local-{count}")
+        if alone is not None and alone is not found:
+            one = [seconds / count for seconds in alone.engine[1:]]
+            tell_beyond("a client of one process", found.engine[1:], one, raw)
+
+
+def tell_beyond(what: str, engine: Sequence[float], without: Sequence[float], raw: Sequence[float]) -> None:
+    """Print what rounds cost beyond something, and how many times bare gRPC that is."""
+    beyond = [a - b for a, b in zip(engine, without, strict=True)]
+    ratios = [a / b for a, b in zip(beyond, raw, strict=True)]
+    print(f"           beyond {what} {spread(beyond)} s, ratio {spread(ratios)}")
 
 
 def spread(values: Sequence[float]) -> str:
