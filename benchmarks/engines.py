@@ -10,9 +10,10 @@ processes of their own (`fedloom site run`) over gRPC with mutual TLS on loopbac
 the same two and three clients in one process, and as many bare gRPC streams (mutual TLS, the link's options and pieces)
 over which as many bytes go both ways. All take turns round by round in one run; reported are medians and, for pairs,
 the median of the ratios. A round's overhead is the time that the engine takes for the round beyond its slowest client's
-training; of one process, beyond all clients' training. For sites it includes reading, checking and storing at the site;
-beside it stands the overhead beyond the slowest site's own work. What the server does with the updates afterwards is
-the same everywhere and left out.
+training steps; of one process, beyond all clients' steps. That includes what a client does besides them: reading,
+checking, making room for the adapter, writing, and at a site storing. Beside it stands the overhead beyond the slowest
+site's own work, and with ``--kinds local-2 ray`` (or ``local-3 sites``) beyond a client's share of the round of one
+process. What the server does with the updates afterwards is the same everywhere and left out.
 
 ``memory`` serves a study to sites, all in processes of their own, once at rank 1 and once with messages of so many
 megabytes, and prints how many messages' size the peak of each process grows by.
@@ -57,6 +58,7 @@ NAMES = ("berlin", "oslo", "rome")
 LONGEST = 1800.0
 TARGETS, WIDTH = ("gate_proj", "up_proj", "down_proj"), 64
 RAW = "/raw/Echo"
+KINDS = ("local-2", "local-3", "ray", "sites")
 
 
 @dataclass(frozen=True)
@@ -188,6 +190,11 @@ class Turn(SilentProgress):
             self._records.put(error)
             raise
 
+    @property
+    def thread(self) -> int:
+        """The thread that works."""
+        return self._thread.ident or 0
+
     def run_started(self, title: str, num_rounds: int, num_rounds_done: int = 0) -> None:
         """Wait for the first turn."""
         self._is_begun.set()
@@ -306,6 +313,11 @@ class Times:
         return [a - b for a, b in zip(self.engine, self.training, strict=True)]
 
 
+def num_clients_of(kind: str) -> int:
+    """Return how many clients a kind has."""
+    return 2 if kind in ("ray", "local-2") else 3
+
+
 def free_address() -> str:
     """Return an address of this machine that nothing listens on."""
     with socket.socket() as free:
@@ -320,7 +332,7 @@ def time_rounds(shape: Shape, repeats: int, kinds: Sequence[str]) -> None:
         project.write(NAMES)
         raws: dict[int, RawStreams] = {}
         num_bytes = int(shape.megabytes * 1e6)
-        for count in {2: "ray", 3: "sites"}:
+        for count in sorted({num_clients_of(kind) for kind in kinds}):
             raw = raws[count] = RawStreams(project.folder, count, num_bytes)
             stack.callback(raw.close)
             place = f"127.0.0.1:{raw.port}"
@@ -333,7 +345,7 @@ def time_rounds(shape: Shape, repeats: int, kinds: Sequence[str]) -> None:
             for kind, turn in turns.items():
                 record = turn.next()
                 add(times[kind], record, kind)
-                times[kind].raw.append(raws[3 if kind.endswith("sites") or kind.endswith("3") else 2].seconds())
+                times[kind].raw.append(raws[num_clients_of(kind)].seconds())
         for turn in turns.values():
             turn.end()
     report(shape, times)
@@ -348,8 +360,9 @@ def start_all(project: Project, kinds: Sequence[str], stack: ExitStack) -> dict[
         settings = project.of_one_process(num_clients, **engine)
         return lambda turn: run(settings, out / f"run-{num_clients}-{len(engine)}", progress=turn)
 
-    if "local" in kinds:
-        turns["local 2"], turns["local 3"] = Turn(local(2)), Turn(local(3))
+    for count in (2, 3):
+        if f"local-{count}" in kinds:
+            turns[f"local-{count}"] = Turn(local(count))
     if "ray" in kinds:
         turns["ray"] = Turn(local(2, name="ray", workers=2))
     if "sites" in kinds:
@@ -389,9 +402,19 @@ def report(shape: Shape, times: Mapping[str, Times]) -> None:
             f"bare gRPC {statistics.median(raw):.3f} s, ratio {spread(ratios)}"
         )
         if kind == "sites":
-            beyond = [a - b for a, b in zip(found.engine[1:], found.client[1:], strict=True)]
-            ratios = [a / b for a, b in zip(beyond, raw, strict=True)]
-            print(f"           beyond the slowest site's work {spread(beyond)} s, ratio {spread(ratios)}")
+            tell_beyond("the slowest site's work", found.engine[1:], found.client[1:], raw)
+        count = num_clients_of(kind)
+        alone = times.get(f"local-{count}")
+        if alone is not None and alone is not found:
+            one = [seconds / count for seconds in alone.engine[1:]]
+            tell_beyond("a client of one process", found.engine[1:], one, raw)
+
+
+def tell_beyond(what: str, engine: Sequence[float], without: Sequence[float], raw: Sequence[float]) -> None:
+    """Print what rounds cost beyond something, and how many times bare gRPC that is."""
+    beyond = [a - b for a, b in zip(engine, without, strict=True)]
+    ratios = [a / b for a, b in zip(beyond, raw, strict=True)]
+    print(f"           beyond {what} {spread(beyond)} s, ratio {spread(ratios)}")
 
 
 def spread(values: Sequence[float]) -> str:
@@ -451,7 +474,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, nargs="+", default=None, choices=sorted(SHAPES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sites", type=int, default=1, help="sites of `memory`")
-    parser.add_argument("--kinds", nargs="+", default=["local", "ray", "sites"])
+    parser.add_argument("--kinds", nargs="+", default=KINDS, choices=KINDS)
     parser.add_argument("--raw", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.what == "answer":

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import pytest
+from site_ends import free_port, write_toml
 
 from fedloom.cli.app import exit_code
 from fedloom.methods.table import BASELINE
@@ -21,14 +21,6 @@ pytestmark = pytest.mark.extra("sites")
 NAMES = ["a", "b"]
 
 
-def write_toml(path: Path, **tables: dict[str, Any]) -> Path:
-    lines = []
-    for name, table in tables.items():
-        lines += [f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items())]
-    path.write_text("\n".join(lines))
-    return path
-
-
 @pytest.fixture
 def root() -> ThrowawayRoot:
     return ThrowawayRoot()
@@ -37,17 +29,15 @@ def root() -> ThrowawayRoot:
 @pytest.fixture
 def study(tmp_path: Path, base_folder: Path, root: ThrowawayRoot) -> Path:
     root.write(tmp_path / "kit", "server", "server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    return write_toml(
-        tmp_path / "study.toml",
-        model={"base": str(base_folder), "tokenizer": "bytes"},
-        method={"name": BASELINE, "ranks": 2},
-        federation={"num_rounds": 1},
-        training={"local_steps": 1},
-        sites={"names": NAMES, "address": address, "kit": str(tmp_path / "kit"), "deadline_s": 0.5},
-    )
+    address = f"127.0.0.1:{free_port()}"
+    tables = {
+        "model": {"base": str(base_folder), "tokenizer": "bytes"},
+        "method": {"name": BASELINE, "ranks": 2},
+        "federation": {"num_rounds": 1},
+        "training": {"local_steps": 1},
+        "sites": {"names": NAMES, "address": address, "kit": str(tmp_path / "kit"), "deadline_s": 0.5},
+    }
+    return write_toml(tmp_path / "study.toml", tables)
 
 
 @pytest.fixture
@@ -55,7 +45,7 @@ def site(tmp_path: Path, base_folder: Path, rows_file: Path, root: ThrowawayRoot
     root.write(tmp_path / "site-kit", "client", "a")
     own = {"name": "a", "server": "127.0.0.1:9", "kit": str(tmp_path / "site-kit"), "folder": str(tmp_path / "state")}
     model = {"base": str(base_folder), "tokenizer": "bytes"}
-    return write_toml(tmp_path / "site.toml", site=own, data={"path": str(rows_file)}, model=model)
+    return write_toml(tmp_path / "site.toml", {"site": own, "data": {"path": str(rows_file)}, "model": model})
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

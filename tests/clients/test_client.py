@@ -52,8 +52,7 @@ def moved(assignment: Assignment) -> ClientResult:
         adapter=adapter,
         stats=TrainingStats(10, 70, 30, 4, 2.0, 1.5, 0.1),
         num_examples_seen=4,
-        change_norm=1.0,
-        optimiser_state={"layers.0.q.a_RI.step": torch.tensor(float(assignment.round))},
+        optimiser_state={"layers.0.q.a_RI.step": torch.tensor(float(assignment.round))} if task.keeps_moments else None,
         gradient=adapter,
     )
 

@@ -101,6 +101,20 @@ def test_compression_of_nothing_is_rank_zero() -> None:
     assert algebra.compress_pair(Pair(torch.zeros(4, 2), torch.ones(2, 3))).pair.rank == 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_one_number_that_is_not_finite_is_found_wherever_it_is(number: float, dtype: torch.dtype) -> None:
+    b, a = torch.zeros(5, 2, dtype=dtype), torch.ones(2, 3, dtype=dtype)
+    assert Pair(b, a).is_finite()
+    assert Pair(b[:, :0], a[:0]).is_finite()
+    for factor in (b, a):
+        factor[1, 1] = number
+        assert not Pair(b, a).is_finite()
+        assert not Pair(a.T, b.T).is_finite()
+        factor[1, 1] = torch.finfo(dtype).max
+        assert Pair(b, a).is_finite()
+
+
 def test_compression_refuses_what_is_not_finite() -> None:
     with pytest.raises(AdapterError, match="finite"):
         algebra.compress_pair(Pair(torch.full((4, 2), math.nan), torch.ones(2, 3)))

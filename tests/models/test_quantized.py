@@ -43,6 +43,12 @@ def rows() -> TokenSet:
     return TokenSet.from_rows((rng.integers(1, 256, n).tolist(), [False] * 3 + [True] * (n - 3)) for n in lengths)
 
 
+def moved(adapter: Adapter) -> float:
+    """Return the norm of the change of the factors since the start, which the base's shapes give."""
+    before = fresh_adapter(adapter.shapes, 2, 0).as_tensors()
+    return float(torch.stack([(after - before[key]).norm() for key, after in adapter.as_tensors().items()]).norm())
+
+
 def trained(model: Any) -> Any:
     """Train an adapter on two layers below all others, beside a side on the same ones."""
     lora = LoRAModel(model, PARTIAL)
@@ -76,4 +82,4 @@ def test_partial_targets_train_as_on_the_dequantised_base(
     found, expected = trained(base.model), trained(plain)
     close = 0.01 if dtype == "float32" and quantization == "4bit" else 0.05
     assert found.stats.loss_last_nats == pytest.approx(expected.stats.loss_last_nats, abs=close)
-    assert found.change_norm == pytest.approx(expected.change_norm, rel=0.1)
+    assert moved(found.adapter) == pytest.approx(moved(expected.adapter), rel=0.1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
+import signal
 import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -13,12 +16,14 @@ from typing import Any
 
 import pytest
 from memory_link import NAMES, Hub, SiteThread, served, site_of, study_of
+from site_ends import free_port, wait, write_toml
 
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
+from fedloom.data.tokenizer import byte_tokenizer, fingerprint
 from fedloom.errors import RunError
 from fedloom.models.load import load_base
-from fedloom.sites.grpc_link import GrpcServerLink
+from fedloom.sites.grpc_link import GrpcServerLink, unreachable
 from fedloom.sites.kit import read_kit
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
 
@@ -73,28 +78,12 @@ class Place:
         write_toml(Path("site.toml"), changed(self._site, changes))
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def changed(document: dict[str, dict[str, Any]], changes: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found = {name: dict(values) for name, values in document.items()}
     for name, value in changes.items():
         table, _, key = name.partition("__")
         found.setdefault(table, {})[key] = value
     return found
-
-
-def write_toml(path: Path, tables: dict[str, dict[str, Any]]) -> None:
-    def shown(value: Any) -> str:
-        if not isinstance(value, dict):
-            return json.dumps(value)
-        return "{" + ", ".join(f"{key} = {json.dumps(one)}" for key, one in value.items()) + "}"
-
-    lines = (f"[{n}]\n" + "".join(f"{key} = {shown(v)}\n" for key, v in table.items()) for n, table in tables.items())
-    path.write_text("".join(lines))
 
 
 @pytest.fixture
@@ -226,6 +215,42 @@ def other_base(base_folder: Path, tmp_path: Path) -> Path:
     name = min(tensors)
     save_file({**tensors, name: tensors[name] + 1.0}, path, metadata={"format": "pt"})
     return folder
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_differs_is_told_by_both_hashes_at_the_site_and_at_the_server(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = byte_tokenizer()
+    other.add_tokens(["<longer>", "<than the base's vocabulary>"])
+    other.save_pretrained("other")
+    told = f"expected tokenizer {fingerprint(byte_tokenizer())[:12]}, it has {fingerprint(other)[:12]}"
+    place.study(sites__quorum=1, sites__deadline_s=600.0)
+    place.site(model__tokenizer="other", policy__confirm="never")
+    environment, log = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}, Path("server.log")
+    with log.open("wb") as file:
+        command = [sys.executable, "-m", "fedloom", *SERVE]
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
+
+    def end_the_site() -> None:
+        wait(lambda: b"it refuses" in log.read_bytes() or server.poll() is not None, 240)
+        os.kill(os.getpid(), signal.SIGTERM)  # as a service is stopped
+
+    try:
+        wait(lambda: unreachable(f"127.0.0.1:{place.port}", read_kit("berlin", "client")) is None, 240)
+        assert exit_code(list(CHECK)) == 0
+        assert f"the site refuses this study: {told}" in capsys.readouterr().out
+        ender = threading.Thread(target=end_the_site)
+        ender.start()
+        assert exit_code(list(RUN)) == 0
+        ender.join()
+    finally:
+        server.kill()
+        server.wait()
+    lines = [line for line in capsys.readouterr().err.splitlines() if "is refused" in line]
+    assert [line.partition(": ")[2] for line in lines] == [told]
+    (line,) = [line for line in log.read_text().splitlines() if "it refuses" in line]
+    assert line.endswith(f"berlin is ready: 0 rows, holds version 0, but it refuses: {told}")
 
 
 def test_a_base_that_differs_and_a_policy_that_refuses_are_in_the_servers_line(

@@ -11,11 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from memory_link import adapter_of
+from site_ends import frames, free_port, wait, write_toml
 
 from fedloom import config
 from fedloom.cli.app import exit_code
@@ -28,12 +30,18 @@ from fedloom.sites.flare_link import FlareLink, FlareServerLink, FlareSiteLink
 from fedloom.sites.flare_pipe import PIECE_BYTES
 from fedloom.sites.grpc_link import check_free
 from fedloom.sites.kit_check import FlareKit, check_kit
-from fedloom.sites.link import CONNECTED, SERVER
+from fedloom.sites.link import SERVER
 from fedloom.sites.study import load_study
 
 pytestmark = [pytest.mark.extra("sites"), pytest.mark.slow]
 NAMES = ("berlin", "oslo", "rome")
 LARGEST = 3 * PIECE_BYTES
+FLORA: dict[str, dict[str, Any]] = {
+    "method": {"name": "flora", "ranks": [16, 8, 4]},
+    "federation": {"num_rounds": 6, "min_clients": 2},
+    "training": {"local_steps": 6, "batch_size": 8, "learning_rate": 1e-3},
+    "data": {"eval_path": "embedded", "template": "plain"},
+}
 
 
 class Project:
@@ -43,10 +51,7 @@ class Project:
         self.folder, self.study_file = folder, folder / "study.toml"
         folder.mkdir()
         tables: dict[str, dict[str, Any]] = {
-            "method": {"name": "flora", "ranks": [16, 8, 4]},
-            "federation": {"num_rounds": 6, "min_clients": 2},
-            "training": {"local_steps": 6, "batch_size": 8, "learning_rate": 1e-3},
-            "data": {"eval_path": "embedded", "template": "plain"},
+            **FLORA,
             "sites": {
                 "names": list(NAMES),
                 "kit": str(folder / "server"),
@@ -75,22 +80,6 @@ class Project:
     @property
     def server_kit(self) -> FlareKit:
         return check_kit(self.folder / "server", "server")
-
-
-def write_toml(path: Path, tables: dict[str, dict[str, Any]]) -> None:
-    path.write_text(
-        "\n".join(
-            line
-            for name, table in tables.items()
-            for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in table.items()))
-        )
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def is_free(address: str) -> bool:
@@ -138,22 +127,6 @@ def ends(project: Project) -> Iterator[Ends]:
     for link in reversed(found.open):
         link.close()
     assert all(link.process is None or link.process.poll() is not None for link in found.open)
-
-
-def wait(condition: Callable[[], object], seconds: float = 90.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.05)
-
-
-def frames(link: FlareLink, number: int) -> list[tuple[str, bytes]]:
-    found: list[tuple[str, bytes]] = []
-    while len(found) < number:
-        sender, data = link.inbox.get(timeout=90)
-        if (sender, data) != (SERVER, CONNECTED):
-            found.append((sender, data))
-    return found
 
 
 def test_frames_of_every_size_and_a_thousand_small_ones_arrive_whole_and_in_order(ends: Ends) -> None:
@@ -399,70 +372,115 @@ def test_a_submitted_job_and_commands_are_refused_by_the_server_and_where_it_let
             path.write_bytes(data)
 
 
+class Commands:
+    """A study's server and its sites, in processes of their own, with what they print in files."""
+
+    def __init__(self, project: Project, folder: Path, study: dict[str, dict[str, Any]], **policy: object) -> None:
+        self.project, self.folder, self.started = project, folder, dict[str, subprocess.Popen[bytes]]()
+        rows = list(load_rows("embedded", Split.TRAIN).rows)
+        (folder / "rows").mkdir()
+        sites = {**project.study.sites.model_dump(mode="json", exclude_unset=True), **study.pop("sites", {})}
+        write_toml(folder / "study.toml", {**study, "sites": sites})
+        for number, name in enumerate(NAMES):
+            path = folder / "rows" / f"local_training_{number}.json"
+            path.write_text(json.dumps(rows[number :: len(NAMES)]))
+            site = {
+                "name": name,
+                "server": project.kit(name).address,
+                "kit": str(project.folder / "kits" / name),
+                "folder": str(folder / name),
+            }
+            tables = {"site": site, "data": {"path": str(path)}, "policy": {"confirm": "never", **policy}}
+            write_toml(folder / f"{name}.toml", tables)
+
+    @property
+    def run(self) -> Path:
+        return self.folder / "run"
+
+    def serve(self) -> None:
+        self._start("server", "serve", str(self.folder / "study.toml"), "--out", str(self.run))
+
+    def take_part(self, name: str) -> None:
+        self._start(name, "site", "run", str(self.folder / f"{name}.toml"))
+
+    def wait_for_round(self, number: int) -> None:
+        until = self.run / "rounds" / str(number)
+        wait(lambda: until.is_dir() or self.started["server"].poll() is not None, 480)
+        assert until.is_dir(), self.told("server")
+
+    def kill(self, name: str) -> None:
+        self.started[name].kill()
+        self.started[name].wait()
+
+    def told(self, name: str) -> str:
+        return (self.folder / f"{name}.log").read_text()
+
+    def _start(self, name: str, *command: str) -> None:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            line = [sys.executable, "-m", "fedloom", *command]
+            self.started[name] = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
+
+    def end(self) -> None:
+        for name in self.started:
+            self.kill(name)
+        shutil.rmtree(self.folder / "rows")
+
+    def replayed(self, recipe: dict[str, dict[str, Any]]) -> bytes:
+        """Return the adapter of one process in which those take part who counted, and no longer."""
+        federation = {**recipe["federation"], "num_clients": len(NAMES), "participation": str(self.run)}
+        data = {**recipe["data"], "path": str(self.folder / "rows")}
+        changes = {"federation": federation, "data": data, "partition": {"scheme": "natural"}}
+        return adapter_of(run(config.resolve({**recipe, **changes}, "a test"), self.folder / "alone").folder)
+
+
 def test_three_sites_with_one_killed_and_the_server_killed_in_a_round_train_the_adapter_of_one_process(
     project: Project, tmp_path: Path
 ) -> None:
-    rows = list(load_rows("embedded", Split.TRAIN).rows)
-    (tmp_path / "rows").mkdir()
-    for number, name in enumerate(NAMES):
-        path = tmp_path / "rows" / f"local_training_{number}.json"
-        path.write_text(json.dumps(rows[number :: len(NAMES)]))
-        site = {
-            "name": name,
-            "server": project.kit(name).address,
-            "kit": str(project.folder / "kits" / name),
-            "folder": str(tmp_path / name),
-        }
-        write_toml(
-            tmp_path / f"{name}.toml", {"site": site, "data": {"path": str(path)}, "policy": {"confirm": "never"}}
-        )
-    started: dict[str, subprocess.Popen[bytes]] = {}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-
-    def start(name: str, *command: str) -> None:
-        with (tmp_path / f"{name}.log").open("ab") as log:
-            line = [sys.executable, "-m", "fedloom", *command]
-            started[name] = subprocess.Popen(line, stdout=log, stderr=log, env=environment)
-
+    commands = Commands(project, tmp_path, dict(FLORA))
     try:
-        start("server", "serve", str(project.study_file), "--out", str(tmp_path / "run"))
+        commands.serve()
         for name in NAMES:
-            start(name, "site", "run", str(tmp_path / f"{name}.toml"))
-        wait(lambda: (tmp_path / "run" / "rounds" / "1").is_dir(), 480)
-        started["oslo"].kill()
-        started["oslo"].wait()
-        start("oslo", "site", "run", str(tmp_path / "oslo.toml"))
-        wait(lambda: (tmp_path / "run" / "rounds" / "3").is_dir(), 480)
+            commands.take_part(name)
+        commands.wait_for_round(1)
+        commands.kill("oslo")
+        commands.take_part("oslo")
+        commands.wait_for_round(3)
         time.sleep(0.3)  # in round 4
-        started["server"].kill()
-        started["server"].wait()
+        commands.kill("server")
         wait(lambda: is_free(project.server_kit.address))  # FLARE's process ends with the one that started it
-        start("server", "serve", str(project.study_file), "--out", str(tmp_path / "run"))
-        assert started["server"].wait(480) == 0, (tmp_path / "server.log").read_text()
+        commands.serve()
+        assert commands.started["server"].wait(480) == 0, commands.told("server")
+        assert len(read_run(commands.run).records) == 6
+        assert adapter_of(commands.run) == commands.replayed(FLORA)
     finally:
-        for process in started.values():
-            process.kill()
-            process.wait()
-    found = read_run(tmp_path / "run")
-    assert len(found.records) == 6
-    alone = run(
-        config.resolve(
-            {
-                "method": {"name": "flora", "ranks": [16, 8, 4]},
-                "federation": {
-                    "num_rounds": 6,
-                    "min_clients": 2,
-                    "num_clients": 3,
-                    "participation": str(tmp_path / "run"),
-                },
-                "training": {"local_steps": 6, "batch_size": 8, "learning_rate": 1e-3},
-                "data": {"path": str(tmp_path / "rows"), "eval_path": "embedded", "template": "plain"},
-                "partition": {"scheme": "natural"},
-            },
-            "a test",
-        ),
-        tmp_path / "alone",
-    )
-    adapter = "adapter/adapter_model.safetensors"
-    assert (tmp_path / "run" / adapter).read_bytes() == (alone.folder / adapter).read_bytes()
-    shutil.rmtree(tmp_path / "rows")
+        commands.end()
+
+
+CUT: dict[str, dict[str, Any]] = {
+    "method": {"name": "splitlora", "ranks": 4},
+    "federation": {"num_rounds": 4, "min_clients": 2},
+    "training": {"local_steps": 4, "batch_size": 8, "learning_rate": 1e-3},
+    "split": {"cut_layer": 1, "aggregate_every": 4},
+    "data": {"template": "plain"},
+}
+
+
+def test_a_cut_model_over_flare_with_a_site_killed_trains_the_adapter_of_one_process(
+    project: Project, tmp_path: Path
+) -> None:
+    commands = Commands(project, tmp_path, {**CUT, "sites": {"step_deadline_s": 60.0}}, split="yes")
+    try:
+        commands.serve()
+        for name in NAMES:
+            commands.take_part(name)
+        commands.wait_for_round(1)
+        commands.kill("oslo")
+        commands.take_part("oslo")
+        assert commands.started["server"].wait(480) == 0, commands.told("server")
+        records = read_run(commands.run).records
+        assert len(records) == 4
+        assert all(record["clients"][client]["left_at"] is None for record in records for client in (0, 2))
+        assert adapter_of(commands.run) == commands.replayed(CUT)
+    finally:
+        commands.end()

@@ -8,13 +8,13 @@ from fedloom.errors import UpdateError
 from fedloom.federation.blob import Checked, sealed
 from fedloom.seeding import stream
 from fedloom.sites.dropped import Dropped
+from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
     TO_SITE,
     End,
     Hello,
-    Refusal,
     Result,
     Scored,
     SheetSent,

@@ -6,11 +6,12 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from site_ends import frames, wait
 
 from fedloom.errors import RunError
 from fedloom.sites.grpc_link import PIECE_BYTES, GrpcServerLink, GrpcSiteLink, unreachable
@@ -52,22 +53,6 @@ def ends(tmp_path: Path) -> Iterator[Ends]:
     yield found
     for link in reversed(found.open):
         link.close()
-
-
-def wait(condition: Callable[[], object], seconds: float = 20.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-
-
-def frames(link: GrpcServerLink | GrpcSiteLink, number: int) -> list[tuple[str, bytes]]:
-    found: list[tuple[str, bytes]] = []
-    while len(found) < number:
-        sender, data = link.inbox.get(timeout=20)
-        if data != CONNECTED:
-            found.append((sender, data))
-    return found
 
 
 def test_frames_of_every_size_arrive_whole_and_in_order_both_ways(ends: Ends) -> None:

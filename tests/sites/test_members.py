@@ -12,7 +12,8 @@ from memory_link import Hub
 
 from fedloom.errors import RunError
 from fedloom.sites import policy
-from fedloom.sites.frames import FORMAT, TO_SERVER, Members, Ready, Refusal, SheetSent, frame, unframe
+from fedloom.sites.frame_parts import Members, Refusal
+from fedloom.sites.frames import FORMAT, TO_SERVER, Ready, SheetSent, frame, unframe
 from fedloom.sites.link import SERVER
 from fedloom.sites.members import ROOT_KEY, is_signed, read_members, refusal_of, with_signature
 from fedloom.sites.sheet import Sheet, sheet_of

@@ -12,13 +12,13 @@ import shlex
 import socket
 import subprocess
 import sys
-import time
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from site_ends import wait, write_toml
 
 from fedloom.cli.app import exit_code
 from fedloom.data.sources import Split, load_rows
@@ -50,16 +50,6 @@ def commands_of(page: str) -> list[str]:
 def examples(page: str) -> list[dict[str, Any]]:
     blocks = re.findall(r"^```toml\n(.*?)^```$", (PAGES / page).read_text("utf-8"), re.MULTILINE | re.DOTALL)
     return [tomllib.loads(block) for block in blocks]
-
-
-def write_toml(path: Path, tables: dict[str, dict[str, Any]]) -> None:
-    def shown(value: Any) -> str:
-        if not isinstance(value, dict):
-            return json.dumps(value)
-        return "{" + ", ".join(f"{key} = {json.dumps(one)}" for key, one in value.items()) + "}"
-
-    lines = (f"[{n}]\n" + "".join(f"{key} = {shown(v)}\n" for key, v in table.items()) for n, table in tables.items())
-    path.write_text("".join(lines))
 
 
 class Reader:
@@ -117,13 +107,6 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         process.wait()
 
 
-def wait(condition: Callable[[], object], seconds: float = 240.0) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.5)
-
-
 def write_study(folder: Path, second: dict[str, Any] | None = None) -> None:
     """Write the page's study, smaller: two rounds of one step, and one site is enough."""
     study = {**examples("coordinator.md")[0]}
@@ -173,7 +156,7 @@ def test_every_command_of_the_pages_runs_as_a_coordinator_and_a_sites_owner_type
     server = reader.begin("fedloom serve")
     assert "rows are usable; the site would take part" in reader.type("fedloom site check")
     site = reader.begin("fedloom site run")
-    wait(lambda: "has not agreed" in (folder / "site.log").read_text() or server.poll() is not None)
+    wait(lambda: "has not agreed" in (folder / "site.log").read_text() or server.poll() is not None, 240)
     monkeypatch.setattr("typer.confirm", lambda *_, **__: True)
     assert "agreed" in reader.type("fedloom site confirm")
     assert server.wait(400) == 0, (folder / "serve.log").read_text()

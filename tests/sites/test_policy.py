@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from fedloom.sites import policy
-from fedloom.sites.frames import FORMAT, Refusal
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import FORMAT
 from fedloom.sites.sheet import Sheet, read_sheet, sheet_of
 from fedloom.sites.site_settings import Policy
 from fedloom.sites.study import resolve_study
@@ -33,7 +34,8 @@ def sheet(**changes: Any) -> Sheet:
 def inputs(
     own: Policy, rows: int = 250, longest: int = 50, base: str = SHA, tokenizer: str = SHA, **changes: Any
 ) -> Any:
-    return policy.of_inputs(own, sheet(**changes), base, tokenizer, rows, longest)
+    asked = sheet(**changes)
+    return policy.of_base(asked, base, tokenizer) or policy.of_inputs(own, asked, rows, longest)
 
 
 def test_a_study_within_the_policy_is_taken() -> None:

@@ -15,7 +15,7 @@ from memory_link import NAMES, Hub, SiteThread, adapter_of, records_of, replayed
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fedloom.config import Settings
-from fedloom.errors import SettingsError
+from fedloom.errors import RunError, SettingsError
 from fedloom.experiment.session import run
 from fedloom.seeding import stream
 from fedloom.sites import policy, sites_engine
@@ -353,6 +353,16 @@ def test_the_server_goes_on_from_the_last_period_after_a_kill(
     assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
 
 
+def test_a_run_of_a_cut_model_keeps_its_sites(recipe: Recipe, sites: StartSites, tmp_path: Path) -> None:
+    hub, settings = Hub(), recipe(**SPLIT | SHORT | {"federation__num_rounds": 1})
+    sites(hub, split="yes")
+    served(study_of(settings, NAMES, quorum=1), tmp_path / "served", hub)
+    with pytest.raises(
+        RunError, match=r"got other sites \(sites\.names\); a cut model keeps its sites: go on with berl"
+    ):
+        served(study_of(settings, [*NAMES, "paris"], quorum=1), tmp_path / "served", hub)
+
+
 def sheet(**changes: Any) -> Sheet:
     document: dict[str, Any] = {
         "sites": {"names": ["a"]},
@@ -397,7 +407,7 @@ def test_a_policy_says_whether_activations_and_labels_may_cross(
 
 
 def test_a_pass_of_a_cut_model_has_the_rows_of_a_micro_batch() -> None:
-    facts = ("ab" * 32, "ab" * 32, 20, 100)
+    facts = (20, 100)
     assert policy.of_inputs(Policy(max_tokens_per_pass=400), sheet(), *facts) is None
     refusal = policy.of_inputs(Policy(max_tokens_per_pass=399), sheet(), *facts)
     assert refusal is not None
@@ -417,6 +427,8 @@ def test_a_policy_that_refuses_is_named_in_the_record(recipe: Recipe, sites: Sta
         ({"training__local_steps": None, "training__local_epochs": 1.0}, "training.local_steps: expected a number"),
         ({"sites__evaluate": "sites"}, "sites.evaluate: expected server"),
         ({"model__quantization": "8bit"}, "model.quantization: expected none"),
+        ({"sites__withdrawn": ["b"]}, "sites.withdrawn: expected nobody"),
+        ({"sites__version": 2}, "sites.version: expected 1 in a study of a cut model, which keeps its sites, got 2"),
         ({"method__name": "fedit", "sites__step_deadline_s": 5.0}, "sites.step_deadline_s: expected none"),
     ],
 )

@@ -18,6 +18,7 @@ from fedloom.clients.memory import Memory, Tensors
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, FedloomError
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.buffers import Buffer
 from fedloom.federation.messages import Received, decode_broadcast, encode_failure, encode_update
 from fedloom.lora.algebra import distance
 from fedloom.lora.pair import Adapter
@@ -67,7 +68,7 @@ class Client:
         except FedloomError as error:
             return self.refuse(error)
 
-    def receive(self, message: bytes) -> Assignment:
+    def receive(self, message: Buffer) -> Assignment:
         """Read a broadcast and catch up with it.
 
         Raises:
@@ -93,6 +94,7 @@ class Client:
             optimiser_state=moments,
             trains=work.trains,
             measures_gradient=work.payload is Payload.GRADIENT,
+            keeps_moments=work.moments is Moments.OWN,
         )
         return Assignment(task, side, work, received.round)
 
@@ -116,7 +118,7 @@ class Client:
         self.memory = replace(
             self.memory,
             own=result.adapter.as_tensors(work.keeps),
-            moments=(result.optimiser_state or {}) if work.moments is Moments.OWN else {},
+            moments=result.optimiser_state or {},
             owed=owed,
         )
         moved = None if work.sends else distance(result.adapter, start)

@@ -12,6 +12,7 @@ from fedloom.clients.memory import Memory
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import FedloomError
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.buffers import Buffer
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf
@@ -22,7 +23,7 @@ class Asked(NamedTuple):
     """A message for one client, and what that client keeps."""
 
     client: int
-    message: bytes
+    message: Buffer
     memory: Memory
 
 

@@ -8,7 +8,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -113,6 +113,7 @@ def _connect(ray: Any, address: str | None, folder: Path | None, resources: Reso
     if address is not None:
         try:
             _knock(address)
+            _show_token()
             ray.init(address=address, **shared)
         except Exception as error:
             ray.shutdown()
@@ -145,6 +146,17 @@ def _knock(address: str) -> None:
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), _KNOCK_SECONDS).close()
+
+
+def _show_token() -> None:
+    """Join with the token that this user has: Ray does so where it finds a cluster, and not at an address.
+
+    A run on this machine leaves a token in ``~/.ray``, and from then on `ray start` asks for it.
+    """
+    with suppress(ImportError):  # Ray has no public name for it, and earlier versions have no tokens
+        from ray._private.authentication import authentication_token_setup
+
+        authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _end(processes: Sequence[psutil.Process]) -> None:

@@ -126,7 +126,7 @@ class RayEngine:
         for one, found in zip(task.broadcasts, answer, strict=True):
             self.memories[one.client] = opened(found)
             yield arrival_of(
-                found.message,
+                found.message.data,
                 one,
                 task.download_bytes[one.client],
                 work=self.half.work(one.round),

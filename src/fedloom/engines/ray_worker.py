@@ -35,12 +35,16 @@ Furnish = Callable[[dict[str, Any], Sequence[NDArray[Any]]], Station]
 
 
 class Letter(NamedTuple):
-    """A client's message or answer with its memory, all of it bytes; ``kept`` is None where it keeps no tensors."""
+    """A client's message or answer with its memory, all of it bytes; ``kept`` is None where it keeps no tensors.
+
+    They travel as arrays: Ray writes these into shared memory once and reads them there, where it would copy bytes at
+    each end.
+    """
 
     client: int
-    message: bytes
+    message: NDArray[np.uint8]
     version: int
-    kept: bytes | None
+    kept: NDArray[np.uint8] | None
 
 
 class Worker:
@@ -62,7 +66,8 @@ class Worker:
         if self._scored[0]:
             self._scored = ("", None)
             base.forget_side()
-        answers = base.answers([Asked(one.client, one.message, opened(one)) for one in letters], self._station.dtype)
+        asked = [Asked(one.client, one.message.data, opened(one)) for one in letters]
+        answers = base.answers(asked, self._station.dtype)
         return [letter(one.client, answer.message, answer.memory) for one, answer in zip(letters, answers, strict=True)]
 
     def score(
@@ -93,12 +98,14 @@ def node_of_this_process() -> str:
 
 def letter(client: int, message: bytes, memory: Memory) -> Letter:
     """Put a message and a client's memory into bytes."""
-    return Letter(client, message, memory.version, encode_memories({client: memory}))
+    kept = encode_memories({client: memory})
+    carried = None if kept is None else np.frombuffer(kept, np.uint8)
+    return Letter(client, np.frombuffer(message, np.uint8), memory.version, carried)
 
 
 def opened(sent: Letter) -> Memory:
     """Return the memory in a letter."""
-    memory = Memory() if sent.kept is None else decode_memories(sent.kept)[sent.client]
+    memory = Memory() if sent.kept is None else decode_memories(sent.kept.tobytes())[sent.client]
     return replace(memory, version=sent.version)
 
 

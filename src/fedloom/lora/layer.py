@@ -111,9 +111,9 @@ class LoRAModel:
         pairs = {}
         for name, layer in self.layers.items():
             rows = self._route.rows_of(slot, layer.most_rank)
-            b_OR = (layer.bt_RO.detach()[rows].T * scale).contiguous().cpu()
-            # On the CPU ``.cpu()`` copies nothing: without the clone the next step would change the returned adapter.
-            pairs[name] = Pair(b_OR, layer.a_RI.detach()[rows].cpu().clone())
+            # Cloned, since ``.contiguous()`` and ``.cpu()`` may copy nothing, and the next step would change it.
+            b_OR = layer.bt_RO.detach()[rows].T.clone(memory_format=torch.contiguous_format).mul_(scale)
+            pairs[name] = Pair(b_OR.cpu(), layer.a_RI.detach()[rows].cpu().clone())
         return Adapter(pairs)
 
     def parameters(self, slot: int) -> list[nn.Parameter]:

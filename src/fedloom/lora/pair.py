@@ -74,11 +74,19 @@ class Pair:
 
     def is_finite(self) -> bool:
         """Tell whether every number is finite."""
-        return bool(torch.isfinite(self.b_OR).all() and torch.isfinite(self.a_RI).all())
+        return is_finite(self.b_OR) and is_finite(self.a_RI)
 
     def delta(self) -> Tensor:
         """Form the dense (O, I) product. For tests and export only."""
         return self.b_OR @ self.a_RI
+
+
+def is_finite(numbers: Tensor) -> bool:
+    """Tell whether every number is finite, by the smallest and the largest: NaN is both, and no mask is made."""
+    if numbers.numel() == 0:
+        return True
+    smallest, largest = torch.aminmax(numbers)
+    return bool(torch.isfinite(smallest) & torch.isfinite(largest))
 
 
 class Adapter(Mapping[str, Pair]):

@@ -2,7 +2,7 @@
 
     4 bytes   length of the head, little-endian
     32 bytes  SHA-256 of length, head and body; of a body that ends with its own hash, of length, head and that hash
-    head      JSON, of one of the kinds below
+    head      JSON, of one of the kinds below, or of split training (see ``split_frames``)
     body      a sheet, a broadcast, an update, an adapter, a split message, or nothing
 
 Nothing of a frame is believed unread: the digest first, then the head by its kind's schema, which knows no other
@@ -17,12 +17,14 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Le, MaxLen
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from annotated_types import Ge
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fedloom.errors import UpdateError
 from fedloom.federation.blob import SEAL_BYTES, Checked, checked
 from fedloom.federation.buffers import Buffer, Buffers
+from fedloom.sites.frame_parts import Count, Hash, Members, Part, Refusal, Round, RunId, Version
+from fedloom.sites.split_frames import SplitToServer, SplitToSite
 
 FORMAT = 2
 """Version of the frames and of what they mean: both ends must have the same."""
@@ -30,46 +32,6 @@ MAX_HEAD_BYTES = 1 << 16
 MAX_SHEET_BYTES = 1 << 20
 _LENGTH_BYTES, _DIGEST_BYTES = 4, 32
 PREFIX_BYTES = _LENGTH_BYTES + _DIGEST_BYTES
-
-Hash = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
-RunId = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
-Code = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z-]{0,31}$")]
-SiteName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Version = Annotated[str, StringConstraints(pattern=r"^[\w.+-]{1,40}$")]
-Count = Annotated[int, Ge(0), Le(1 << 53)]
-Round = Annotated[int, Ge(1), Le(1 << 53)]
-
-
-class Part(BaseModel):
-    """A part of a head: frozen, strict about types, closed to unknown entries, its numbers finite."""
-
-    model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class Members(Part):
-    """Who takes part in a study, by one of its versions; the coordinator signs every version after the first.
-
-    A site's position in ``names`` is its client number; ``settings_sha256`` is of what no version changes.
-    """
-
-    version: Annotated[int, Ge(1), Le(1 << 31)]
-    names: Annotated[tuple[SiteName, ...], MaxLen(4096)]
-    withdrawn: Annotated[tuple[SiteName, ...], MaxLen(4096)] = ()
-    settings_sha256: Hash
-    signature: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]*$", max_length=2048)] = ""
-
-    @property
-    def present(self) -> tuple[str, ...]:
-        """The sites that have not withdrawn."""
-        return tuple(name for name in self.names if name not in self.withdrawn)
-
-
-class Refusal(Part):
-    """Why a site does not do what it is asked: a code, numbers, and hashes. Words stay at the site."""
-
-    code: Code
-    numbers: Annotated[dict[Code, int | float], MaxLen(8)] = {}
-    hashes: Annotated[dict[Code, Hash], MaxLen(4)] = {}
 
 
 class Hello(Part):
@@ -168,105 +130,6 @@ class End(Part):
     run: RunId
 
 
-class InPeriod(Part):
-    """A message of split training: of which attempt at which period (``period`` is drawn anew for each), and its place.
-
-    The server numbers what it sends to a site within a period from 0, and the site does one after the other: what comes
-    twice is not done again, and what comes after a gap waits until the gap is sent again. An answer has the number of
-    what it answers.
-    """
-
-    run: RunId
-    period: RunId
-    number: Count
-
-
-class Begin(InPeriod):
-    """Server: a period begins; the body are broadcasts of these sizes, one for each segment that the site trains.
-
-    ``counted`` is the last period that the site took part in to its end.
-    """
-
-    kind: Literal["begin"] = "begin"
-    round: Round
-    counted: Count
-    sizes: Annotated[tuple[Count, ...], MaxLen(1 << 12)]
-
-
-class Request(InPeriod):
-    """Server: send the activations of this micro-batch; of these rows of its step, where each crosses only once."""
-
-    kind: Literal["request"] = "request"
-    step: Count
-    micro_batch: Count
-    rows: Annotated[tuple[Count, ...], MaxLen(1 << 12)] | None = None
-
-
-class Hidden(InPeriod):
-    """Server: what the site's last blocks go on from (U-shape); the body is a split message."""
-
-    kind: Literal["hidden"] = "hidden"
-    step: Count
-    micro_batch: Count
-
-
-class Gradients(InPeriod):
-    """Server: the gradients of a micro-batch's activations; the body is a split message."""
-
-    kind: Literal["gradients"] = "gradients"
-    step: Count
-    micro_batch: Count
-
-
-class Finish(InPeriod):
-    """Server: take the optimiser's step. It is not answered: a site that cannot says so instead of its next answer."""
-
-    kind: Literal["finish"] = "finish"
-    step: Count
-
-
-class Collect(InPeriod):
-    """Server: the period is complete, send the updates."""
-
-    kind: Literal["collect"] = "collect"
-
-
-class Begun(InPeriod):
-    """Site: ready for the first step; ``memory_of`` is the period that left the optimiser's state, 0 for none."""
-
-    kind: Literal["begun"] = "begun"
-    memory_of: Count
-
-
-class Activations(InPeriod):
-    """Site: the activations of a micro-batch; the body is a split message."""
-
-    kind: Literal["activations"] = "activations"
-
-
-class TailGradients(InPeriod):
-    """Site: the gradients at the input of its last blocks (U-shape); the body is a split message."""
-
-    kind: Literal["tail-gradients"] = "tail-gradients"
-
-
-class Updates(InPeriod):
-    """Site: the period's updates; the body are these, of these sizes, one for each segment."""
-
-    kind: Literal["updates"] = "updates"
-    sizes: Annotated[tuple[Count, ...], MaxLen(1 << 12)]
-    seconds: Annotated[float, Ge(0)] = 0.0
-
-
-class Failed(InPeriod):
-    """Site: no part in what is left of this period."""
-
-    kind: Literal["failed"] = "failed"
-    refusal: Refusal
-
-
-SplitToServer = Begun | Activations | TailGradients | Updates | Failed
-SplitToSite = Begin | Request | Hidden | Gradients | Finish | Collect
 ToServer = Hello | Ready | Result | Scored | SplitToServer
 ToSite = SheetSent | Task | Score | End | SplitToSite
 TO_SERVER: TypeAdapter[ToServer] = TypeAdapter(Annotated[ToServer, Field(discriminator="kind")])

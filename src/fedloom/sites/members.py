@@ -19,7 +19,7 @@ from pydantic import ValidationError
 
 from fedloom.errors import MissingExtraError, RunError
 from fedloom.run_folder import durable
-from fedloom.sites.frames import Members, Refusal
+from fedloom.sites.frame_parts import Members, Refusal
 
 _PURPOSE = b"fedloom: members of a study\n"
 """Begins everything that is signed here, so that no signature is one of a certificate."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fedloom.data.batches import num_batches
-from fedloom.sites.frames import FORMAT, Refusal
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import FORMAT
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import Policy
 
@@ -107,14 +108,17 @@ def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
     return None
 
 
-def of_inputs(
-    policy: Policy, sheet: Sheet, base_sha256: str, tokenizer_sha256: str, num_rows: int, longest: int
-) -> Refusal | None:
-    """Return what does not fit once base and rows are loaded; ``longest`` is the longest row in tokens."""
+def of_base(sheet: Sheet, base_sha256: str, tokenizer_sha256: str) -> Refusal | None:
+    """Refuse a base or a tokenizer that is not the study's, before a row is read with it."""
     if base_sha256 != sheet.base_sha256:
         return Refusal(code="base-differs", hashes={"study": sheet.base_sha256, "site": base_sha256})
     if tokenizer_sha256 != sheet.tokenizer_sha256:
         return Refusal(code="tokenizer-differs", hashes={"study": sheet.tokenizer_sha256, "site": tokenizer_sha256})
+    return None
+
+
+def of_inputs(policy: Policy, sheet: Sheet, num_rows: int, longest: int) -> Refusal | None:
+    """Return what does not fit once the rows are loaded; ``longest`` is the longest row in tokens."""
     if num_rows < policy.min_rows:
         return Refusal(code="rows", numbers={"allowed": policy.min_rows, "rows": told_rows(policy, num_rows)})
     training, in_a_pass = sheet.training, longest

@@ -19,27 +19,24 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.methods.strategy import Strategy
 from fedloom.sites import policy
-from fedloom.sites.frames import (
+from fedloom.sites.frames import Body, Hello, Ready, frame
+from fedloom.sites.site_state import SiteState
+from fedloom.sites.sites_engine import Attendance
+from fedloom.sites.split_answers import message_of, updates_of
+from fedloom.sites.split_frames import (
     Activations,
     Begin,
     Begun,
-    Body,
     Collect,
     Failed,
     Finish,
     Gradients,
-    Hello,
     Hidden,
     InPeriod,
-    Ready,
     Request,
     TailGradients,
     Updates,
-    frame,
 )
-from fedloom.sites.site_state import SiteState
-from fedloom.sites.sites_engine import Attendance
-from fedloom.sites.split_answers import message_of, updates_of
 from fedloom.split.client_seam import Memory
 from fedloom.split.cut_messages import SplitMessage, largest_split_message
 from fedloom.split.plan import Segment, SplitPlan

@@ -24,7 +24,7 @@ from fedloom.federation.blob import WireDtype
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.strategy import Cohort, Strategy
-from fedloom.sites.frames import Hash, Part, RunId
+from fedloom.sites.frame_parts import Hash, Part, RunId
 from fedloom.training.cohort_round import LocalTraining
 
 _LARGEST = 10**9

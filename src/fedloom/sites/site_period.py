@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass, field
 
 from fedloom.federation.buffers import Buffer
-from fedloom.sites.frames import Begin, Updates
+from fedloom.sites.split_frames import Begin, Updates
 
 _ANSWERS_KEPT = 4
 """Answers that may be asked for again: of the micro-batches in flight, and one of the last blocks."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedloom.sites import policy
-from fedloom.sites.frames import Ready, Refusal
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import Ready
 
 AWAY_SECONDS = 20.0
 """A site that has not been heard of for this long is not waited for beyond the quorum."""

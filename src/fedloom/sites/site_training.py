@@ -31,7 +31,8 @@ from fedloom.models.causal import longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.seeding import stream
 from fedloom.sites import policy
-from fedloom.sites.frames import Body, Ready, Refusal, Result, Score, Scored, Task
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import Body, Ready, Result, Score, Scored, Task
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation
@@ -133,14 +134,15 @@ class SiteTraining:
         sheet, own = self.sheet, self.site.policy
         check_allowed(self.site, sheet, self._sheet_sha256)
         base = load_site_base(self.site)
+        if (refusal := policy.of_base(sheet, base.revision_hash, fingerprint(base.tokenizer))) is not None:
+            raise RefusedError(refusal)
         self._lora = lora_of(base.model, sheet.target_modules)
         self._lora.check_rank(sheet.rank)
         output_head(self._lora.model)
         rows = encoded_rows(self.site, sheet, base.tokenizer, base.model.config)
         self._rows, self._held_out = divided(rows, self.site.data.eval_fraction, sheet.seed)
         longest = int(rows.tokens.lengths.max())
-        found = (base.revision_hash, fingerprint(base.tokenizer), len(self._rows), longest)
-        if (refusal := policy.of_inputs(own, sheet, *found)) is not None:
+        if (refusal := policy.of_inputs(own, sheet, len(self._rows), longest)) is not None:
             raise RefusedError(refusal)
         self._rows_told = policy.told_rows(own, len(self._rows))
         self._half = sheet.half(dict(self._lora.shapes))

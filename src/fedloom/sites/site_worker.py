@@ -20,25 +20,19 @@ from fedloom.errors import RunError, UpdateError
 from fedloom.federation.buffers import Buffer
 from fedloom.sites import policy
 from fedloom.sites.dropped import Dropped
+from fedloom.sites.frame_parts import Members, Refusal
 from fedloom.sites.frames import (
     FORMAT,
     TO_SERVER,
     TO_SITE,
-    Begin,
     End,
-    Failed,
     Hello,
-    Members,
     Ready,
-    Refusal,
     Result,
     Score,
     Scored,
     SheetSent,
-    SplitToServer,
-    SplitToSite,
     Task,
-    Updates,
     frame,
     unframe,
     unframe_here,
@@ -49,6 +43,7 @@ from fedloom.sites.members import joined, keep_members, read_members, refusal_of
 from fedloom.sites.sheet import Sheet, read_sheet
 from fedloom.sites.site_period import SitePeriod
 from fedloom.sites.site_settings import SiteSettings
+from fedloom.sites.split_frames import Begin, Failed, SplitToServer, SplitToSite, Updates
 from fedloom.sites.store import Ledger, Store, confirmation, keep_asked, unconfirm
 from fedloom.sites.trainer import TrainerHandle
 

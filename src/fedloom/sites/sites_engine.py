@@ -25,18 +25,8 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState
 from fedloom.sites import policy
 from fedloom.sites.dropped import Dropped
-from fedloom.sites.frames import (
-    FORMAT,
-    TO_SERVER,
-    Body,
-    End,
-    Hello,
-    Members,
-    Ready,
-    SheetSent,
-    frame,
-    unframe,
-)
+from fedloom.sites.frame_parts import Members
+from fedloom.sites.frames import FORMAT, TO_SERVER, Body, End, Hello, Ready, SheetSent, frame, unframe
 from fedloom.sites.link import Link
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_state import SiteState

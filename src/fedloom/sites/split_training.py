@@ -24,25 +24,8 @@ from fedloom.lora.layer import Slot
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.sites import policy
-from fedloom.sites.frames import (
-    Activations,
-    Begin,
-    Begun,
-    Body,
-    Collect,
-    Failed,
-    Finish,
-    Gradients,
-    Hidden,
-    Ready,
-    Refusal,
-    Request,
-    SplitToServer,
-    SplitToSite,
-    TailGradients,
-    Updates,
-    parts_of,
-)
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import Body, Ready, parts_of
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_cut import own_part, plan_of, segments_of
 from fedloom.sites.site_settings import SiteSettings
@@ -55,6 +38,21 @@ from fedloom.sites.site_training import (
     encoded_rows,
     find_site_base,
     refusal_of,
+)
+from fedloom.sites.split_frames import (
+    Activations,
+    Begin,
+    Begun,
+    Collect,
+    Failed,
+    Finish,
+    Gradients,
+    Hidden,
+    Request,
+    SplitToServer,
+    SplitToSite,
+    TailGradients,
+    Updates,
 )
 from fedloom.sites.store import Recall, Store
 from fedloom.split.client_halves import LocalSplitClients
@@ -141,11 +139,12 @@ class SplitTraining:
         sheet, own = self.sheet, self.site.policy
         check_allowed(self.site, sheet, self._sheet_sha256)
         found = find_site_base(self.site)
+        if (refusal := policy.of_base(sheet, found.revision_hash, fingerprint(found.tokenizer))) is not None:
+            raise RefusedError(refusal)
         rows, _ = divided(
             encoded_rows(self.site, sheet, found.tokenizer, found.config), self.site.data.eval_fraction, sheet.seed
         )
-        facts = (found.revision_hash, fingerprint(found.tokenizer), len(rows), int(rows.lengths.max()))
-        if (refusal := policy.of_inputs(own, sheet, *facts)) is not None:
+        if (refusal := policy.of_inputs(own, sheet, len(rows), int(rows.lengths.max()))) is not None:
             raise RefusedError(refusal)
         self._rows = rows.select(np.arange(min(len(rows), policy.told_rows(own, len(rows)))))
         self._lora = own_part(found, self.site.model, sheet, self._cut)

@@ -20,7 +20,7 @@ from fedloom.config.setting import Count, Name, NonNegative, PathOrName, Positiv
 from fedloom.data.templates import AUTO
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.writer import MAY_CHANGE
-from fedloom.sites.frames import Members
+from fedloom.sites.frame_parts import Members
 from fedloom.sites.members import settings_hash
 from fedloom.sites.site_settings import Address
 
@@ -225,6 +225,9 @@ def _split_problems(settings: Settings, sites: Sites, merged: Mapping[str, Any])
     if sites.withdrawn:
         wanted, action = "nobody in a study of a cut model", "keep its sites, or begin another run without them"
         found.append(Problem("sites.withdrawn", wanted, str(list(sites.withdrawn)), action))
+    if sites.version > 1:
+        wanted, action = "1 in a study of a cut model, which keeps its sites", "begin another run with other sites"
+        found.append(Problem("sites.version", wanted, str(sites.version), f"set it back, or {action}"))
     return found
 
 

@@ -39,8 +39,7 @@ def check_version(study: Study, out: Path, fresh: bool) -> tuple[str, ...]:
         )
     known = [] if fresh or not is_begun(out) else versions_of(out)
     if not known or not (found := _difference(study, known[-1])):
-        is_next = known and members.version > known[-1]["version"] and not study.settings.traits.is_cut
-        return VERSIONED if is_next else ()
+        return VERSIONED if known and members.version > known[-1]["version"] else ()
     number = known[-1]["version"]
     raise RunError(
         f"{out}: expected version {number} of this run's study, or a later one that goes on from it, {found}, or "
@@ -79,13 +78,13 @@ def _difference(study: Study, known: dict[str, Any]) -> str | None:
     if members.version < number:
         return f"got version {members.version} (sites.version); serve the newest"
     same_sites = (members.names, sorted(members.withdrawn)) == (names, sorted(known["withdrawn"]))
+    if study.settings.traits.is_cut and not same_sites:
+        return f"got other sites (sites.names); a cut model keeps its sites: go on with {', '.join(names)}"
     if members.version == number and not same_sites:
         return (
             f"got other sites (sites.names, sites.withdrawn) under the same number; set sites.version = {number + 1} "
             "and sign it (fedloom sites sign)"
         )
-    if study.settings.traits.is_cut and not same_sites:
-        return "got other sites (sites.names); a model that is cut keeps its sites: go on with those"
     if members.names[: len(names)] != names:
         return (
             f"got sites.names = {list(members.names)}; keep {', '.join(names)} at its beginning, new sites behind "

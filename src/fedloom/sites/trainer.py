@@ -8,6 +8,7 @@ output is the log's, so nothing a library prints can be taken for a frame.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import queue
@@ -20,24 +21,13 @@ from typing import IO, Any, Protocol
 
 from fedloom.errors import UpdateError
 from fedloom.federation.buffers import Buffer, num_bytes
-from fedloom.sites.frames import (
-    TO_SITE,
-    Body,
-    Ready,
-    Refusal,
-    Score,
-    SheetSent,
-    SplitToSite,
-    Task,
-    Updates,
-    frame,
-    framed,
-    unframe_here,
-)
+from fedloom.sites.frame_parts import Refusal
+from fedloom.sites.frames import TO_SITE, Body, Ready, Score, SheetSent, Task, frame, framed, unframe_here
 from fedloom.sites.link import Frame
 from fedloom.sites.site_settings import SiteSettings, resolve_site
+from fedloom.sites.split_frames import SplitToSite, Updates
 
-_LENGTH_BYTES = 8
+_LENGTH_BYTES, _PIPE_BYTES = 8, 1 << 20
 
 
 class Heard:
@@ -123,6 +113,7 @@ class TrainerProcess:
 
     def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], ended: Callable[[int], None]) -> None:
         read_end, write_end = os.pipe()
+        _widen(write_end)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "fedloom.sites.trainer", str(write_end)],
             stdin=subprocess.PIPE,
@@ -132,6 +123,7 @@ class TrainerProcess:
         )
         os.close(write_end)
         assert self._process.stdin is not None
+        _widen(self._process.stdin.fileno())
         self._to, self._from = self._process.stdin, os.fdopen(read_end, "rb")
         self._reply, self._ended, self._is_closed = reply, ended, False
         threading.Thread(target=self._listen, name="trainer", daemon=True).start()
@@ -169,6 +161,12 @@ class TrainerProcess:
     def _close_pipe(self) -> None:
         with contextlib.suppress(OSError):  # what is left in its buffer has no reader any more
             self._to.close()
+
+
+def _widen(pipe: int) -> None:
+    """Let a pipe hold as much as any process may ask for: a large frame changes hands less often."""
+    with contextlib.suppress(OSError, AttributeError):  # not every system can, nor lets everybody
+        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
 
 
 def _write(stream: IO[bytes], data: Buffer | Frame) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedloom.errors import UpdateError
+from fedloom.lora.pair import is_finite
 from fedloom.split.codecs import DTYPES, Encoded, WireDtype
 from fedloom.split.cut_messages import MessageKind, SplitMessage
 
@@ -124,7 +125,7 @@ def _check_matrix(message: SplitMessage, expected: Expected) -> None:
             _refuse(expected, "scales_T", f"{len(values)} of float32", _told(scales))
         if not bool((torch.isfinite(scales) & (scales >= 0)).all()):
             _refuse(expected, "scales_T", "finite numbers of 0 or more", "others")
-    if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+    if values.is_floating_point() and not is_finite(values):
         raise UpdateError(
             f"{expected.where}: expected finite {expected.kind}, got NaN or infinity; lower training.learning_rate"
         )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedloom.lora.layer import LoRAModel
-from fedloom.lora.pair import Adapter, Pair, rank_in
+from fedloom.lora.pair import Adapter, Pair, is_finite, rank_in
 from fedloom.split.plan import SplitPlan
 from fedloom.training.optimiser import ClientOptimiser, schedule
 
@@ -81,7 +81,7 @@ class Party:
 
     def gradients_are_finite(self) -> bool:
         """Tell whether a step can be taken."""
-        return all(bool(torch.isfinite(f.grad).all()) for f in self._factors.values() if f.grad is not None)
+        return all(is_finite(f.grad) for f in self._factors.values() if f.grad is not None)
 
     def scale_gradients(self, modules: Collection[str], factor: float) -> None:
         """Multiply the gradients of some modules."""

@@ -70,7 +70,8 @@ class ClientTask:
     """One client's part of a round: its rows, the rank and scale it trains at, and what it starts from.
 
     ``trains`` are the factors that the optimiser moves. With ``measures_gradient`` it moves none: the client reads one
-    batch and its result holds the gradient at the start.
+    batch and its result holds the gradient at the start. With ``keeps_moments`` the result holds the optimiser's state,
+    which is twice the adapter's size.
     """
 
     client: int
@@ -81,15 +82,16 @@ class ClientTask:
     optimiser_state: Mapping[str, Tensor] | None = None
     trains: Factors = BOTH
     measures_gradient: bool = False
+    keeps_moments: bool = False
 
 
 @dataclass(frozen=True, eq=False)
 class ClientResult:
     """What a client ends with.
 
-    ``change_norm`` is the norm of the change of the factors: zero exactly when training moved nothing. ``seconds`` are
-    the client's share, by tokens, of the passes it was in. ``gradient`` is that of the batch's mean loss with respect
-    to the effective factors, where the task measures it.
+    ``seconds`` are the client's share, by tokens, of the passes it was in. ``gradient`` is that of the batch's mean
+    loss with respect to the effective factors, where the task measures it; ``optimiser_state`` is there where the task
+    keeps it.
 
     A client whose loss is not finite takes that step and then stops: its losses and its adapter are not finite
     either, so the check of updates drops it and gives the reason.
@@ -99,7 +101,6 @@ class ClientResult:
     adapter: Adapter
     stats: TrainingStats
     num_examples_seen: int
-    change_norm: float
     optimiser_state: dict[str, Tensor] | None = None
     gradient: Adapter | None = None
 
@@ -173,7 +174,6 @@ class _Client:
         self.slot, self.task = slot, task
         self._lora, self._settings, self._seed, self._round = lora, settings, seed, number
         lora.load(slot, task.start)
-        self._start = lora.adapter(slot)  # read back: the slot may round the start, and change_norm must not see that
         rng = stream(seed, "batches", number, task.client)
         steps, epochs = (1, None) if task.measures_gradient else (settings.steps, settings.epochs)
         self._batches = list(batches(len(task.rows), settings.batch_size, rng, steps=steps, epochs=epochs))
@@ -240,10 +240,12 @@ class _Client:
 
     def result(self) -> ClientResult:
         """Read the slot and what was counted."""
-        adapter = self._lora.adapter(self.slot)
+        kept = (
+            {**(self.task.optimiser_state or {}), **self._optimiser.export_state()} if self.task.keeps_moments else None
+        )
         return ClientResult(
             client=self.task.client,
-            adapter=adapter,
+            adapter=self._lora.adapter(self.slot),
             stats=TrainingStats(
                 num_rows=len(self.task.rows),
                 num_tokens=self._tokens,
@@ -254,8 +256,7 @@ class _Client:
                 seconds=self._seconds,
             ),
             num_examples_seen=self._examples,
-            change_norm=_change_norm(self._start, adapter),
-            optimiser_state={**(self.task.optimiser_state or {}), **self._optimiser.export_state()},
+            optimiser_state=kept,
             gradient=self._gradient,
         )
 
@@ -314,12 +315,3 @@ def _factor_names(lora: LoRAModel) -> list[str]:
 def factor_of(name: str) -> str:
     """Return ``a`` or ``b``, the factor that a slot's parameter holds."""
     return name.rpartition(".")[2][0]
-
-
-def _change_norm(before: Adapter, after: Adapter) -> float:
-    squares = []
-    for name in before:
-        old, new = before[name], after[name]
-        squares.append((new.a_RI - old.a_RI).double().square().sum())
-        squares.append((new.b_OR - old.b_OR).double().square().sum())
-    return math.sqrt(float(torch.stack(squares).sum()))
