@@ -140,6 +140,7 @@ NO_METHOD = {
     ("cli/score_commands.py", "base"),
     ("cli/score_commands.py", "fedit"),
     ("preview/description.py", "base"),
+    ("preview/rehearsal.py", "base"),
     ("reporting/report.py", "base"),
     ("results/held_out.py", "base"),
     ("results/judgement.py", "fedit"),

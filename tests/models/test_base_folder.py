@@ -26,7 +26,8 @@ from fedloom.models.base_folder import read_config
 from fedloom.models.load import load_base
 from fedloom.models.partial_load import load_bottom
 from fedloom.preview.description import describe
-from fedloom.preview.diagnosis import Verdict, diagnose
+from fedloom.preview.diagnosis import diagnose
+from fedloom.preview.rehearsal import Verdict
 
 Make = Callable[..., Settings]
 

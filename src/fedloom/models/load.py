@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -63,8 +64,13 @@ class BaseFolder:
     config: Any
     tokenizer: Any
     device: torch.device
-    revision_hash: str
+    weights: tuple[Path, ...]
     is_trusted: bool = False
+
+    @cached_property
+    def revision_hash(self) -> str:
+        """As that of :class:`Base`; all weights are read for it, once."""
+        return _identity([self.path / "config.json", *self.weights])
 
 
 def find_base(
@@ -84,11 +90,10 @@ def find_base(
     folder = resolve_folder(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
     config = read_config(folder, trust_remote_code)
     weights = weight_files(folder)
-    place = _choose_device(device)
+    place = choose_device(device)
     loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
     set_vocabulary(loaded, config.get_text_config().vocab_size)
-    digest = _identity([folder / "config.json", *weights])
-    return BaseFolder(str(name_or_path), folder, config, loaded, place, digest, trust_remote_code)
+    return BaseFolder(str(name_or_path), folder, config, loaded, place, tuple(weights), trust_remote_code)
 
 
 def load_base(
@@ -121,12 +126,13 @@ def load_base(
     found = find_base(
         name_or_path, tokenizer=tokenizer, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
+    digest = found.revision_hash  # of what is about to be read
     model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
-    return Base(model, found.tokenizer, found.name, found.revision_hash, model.dtype, found.device)
+    return Base(model, found.tokenizer, found.name, digest, model.dtype, found.device)
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """Return the device of that name, or the best available one.
 
     Raises:
@@ -215,12 +221,21 @@ def _bars_on_terminals_only() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def check_quantization(quantization: Quantization) -> None:
+    """Check that what quantises a base while it is loaded is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if quantization != "none" and find_spec("bitsandbytes") is None:
+        raise MissingExtraError("quantized", f"model.quantization = {quantization!r}")
+
+
 def _quantized(quantization: Quantization, dtype: torch.dtype | str, config: Any) -> dict[str, Any]:
     """Return what ``from_pretrained`` needs to quantise while loading."""
+    check_quantization(quantization)
     if quantization == "none":
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise MissingExtraError("quantized", f"model.quantization = {quantization!r}")
     from transformers import BitsAndBytesConfig
 
     compute = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.bfloat16
