@@ -39,6 +39,7 @@ from fedloom.run_folder.manifest import read_manifest
 from fedloom.run_folder.run_date import date_in, today
 from fedloom.run_folder.writer import MAY_CHANGE
 from fedloom.split.plan import SplitPlan
+from fedloom.training.row_losses import check_finite
 from fedloom.wording import counted
 
 ALONE = ("folder", "device", "engine", "trackers", "quantization", "suites", "rows", "held_out_rows")
@@ -58,13 +59,14 @@ class Preparation:
     date: str | None = None
 
     def complete(self) -> None:
-        """Take every step.
+        """Take every step, and run the base on some rows.
 
         Raises:
             FedloomError: the first thing in the way; nothing was written.
         """
         for step in (*ALONE, *IN_TURN):
             getattr(self, step)
+        check_finite(self.loaded[1], self.inputs.tokens, token_budget=self.settings.training.token_budget)
 
     @cached_property
     def folder(self) -> tuple[str, ...]:
