@@ -29,6 +29,7 @@ ORDER = (
     "embedded",
     "methods.traits",
     "methods.table",
+    "models.stored_quantization",
     "config",
     "data",
     "lora",

@@ -21,6 +21,7 @@ from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
 from fedloom.models.quantized_layers import is_quantized, keep_trainable
+from fedloom.models.stored_quantization import UNQUANTISED, stored_method
 from fedloom.models.threads import BUILDING
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -175,6 +176,12 @@ def _load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    method = stored_method(config.to_dict())
+    if method is not None and quantization != "none":
+        raise ModelError(
+            f"model.quantization: expected none with a base that is stored quantised (by {method}), got "
+            f"{quantization!r}; drop it, or choose the unquantised base"
+        )
     extra = _quantized(quantization, dtype, config)
     placed = {"device_map": {"": device}} if extra else {}
     try:
@@ -190,14 +197,16 @@ def _load_model(
                 **extra,
             )
     except ImportError as error:
+        mend = "install it" if method is None else f"install it, or {UNQUANTISED}"
         raise ModelError(
-            f"model.base: expected the packages that {folder} needs, one is missing: {first_line(error)}; install it"
+            f"model.base: expected what {folder} needs, it is missing: {first_line(error)}; {mend}"
         ) from error
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         if (refusal := own_code_refusal(error, folder)) is not None:
             raise refusal from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; fetch the model again") from error
+        mend = "fetch the model again" if method is None else UNQUANTISED
+        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; {mend}") from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")
