@@ -9,15 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedloom.assembly import cluster_worker
+from fedloom.assembly.cluster_worker import furnish
 from fedloom.assembly.engine_choice import Surroundings
+from fedloom.assembly.inputs import Workshop
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.engines import ray_worker
 from fedloom.engines.crew import Call, Crew, WorkerLostError
 from fedloom.engines.ray_engine import RayEngine
-from fedloom.engines.ray_worker import Worker
+from fedloom.engines.ray_worker import Station, Worker
+from fedloom.errors import ModelError
 from fedloom.experiment import loop, run
 from fedloom.federation.blob import WireDtype
 from fedloom.methods import table
@@ -161,3 +165,38 @@ def test_a_run_goes_on_with_another_engine_to_the_same_bits(
             more = settings.federation.model_copy(update={"num_rounds": rounds})
             run(settings.model_copy(update={"federation": more}), tmp_path / f"{method}-parts")
         assert kept(tmp_path / f"{method}-parts/adapter") == kept(tmp_path / f"{method}/adapter")
+
+
+def break_training(model: Any) -> None:
+    """Let a base score as always, and raise where it is trained."""
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+
+    def broken(x_TD: torch.Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise IndexError("too many indices\nand more")
+        return forward(x_TD)
+
+    mlp.forward = broken
+
+
+def furnished_with_a_base_that_raises(*given: Any) -> Station:
+    station = furnish(*given)
+    break_training(station.base.lora.model)
+    return station
+
+
+def test_a_base_that_a_worker_cannot_train_ends_the_run_in_the_line_of_one_process(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cluster_worker, "furnish", furnished_with_a_base_that_raises)
+    monkeypatch.setattr(loop, "engine_of", dealing(2))
+    with pytest.raises(ModelError, match=r"^model\.base: the forward of 'llama' raised IndexError: too many") as told:
+        run(settings_for(), tmp_path / "dealt")
+    monkeypatch.undo()
+    workshop = Workshop()
+    break_training(workshop.base(settings_for())[0].model)
+    with pytest.raises(ModelError) as here:
+        run(settings_for(), tmp_path / "local", workshop=workshop)
+    assert str(told.value) == str(here.value)
+    assert "client" not in str(told.value)

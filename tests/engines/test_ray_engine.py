@@ -177,6 +177,24 @@ class TestOnRay:
             run(settings_for(**on_ray(1)), tmp_path / "run")
         assert "\n" not in str(caught.value)
 
+    def test_a_base_that_cannot_be_trained_ends_the_run_in_one_line(
+        self, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def furnished(*given: Any) -> Any:  # goes to the workers as it is
+            from fedloom.assembly.cluster_worker import furnish
+            from fedloom.errors import ModelError
+
+            def unsuitable(*_: object) -> None:
+                raise ModelError("model.base: unsuitable")
+
+            station = furnish(*given)
+            station.base.train = unsuitable  # type: ignore[method-assign, assignment]
+            return station
+
+        monkeypatch.setattr(cluster_worker, "furnish", furnished)
+        with pytest.raises(ModelError, match=r"^model\.base: unsuitable$"):
+            run(settings_for(**on_ray(1)), tmp_path / "run")
+
     def test_more_workers_than_there_is_room_for_is_one_line(self, settings_for: Make, tmp_path: Path) -> None:
         with pytest.raises(RunError, match=r"engine\.workers: expected at most 4 .* got 9"):
             run(settings_for(**on_ray(9)), tmp_path / "run")

@@ -21,12 +21,12 @@ from fedloom.data.sources import load_rows
 from fedloom.data.templates import load_template
 from fedloom.data.token_rows import text_prompts
 from fedloom.data.tokenizer import byte_tokenizer, load_tokenizer, pad_id
-from fedloom.errors import DataError, MissingExtraError, ModelError
-from fedloom.models.base_folder import read_config
+from fedloom.errors import DataError, ModelError
 from fedloom.models.load import load_base
 from fedloom.models.partial_load import load_bottom
 from fedloom.preview.description import describe
-from fedloom.preview.diagnosis import Verdict, diagnose
+from fedloom.preview.diagnosis import diagnose
+from fedloom.preview.rehearsal import Verdict
 
 Make = Callable[..., Settings]
 
@@ -141,25 +141,6 @@ def test_a_prompt_of_such_a_token_is_refused_and_padding_takes_another(folder: P
     with pytest.raises(DataError, match="prompt '<pad>': expected tokens of the base's vocabulary"):
         text_prompts(["<pad>"], tokenizer)
     assert pad_id(tokenizer) == tokenizer.eos_token_id != tokenizer.pad_token_id
-
-
-METHODS = {
-    "bitsandbytes": (MissingExtraError, r"fedloom\[quantized\]"),
-    "gptq": (ModelError, "stored quantised by gptq, which needs optimum gptqmodel"),
-    "awq": (ModelError, "needs gptqmodel"),
-    "compressed-tensors": (ModelError, r"pip install compressed-tensors"),
-}
-
-
-@pytest.mark.parametrize("method", sorted(METHODS))
-def test_a_base_stored_quantised_names_the_package_that_reads_it(
-    folder: Path, method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("fedloom.models.stored_quantization.find_spec", lambda _: None)
-    edit(folder / "config.json", quantization_config={"quant_method": method, "load_in_4bit": True})
-    kind, told = METHODS[method]
-    with pytest.raises(kind, match=told):
-        read_config(folder, False)
 
 
 BLOOM = {"vocab_size": 256, "hidden_size": 16, "n_layer": 2, "n_head": 2}

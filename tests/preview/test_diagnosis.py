@@ -10,16 +10,19 @@ from pathlib import Path
 import pytest
 
 from fedloom import config
+from fedloom.assembly.preparation import Preparation
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
-from fedloom.preview.diagnosis import Diagnosis, Finding, Verdict, diagnose, findings, this_machine
+from fedloom.preview.diagnosis import Diagnosis, diagnose, findings, this_machine
+from fedloom.preview.rehearsal import Finding, SketchWorkshop, Verdict
 
 Make = Callable[..., Settings]
 
 
 def found(settings: Settings, **machine: object) -> dict[str, Finding]:
     here = replace(this_machine(), **machine)
-    return {finding.need: finding for finding in findings(settings, here)}
+    prepared = Preparation(settings, Path("no-such-run"), SketchWorkshop())
+    return {finding.need: finding for finding in findings(prepared, here)}
 
 
 def test_a_machine_has_versions_a_cpu_memory_and_cores() -> None:
@@ -48,14 +51,16 @@ def settings_without_files(**tables: dict[str, object]) -> Settings:
     return config.resolve(tables, "a test", also=())
 
 
-def test_every_thing_in_the_way_is_named(tmp_path: Path) -> None:
+def test_every_thing_in_the_way_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedloom.models.load.find_spec", lambda name: None)
     settings = settings_without_files(
         model={"base": str(tmp_path / "absent"), "device": "cuda:9", "quantization": "4bit"},
         data={"path": "absent.json"},
     )
-    needs = found(settings, extras={"quantized": ("bitsandbytes",)})
+    needs = found(settings)
     against = {need for need, finding in needs.items() if finding.verdict is Verdict.NO}
-    assert {"model.base", "data.path", "device cuda:9", "extra quantized (model.quantization = 4bit)"} <= against
+    assert {"model.base", "data.path", "device cuda:9", "quantization 4bit"} <= against
+    assert "pip install 'fedloom[quantized]'" in needs["quantization 4bit"].why
     assert needs["memory"].verdict is Verdict.UNKNOWN
     assert not Diagnosis(this_machine(), "x", tuple(needs.values())).would_run
 

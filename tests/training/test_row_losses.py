@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from fedloom.data.tokens import TokenSet
+from fedloom.errors import ModelError
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.training.row_losses import row_losses
+from fedloom.training.loss import output_head
+from fedloom.training.row_losses import check_finite, row_losses
 
 LENGTHS = [9, 3, 17, 1, 10, 9]
 
@@ -66,3 +68,44 @@ def test_an_adapter_on_the_output_head_is_scored_and_removed_again(
     assert not np.allclose(found, before)
     lora.set_side(None)
     np.testing.assert_allclose(row_losses(lora, rows, token_budget=30).sum_nats, before, rtol=1e-12)
+
+
+LOUD = 5
+"""A token that only rows hold, and not the samples with which the path to the loss is compared."""
+
+
+def overflows_on_one_token(model: Any, dtype: torch.dtype) -> LoRAModel:
+    """Give a Llama one token whose activations pass 65504 in its first block."""
+    loud = model.float()
+    loud.get_input_embeddings().weight.data[:, 0] = 0
+    loud.get_input_embeddings().weight.data[LOUD] *= 0
+    loud.get_input_embeddings().weight.data[LOUD, 0] = 1
+    loud.model.layers[0].self_attn.o_proj.weight.data[0] = 0  # nothing else reaches its place before the mlp
+    mlp = loud.model.layers[0].mlp
+    for weight in (mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight):
+        weight.data.mul_(0.1)
+    mlp.gate_proj.weight.data[:, 0] = mlp.up_proj.weight.data[:, 0] = 60
+    mlp.down_proj.weight.data[0] = 10
+    lora = LoRAModel(loud.to(dtype), ["model.layers.0.self_attn.q_proj"])
+    output_head(lora.model)  # the short samples show nothing
+    return lora
+
+
+@pytest.mark.parametrize("loud_row", [0, 1, 4])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_base_that_overflows_on_real_rows_alone_is_called_that(
+    dtype: torch.dtype, loud_row: int, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet]
+) -> None:
+    """Whether it is among the first rows or the longest one."""
+    lora, rows = overflows_on_one_token(tiny("llama"), dtype), rows_of_lengths([6, 6, 6, 6, 9])
+    ids = np.where(rows.input_ids == LOUD, LOUD + 1, rows.input_ids)
+    quiet = TokenSet(ids.copy(), rows.supervised, rows.starts)
+    check_finite(lora, quiet, token_budget=30)
+    ids[rows.starts[loud_row] + 1] = LOUD
+    told = r"finite logits of 'llama', got infinity or NaN in float16, .*set model\.dtype = float32 or bfloat16"
+    loud = TokenSet(ids, rows.supervised, rows.starts)
+    if dtype == torch.float16:
+        with pytest.raises(ModelError, match=told):
+            check_finite(lora, loud, token_budget=30)
+    else:
+        check_finite(lora, loud, token_budget=30)

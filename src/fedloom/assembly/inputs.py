@@ -16,7 +16,7 @@ from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
 from fedloom.data.partition import Partition
-from fedloom.data.records import read_records
+from fedloom.data.records import Records, read_records
 from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
@@ -31,6 +31,9 @@ from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
 from fedloom.training.loss import output_head
+
+MANY_ROWS = 10_000
+"""Rows that take a while to be made into tokens, which is then said."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +74,8 @@ class Workshop:
     progress: Progress = field(default_factory=SilentProgress)
     _base_key: str | None = None
     _base: tuple[Base, LoRAModel] | None = None
+    _read: dict[str, Rows] = field(default_factory=dict)
+    _records: dict[str, Records] = field(default_factory=dict)
     _rows: dict[str, tuple[Rows, Encoded, Rows]] = field(default_factory=dict)
     _base_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -138,6 +143,23 @@ class Workshop:
             left_out,
         )
 
+    def read(self, settings: Settings, name: str, split: str, max_rows: int | None) -> Rows:
+        """Return the rows of the data ``name``, which have the columns they need; ``max_rows`` are drawn by the seed.
+
+        Raises:
+            DataError: if they cannot be read, or lack a column.
+        """
+        data, key = settings.data, _reading(settings, name, split, max_rows)
+        if key not in self._read:
+            self.progress.note(f"reading {'held-out ' if split == Split.TEST else ''}rows of {name}")
+            rows = load_rows(name, split, subset=data.subset, revision=data.revision)
+            if max_rows is not None and max_rows < len(rows):
+                drawn = stream(settings.run.seed, "max_rows").permutation(len(rows))[:max_rows]
+                rows = rows.select(np.sort(drawn))
+            self._records[key] = read_records(rows, data.shape, data.columns)
+            self._read[key] = rows
+        return self._read[key]
+
     def held_out(self, settings: Settings, base: Base) -> tuple[Rows, Encoded] | None:
         """Return the rows of ``data.eval_path`` alone, where there are any: a server has no others.
 
@@ -165,19 +187,25 @@ class Workshop:
 
         ``max_rows`` are drawn by the seed.
         """
-        data, seed = settings.data, settings.run.seed
-        key = f"{name} {split} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
-        key += f" {seed}" if max_rows is not None else ""
+        data = settings.data
+        reading = _reading(settings, name, split, max_rows)
+        key = f"{reading} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
         if key not in self._rows:
-            self.progress.note(f"reading {'held-out ' if split == Split.TEST else ''}rows of {name}")
-            rows = load_rows(name, split, subset=data.subset, revision=data.revision)
-            if max_rows is not None and max_rows < len(rows):
-                rows = rows.select(np.sort(stream(seed, "max_rows").permutation(len(rows))[:max_rows]))
-            usable, encoded = encode_rows(rows, data, base)
+            rows = self.read(settings, name, split, max_rows)
+            records = self._records.pop(reading, None) or read_records(rows, data.shape, data.columns)
+            if len(rows) >= MANY_ROWS:
+                self.progress.note(f"making tokens of {len(rows):,} rows")
+            encoded = encode_records(records, data, base)
             if encoded.counts.told:
                 self.progress.note(encoded.counts.told)
-            self._rows[key] = usable, encoded, rows
+            self._rows[key] = rows.select(encoded.kept), encoded, rows
         return self._rows[key]
+
+
+def _reading(settings: Settings, name: str, split: str, max_rows: int | None) -> str:
+    """Return what decides which rows are read, and how."""
+    drawn = "" if max_rows is None else f" {settings.run.seed}"
+    return f"{name} {split} {settings.data.model_dump_json(exclude={'date'})}{drawn}"
 
 
 def lora_of(model: Any, patterns: Sequence[str] | None, part: Any = None) -> LoRAModel:
@@ -217,8 +245,20 @@ def encode_rows(
     Raises:
         DataError: rows cannot be read or used.
     """
-    encoded = encode(
-        read_records(rows, data.shape, data.columns),
+    encoded = encode_records(read_records(rows, data.shape, data.columns), data, base, named=named)
+    return rows.select(encoded.kept), encoded
+
+
+def encode_records(
+    records: Records, data: Data, base: Base, *, named: Callable[[str], str] = "data.{}".format
+) -> Encoded:
+    """Return the tokens of the usable ones of records; arguments are those of :func:`encode_rows`.
+
+    Raises:
+        DataError: rows cannot be used.
+    """
+    return encode(
+        records,
         base.tokenizer,
         template=data.template or AUTO,
         date=data.day,
@@ -228,7 +268,6 @@ def encode_rows(
         unanswered=data.unanswered,
         named=named,
     )
-    return rows.select(encoded.kept), encoded
 
 
 def _owners(settings: Settings, rows: Rows) -> list[str]:

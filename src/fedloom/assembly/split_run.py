@@ -24,6 +24,7 @@ from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
 from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.models.cut import cut
 from fedloom.reporting.peak_memory import peaks_of_round
 from fedloom.split.departures import Departures, nobody_leaves
 from fedloom.split.local_parties import local_parties
@@ -57,18 +58,30 @@ class SplitRun:
         return run_split(state, self.parties, evaluate, evaluate_every=self.evaluate_every, on_step=on_step)
 
 
-def split_run(settings: Settings, inputs: Inputs, lora: LoRAModel) -> SplitRun:
-    """Set up a split run over a base in this process.
+def checked_plan(settings: Settings, num_rows: Sequence[int], lora: LoRAModel) -> SplitPlan:
+    """Return the plan for clients of so many rows, checked to fit the base as far as that shows without its weights.
 
     Raises:
         CutError: if the base cannot be cut there.
         SettingsError: if the plan cannot be followed.
         AdapterError: if a rank does not fit a module.
     """
-    rows = [inputs.rows_of(client) for client in range(settings.federation.num_clients)]
-    plan = split_plan(settings, [len(own) for own in rows])
+    plan = split_plan(settings, num_rows)
     for rank in {*plan.ranks, plan.server_rank}:
         lora.check_rank(rank)
+    plan.check(lora.model, lora.shapes)
+    for cut_layer in sorted(set(plan.cut_layers)):
+        cut(lora.model, cut_layer)
+    return plan
+
+
+def split_run(settings: Settings, inputs: Inputs, lora: LoRAModel, plan: SplitPlan) -> SplitRun:
+    """Set up a split run over a base in this process.
+
+    Raises:
+        CutError: if the base does not compute the same when it is cut.
+    """
+    rows = [inputs.rows_of(client) for client in range(settings.federation.num_clients)]
     parties = local_parties(lora, plan, rows, partial(segment_strategy, settings), rules_of(settings))
     return SplitRun(parties, inputs.partition.names, settings.evaluation.every)
 

@@ -11,8 +11,8 @@ from typing import Annotated, get_args
 import typer
 
 from fedloom import config, recipes
-from fedloom.cli.experiments import is_file
-from fedloom.cli.options import JsonOption, SetOption
+from fedloom.cli.experiments import default_folder, is_file
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, SetOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings, checks
 from fedloom.config.conduct import SuiteName
@@ -293,16 +293,25 @@ def doctor(
         typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a TOML file to look at.", show_default=False),
     ] = None,
     overrides: SetOption = None,
+    out: OutOption = None,
+    fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> int:
     """Show what this machine has, and whether a recipe would run here; if not, why.
 
-    The exit code is 2 if the recipe would not run.
+    All rows are read and made into tokens; weights are not loaded, nothing is fetched or written. The exit code is 2 if
+    the recipe would not run.
     """
-    settings = None if recipe is None else _settings_without_files(recipe, overrides or ())
     from fedloom.preview.diagnosis import diagnose
+    from fedloom.reporting.progress import progress_for
 
-    diagnosis = diagnose(recipe, settings)
+    if recipe is None:
+        diagnosis = diagnose()
+    else:
+        settings, origins = _settings_without_files(recipe, overrides or ())
+        folder = out or default_folder(recipe)
+        with progress_for() as progress:
+            diagnosis = diagnose(recipe, settings, origins=origins, out=folder, fresh=fresh, progress=progress)
     if as_json:
         print_json(diagnosis.as_dict())
     else:
@@ -310,16 +319,20 @@ def doctor(
     return 0 if diagnosis.would_run else NOT_HERE
 
 
-def _settings_without_files(recipe: str, overrides: Sequence[str]) -> Settings:
+def _settings_without_files(recipe: str, overrides: Sequence[str]) -> tuple[Settings, dict[str, str]]:
     """Load a recipe without checking that its files exist: the doctor checks them itself.
+
+    Return where each setting was read too.
 
     Raises:
         SettingsError: a line per problem.
     """
     if is_file(recipe):
-        return config.load(recipe, overrides, also=(checks.problems,))
-    document = config.parse(recipes.read(recipe), f"{recipe}.toml")
-    return config.resolve(document, f"recipe {recipe}", overrides, also=(checks.problems,))
+        document, source = config.read(Path(recipe)), recipe
+    else:
+        document, source = config.parse(recipes.read(recipe), f"{recipe}.toml"), f"recipe {recipe}"
+    settings = config.resolve(document, source, overrides, also=(checks.problems,))
+    return settings, config.merge(document, source, overrides)[1]
 
 
 def _say_all(notes: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
 from fedloom.clients.memory import Memory
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import FedloomError
+from fedloom.errors import FedloomError, ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.buffers import Buffer
 from fedloom.lora.layer import LoRAModel
@@ -63,7 +63,11 @@ class SharedBase:
         self._beside = None
 
     def train(self, cohort: Sequence[Assignment]) -> list[ClientResult | FedloomError]:
-        """Train clients together, beside the side that they share; if that fails, one by one, each with its error."""
+        """Train clients together, beside the side that they share; if that fails, one by one, each with its error.
+
+        Raises:
+            ModelError: what is wrong with the base is no client's failure.
+        """
         if not cohort:
             return []
         if cohort[0].side is not self._beside:
@@ -74,11 +78,17 @@ class SharedBase:
             return list(
                 train_cohort(self.lora, tasks, self.training, seed=self.seed, round=round, on_step=self.on_step)
             )
+        except ModelError:
+            raise
         except FedloomError as error:
             return [error] if len(cohort) == 1 else [found for one in cohort for found in self.train([one])]
 
     def answers(self, asked: Sequence[Asked], dtype: WireDtype) -> list[Answered]:
-        """Let clients read their messages, train together, and answer, each in the order it was asked."""
+        """Let clients read their messages, train together, and answer, each in the order it was asked.
+
+        Raises:
+            ModelError: the base that they share cannot be trained.
+        """
         answers: dict[int, Answered] = {}
         ready: list[tuple[Client, Assignment]] = []
         for one in asked:

@@ -1,7 +1,7 @@
 """Settings: one schema, TOML recipes, ``--set``. Imports no torch."""
 
 from fedloom.config.compared_variants import every_variant
-from fedloom.config.loading import check, load, parse, resolve
+from fedloom.config.loading import check, load, merge, parse, read, resolve
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings, every_setting, tables
 from fedloom.config.variants import with_method, with_seed
@@ -13,7 +13,9 @@ __all__ = [
     "every_setting",
     "every_variant",
     "load",
+    "merge",
     "parse",
+    "read",
     "resolve",
     "tables",
     "with_method",

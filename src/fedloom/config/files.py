@@ -16,6 +16,7 @@ from typing import Any
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings
 from fedloom.config.setting import shown, values_of
+from fedloom.models.stored_quantization import lack_of, stored_method
 from fedloom.names import looks_like_hub_name
 
 CLIENT_FILE = re.compile(r"local_training_\d+\.(json|jsonl|csv|tsv|parquet)")
@@ -35,7 +36,7 @@ class Shape:
 
 def problems(settings: Settings) -> list[Problem]:
     """Return every path that leads nowhere and every size the base does not have."""
-    found = [*base(settings), *tokenizer(settings), *rows(settings), *clients(settings)]
+    found = [*base(settings), *stored(settings), *tokenizer(settings), *rows(settings), *clients(settings)]
     config = base_config(settings.model.base)
     return found + (list(sizes(settings, read_shape(config, settings.model.target_modules))) if config else [])
 
@@ -72,6 +73,23 @@ def base(settings: Settings) -> Iterator[Problem]:
         yield Problem("model.base", wanted, f"{shown(name)}, which has no config.json", "name the model's own folder")
     elif base_config(name) is None:
         yield Problem("model.base", wanted, f"{shown(name)}, whose config.json is not JSON", "fetch the model again")
+
+
+def stored(settings: Settings) -> Iterator[Problem]:
+    """A base that is stored quantised can be read here, and is not quantised once more."""
+    config = base_config(settings.model.base) or {}
+    if (lack := lack_of(config)) is not None:
+        got = f"{shown(settings.model.base)}, which is {lack.got}"
+        yield Problem("model.base", "a base whose weights can be read here", got, lack.action)
+    if (method := stored_method(config)) is not None and settings.model.quantization != "none":
+        wanted = f"none with a base that is stored quantised (by {method})"
+        yield Problem(
+            "model.quantization",
+            wanted,
+            settings.model.quantization,
+            "drop it, or choose the unquantised base",
+            ("model.base",),
+        )
 
 
 def tokenizer(settings: Settings) -> Iterator[Problem]:

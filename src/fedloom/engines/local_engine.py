@@ -11,7 +11,7 @@ from fedloom.clients.memory import Memory
 from fedloom.clients.shared_base import SharedBase
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.receiving import arrival_of
-from fedloom.errors import FedloomError, ModelError
+from fedloom.errors import FedloomError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import as_sent, encode_broadcast
@@ -65,9 +65,6 @@ class LocalEngine:
                 else:
                     ready.append(prepared)
             results = self._base.train([one.assignment for one in ready])
-            # What is wrong with the base they share is no client's failure.
-            if (unsuitable := next((one for one in results if isinstance(one, ModelError)), None)) is not None:
-                raise unsuitable
             for one, result in zip(ready, results, strict=True):
                 yield self._arrival(one, result)
 

@@ -16,9 +16,9 @@ from fedloom.clients.held_sides import HeldSides
 from fedloom.clients.memory import Memory
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.crew import Crew, Lost
-from fedloom.engines.ray_worker import Letter, as_arrays, letter, opened
+from fedloom.engines.ray_worker import Letter, Unsuitable, as_arrays, letter, opened
 from fedloom.engines.receiving import arrival_of
-from fedloom.errors import BehindError
+from fedloom.errors import BehindError, ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
 from fedloom.federation.messages import encode_broadcast
@@ -66,6 +66,9 @@ class RayEngine:
         """Deal the clients out, ``clients_at_once`` together, and yield what they answer in the order given.
 
         Clients whose group no worker answered are asked once more one by one: one of them may be the reason.
+
+        Raises:
+            ModelError: the base cannot be trained, which is no client's failure.
         """
         if not broadcasts:
             return
@@ -118,7 +121,9 @@ class RayEngine:
     def _task(self, side: Sequence[Any], group: Sequence[Broadcast]) -> _Training:
         return _Training(side, group, self._memory, self.wire)
 
-    def _arrivals(self, task: _Training, answer: list[Letter] | Lost) -> Iterator[Arrival]:
+    def _arrivals(self, task: _Training, answer: list[Letter] | Unsuitable | Lost) -> Iterator[Arrival]:
+        if isinstance(answer, Unsuitable):
+            raise ModelError(answer.reason)
         if isinstance(answer, Lost):
             for one in task.broadcasts:
                 yield Arrival(Failure(one.client, answer.reason), task.download_bytes[one.client], 0)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from fedloom.clients.memory import Memory, decode_memories, encode_memories
 from fedloom.clients.shared_base import Asked, SharedBase
 from fedloom.data.tokens import TokenSet
+from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.lora.pair import Adapter
 from fedloom.training.row_losses import PassLosses, score_pass
@@ -47,6 +48,12 @@ class Letter(NamedTuple):
     kept: NDArray[np.uint8] | None
 
 
+class Unsuitable(NamedTuple):
+    """In place of answers: why the base that all clients share cannot be trained."""
+
+    reason: str
+
+
 class Worker:
     """The actor. Calls come one at a time."""
 
@@ -58,7 +65,7 @@ class Worker:
         """Say what this worker is, for the driver to compare with itself."""
         return {**self._station.proof, "process": os.getpid(), "node": node_of_this_process()}
 
-    def train(self, version: int, side: Sequence[Any], letters: Sequence[Letter]) -> list[Letter]:
+    def train(self, version: int, side: Sequence[Any], letters: Sequence[Letter]) -> list[Letter] | Unsuitable:
         """Let clients answer their messages; ``side`` holds a reference to the side of this version."""
         base = self._station.base
         if side:
@@ -67,7 +74,10 @@ class Worker:
             self._scored = ("", None)
             base.forget_side()
         asked = [Asked(one.client, one.message.data, opened(one)) for one in letters]
-        answers = base.answers(asked, self._station.dtype)
+        try:
+            answers = base.answers(asked, self._station.dtype)
+        except ModelError as error:
+            return Unsuitable(str(error))
         return [letter(one.client, answer.message, answer.memory) for one, answer in zip(letters, answers, strict=True)]
 
     def score(

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 from fedloom.assembly.engine_choice import Surroundings, engine_of, trains_here
 from fedloom.assembly.inputs import Inputs
-from fedloom.assembly.round_plan import Population, plan_of
+from fedloom.assembly.preparation import Preparation
+from fedloom.assembly.round_plan import Population
 from fedloom.assembly.round_state import read_round, round_files, standing_of
 from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
 from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
@@ -32,12 +33,12 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState, Standing, Update
 from fedloom.methods.state_codec import damage_named
-from fedloom.methods.traits import Kind
 from fedloom.models.load import Base
 from fedloom.reporting.progress import Progress
 from fedloom.results.state_scores import Score, score_here
 from fedloom.run_folder.writer import RunFolder, Writer
 from fedloom.split.lockstep import SplitRecord
+from fedloom.split.plan import SplitPlan
 from fedloom.split.split_state import SplitState
 from fedloom.training.cohort_round import StepReport
 
@@ -74,19 +75,21 @@ class Loop(Protocol):
         ...
 
 
-def loop_of(settings: Settings, inputs: Inputs, base: Base, lora: LoRAModel, population: Population) -> LoopKind | None:
-    """Return what has to be checked before a folder is made; None where nothing is trained.
+def loop_of(prepared: Preparation) -> LoopKind | None:
+    """Return the loop of what was prepared; None where nothing is trained.
 
     Raises:
-        FedloomError: if settings and base do not fit.
+        CutError: if the base does not compute the same when it is cut.
     """
-    match settings.traits.kind:
-        case Kind.UNTRAINED:
+    (base, lora), settings, inputs = prepared.loaded, prepared.placed, prepared.inputs
+    match prepared.plan:
+        case None:
             return None
-        case Kind.SPLIT:
-            return LoopKind(settings, inputs, base, lora, population, None, split_run(settings, inputs, lora))
-        case Kind.FEDERATED | Kind.CONTROL:
-            return LoopKind(settings, inputs, base, lora, population, plan_of(settings, population, lora), None)
+        case SplitPlan() as plan:
+            split = split_run(settings, inputs, lora, plan)
+            return LoopKind(settings, inputs, base, lora, prepared.population, None, split)
+        case plan:
+            return LoopKind(settings, inputs, base, lora, prepared.population, plan, None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,15 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from fedloom.assembly.engine_choice import check_engine
 from fedloom.assembly.inputs import Workshop
-from fedloom.assembly.round_plan import Population, population_of, training_of
+from fedloom.assembly.preparation import Preparation
+from fedloom.assembly.round_plan import Population
 from fedloom.config import Settings
-from fedloom.config.client_names import resolve_names, without_clients
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import RunError
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
 from fedloom.experiment.round_records import holdings_of, peft_writer
 from fedloom.experiment.run_summary import RunSummary
@@ -30,19 +28,17 @@ from fedloom.models.load import Base
 from fedloom.models.stock_peft import not_read
 from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.reporting.trackers import AllTrackers, MlflowTracker, TensorBoardTracker, Tracker, WandbTracker
+from fedloom.reporting.trackers import TRACKERS, AllTrackers, TensorBoardTracker, Tracker
 from fedloom.results.conversation import wording_of_rows
 from fedloom.results.export import write_cards
 from fedloom.results.serving_files import write_serving_files
 from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
-from fedloom.run_folder.claim import EVALUATION, is_begun, refuse_another, refuse_foreign
-from fedloom.run_folder.contents import ADAPTER, check_adapter, read_file, rounds_done
-from fedloom.run_folder.manifest import changed_threads, read_manifest
+from fedloom.run_folder.claim import EVALUATION
+from fedloom.run_folder.contents import ADAPTER, check_adapter
+from fedloom.run_folder.manifest import changed_threads
 from fedloom.run_folder.reader import missing_adapters
-from fedloom.run_folder.run_date import date_in, today
-from fedloom.run_folder.writer import MAY_CHANGE, RunFolder
-from fedloom.wording import counted
+from fedloom.run_folder.writer import RunFolder
 
 NOTHING_HELD_OUT = (
     "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
@@ -68,87 +64,25 @@ def run(
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
     """
     out, progress = Path(out), progress or SilentProgress()
-    workshop = workshop or Workshop(progress)
-    may_change = check_folder(out, settings, fresh)
-    check_engine(settings)
-    began = settings.on(date_in(out, fresh) or date or today())
-    base, lora = workshop.base(settings)
-    saved = out / "partition.json"
-    is_saved = is_begun(out) and saved.exists() and not fresh
-    if is_saved:
-        read_file(out, read_manifest(out), saved.name)
-    inputs = workshop.inputs(began, base, saved if is_saved else None)
+    prepared = Preparation(settings, out, workshop or Workshop(progress), fresh, date)
+    prepared.complete()
+    inputs, placed = prepared.inputs, prepared.placed
     if inputs.held_out is None:
         progress.note(NOTHING_HELD_OUT)
+    kind = loop_of(prepared)
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.
-    names = inputs.partition.names
-    placed = resolve_names(without_clients(began, names, inputs.left_out), names)
-    population = population_of(placed, inputs)
-    kind = loop_of(placed, inputs, base, lora, population)
-    if kind is not None and not fresh:
-        refuse_fewer_rounds(out, kind.num_rounds)
-    with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, may_change) as folder:
-        folder.confirm_identity(
-            date=began.data.date,
-            base_sha256=base.revision_hash,
-            data_sha256=inputs.data_sha256,
-            held_out_sha256=inputs.held_out_sha256,
-            partition_sha256=inputs.partition_sha256,
-            row_counts=inputs.counts.as_dict(),
-            held_out_row_counts=None if inputs.held_out_counts is None else inputs.held_out_counts.as_dict(),
-        )
+    with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, prepared.folder) as folder:
+        folder.confirm_identity(**prepared.identity)
         if not (folder.path / "partition.json").exists():
             folder.write_bytes("partition.json", inputs.partition.encoded(inputs.data_sha256))
             ranks = dict(enumerate(placed.client_ranks)) if settings.traits.is_trained else {}
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
             )
-        return Session(began, folder, base, lora, inputs, population, kind, workshop, progress).complete()
-
-
-def check_folder(out: Path, settings: Settings, fresh: bool, also: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Check, before anything is loaded, that a run of the settings can be in ``out``; return what may differ there.
-
-    ``also`` are settings that may differ besides those that may in every run.
-
-    Raises:
-        RunError: the folder holds something else, or a run of other settings.
-    """
-    may_change = MAY_CHANGE if is_extensible(settings) else tuple(set(MAY_CHANGE) - {"federation.num_rounds"})
-    may_change += also
-    if fresh:
-        refuse_foreign(out)
-    else:
-        refuse_another(out, settings.as_dict(), may_change)
-    return may_change
-
-
-def refuse_fewer_rounds(out: Path, num_rounds: int) -> None:
-    """Check that a run has not completed more rounds than are asked for.
-
-    Raises:
-        RunError: it has.
-    """
-    if (done := len(rounds_done(out))) > num_rounds:
-        raise RunError(
-            f"{out}: expected at least the {counted(done, 'round')} it has completed, got {num_rounds}; set "
-            f"federation.num_rounds to {done} or more, choose another folder, or start over with --fresh"
-        )
-
-
-def is_extensible(settings: Settings) -> bool:
-    """Tell whether more rounds leave the rounds before as they are.
-
-    They do not where one schedule spans the run, nor where a split run's last aggregation period is cut short.
-    """
-    if settings.traits.is_cut:
-        steps = settings.training.local_steps
-        return (
-            settings.training.schedule == "constant"
-            and steps is not None
-            and steps % settings.split.aggregate_every == 0
-        )
-    return settings.training.schedule == "constant" or training_of(settings).schedule_span == "round"
+        base, lora = prepared.loaded
+        return Session(
+            prepared.began, folder, base, lora, inputs, prepared.population, kind, prepared.workshop, progress
+        ).complete()
 
 
 class HeldOutRows(Protocol):
@@ -305,9 +239,8 @@ class Session:
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]
-        kinds: dict[str, type[WandbTracker] | type[MlflowTracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
         named = ("fedloom", self.folder.path.name, self.settings.as_dict())
-        return trackers + [kinds[name](*named) for name in self.settings.run.trackers]
+        return trackers + [TRACKERS[name](*named) for name in self.settings.run.trackers]
 
     def _summary(self, state: Standing) -> RunSummary:
         records, finished = self.folder.records(), self.folder.finished or {}

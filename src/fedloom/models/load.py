@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
 from fedloom.models.quantized_layers import is_quantized, keep_trainable
+from fedloom.models.stored_quantization import UNQUANTISED, stored_method
 from fedloom.models.threads import BUILDING
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -63,8 +65,13 @@ class BaseFolder:
     config: Any
     tokenizer: Any
     device: torch.device
-    revision_hash: str
+    weights: tuple[Path, ...]
     is_trusted: bool = False
+
+    @cached_property
+    def revision_hash(self) -> str:
+        """As that of :class:`Base`; all weights are read for it, once."""
+        return _identity([self.path / "config.json", *self.weights])
 
 
 def find_base(
@@ -84,11 +91,10 @@ def find_base(
     folder = resolve_folder(str(embedded.base_path(name_or_path)), revision, trust_remote_code)
     config = read_config(folder, trust_remote_code)
     weights = weight_files(folder)
-    place = _choose_device(device)
+    place = choose_device(device)
     loaded = _load_tokenizer(folder, tokenizer, trust_remote_code)
     set_vocabulary(loaded, config.get_text_config().vocab_size)
-    digest = _identity([folder / "config.json", *weights])
-    return BaseFolder(str(name_or_path), folder, config, loaded, place, digest, trust_remote_code)
+    return BaseFolder(str(name_or_path), folder, config, loaded, place, tuple(weights), trust_remote_code)
 
 
 def load_base(
@@ -121,12 +127,13 @@ def load_base(
     found = find_base(
         name_or_path, tokenizer=tokenizer, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
+    digest = found.revision_hash  # of what is about to be read
     model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
-    return Base(model, found.tokenizer, found.name, found.revision_hash, model.dtype, found.device)
+    return Base(model, found.tokenizer, found.name, digest, model.dtype, found.device)
 
 
-def _choose_device(device: str) -> torch.device:
+def choose_device(device: str) -> torch.device:
     """Return the device of that name, or the best available one.
 
     Raises:
@@ -169,6 +176,12 @@ def _load_model(
     """
     from transformers import AutoModelForCausalLM
 
+    method = stored_method(config.to_dict())
+    if method is not None and quantization != "none":
+        raise ModelError(
+            f"model.quantization: expected none with a base that is stored quantised (by {method}), got "
+            f"{quantization!r}; drop it, or choose the unquantised base"
+        )
     extra = _quantized(quantization, dtype, config)
     placed = {"device_map": {"": device}} if extra else {}
     try:
@@ -184,14 +197,16 @@ def _load_model(
                 **extra,
             )
     except ImportError as error:
+        mend = "install it" if method is None else f"install it, or {UNQUANTISED}"
         raise ModelError(
-            f"model.base: expected the packages that {folder} needs, one is missing: {first_line(error)}; install it"
+            f"model.base: expected what {folder} needs, it is missing: {first_line(error)}; {mend}"
         ) from error
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         if (refusal := own_code_refusal(error, folder)) is not None:
             raise refusal from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; fetch the model again") from error
+        mend = "fetch the model again" if method is None else UNQUANTISED
+        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; {mend}") from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")
@@ -215,12 +230,21 @@ def _bars_on_terminals_only() -> Iterator[None]:
         logging.enable_progress_bar()
 
 
+def check_quantization(quantization: Quantization) -> None:
+    """Check that what quantises a base while it is loaded is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if quantization != "none" and find_spec("bitsandbytes") is None:
+        raise MissingExtraError("quantized", f"model.quantization = {quantization!r}")
+
+
 def _quantized(quantization: Quantization, dtype: torch.dtype | str, config: Any) -> dict[str, Any]:
     """Return what ``from_pretrained`` needs to quantise while loading."""
+    check_quantization(quantization)
     if quantization == "none":
         return {}
-    if find_spec("bitsandbytes") is None:
-        raise MissingExtraError("quantized", f"model.quantization = {quantization!r}")
     from transformers import BitsAndBytesConfig
 
     compute = dtype if isinstance(dtype, torch.dtype) else getattr(config, "dtype", None) or torch.bfloat16

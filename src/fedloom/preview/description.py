@@ -142,7 +142,7 @@ def describe(settings: Settings) -> Description:
     written, names = settings, known_names(settings)
     if names is not None:
         settings = resolve_names(settings, names)
-    model = _skeleton(settings)
+    model = skeleton(settings)
     check_runs_packed(model)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = lora_of(model, settings.model.target_modules)
@@ -174,7 +174,7 @@ def num_trained(lora: LoRAModel, rank: int) -> int:
     return sum(rank_in(shape, rank) * sum(shape) for shape in lora.shapes.values())
 
 
-def _skeleton(settings: Settings) -> Any:
+def skeleton(settings: Settings) -> Any:
     """Return the base with its shapes and without its numbers."""
     try:
         config = _config(settings)

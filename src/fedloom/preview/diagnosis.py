@@ -1,4 +1,7 @@
-"""What this machine has, and what of a recipe would and would not run on it, and why. Nothing is loaded or fetched."""
+"""What this machine has, and what of a recipe would and would not run on it, and why.
+
+No weights are loaded, nothing is fetched or written; the rows are read and made into tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,38 +16,19 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from fedloom import embedded
+from fedloom.assembly.preparation import Preparation
 from fedloom.config import Settings, files
-from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import FedloomError
 from fedloom.methods import table
-from fedloom.models.base_folder import read_config, weight_files
-from fedloom.models.load import Quantization
-from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import describe
+from fedloom.preview.rehearsal import Finding, SketchWorkshop, Verdict, rehearse
+from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.run_folder.manifest import versions
 from fedloom.wording import written_bytes
 
 _REQUIREMENT = re.compile(r"([\w.-]+).*;.*extra\s*==\s*['\"]([\w-]+)['\"]")
 _DEVELOPERS = ("dev", "docs")
-_ROW_CACHE = "datasets--"
-
-
-class Verdict(StrEnum):
-    """Whether something of a recipe would run here."""
-
-    YES = "yes"
-    UNKNOWN = "not known"
-    NO = "no"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a recipe needs, whether it is here, and why (not)."""
-
-    need: str
-    verdict: Verdict
-    why: str
+_NOWHERE: Mapping[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -124,10 +107,25 @@ class Diagnosis:
         return lines + [f"  {one.need}: {one.verdict}, {one.why}" for one in self.findings]
 
 
-def diagnose(recipe: str | None = None, settings: Settings | None = None) -> Diagnosis:
-    """Look at this machine, and at what a recipe would need of it."""
+def diagnose(
+    recipe: str | None = None,
+    settings: Settings | None = None,
+    *,
+    origins: Mapping[str, str] = _NOWHERE,
+    out: Path | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Diagnosis:
+    """Look at this machine, and at what would be in the way of a run of a recipe into ``out``.
+
+    ``origins`` say where each setting was read.
+    """
     machine = this_machine()
-    return Diagnosis(machine, recipe, tuple(findings(settings, machine)) if settings is not None else ())
+    if settings is None:
+        return Diagnosis(machine, recipe, ())
+    folder = out or Path("runs") / Path(recipe or "run").stem
+    prepared = Preparation(settings, folder, SketchWorkshop(progress or SilentProgress()), fresh)
+    return Diagnosis(machine, recipe, tuple(findings(prepared, machine, origins)))
 
 
 def this_machine() -> Machine:
@@ -145,20 +143,17 @@ def this_machine() -> Machine:
     )
 
 
-def findings(settings: Settings, machine: Machine) -> Iterator[Finding]:
-    """Yield one finding per thing that a recipe needs."""
-    base_at_hand = True
-    for problem in files.problems(settings):
-        base_at_hand = base_at_hand and problem.setting != "model.base"
-        yield Finding(problem.setting, Verdict.NO, f"expected {problem.expected}, got {problem.got}; {problem.action}")
-    if base_at_hand:
-        base = _base(settings)
-        yield base
-        base_at_hand = base.verdict is Verdict.YES
-    yield from _data(settings)
-    yield _device(settings)
-    yield from _needed_extras(settings, machine.extras)
-    yield _memory(settings, machine) if base_at_hand else _memory_unknown()
+def findings(prepared: Preparation, machine: Machine, origins: Mapping[str, str] = _NOWHERE) -> Iterator[Finding]:
+    """Yield one finding per thing that a recipe needs, those in the way in the words of a run."""
+    absent, at_hand = set[str](), False
+    for problem in files.problems(prepared.settings):
+        absent.add(problem.setting)
+        yield Finding(problem.setting, Verdict.NO, problem.line(origins))
+    for finding in rehearse(prepared, frozenset(absent)):
+        yield finding
+        if finding.need == f"base {prepared.settings.model.base}":
+            at_hand = finding.verdict is Verdict.YES
+    yield _memory(prepared.settings, machine) if at_hand else _memory_unknown()
 
 
 def _devices() -> Iterator[str]:
@@ -190,78 +185,6 @@ def _is_installed(package: str) -> bool:
     except metadata.PackageNotFoundError:
         return False
     return True
-
-
-def _base(settings: Settings) -> Finding:
-    name, need = settings.model.base, f"base {settings.model.base}"
-    if name == embedded.NAME:
-        return Finding(need, Verdict.YES, "it comes with the package")
-    if Path(name).expanduser().is_dir():
-        return _folder(settings, need)
-    if _is_cached(name, settings.model.revision):
-        return Finding(need, Verdict.YES, "in the hub's cache on this machine")
-    return Finding(need, Verdict.UNKNOWN, "not on this machine; a run would fetch it from the hub")
-
-
-def _folder(settings: Settings, need: str) -> Finding:
-    """Read what a run would read of the folder before the weights: the configuration, their headers, the tokenizer."""
-    folder, trusted = Path(settings.model.base).expanduser(), settings.model.trust_remote_code
-    try:
-        read_config(folder, trusted)
-        weight_files(folder)
-        load_tokenizer(settings.model.tokenizer or folder, trust_remote_code=trusted)
-    except FedloomError as error:
-        return Finding(need, Verdict.NO, str(error))
-    return Finding(need, Verdict.YES, "a folder with its weights")
-
-
-def _is_cached(name: str, revision: str | None) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-
-    return isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
-
-
-def _data(settings: Settings) -> Iterator[Finding]:
-    for path in filter(None, (settings.data.path, settings.data.eval_path)):
-        if path == embedded.NAME:
-            yield Finding(f"data {path}", Verdict.YES, "it comes with the package")
-        elif Path(path).exists():
-            yield Finding(f"data {path}", Verdict.YES, "on this machine")
-        elif looks_like_hub_name(path) and (_hub_cache() / f"{_ROW_CACHE}{path.replace('/', '--')}").is_dir():
-            yield Finding(f"data {path}", Verdict.YES, "in the hub's cache on this machine")
-        elif looks_like_hub_name(path):
-            yield Finding(f"data {path}", Verdict.UNKNOWN, "not on this machine; a run would fetch it from the hub")
-
-
-def _hub_cache() -> Path:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    return Path(HF_HUB_CACHE)
-
-
-def _device(settings: Settings) -> Finding:
-    name = settings.model.device
-    kinds = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    if name == "auto":
-        chosen = next(kind for kind in ("cuda", "mps", "cpu") if kinds[kind])
-        return Finding("device auto", Verdict.YES, f"this would be {chosen}")
-    kind, _, index = name.partition(":")
-    if kinds.get(kind, 0) > int(index or 0):
-        return Finding(f"device {name}", Verdict.YES, "present")
-    here = ", ".join(kind for kind, count in kinds.items() if count)
-    return Finding(f"device {name}", Verdict.NO, f"this machine has {here}; set model.device = auto")
-
-
-def _needed_extras(settings: Settings, extras: Mapping[str, tuple[str, ...]]) -> Iterator[Finding]:
-    quantization: Quantization = settings.model.quantization
-    needed = {"quantized": f"model.quantization = {quantization}"} if quantization != "none" else {}
-    needed |= {name: f"run.trackers = {name}" for name in settings.run.trackers}
-    needed |= {"cluster": "engine.name = ray"} if settings.engine.name == "ray" else {}
-    for extra, reason in needed.items():
-        missing = extras.get(extra, ())
-        verdict = Verdict.NO if missing else Verdict.YES
-        why = f"missing {', '.join(missing)}: pip install 'fedloom[{extra}]'" if missing else "it is installed"
-        yield Finding(f"extra {extra} ({reason})", verdict, why)
 
 
 def _memory(settings: Settings, machine: Machine) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -62,10 +63,7 @@ class WandbTracker:
     """
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise MissingExtraError("wandb", "logging to Weights & Biases") from error
+        wandb = _module("wandb")
         self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config))
         for metric in FIGURES:
             if metric.over_rounds == "last" and metric.better != "neither":
@@ -88,10 +86,7 @@ class MlflowTracker:
     """Log to MLflow, to the server or folder its own environment names; a resumed run continues under its name."""
 
     def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
-        try:
-            import mlflow
-        except ImportError as error:
-            raise MissingExtraError("mlflow", "logging to MLflow") from error
+        mlflow = _module("mlflow")
         experiment = mlflow.set_experiment(project).experiment_id
         self._client = mlflow.MlflowClient()
         named = self._client.search_runs([experiment], run_name_filter(name))
@@ -133,3 +128,25 @@ class AllTrackers:
         """Close each."""
         for tracker in self._trackers:
             tracker.close()
+
+
+TRACKERS: dict[str, type[WandbTracker] | type[MlflowTracker]] = {"wandb": WandbTracker, "mlflow": MlflowTracker}
+"""By the name in a recipe, which is that of the module and of the extra too."""
+_PURPOSES = {"wandb": "logging to Weights & Biases", "mlflow": "logging to MLflow"}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that what these trackers need is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    for name in names:
+        _module(name)
+
+
+def _module(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise MissingExtraError(name, _PURPOSES[name]) from error

@@ -11,15 +11,15 @@ from fedloom.config.conduct import SuiteName
 from fedloom.data.answer_frame import answer_frame
 from fedloom.data.encoding import resolve_template
 from fedloom.data.records import Prompt, Shape
-from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.sources import Rows
 from fedloom.data.token_rows import record_prompts
-from fedloom.errors import EvaluationError
 from fedloom.evaluation.choice.multiple_choice import answer_questions
-from fedloom.evaluation.choice.questions import Question, read_mmlu, read_questions
+from fedloom.evaluation.choice.questions import Question
 from fedloom.evaluation.decoding import OnProgress, decode
-from fedloom.evaluation.e2e.e2e_files import References, read_references
+from fedloom.evaluation.e2e.e2e_files import References
 from fedloom.evaluation.e2e.scorer import score_e2e
 from fedloom.evaluation.outputs_file import outputs_path
+from fedloom.evaluation.suite_files import choice_questions, e2e_references, mmlu_questions, suite_rows
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.causal import end_ids
 from fedloom.results.exact_answers import exact_match, last_number
@@ -49,21 +49,17 @@ def run_suite(
         case "e2e":
             return _e2e(model, tokenizer, choice, outputs, model_id, on_progress)
         case "mmlu":
-            folder = _path(choice, suite, "the folder with test/*.csv and dev/*.csv")
-            return _multiple_choice(
-                suite, model, tokenizer, choice, read_mmlu(folder), read_mmlu(folder, "dev"), on_progress
-            )
+            return _multiple_choice(suite, model, tokenizer, choice, *mmlu_questions(choice.paths), on_progress)
         case "multiple-choice":
-            file = _path(choice, suite, "a JSONL file of question, choices, answer")
-            none_shot = replace(choice, shots=0)
-            return _multiple_choice(suite, model, tokenizer, none_shot, read_questions(file), (), on_progress)
+            none_shot, questions = replace(choice, shots=0), choice_questions(choice.paths)
+            return _multiple_choice(suite, model, tokenizer, none_shot, questions, (), on_progress)
         case "exact-match":
-            asked = _rows(choice, suite, rows)
+            asked = suite_rows(suite, choice.paths, rows)
             return exact_match(
                 model, tokenizer, asked, choice, outputs=outputs, model_id=model_id, on_progress=on_progress
             )
         case "last-number":
-            asked = _rows(choice, suite, rows)
+            asked = suite_rows(suite, choice.paths, rows)
             return last_number(
                 model, tokenizer, asked, choice, outputs=outputs, model_id=model_id, on_progress=on_progress
             )
@@ -78,12 +74,7 @@ def _e2e(
     model_id: str,
     on_progress: OnProgress | None,
 ) -> SuiteScores:
-    references = read_references(_path(choice, "e2e", "the references, e.g. testset_w_refs.csv"))
-    if not references.mrs:
-        raise EvaluationError(
-            "e2e: expected references that name their meaning representation, got texts alone; give a CSV with the "
-            "columns mr and ref, or lines mr||ref"
-        )
+    references = e2e_references(choice.paths)
     chosen = References(references.mrs[: choice.limit], references.texts[: choice.limit])
     template = resolve_template(choice.template, Shape.E2E, tokenizer, choice.date)
     records = [Prompt(mr, "", "") for mr in chosen.mrs]
@@ -148,28 +139,3 @@ def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
     if limit is None or limit >= len(questions):
         return list(questions)
     return [questions[k * len(questions) // limit] for k in range(limit)]
-
-
-def _rows(choice: SuiteChoice, suite: str, held_out: Rows | None) -> Rows:
-    if suite in choice.paths:
-        return load_rows(choice.paths[suite], Split.TEST)
-    if held_out is None:
-        raise EvaluationError(
-            f"{suite}: expected rows, got none, not even held-out ones; name some with --data or "
-            f"evaluation.paths.{suite}, "
-            "or hold some out with data.eval_rows or data.eval_path"
-        )
-    return held_out
-
-
-def _path(choice: SuiteChoice, suite: str, wanted: str) -> Path:
-    if suite not in choice.paths:
-        raise EvaluationError(
-            f"{suite}: expected {wanted}, got none; name the path with --data or evaluation.paths.{suite}"
-        )
-    path = Path(choice.paths[suite]).expanduser()
-    if not path.exists():
-        raise EvaluationError(
-            f"{suite}: expected {wanted} at {path}, found nothing; check --data or evaluation.paths.{suite}"
-        )
-    return path

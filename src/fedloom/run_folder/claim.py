@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from collections.abc import Collection, Mapping
@@ -22,6 +23,7 @@ from fedloom.run_folder.manifest import (
 
 LOCK = ".fedloom.lock"
 READY = ".ready-"
+CHOOSE_ANOTHER = "choose another folder"
 EVALUATION = "evaluation"
 """The folder, in a run's, of what was decoded to be scored."""
 # In the order in which a fresh start removes them, up to the last two, which it replaces.
@@ -83,6 +85,36 @@ def is_begun(path: Path) -> bool:
     return (path / "manifest.json").exists() and (bool(rounds_done(path)) or (path / "finished.json").exists())
 
 
+def refuse_unwritable(path: Path) -> None:
+    """Check, before anything is loaded, that a folder ``path`` can be made or written to.
+
+    Raises:
+        RunError: what is above it is not a folder, or may not be written to.
+    """
+    with durable.explained(str(path), CHOOSE_ANOTHER):
+        there = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(there))
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(there))
+
+
+def refuse_held(path: Path) -> None:
+    """Check that no other process uses the folder ``path``; nothing in it is touched.
+
+    Raises:
+        RunError: one does.
+    """
+    _refuse_links(path)
+    if not (path / LOCK).is_file():
+        return
+    descriptor = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        _lock(path, descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
 def lock(path: Path) -> int:
     """Hold the folder ``path`` for this process and return the descriptor; the lock ends with the process.
 
@@ -92,17 +124,29 @@ def lock(path: Path) -> int:
     _refuse_links(path)
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(path, descriptor, fcntl.LOCK_EX)
+    except RunError:
+        os.close(descriptor)
+        raise
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    return descriptor
+
+
+def _lock(path: Path, descriptor: int, kind: int) -> None:
+    """Lock the open lock of the folder ``path``.
+
+    Raises:
+        RunError: another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
-        os.close(descriptor)
         raise RunError(
             f"{path}: expected a folder that no other process uses, process {holder} does; wait for it or choose "
             "another"
         ) from error
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-    return descriptor
 
 
 def _refuse_links(path: Path) -> None:

@@ -76,7 +76,7 @@ class RunFolder:
         """
         path = Path(path)
         claim.refuse_foreign(path)
-        with durable.explained(str(path), "choose another folder"):
+        with durable.explained(str(path), claim.CHOOSE_ANOTHER):
             path.mkdir(parents=True, exist_ok=True)
             descriptor = claim.lock(path)
         try:

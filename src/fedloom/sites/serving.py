@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.assembly.inputs import Workshop
+from fedloom.assembly.preparation import check_folder, refuse_fewer_rounds
 from fedloom.assembly.round_plan import Population, plan_of
 from fedloom.data.sources import Rows
 from fedloom.data.tokenizer import fingerprint
@@ -18,7 +19,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
 from fedloom.experiment.run_summary import RunSummary
-from fedloom.experiment.session import NOTHING_HELD_OUT, Session, check_folder, refuse_fewer_rounds
+from fedloom.experiment.session import NOTHING_HELD_OUT, Session
 from fedloom.federation.blob import WireDtype, largest_message
 from fedloom.federation.rounds import RoundPlan, RoundRecord
 from fedloom.federation.sampling import sample_clients

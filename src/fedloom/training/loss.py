@@ -215,7 +215,8 @@ def _with_adapter(model: Any, head: OutputHead) -> OutputHead:
     return replace(head, weight_VD=layer.weight_OI(dtype), side=layer.side_in(dtype))
 
 
-def _not_finite(model: Any) -> str:
+def not_finite(model: Any) -> str:
+    """Say that a base's own logits are not finite, and what to do."""
     kind = str(model.dtype).removeprefix("torch.")
     found = f"model.base: expected finite logits of {model_type(model)!r}, got infinity or NaN in {kind}"
     if model.dtype == torch.float16:
@@ -238,7 +239,7 @@ def _verify(model: Any, head: OutputHead) -> None:
         with foreign_forward(model):
             own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
         if not torch.isfinite(own_TV).all():
-            raise ModelError(_not_finite(model))
+            raise ModelError(not_finite(model))
         error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
         if not error <= tolerance:
             raise ModelError(

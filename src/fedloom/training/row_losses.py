@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedloom.data.tokens import TokenSet
+from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.training.loss import output_head, target_nats
+from fedloom.training.loss import not_finite, output_head, target_nats
 from fedloom.training.packing import hidden_states, pack, split_by_tokens
 
 PassLosses = tuple[NDArray[np.float64], NDArray[np.int64]]
@@ -54,6 +55,24 @@ def row_losses_of(lora: LoRAModel, adapter: Adapter, rows: TokenSet, *, token_bu
     lora.set_side(adapter or None)
     lora.route_all(None)
     return row_losses(lora, rows, token_budget=token_budget)
+
+
+def check_finite(lora: LoRAModel, rows: TokenSet, *, token_budget: int) -> None:
+    """Reject a float16 base that overflows on the longest row and the first ones, as many as fit into a pass.
+
+    The samples with which the path to the loss is compared are short; other types hold what float32 does.
+
+    Raises:
+        ModelError: naming the setting of the type.
+    """
+    if lora.model.dtype != torch.float16:
+        return
+    longest = int(rows.lengths.argmax())
+    order = np.array([longest, *(row for row in range(min(len(rows), token_budget)) if row != longest)])
+    seen = rows.select(order[split_by_tokens(rows.lengths[order], token_budget)[0]])
+    losses = row_losses_of(lora, Adapter(), seen, token_budget=token_budget)
+    if not np.isfinite(losses.sum_nats).all():
+        raise ModelError(not_finite(lora.model))
 
 
 def passes_of(rows: TokenSet, token_budget: int) -> list[list[int]]:
