@@ -172,7 +172,7 @@ def _load_model(
     extra = _quantized(quantization, dtype, config)
     placed = {"device_map": {"": device}} if extra else {}
     try:
-        with BUILDING, _bars_on_terminals_only():
+        with BUILDING, bars_on_terminals_only():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -201,7 +201,7 @@ def _load_model(
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def bars_on_terminals_only() -> Iterator[None]:
     """Keep the loader's progress bar out of logs and pipes."""
     if sys.stderr.isatty():
         yield
