@@ -96,7 +96,7 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
             use_cache=False,
             **{LAYOUT: batch.layout},
         )
-    hidden_TD: Tensor = outputs.last_hidden_state[0]
+        hidden_TD: Tensor = outputs.last_hidden_state[0]
     return hidden_TD
 
 
