@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from fedloom.data.answer_frame import AnswerFrame, plain_frame
 from fedloom.data.token_rows import PromptTokens, text_prompts
 from fedloom.data.tokenizer import pad_id
 from fedloom.errors import EvaluationError
+from fedloom.evaluation.left_padding import left_padded, takes_left_padding
 from fedloom.evaluation.outputs_file import OutputsFile
 from fedloom.models.causal import causal_lm, context_length, end_ids
 from fedloom.models.foreign_forward import foreign_forward
@@ -73,7 +75,8 @@ def decode(
     model_id: str = "",
     on_progress: OnProgress | None = None,
 ) -> Decoded:
-    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device.
+    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device; of equal
+    length where padding on the left would change what a model decodes.
 
     A prompt given as text is read as it stands; those of rows come from ``fedloom.data.token_rows.record_prompts``.
     ``frame`` says where their answers end (``fedloom.data.answer_frame``); by default at the end of text, and where the
@@ -117,10 +120,19 @@ def _decode_batches(
 ) -> Iterator[tuple[list[str], list[Output]]]:
     _check_room(model, prompts, settings)
     longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    for start in range(0, len(longest_first), batch_size):
-        batch = longest_first[start : start + batch_size]
+    for batch in _batches(longest_first, batch_size, takes_left_padding(model)):
         outputs = _generate(causal_lm(model), tokenizer, [prompt.ids for prompt in batch], settings, frame)
         yield [prompt.text for prompt in batch], outputs
+
+
+def _batches(
+    longest_first: Sequence[PromptTokens], batch_size: int, takes_padding: bool
+) -> Iterator[Sequence[PromptTokens]]:
+    """Yield up to ``batch_size`` prompts at a time; of one length where a model takes no padding."""
+    alike = groupby(longest_first, key=lambda prompt: None if takes_padding else len(prompt.ids))
+    for _, group in alike:
+        members = list(group)
+        yield from (members[start : start + batch_size] for start in range(0, len(members), batch_size))
 
 
 def _tokenised(prompts: Sequence[str | PromptTokens], tokenizer: Any) -> list[PromptTokens]:
@@ -136,7 +148,7 @@ def _generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     pad = pad_id(tokenizer)
-    input_ids_BT, mask_BT = _left_padded(rows, pad, model.device)
+    input_ids_BT, mask_BT = left_padded(rows, pad, model.device)
     width = input_ids_BT.shape[1]
     config = GenerationConfig(
         do_sample=False,
@@ -172,13 +184,6 @@ class NoRepeatedNgrams:
         repeats_BG = (ngrams_BGN[:, :, :-1] == begun_BN[:, None, :]).all(dim=-1)
         forbidden_BG = torch.where(repeats_BG, float("-inf"), 0.0).to(scores_BV)
         return scores_BV.scatter_add(1, ngrams_BGN[:, :, -1], forbidden_BG)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _check_room(model: Any, prompts: Sequence[PromptTokens], settings: DecodingSettings) -> None:
