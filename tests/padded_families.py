@@ -90,6 +90,7 @@ def build(kind: str, attention: Attention = "padded", dtype: torch.dtype = torch
     sizes = {name: value for name, value in SIZES.items() if name not in unset} | UNPACKABLE.get(kind, {})
     with BUILDING, torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        torch.random.default_generator.manual_seed(7)
         config = transformers.AutoConfig.for_model(kind, **sizes)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from fedloom.data.answer_frame import AnswerFrame, plain_frame
 from fedloom.data.token_rows import PromptTokens, text_prompts
 from fedloom.data.tokenizer import pad_id
 from fedloom.errors import EvaluationError
-from fedloom.evaluation.left_padding import left_padded, takes_left_padding
 from fedloom.evaluation.outputs_file import OutputsFile
+from fedloom.evaluation.prompt_batches import left_padded, let_go, prompt_batches
 from fedloom.models.causal import causal_lm, context_length, end_ids
 from fedloom.models.foreign_forward import foreign_forward
 
@@ -75,8 +74,8 @@ def decode(
     model_id: str = "",
     on_progress: OnProgress | None = None,
 ) -> Decoded:
-    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device; of equal
-    length where padding on the left would change what a model decodes.
+    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device;
+    company that would change what a model decodes is not kept.
 
     A prompt given as text is read as it stands; those of rows come from ``fedloom.data.token_rows.record_prompts``.
     ``frame`` says where their answers end (``fedloom.data.answer_frame``); by default at the end of text, and where the
@@ -120,19 +119,9 @@ def _decode_batches(
 ) -> Iterator[tuple[list[str], list[Output]]]:
     _check_room(model, prompts, settings)
     longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    for batch in _batches(longest_first, batch_size, takes_left_padding(model)):
+    for batch in prompt_batches(model, longest_first, batch_size):
         outputs = _generate(causal_lm(model), tokenizer, [prompt.ids for prompt in batch], settings, frame)
         yield [prompt.text for prompt in batch], outputs
-
-
-def _batches(
-    longest_first: Sequence[PromptTokens], batch_size: int, takes_padding: bool
-) -> Iterator[Sequence[PromptTokens]]:
-    """Yield up to ``batch_size`` prompts at a time; of one length where a model takes no padding."""
-    alike = groupby(longest_first, key=lambda prompt: None if takes_padding else len(prompt.ids))
-    for _, group in alike:
-        members = list(group)
-        yield from (members[start : start + batch_size] for start in range(0, len(members), batch_size))
 
 
 def _tokenised(prompts: Sequence[str | PromptTokens], tokenizer: Any) -> list[PromptTokens]:
@@ -161,6 +150,7 @@ def _generate(
     processors = LogitsProcessorList()
     if settings.no_repeat_ngram_size:
         processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
+    let_go(model)
     with foreign_forward(model):
         generated_BT = model.generate(
             input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors

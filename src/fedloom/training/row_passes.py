@@ -46,8 +46,8 @@ class Batch(Protocol):
 class RowPasses(Protocol):
     """How rows are put into passes, and what becomes of them there.
 
-    ``shares_prefixes`` says whether several continuations may be laid out behind one prompt by a mask of ours,
-    ``advice`` what to do where a model does not pass the check.
+    ``attends_by_mask`` says whether all of the model's layers attend by a mask, so that it takes one of ours and does
+    not see padding that is masked; ``advice`` what to do where a model does not pass the check.
     """
 
     @property
@@ -55,8 +55,8 @@ class RowPasses(Protocol):
         """``packed`` or ``padded``."""
 
     @property
-    def shares_prefixes(self) -> bool:
-        """Whether a mask of ours may lay out several continuations behind one prompt."""
+    def attends_by_mask(self) -> bool:
+        """Whether all layers attend by a mask."""
 
     @property
     def advice(self) -> str:
@@ -87,7 +87,7 @@ class PackedPasses:
     """Rows one behind the other, kept apart by our own attention."""
 
     name: str = "packed"
-    shares_prefixes: bool = True
+    attends_by_mask: bool = True
     advice: str = USE_PADDED
 
     def split(self, groups: Sequence[Sequence[int]], token_budget: int, most: int | None = None) -> list[list[int]]:
@@ -120,7 +120,7 @@ class PaddedPasses:
 
     switch: int
     name: str = "padded"
-    shares_prefixes: bool = False
+    attends_by_mask: bool = False
     advice: str = "choose another base"
 
     def split(self, groups: Sequence[Sequence[int]], token_budget: int, most: int | None = None) -> list[list[int]]:

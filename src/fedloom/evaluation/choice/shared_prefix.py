@@ -184,4 +184,4 @@ def _takes_masks(lm: Any, longest: int) -> bool:
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     fits = (not window or longest < window) and longest <= shortest_switch(lm)
-    return fits and row_passes(lm).shares_prefixes and config._attn_implementation in {"sdpa", "eager"}
+    return fits and row_passes(lm).attends_by_mask and config._attn_implementation in {"sdpa", "eager"}
