@@ -20,6 +20,7 @@ from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
 from fedloom.models.quantized_layers import is_quantized, keep_trainable
+from fedloom.models.row_attention import Attention, choose_attention
 from fedloom.models.threads import BUILDING
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
@@ -100,6 +101,7 @@ def load_base(
     quantization: Quantization = "none",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attention: Attention = "packed",
 ) -> Base:
     """Load a causal LM, frozen and in evaluation mode: a folder, a hub name, or ``embedded``, the package's own.
 
@@ -107,6 +109,7 @@ def load_base(
     own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first available of cuda, mps, cpu. With
     ``quantization`` the linear layers are held in 4 or 8 bits and ``dtype`` is that of the activations.
     Python code that comes with a base or tokenizer is run only with ``trust_remote_code``; nothing is ever asked.
+    ``attention`` says how rows share a pass: packed without padding, or padded, by the model's own attention.
 
     Raises:
         ModelError: if there is no such model, dtype or quantization, it is incomplete or corrupt, it is not a causal
@@ -123,6 +126,7 @@ def load_base(
     )
     model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
+    choose_attention(model, attention)
     return Base(model, found.tokenizer, found.name, found.revision_hash, model.dtype, found.device)
 
 
