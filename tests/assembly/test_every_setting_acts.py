@@ -40,6 +40,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.quantization": ("8bit", {}),
     "model.revision": ("main", {}),
     "model.trust_remote_code": (True, {}),
+    "model.attention": ("padded", {}),
     "model.target_modules": (("q_proj",), {}),
     "data.path": ("org/rows", {"data.template": "plain"}),
     "data.split": ("test", {}),

@@ -110,6 +110,34 @@ def test_two_lists_of_blocks_are_no_guess() -> None:
         decoder_blocks(model)
 
 
+def test_what_never_sees_the_text_is_not_adapted_unless_it_is_named() -> None:
+    config = transformers.AutoConfig.for_model("gemma3", text_config=SIZES, vision_config={"num_hidden_layers": 1})
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    for patterns in (None, ["all-linear"]):
+        names = resolve_targets(model, patterns)
+        assert names
+        assert not [name for name in names if "vision_tower" in name]
+    assert resolve_targets(model, ["*.vision_tower.*.q_proj"])
+
+
+def test_attention_to_what_another_model_has_read_is_not_adapted() -> None:
+    sizes = {"d_model": 32, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "vocab_size": 64}
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model("bart", **sizes))
+    for patterns in (None, ["all-linear"]):
+        names = resolve_targets(model, patterns)
+        assert [name for name in names if "self_attn.q_proj" in name]
+        assert not [name for name in names if "encoder_attn" in name]
+
+
+def test_a_family_that_states_no_number_of_blocks_is_refused_in_one_line() -> None:
+    model = build("starcoder2")
+    model.config = transformers.AutoConfig.for_model("blt")
+    with pytest.raises(ModelError, match="expected one list of 0 blocks"):
+        decoder_blocks(model)
+
+
 class Router(nn.Linear):
     """A linear layer by class that returns something else."""
 

@@ -53,6 +53,42 @@ def test_both_sides_of_a_cut_base_have_the_bits_of_the_whole_one(
         assert not any(p.requires_grad for p in part.parameters())
 
 
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4},
+    "deepseek_v3": {
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4},
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"moe_intermediate_size": 12, "num_key_value_heads": 4},
+    },
+    "gemma3": {},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(LAYOUTS))
+@torch.no_grad()
+def test_a_base_that_is_stored_in_another_layout_is_read_in_parts_to_the_bit(kind: str, tmp_path: Path) -> None:
+    text = {
+        **{"vocab_size": 256, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "pad_token_id": 0},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4, "max_position_embeddings": 32},
+    }
+    sight = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+    given = {"text_config": text, "vision_config": sight | {"image_size": 28}} if kind == "gemma3" else text
+    with torch.random.fork_rng():
+        torch.random.default_generator.manual_seed(3)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **given | LAYOUTS[kind]))
+        for name, buffer in model.named_buffers():  # a router's bias, which no gradient trains, is stored too
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.rand_like(buffer))
+    model.save_pretrained(tmp_path)
+    whole = load_base(tmp_path, tokenizer="bytes", device="cpu").model
+    found = find_base(tmp_path, tokenizer="bytes", device="cpu")
+    client, server = client_part(found, 1, None), server_part(found, 1, None)
+    hidden = part_of(client, 0, 1)(IDS_BT)
+    assert torch.equal(hidden, part_of(whole, 0, 1)(IDS_BT))
+    assert torch.equal(top_of(server, 1)(hidden), top_of(whole, 1)(hidden))
+    assert torch.equal(server.get_output_embeddings().weight, whole.get_output_embeddings().weight)  # type: ignore[operator]
+
+
 def test_a_part_is_not_quantised_and_a_cut_outside_the_base_is_refused(tmp_path: Path) -> None:
     found = find_base(saved("llama", tmp_path), tokenizer="bytes", device="cpu")
     with pytest.raises(ModelError, match=r"model\.quantization: expected none for a part of a base, got 8bit; set"):

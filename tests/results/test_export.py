@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -319,3 +320,53 @@ def test_the_command_exports_and_refuses_in_one_line(
     assert printed["relative_rank_error"] == pytest.approx(printed["rank_error"] / printed["norm"])
     assert exit_code(["export", str(flora), "--to", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: --to {tmp_path / 'out'}: expected")
+
+
+def test_an_export_whose_base_is_elsewhere_says_that_it_was_not_checked_and_how_to(
+    flora: Path, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    alone = tmp_path / "alone"
+    export_adapter(flora, alone)
+    told = export_adapter(alone, tmp_path / "copy")
+    assert (told.unread, len(told.lines())) == (None, 3)
+    assert re.match(
+        r"not checked with stock peft: its base '.*' is not on this machine; .*--base FOLDER", told.lines()[-1]
+    )
+    assert "not checked" not in card_of(tmp_path / "copy")
+    command = ["export", str(alone), "--to", str(tmp_path / "checked"), "--base"]
+    assert exit_code([*command, str(tmp_path / "nowhere")]) == 2
+    assert "error: --base: expected a folder with config.json" in capsys.readouterr().err
+    assert exit_code([*command, str(base_folder)]) == 0
+    assert "stock peft" not in capsys.readouterr().out
+
+
+def test_the_base_that_is_given_is_the_one_that_is_checked(flora: Path, tmp_path: Path) -> None:
+    from tiny_models import seeded_model
+
+    seeded_model("gpt2", vocab_size=256).save_pretrained(tmp_path / "other")
+    told = export_adapter(flora, tmp_path / "out", base=tmp_path / "other")
+    assert "stock peft" in str(told.unread)
+    assert told.unchecked is None
+
+
+def test_a_base_whose_configuration_cannot_be_read_is_named_as_the_reason(
+    flora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_adapter(flora, tmp_path / "alone")
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / str(json.loads((tmp_path / "alone/adapter_config.json").read_text())["base_model_name_or_path"])
+    own.mkdir()
+    (own / "config.json").write_text('{"model_type": "of-its-own", "auto_map": {"AutoConfig": "code.Config"}}')
+    told = export_adapter(tmp_path / "alone", tmp_path / "copy")
+    assert str(told.unchecked).startswith("not checked with stock peft: ")
+    with pytest.raises(ModelError, match="needs Python code"):
+        export_adapter(flora, tmp_path / "out", base=own)
+
+
+def test_a_text_part_that_does_not_load_alone_is_not_merged_into(flora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_result(flora)
+    opened.base.model.config.model_type = "emu3_text_model"
+    monkeypatch.setattr("fedloom.results.export.load_base_of", lambda *_, **__: opened.base)
+    with pytest.raises(ModelError, match="'emu3_text_model', which transformers does not load as one; export the ad"):
+        export_merged(flora, flora.parent / "merged")
+    assert not (flora.parent / "merged").exists()

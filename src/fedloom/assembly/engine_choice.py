@@ -24,6 +24,7 @@ from fedloom.methods.state import ServerState
 from fedloom.models.load import Base
 from fedloom.training.cohort_round import StepReport
 from fedloom.training.row_losses import PassLosses, score_pass
+from fedloom.training.row_passes import row_passes
 
 CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
 """Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""
@@ -142,6 +143,7 @@ def _ray(
                 memories=memories,
                 version=state.round,
                 side=state.side,
+                row_passes=row_passes(around.lora),
             )
         finally:
             hiring.dismiss_all()

@@ -80,7 +80,7 @@ class Workshop:
     _base_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
-        """Return the base of the settings, wrapped, without slots or side, and checked to be one that runs packed.
+        """Return the base of the settings, wrapped, without slots or side, and checked to run as its rows pass.
 
         Raises:
             ModelError: if it cannot be loaded, or training would not give its own numbers.
@@ -98,6 +98,7 @@ class Workshop:
                 quantization=model.quantization,
                 revision=model.revision,
                 trust_remote_code=model.trust_remote_code,
+                attention=model.attention,
             )
             self._base, self._base_key = (base, lora_of(base.model, model.target_modules)), key
         lora = self._base[1]

@@ -275,15 +275,10 @@ def export(
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
     from fedloom.results.export import export_adapter, export_merged
 
-    if base is not None and not merge:
-        raise SettingsError(
-            "--base is used only with --merge (an exported adapter keeps the base recorded in it): "
-            "add --merge or drop --base"
-        )
     if merge:
         written = export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
     else:
-        written = export_adapter(result, to, rank=rank, client=client, dtype=dtype or "float32")
+        written = export_adapter(result, to, base=base, rank=rank, client=client, dtype=dtype or "float32")
     print_result(written, as_json=as_json)
 
 

@@ -11,7 +11,18 @@ from typing import Any, Literal
 
 from pydantic import model_validator
 
-from fedloom.config.setting import Count, Day, Name, NonNegative, OpenFraction, PathOrName, Positive, Table, setting
+from fedloom.config.setting import (
+    Count,
+    Day,
+    Name,
+    NonNegative,
+    OpenFraction,
+    PathOrName,
+    Positive,
+    Table,
+    having,
+    setting,
+)
 
 
 class Model(Table):
@@ -33,6 +44,12 @@ class Model(Table):
     revision: Name | None = setting(None, "Commit, tag or branch of a base from the hub; default: its main branch.")
     trust_remote_code: bool = setting(
         False, "Run the Python code that comes with a base or tokenizer; otherwise one that needs its own is refused."
+    )
+    attention: Literal["packed", "padded"] = setting(
+        "packed",
+        "How rows share a pass: `packed`, without padding; `padded` to the longest, by the model's own attention: "
+        "slower, for families that cannot be packed.",
+        when={"method.name": having("is_uncut")},
     )
     target_modules: tuple[Name, ...] | None = setting(
         None, "Names or patterns of the adapted layers; default: those usual for the model's family."

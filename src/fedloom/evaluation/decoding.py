@@ -19,6 +19,7 @@ from fedloom.data.token_rows import PromptTokens, text_prompts
 from fedloom.data.tokenizer import pad_id
 from fedloom.errors import EvaluationError
 from fedloom.evaluation.outputs_file import OutputsFile
+from fedloom.evaluation.prompt_batches import left_padded, let_go, prompt_batches
 from fedloom.models.causal import causal_lm, context_length, end_ids
 from fedloom.models.foreign_forward import foreign_forward
 
@@ -73,7 +74,8 @@ def decode(
     model_id: str = "",
     on_progress: OnProgress | None = None,
 ) -> Decoded:
-    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device.
+    """Decode every distinct prompt once, in batches of similar length, longest first, on the model's device;
+    company that would change what a model decodes is not kept.
 
     A prompt given as text is read as it stands; those of rows come from ``fedloom.data.token_rows.record_prompts``.
     ``frame`` says where their answers end (``fedloom.data.answer_frame``); by default at the end of text, and where the
@@ -117,8 +119,7 @@ def _decode_batches(
 ) -> Iterator[tuple[list[str], list[Output]]]:
     _check_room(model, prompts, settings)
     longest_first = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    for start in range(0, len(longest_first), batch_size):
-        batch = longest_first[start : start + batch_size]
+    for batch in prompt_batches(model, longest_first, batch_size):
         outputs = _generate(causal_lm(model), tokenizer, [prompt.ids for prompt in batch], settings, frame)
         yield [prompt.text for prompt in batch], outputs
 
@@ -136,7 +137,7 @@ def _generate(
     from transformers import GenerationConfig, LogitsProcessorList
 
     pad = pad_id(tokenizer)
-    input_ids_BT, mask_BT = _left_padded(rows, pad, model.device)
+    input_ids_BT, mask_BT = left_padded(rows, pad, model.device)
     width = input_ids_BT.shape[1]
     config = GenerationConfig(
         do_sample=False,
@@ -149,6 +150,7 @@ def _generate(
     processors = LogitsProcessorList()
     if settings.no_repeat_ngram_size:
         processors.append(NoRepeatedNgrams(settings.no_repeat_ngram_size, width))
+    let_go(model)
     with foreign_forward(model):
         generated_BT = model.generate(
             input_ids_BT, attention_mask=mask_BT, generation_config=config, logits_processor=processors
@@ -172,13 +174,6 @@ class NoRepeatedNgrams:
         repeats_BG = (ngrams_BGN[:, :, :-1] == begun_BN[:, None, :]).all(dim=-1)
         forbidden_BG = torch.where(repeats_BG, float("-inf"), 0.0).to(scores_BV)
         return scores_BV.scatter_add(1, ngrams_BGN[:, :, -1], forbidden_BG)
-
-
-def _left_padded(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    width = max(map(len, rows))
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _check_room(model: Any, prompts: Sequence[PromptTokens], settings: DecodingSettings) -> None:

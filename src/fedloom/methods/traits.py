@@ -98,6 +98,11 @@ class Traits:
         return self.kind is Kind.SPLIT
 
     @property
+    def is_uncut(self) -> bool:
+        """Whether whoever computes has the whole model."""
+        return not self.is_cut
+
+    @property
     def is_control(self) -> bool:
         """Whether nothing crosses, the optimiser persists and the schedule spans the run."""
         return self.kind is Kind.CONTROL

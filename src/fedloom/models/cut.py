@@ -22,14 +22,20 @@ from torch import Tensor, nn
 from fedloom.errors import CutError, ModelError
 from fedloom.models.families import Family, decoder_blocks, model_type
 from fedloom.models.foreign_forward import foreign_forward
+from fedloom.models.row_attention import attention_of
 
 
 def cuttable_parts(model: nn.Module) -> Family:
-    """Return the names of the model's parts, if it is of a family that can be cut.
+    """Return the names of the model's parts, if it is of a family that can be cut, and its rows are packed.
 
     Raises:
         CutError: if it is not, by name.
     """
+    if attention_of(model) == "padded":
+        raise CutError(
+            "model.attention: expected packed for a model that is cut, whose parts run on rows without padding, got "
+            "padded; drop it, or use a method that does not cut the model"
+        )
     try:
         return decoder_blocks(model)
     except ModelError as problem:

@@ -6,14 +6,19 @@ What is found is a guess by structure. A cut made by it is compared with the unc
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
-_QUERIES = ("q_proj", "q_b_proj")
-_VALUES = ("v_proj", "kv_b_proj")
+_QUERIES = ("q_proj", "q_b_proj", "query", "query_proj", "project_q", "Wq", "q_lin")
+_VALUES = ("v_proj", "kv_b_proj", "value", "value_proj", "project_v", "Wv", "v_lin", "kv_proj")
 _FUSED = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+_READS_ANOTHER = re.compile(r"(^|\.)(encoder_attn|cross_?attn|cross_?attention|encdec_attn)(\.|$)", re.IGNORECASE)
+"""Attention over what another model has read, which a decoder alone never calls."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,8 @@ class Parts:
 
 
 def num_blocks_of(model: Any) -> int:
-    """Return how many blocks a model's configuration states."""
-    return int(model.config.get_text_config().num_hidden_layers)
+    """Return how many blocks a model's configuration states, 0 where it states none."""
+    return int(getattr(model.config.get_text_config(), "num_hidden_layers", 0))
 
 
 def discovered_parts(model: Any) -> Parts | None:
@@ -64,12 +69,43 @@ def discovered_parts(model: Any) -> Parts | None:
 
 
 def discovered_targets(model: nn.Module) -> tuple[str, ...]:
-    """Return the last names of the query and value projections, or of the fused one; none where there are no such."""
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if not any(module.children())}
+    """Return the last names of the text's query and value projections, or of the fused one; none if there are none."""
+    away = beside_text(model)
+    leaves = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if not any(module.children()) and not is_away(name, away)
+    }
     query, value = (next((name for name in wanted if name in leaves), None) for wanted in (_QUERIES, _VALUES))
     if query and value:
         return (query, value)
     return next(((name,) for name in _FUSED if name in leaves), ())
+
+
+def beside_text(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of a model's parts that never see its text: towers for images and sounds."""
+    embeddings = _input_embeddings(model)
+    if embeddings is None:
+        return ()
+    return tuple(
+        name
+        for name, module in model.named_modules()
+        if name and isinstance(module, PreTrainedModel) and embeddings not in module.modules()
+    )
+
+
+def is_away(name: str, away: Collection[str]) -> bool:
+    """Whether a module is in one of these parts, or attends to what another model has read."""
+    inside = any(name == part or name.startswith(f"{part}.") for part in away)
+    return inside or _READS_ANOTHER.search(name) is not None
+
+
+def _input_embeddings(model: Any) -> nn.Module | None:
+    try:
+        embeddings: nn.Module | None = model.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    return embeddings
 
 
 def _has_parameters(module: nn.Module) -> bool:

@@ -18,7 +18,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
-from fedloom.models.discovery import discovered_parts, discovered_targets, num_blocks_of
+from fedloom.models.discovery import beside_text, discovered_parts, discovered_targets, is_away, num_blocks_of
 
 ALL_LINEAR = "all-linear"
 """The pattern that stands for every linear layer below the output head."""
@@ -150,16 +150,18 @@ def resolve_targets(model: nn.Module, patterns: Sequence[str] | None = None) -> 
     A pattern is a module's name or the end of one (``q_proj``, ``self_attn.q_proj``), a glob over full names
     (``model.layers.[0-3].*.v_proj``), a regular expression that matches a full name whole, or ``all-linear``.
     Without patterns the family's defaults are taken, or the query and value projections that the model has.
+    These and ``all-linear`` leave out what never sees the text: towers for images, attention to another model.
     The output head is never adapted: the loss reads its weight.
 
     Raises:
         ModelError: if a pattern matches nothing, or a module that is not a linear layer.
     """
     chosen: set[str] = set()
-    leaves = _leaves(model)
-    head = _output_head(model)
+    leaves, head = _leaves(model), _output_head(model)
+    away = beside_text(model)
+    reading = {name: module for name, module in leaves.items() if not is_away(name, away)}
     for pattern in _default_patterns(model) if patterns is None else _as_list(patterns):
-        matches = _match(pattern, leaves, head)
+        matches = _match(pattern, reading if patterns is None or pattern == ALL_LINEAR else leaves, head)
         _check_matches(pattern, matches, leaves, head)
         chosen.update(matches)
     return [name for name in leaves if name in chosen]

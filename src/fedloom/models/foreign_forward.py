@@ -11,11 +11,12 @@ import torch
 from fedloom.errors import FedloomError, ModelError
 
 _OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+_ADVICE = "choose another base, or other model.target_modules"
 
 
 @contextmanager
-def foreign_forward(model: Any) -> Iterator[None]:
-    """Say in one line which model's forward raised what.
+def foreign_forward(model: Any, advice: str = _ADVICE) -> Iterator[None]:
+    """Say in one line which model's forward raised what, and what to do.
 
     Raises:
         ModelError: in place of any error but our own and those of a full memory.
@@ -30,6 +31,5 @@ def foreign_forward(model: Any) -> Iterator[None]:
             raise
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         raise ModelError(
-            f"model.base: the forward of {kind!r} raised {type(error).__name__}: {told}; choose another base, or other "
-            "model.target_modules"
+            f"model.base: the forward of {kind!r} raised {type(error).__name__}: {told}; {advice}"
         ) from error

@@ -21,6 +21,7 @@ from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
 from fedloom.models.quantized_layers import is_quantized, keep_trainable
+from fedloom.models.row_attention import Attention, choose_attention
 from fedloom.models.stored_quantization import UNQUANTISED, stored_method
 from fedloom.models.threads import BUILDING
 
@@ -106,6 +107,7 @@ def load_base(
     quantization: Quantization = "none",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    attention: Attention = "packed",
 ) -> Base:
     """Load a causal LM, frozen and in evaluation mode: a folder, a hub name, or ``embedded``, the package's own.
 
@@ -113,6 +115,7 @@ def load_base(
     own. ``dtype="auto"`` is the weights' own; ``device="auto"`` the first available of cuda, mps, cpu. With
     ``quantization`` the linear layers are held in 4 or 8 bits and ``dtype`` is that of the activations.
     Python code that comes with a base or tokenizer is run only with ``trust_remote_code``; nothing is ever asked.
+    ``attention`` says how rows share a pass: packed without padding, or padded, by the model's own attention.
 
     Raises:
         ModelError: if there is no such model, dtype or quantization, it is incomplete or corrupt, it is not a causal
@@ -130,6 +133,7 @@ def load_base(
     digest = found.revision_hash  # of what is about to be read
     model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
+    choose_attention(model, attention)
     return Base(model, found.tokenizer, found.name, digest, model.dtype, found.device)
 
 
@@ -185,7 +189,7 @@ def _load_model(
     extra = _quantized(quantization, dtype, config)
     placed = {"device_map": {"": device}} if extra else {}
     try:
-        with BUILDING, _bars_on_terminals_only():
+        with BUILDING, bars_on_terminals_only():
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -216,7 +220,7 @@ def _load_model(
 
 
 @contextmanager
-def _bars_on_terminals_only() -> Iterator[None]:
+def bars_on_terminals_only() -> Iterator[None]:
     """Keep the loader's progress bar out of logs and pipes."""
     if sys.stderr.isatty():
         yield

@@ -7,6 +7,8 @@ is read from the safetensors files. Module names stay those of the uncut model, 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.models.base_folder import read_config
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
-from fedloom.models.load import DTYPES, BaseFolder, Dtype, Quantization
+from fedloom.models.load import DTYPES, BaseFolder, Dtype, Quantization, bars_on_terminals_only
 from fedloom.models.threads import BUILDING
 
 
@@ -220,9 +222,13 @@ def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _fill(model: Any, folder: Path, tied: dict[str, str], dtype: torch.dtype) -> int:
-    """Read every parameter that is left from the checkpoint; return the bytes read."""
-    where, prefix, read_bytes = _index(folder), f"{model.base_model_prefix}.", 0
-    for name, _ in list(model.named_parameters(remove_duplicate=False)):
+    """Read every number that is left from the checkpoint; return the bytes read."""
+    where, prefix = _index(folder), f"{model.base_model_prefix}."
+    read_bytes, filled = _fill_rearranged(model, where, tied, dtype)
+    parameters, kept = dict(model.named_parameters(remove_duplicate=False)), model.state_dict().keys()
+    for name in [*parameters, *(name for name, _ in model.named_buffers() if name in kept)]:
+        if name in filled:
+            continue
         # A file may lack the prefix of the causal LM (``model.``), and hold a tied weight under its other name.
         names = (name, tied.get(name, name))
         spellings = [spelling for key in names for spelling in (key, key.removeprefix(prefix))]
@@ -231,10 +237,56 @@ def _fill(model: Any, folder: Path, tied: dict[str, str], dtype: torch.dtype) ->
             raise ModelError(f"model.base: expected the tensor {name} in {folder}, found none; fetch the model again")
         tensor = _read(where[stored], stored)
         read_bytes += tensor.nbytes
-        parent, _, leaf = name.rpartition(".")
-        parameter = nn.Parameter(tensor.to(dtype), requires_grad=False)
-        model.get_submodule(parent)._parameters[leaf] = parameter  # a meta tensor cannot be copied into, only replaced
+        module, leaf = _place(model, name)
+        if name in parameters:  # a meta tensor cannot be copied into, only replaced
+            module._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
+        else:
+            module._buffers[leaf] = tensor.to(module.get_buffer(leaf).dtype)
     return read_bytes
+
+
+def _fill_rearranged(
+    model: Any, where: Mapping[str, Path], tied: Mapping[str, str], dtype: torch.dtype
+) -> tuple[int, frozenset[str]]:
+    """Read a checkpoint whose layout is not the model's, such as one of a tensor per expert, as transformers does.
+
+    Returns the bytes and the names of what was read: nothing where the layout is the model's own.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import convert_and_load_state_dict_in_model
+        from transformers.modeling_utils import LoadStateDictConfig
+    except ImportError:  # an older one, which knows no other layout by these names
+        return 0, frozenset()
+    if not get_model_conversion_mapping(model, add_legacy=False):
+        return 0, frozenset()
+    # A head may be stored as the embeddings only, which this part does not have: they are read in their place for it.
+    parameters = dict(model.named_parameters())
+    lent = {name: other for name, other in tied.items() if name in parameters and other not in parameters}
+    for name, other in lent.items():
+        holder, leaf = _place(model, other)
+        holder.register_parameter(leaf, nn.Parameter(torch.empty_like(parameters[name], device="meta")))
+    with ExitStack() as stack, bars_on_terminals_only():
+        files = {file: stack.enter_context(safe_open(file, framework="pt")) for file in set(where.values())}
+        slices = {name: files[file].get_slice(name) for name, file in where.items()}
+        rules = LoadStateDictConfig(dtype=dtype, weight_mapping=get_model_conversion_mapping(model))
+        report, _ = convert_and_load_state_dict_in_model(model, slices, rules)
+    missing = set(report.missing_keys)
+    for name, other in lent.items():
+        (holder, leaf), (module, own) = _place(model, other), _place(model, name)
+        parameter = holder._parameters.pop(leaf)
+        if other not in missing:
+            module._parameters[own] = parameter
+            missing.discard(name)
+    state = model.state_dict()
+    filled = frozenset(state.keys() - missing)
+    return sum(state[name].nbytes for name in filled), filled
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a tensor, and the tensor's name in it."""
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf
 
 
 def _index(folder: Path) -> dict[str, Path]:

@@ -30,9 +30,10 @@ from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
 from fedloom.methods.state import Broadcast, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.models.base_folder import first_line, read_config
+from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
-from fedloom.training.skeleton import check_runs_packed
+from fedloom.training.skeleton import check_passes
 from fedloom.training.stats import TrainingStats
 from fedloom.wording import written_bytes
 
@@ -44,6 +45,11 @@ MEASURED_NUMBERS = 2**26
 """Numbers in a message that is written to be measured."""
 LISTED_CLIENTS = 100
 """Clients that have a line each."""
+_ATTENTION_LINES: dict[Attention, str] = {
+    "packed": "attention: packed, rows of a pass one behind the other without padding",
+    "padded": "attention: padded, rows of a pass padded to the longest through the model's own forward; slower, and "
+    "training.token_budget and evaluation.batch_tokens count the padding",
+}
 ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 """Widths that a block keeps for its backward pass without attention matrices, an estimate."""
 
@@ -90,6 +96,7 @@ class Description:
             f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
             f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
             *self._narrow_lines(),
+            _ATTENTION_LINES[self.settings["model"]["attention"]],
             "",
             f"{'client':>{width}}  {'rank':>4}  {'trained':>12}  {'up a round':>11}  {'first down':>11}"
             f"  {'later down':>12}",
@@ -136,14 +143,15 @@ def describe(settings: Settings) -> Description:
     """Return the sizes of a recipe without loading weights; a cut recipe's rows are sampled for their length.
 
     Raises:
-        ModelError: if the base's configuration cannot be read, or is of a model that cannot be trained packed.
+        ModelError: if the base's configuration cannot be read, or is of a model whose rows cannot pass as
+            `model.attention` says.
         AdapterError: if a rank does not fit its modules.
     """
     written, names = settings, known_names(settings)
     if names is not None:
         settings = resolve_names(settings, names)
     model = skeleton(settings)
-    check_runs_packed(model)
+    check_passes(model, settings.model.attention)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = lora_of(model, settings.model.target_modules)
     ranks = settings.client_ranks

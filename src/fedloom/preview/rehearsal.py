@@ -23,7 +23,7 @@ from fedloom.models.load import Base, find_base
 from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import skeleton
 from fedloom.run_folder.claim import is_begun
-from fedloom.training.skeleton import check_runs_packed
+from fedloom.training.skeleton import check_passes
 from fedloom.wording import counted
 
 _FETCHED = "not on this machine; a run would fetch it from the hub"
@@ -63,7 +63,7 @@ class SketchWorkshop(Workshop):
             model.base, tokenizer=model.tokenizer, device="cpu", trust_remote_code=model.trust_remote_code
         )
         shapes = skeleton(settings)
-        check_runs_packed(shapes)
+        check_passes(shapes, model.attention)
         base = Base(shapes, found.tokenizer, found.name, "", shapes.dtype, found.device)
         return base, lora_of(shapes, model.target_modules)
 

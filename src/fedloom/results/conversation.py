@@ -18,6 +18,7 @@ from fedloom.data.sources import Rows, load_rows
 from fedloom.data.templates import AUTO, ChatTemplate, Template
 from fedloom.data.token_rows import PromptTokens, record_prompts, text_prompts
 from fedloom.errors import DataError, EvaluationError
+from fedloom.evaluation.prompt_batches import let_go
 from fedloom.models.causal import causal_lm, context_length, end_ids
 from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
@@ -221,6 +222,7 @@ def answer(opened: OpenedResult, name: str, worded: PromptTokens, sampling: Samp
     )
     processors = LogitsProcessorList([GumbelNoise(sampling, worded.text)] if sampling.temperature > 0.0 else [])
     input_ids_BT = torch.tensor([ids], device=model.device)
+    let_go(model)
     generated_BT = model.generate(
         input_ids_BT,
         attention_mask=torch.ones_like(input_ids_BT),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,18 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-from fedloom import embedded
-from fedloom.data.own_code import TRUST_VARIABLE
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.lora.algebra import compress, distance, norm, pad
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import parameters_of, save_peft
-from fedloom.models.base_folder import read_config
 from fedloom.models.load import Base
-from fedloom.models.stock_peft import not_read
 from fedloom.results.card import adapter_card, merged_card
 from fedloom.results.conversation import wording_of
 from fedloom.results.opened_result import (
@@ -34,6 +30,7 @@ from fedloom.results.opened_result import (
     unfinished_note,
     wrap,
 )
+from fedloom.results.peft_check import check_with_peft
 from fedloom.results.serving_files import copy_serving_files, generation_config, stop_ids
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import ADAPTER, read_object
@@ -58,7 +55,8 @@ class Exported:
         rank_error: Frobenius distance of what is written, before the cast, from what training added: 0 without a
             rank, and only rounding (below 1e-6 of the norm) if the rank is large enough for all of it.
         cast_error: Frobenius norm of what rounding to ``dtype`` loses of it.
-        unread: which modules stock peft does not load on the base; None where it loads all, or the base is not here.
+        unread: which modules stock peft does not load on the base; None where it loads all, or was not asked.
+        unchecked: why stock peft was not asked; None where it was.
     """
 
     folder: Path
@@ -69,6 +67,7 @@ class Exported:
     rank_error: float
     cast_error: float
     unread: str | None = None
+    unchecked: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, relative errors included."""
@@ -90,7 +89,7 @@ class Exported:
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         lines = [f"{self.folder}: {self.form}, {len(self.ranks)} modules of {ranks}, {self.dtype}", self.rank_line()]
         lines += [self.cast_line()] if self.cast_error > 0.0 else []
-        return [*lines, self.unread] if self.unread is not None else lines
+        return [*lines, *(line for line in (self.unread, self.unchecked) if line is not None)]
 
     def rank_line(self) -> str:
         """Return what the rank costs."""
@@ -108,16 +107,24 @@ class Exported:
 
 
 def export_adapter(
-    source: str | Path, to: str | Path, *, rank: int | None = None, client: int | None = None, dtype: str = "float32"
+    source: str | Path,
+    to: str | Path,
+    *,
+    base: str | Path | None = None,
+    rank: int | None = None,
+    client: int | None = None,
+    dtype: str = "float32",
 ) -> Exported:
     """Write a run's result as one PEFT adapter on the untouched base, with a model card.
 
     With ``rank`` every module gets exactly that rank: compressed by the best approximation there is (Eckart–Young), or
-    padded with zeros, so the file needs no rank pattern and any server takes it.
+    padded with zeros, so the file needs no rank pattern and any server takes it. What is written is loaded with stock
+    peft on the base's configuration, which is looked for where the result says, or at ``base``.
 
     Raises:
         RunError: the run has not finished, has an adapter per client and none is chosen, or ``to`` holds files.
         AdapterError: there is nothing to export, or ``rank`` is not a whole number from 1 to the largest rank.
+        ModelError: ``base`` is given and its configuration is not there.
     """
     found, to = _chosen(Path(source), client), Path(to)
     adapter = _only_adapter(found)
@@ -132,9 +139,11 @@ def export_adapter(
         nonlocal exported
         base_name, parameters = found.reference or "", parameters_of(own)
         save_peft(cast, folder, base_name=base_name, conv1d=_is_conv1d(own), dropout=0.0, parameters=parameters)
-        exported = replace(exported, unread=_unread(found, folder))
+        unread, unchecked = check_with_peft(found, folder, base)
+        exported = replace(exported, unread=unread)
         copy_serving_files(own, folder)
         (folder / CARD).write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
+        exported = replace(exported, unchecked=unchecked)  # of no use to whoever reads the card
 
     _publish(to, write)
     return exported
@@ -157,7 +166,8 @@ def export_merged(
     Raises:
         RunError: as for :func:`export_adapter`.
         AdapterError: as for :func:`export_adapter`.
-        ModelError: the base cannot be loaded, is quantized, or ties a target's weights to another module's.
+        ModelError: the base cannot be loaded, is quantized, ties a target's weights to another module's, or would be
+            written as a kind that transformers does not load as a causal LM.
     """
     found, to = _chosen(Path(source), client), Path(to)
     _refuse_quantized(found)
@@ -166,6 +176,7 @@ def export_merged(
     _refuse_files(to)
     loaded = load_base_of(found, base, None, "cpu", dtype="auto")
     _refuse_quantized_base(loaded)
+    _refuse_part_of_a_kind(loaded)
     target = loaded.dtype if dtype is None else _dtype(dtype)
     lora = wrap(found, loaded)
     layers = dict(lora.layers)
@@ -270,15 +281,6 @@ def _is_conv1d(folder: Path) -> bool:
     return bool(durable.read_json(folder / "adapter_config.json").get("fan_in_fan_out"))
 
 
-def _unread(found: Found, folder: Path) -> str | None:
-    """Check what stock peft reads of the adapter, where its base's configuration is on this machine."""
-    name = None if found.base_name is None else Path(embedded.base_path(found.base_name)).expanduser()
-    if name is None or not (name / "config.json").is_file():
-        return None
-    trusted = bool(os.environ.get(TRUST_VARIABLE))
-    return not_read(folder, read_config(name, trusted), trust_remote_code=trusted)
-
-
 def _dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ModelError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}; choose one of these")
@@ -298,6 +300,17 @@ def _refuse_quantized_base(base: Base) -> None:
         raise ModelError(
             f"{base.name} is stored quantized, too coarse to merge an update into; export the adapter "
             "instead (without --merge) and serve it beside the base"
+        )
+
+
+def _refuse_part_of_a_kind(base: Base) -> None:
+    """Reject a model that is the text part of another kind and cannot be loaded without the rest of it."""
+    config = base.model.config
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
+        raise ModelError(
+            f"{base.name}: expected a base that is written as a causal LM, its text part would be written as a "
+            f"{config.model_type!r}, which transformers does not load as one; export the adapter instead (without "
+            "--merge)"
         )
 
 

@@ -26,10 +26,12 @@ from fedloom.lora.peft_files import base_of, load_peft
 from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.models.load import Base, load_base
+from fedloom.models.row_attention import choose_attention
 from fedloom.models.threads import compute_with
 from fedloom.run_folder.contents import ADAPTER, check_in_run
 from fedloom.run_folder.reader import StoredRun, missing_adapters, read_run
 from fedloom.run_folder.run_date import date_of
+from fedloom.training.loss import obstacle
 
 RESULT = "result"
 """Name of the shared adapter; if each client has its own, they are ``client-0``, ``client-1``, ..."""
@@ -163,7 +165,7 @@ def load_base_of(
     if found.settings is not None:
         model = found.settings.model
         options |= {"dtype": model.dtype, "quantization": model.quantization, "tokenizer": tokenizer or model.tokenizer}
-        options |= {"device": device or model.device}
+        options |= {"device": device or model.device, "attention": model.attention}
         if not base:  # the run's revision belongs to the run's base, not to another one
             options |= {"revision": model.revision}
     compute_with((Engine() if found.settings is None else found.settings.engine).threads)
@@ -179,7 +181,15 @@ def load_base_of(
             "if it is elsewhere, give it with --base FOLDER"
         ) from error
     _check_identity(found, loaded)
+    if found.settings is None:
+        _choose_working_attention(loaded)
     return loaded
+
+
+def _choose_working_attention(base: Base) -> None:
+    """Let rows be padded where the base cannot run packed: a PEFT folder does not say how it was trained."""
+    if obstacle(base.model, "packed") is not None and obstacle(base.model, "padded") is None:
+        choose_attention(base.model, "padded")
 
 
 def wrap(found: Found, base: Base) -> LoRAModel:

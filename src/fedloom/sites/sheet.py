@@ -24,6 +24,7 @@ from fedloom.federation.blob import WireDtype
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
 from fedloom.training.cohort_round import LocalTraining
 
@@ -136,6 +137,7 @@ class Sheet(Part):
     scores: bool
     batch_tokens: Number
     split: SheetSplit | None = None
+    attention: Attention = "packed"
 
     @property
     def local_training(self) -> LocalTraining:
@@ -204,6 +206,7 @@ def sheet_of(
         scores=scores,
         batch_tokens=settings.evaluation.batch_tokens,
         split=None if cut is None else cut.split,
+        attention=settings.model.attention,
     )
 
 

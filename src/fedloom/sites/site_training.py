@@ -29,6 +29,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
 from fedloom.models.causal import longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
+from fedloom.models.row_attention import choose_attention
 from fedloom.seeding import stream
 from fedloom.sites import policy
 from fedloom.sites.frame_parts import Refusal
@@ -136,6 +137,7 @@ class SiteTraining:
         base = load_site_base(self.site)
         if (refusal := policy.of_base(sheet, base.revision_hash, fingerprint(base.tokenizer))) is not None:
             raise RefusedError(refusal)
+        choose_attention(base.model, sheet.attention)
         self._lora = lora_of(base.model, sheet.target_modules)
         self._lora.check_rank(sheet.rank)
         output_head(self._lora.model)

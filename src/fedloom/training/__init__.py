@@ -1,1 +1,1 @@
-"""Local training: packed forwards, the loss on supervised tokens, the optimiser, a cohort of clients."""
+"""Local training: passes over rows, the loss on supervised tokens, the optimiser, a cohort of clients."""

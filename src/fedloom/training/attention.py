@@ -21,6 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from fedloom.errors import ModelError
+from fedloom.models.row_attention import USE_PADDED
 from fedloom.training.rotation import rotated_apart
 
 PACKED = "fedloom_packed"
@@ -29,7 +30,7 @@ PACKED = "fedloom_packed"
 LAYOUT = "packed_layout"
 """The keyword argument that carries the ``Layout`` through a model to its attention."""
 
-_UNSUPPORTED = "which packed training does not support; choose another base"
+_UNSUPPORTED = "which packed rows do not support"
 
 BUCKET_RATIO, BUCKET_SLACK = 1.12, 8
 """A bucket holds samples up to this ratio, plus this many tokens, longer than its shortest."""
@@ -152,8 +153,8 @@ def attend(
     rows: Layout | None = kwargs.get(LAYOUT)
     if rows is None:
         raise ModelError(
-            f"model.base: expected {LAYOUT!r} in the packed forward of {type(module).__name__}, got none; "
-            "call the model through hidden_states"
+            f"model.base: expected {LAYOUT!r} in the packed forward of {type(module).__name__}, got none: "
+            f"its layers do not hand it on; {USE_PADDED}"
         )
     rows.attended.add(module)
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
@@ -175,15 +176,15 @@ def _check_supported(
 ) -> None:
     kind = type(module).__name__
     if kwargs.get("s_aux") is not None:
-        raise ModelError(f"model.base: {kind} has attention sinks, {_UNSUPPORTED}")
+        raise ModelError(f"model.base: {kind} has attention sinks, {_UNSUPPORTED}; {USE_PADDED}")
     if kwargs.get("position_bias") is not None or attention_mask is not None:
-        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, {_UNSUPPORTED}")
+        raise ModelError(f"model.base: {kind} adds a bias or mask of its own, {_UNSUPPORTED}; {USE_PADDED}")
     if not getattr(module, "is_causal", True):
-        raise ModelError(f"model.base: {kind} has attention that is not causal, {_UNSUPPORTED}")
+        raise ModelError(f"model.base: {kind} has attention that is not causal; choose another base")
     if dropout:
         raise ModelError(f"model.base: expected no attention dropout, {kind} has {dropout}; call model.eval() first")
     if sliding_window is None and _layer_type(module) not in (None, "full_attention"):
-        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, {_UNSUPPORTED}")
+        raise ModelError(f"model.base: {kind} has a {_layer_type(module)} layer, {_UNSUPPORTED}; {USE_PADDED}")
 
 
 def _layer_type(module: nn.Module) -> str | None:

@@ -1,4 +1,4 @@
-"""Train a cohort of clients over one frozen base: several clients' rows in one packed pass, each with its own adapter.
+"""Train a cohort of clients over one frozen base: several clients' rows in one pass, each with its own adapter.
 
 What a client ends with depends on its own rows, rank, start and streams only; which other clients were in its passes
 changes rounding at most, and on a CPU no bit (:mod:`fedloom.lora.linear` says how). Per step and client the loss is the
@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 import torch
@@ -30,7 +31,8 @@ from fedloom.lora.pair import BOTH, Adapter, Factors, Pair
 from fedloom.seeding import stream
 from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
-from fedloom.training.packing import Row, hidden_states, num_targets, pack, split_by_tokens
+from fedloom.training.packing import Row, num_targets
+from fedloom.training.row_passes import Batch, RowPasses, row_passes
 from fedloom.training.stats import TrainingStats
 
 
@@ -133,16 +135,16 @@ def train_cohort(
     after its last. Rounds count from 1. Slots are opened for the cohort and freed at the end, also after an error.
 
     Raises:
-        ModelError: if the model cannot train packed.
+        ModelError: if the passes of the model are not its own forward.
         AdapterError: if a start does not fit the model or its task's rank.
     """
     lora.open([Slot(task.rank, task.scale) for task in tasks])
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
-        head = output_head(lora.model)
-        clients = [_Client(lora, slot, task, settings, seed, round) for slot, task in enumerate(tasks)]
+        head, passes = output_head(lora.model), row_passes(lora.model)
+        clients = [_Client(lora, passes, slot, task, settings, seed, round) for slot, task in enumerate(tasks)]
         while active := [client for client in clients if not client.is_done]:
-            _train_step(lora, head, active, settings)
+            _train_step(lora, passes, head, active, settings)
             for client in active:
                 report = client.update()
                 if on_step is not None:
@@ -160,18 +162,29 @@ class _MicroBatch:
     owner: _Client
     rows: list[Row]
     keys: NDArray[np.uint64]
-    num_tokens: int
     num_targets: int
     weight: float
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        return [len(ids) for ids, _ in self.rows]
 
 
 class _Client:
     """A client while its round runs: its batches, its optimiser, what it has seen so far."""
 
     def __init__(
-        self, lora: LoRAModel, slot: int, task: ClientTask, settings: LocalTraining, seed: int, number: int
+        self,
+        lora: LoRAModel,
+        passes: RowPasses,
+        slot: int,
+        task: ClientTask,
+        settings: LocalTraining,
+        seed: int,
+        number: int,
     ) -> None:
-        self.slot, self.task = slot, task
+        self.slot, self.task, self._passes = slot, task, passes
         self._lora, self._settings, self._seed, self._round = lora, settings, seed, number
         lora.load(slot, task.start)
         rng = stream(seed, "batches", number, task.client)
@@ -202,7 +215,8 @@ class _Client:
         """Cut the next batch into what goes through in one pass each; decided from this client alone."""
         rows = [self.task.rows.row(int(index)) for index in self._batches[self._step]]
         lengths = [len(ids) for ids, _ in rows]
-        parts = split_by_tokens(lengths, self._settings.token_budget, self._settings.micro_batch_size)
+        groups, settings = [[length] for length in lengths], self._settings
+        parts = self._passes.split(groups, settings.token_budget, settings.micro_batch_size)
         learnt = sum(num_targets(supervised) for _, supervised in rows)
         self._batch_tokens, self._batch_targets, self._batch_nats = sum(lengths), learnt, 0.0
         self._examples += len(rows)
@@ -211,9 +225,8 @@ class _Client:
         return [self._micro_batch([rows[i] for i in part], keys[part], learnt) for part in parts]
 
     def _micro_batch(self, rows: list[Row], keys: NDArray[np.uint64], targets_of_batch: int) -> _MicroBatch:
-        tokens = sum(len(ids) for ids, _ in rows)
         targets = sum(num_targets(supervised) for _, supervised in rows)
-        return _MicroBatch(self, rows, keys, tokens, targets, 1.0 / max(1, targets_of_batch))
+        return _MicroBatch(self, rows, keys, targets, 1.0 / max(1, targets_of_batch))
 
     def add(self, sum_nats: float, seconds: float) -> None:
         """Record the loss and the time of one of this client's micro-batches."""
@@ -274,7 +287,9 @@ class _Client:
         )
 
 
-def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], settings: LocalTraining) -> None:
+def _train_step(
+    lora: LoRAModel, passes: RowPasses, head: OutputHead, active: Sequence[_Client], settings: LocalTraining
+) -> None:
     """Gather the gradients of every active client's next batch.
 
     The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one micro-batch
@@ -283,18 +298,22 @@ def _train_step(lora: LoRAModel, head: OutputHead, active: Sequence[_Client], se
     waiting = [client.micro_batches() for client in active]
     for turn in range(max(len(parts) for parts in waiting)):
         ready = [parts[turn] for parts in waiting if turn < len(parts) and parts[turn].num_targets]
-        for members in split_by_tokens([part.num_tokens for part in ready], settings.token_budget):
-            _run_pass(lora, head, [ready[i] for i in members], settings)
+        for members in passes.split([part.lengths for part in ready], settings.token_budget):
+            _run_pass(lora, passes, head, [ready[i] for i in members], settings)
 
 
-def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], settings: LocalTraining) -> None:
+def _run_pass(
+    lora: LoRAModel, passes: RowPasses, head: OutputHead, parts: Sequence[_MicroBatch], settings: LocalTraining
+) -> None:
     """Run forward and backward over several clients' micro-batches, and record each one's losses and time."""
     begun = time.perf_counter()
     device = head.weight_VD.device
-    batch = pack([row for part in parts for row in part.rows], device)
+    batch: Batch = passes.batch([row for part in parts for row in part.rows], device)
+    lengths = iter(batch.lengths)
+    tokens = [sum(islice(lengths, len(part.rows))) for part in parts]
     dropout = dropout_of(settings.dropout, [part.keys for part in parts], batch.lengths, device)
-    lora.route([(part.owner.slot, part.num_tokens) for part in parts], dropout, batch.lengths)
-    hidden_SD = hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
+    lora.route([(part.owner.slot, count) for part, count in zip(parts, tokens, strict=True)], dropout, batch.lengths)
+    hidden_SD = passes.hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
     counts = [part.num_targets for part in parts]
     weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)
     loss, nats_S = supervised_cross_entropy(
@@ -303,8 +322,8 @@ def _run_pass(lora: LoRAModel, head: OutputHead, parts: Sequence[_MicroBatch], s
     torch.autograd.backward(loss)
     sums = [float(part.sum()) for part in torch.split(nats_S.double().cpu(), counts)]
     per_token = (time.perf_counter() - begun) / batch.num_tokens
-    for part, sum_nats in zip(parts, sums, strict=True):
-        part.owner.add(sum_nats, per_token * part.num_tokens)
+    for part, sum_nats, count in zip(parts, sums, tokens, strict=True):
+        part.owner.add(sum_nats, per_token * count)
 
 
 def _factor_names(lora: LoRAModel) -> list[str]:

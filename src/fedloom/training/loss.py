@@ -9,7 +9,8 @@ Letters: S supervised targets, C targets of a chunk, D width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -24,8 +25,8 @@ from fedloom.lora.pair import Pair
 from fedloom.models.families import model_type
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.models.quantized_layers import is_quantized
-from fedloom.training.packing import hidden_states, pack
-from fedloom.training.rotation import check_rotated_apart
+from fedloom.models.row_attention import Attention, attention_of, choose_attention
+from fedloom.training.row_passes import row_passes
 
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Logits held at a time: what stays in a CPU's cache; what keeps a GPU busy."""
@@ -34,7 +35,11 @@ FEWEST_ROWS = 4
 """Rows of a product with the output head at least, so that a target's loss does not depend on how many there are."""
 
 PROBE_LENGTHS = (7, 4)
-"""Tokens of the two samples with which a model's packed forward is compared with its own."""
+"""Tokens of the two rows with which a pass is compared with the model's own forward of each row alone."""
+
+_SCALES, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call a factor on their logits, a divisor, and a softcap."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,29 +175,48 @@ def _chunks(hidden_SD: Tensor, head: OutputHead) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, hidden_SD.shape[0], size))
 
 
-_VERIFIED: WeakKeyDictionary[nn.Module, OutputHead] = WeakKeyDictionary()
+_VERIFIED: WeakKeyDictionary[nn.Module, dict[Attention, OutputHead]] = WeakKeyDictionary()
 
 
 def output_head(model: Any) -> OutputHead:
-    """Return a causal LM's output head, after checking that its packed forward gives the model's own logits.
+    """Return a causal LM's output head, after checking that its passes give the model's own logits.
 
-    The first call for a model runs two short samples packed, and each alone the model's own way; this
-    detects an unknown transformation of the logits, and layers that mix samples. No adapter may be routed then.
+    The first call for a model, and for packed or padded rows, runs two short rows in one pass, and each alone the
+    model's own way; this detects an unknown transformation of the logits, and layers that mix rows. No adapter may be
+    routed then.
 
     Raises:
-        ModelError: naming the family whose packed forward or head is not the model's own.
+        ModelError: naming the family whose passes or head are not the model's own.
     """
-    if model not in _VERIFIED:
+    verified, attention = _VERIFIED.setdefault(model, {}), attention_of(model)
+    if attention not in verified:
         head = read_output_head(model)
         _verify(model, _with_adapter(model, head))
-        _VERIFIED[model] = head
-    return _with_adapter(model, _VERIFIED[model])
+        verified[attention] = head
+    return _with_adapter(model, verified[attention])
+
+
+def obstacle(model: Any, attention: Attention) -> str | None:
+    """Return why a causal LM cannot train and be scored with packed, or with padded rows; None where it can.
+
+    The model is left as it was chosen to attend. No adapter may be routed.
+    """
+    chosen = attention_of(model)
+    choose_attention(model, attention)
+    try:
+        output_head(model)
+    except ModelError as error:
+        return str(error)
+    finally:
+        choose_attention(model, chosen)
+    return None
 
 
 def read_output_head(model: Any) -> OutputHead:
     """Return a causal LM's output head unchecked, as for a part of a model, which has no forward of its own.
 
-    Read are the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor.
+    Read are the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor, and the
+    like under other names.
 
     Raises:
         ModelError: if the head is not a linear layer.
@@ -201,9 +225,14 @@ def read_output_head(model: Any) -> OutputHead:
     layer = layer.base if isinstance(layer, LoRALinear) else layer
     if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
         raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return OutputHead(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))
+    scale = math.prod(_configured(config, _SCALES)) / math.prod(_configured(config, _DIVISORS))
+    return OutputHead(layer.weight, layer.bias, scale, next(iter(_configured(config, _SOFTCAPS)), None))
+
+
+def _configured(config: Any, names: Sequence[str]) -> list[float]:
+    """Return the numbers other than zero that a config gives under these names."""
+    found = (getattr(config, name, None) for name in names)
+    return [value for value in found if isinstance(value, int | float) and value]
 
 
 def _with_adapter(model: Any, head: OutputHead) -> OutputHead:
@@ -227,15 +256,17 @@ def not_finite(model: Any) -> str:
 @torch.no_grad()
 def _verify(model: Any, head: OutputHead) -> None:
     vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
-    check_rotated_apart(model)
-    # Two samples of different lengths, tokens spread by a prime: packing that mixes samples or positions shows.
-    ids = [np.arange(1, n + 1, dtype=np.int32) * 37 % vocabulary for n in PROBE_LENGTHS]
-    batch = pack([(row, np.ones(len(row), dtype=np.bool_)) for row in ids], device)
-    packed = torch.split(head.logits(hidden_states(model, batch)), list(batch.lengths))
-    is_exact = head.weight_VD.dtype in (torch.float32, torch.float64) and not is_quantized(model)
-    tolerance = 1e-3 if is_exact else 5e-2
-    for logits_TV, row in zip(packed, ids, strict=True):
-        row_BT = torch.from_numpy(row).long().to(device)[None]
+    passes = row_passes(model)
+    passes.check(model)
+    # Two rows of different lengths, tokens spread by a prime: passes that mix rows or positions show.
+    rows = [(np.arange(1, n + 1, dtype=np.int32) * 37 % vocabulary, np.ones(n, dtype=np.bool_)) for n in PROBE_LENGTHS]
+    found: list[Tensor] = []
+    for part in passes.split([[length] for length in PROBE_LENGTHS], sum(PROBE_LENGTHS) * len(PROBE_LENGTHS)):
+        batch = passes.batch([rows[index] for index in part], device)
+        found += passes.by_row(batch, head.logits(passes.hidden_states(model, batch)))
+    tolerance = probe_tolerance(model)
+    for logits_TV, (ids, _) in zip(found, rows, strict=True):
+        row_BT = torch.from_numpy(ids).long().to(device)[None]
         with foreign_forward(model):
             own_TV = model(input_ids=row_BT, use_cache=False).logits[0]
         if not torch.isfinite(own_TV).all():
@@ -243,7 +274,13 @@ def _verify(model: Any, head: OutputHead) -> None:
         error = (logits_TV - own_TV.to(logits_TV.dtype)).norm() / own_TV.norm().clamp_min(1e-30)
         if not error <= tolerance:
             raise ModelError(
-                f"model.base: the packed forward of {model_type(model)!r} differs from the model's own by {error:.1e}, "
-                f"expected at most {tolerance:.0e}: {type(model).__name__} has unknown layers or an unknown head; "
-                "choose another base"
+                f"model.base: the {passes.name} forward of {model_type(model)!r} differs from the model's own by "
+                f"{error:.1e}, expected at most {tolerance:.0e}: {type(model).__name__} has unknown layers or an "
+                f"unknown head; {passes.advice}"
             )
+
+
+def probe_tolerance(model: Any) -> float:
+    """Return by how much two ways of computing a model's logits may differ, as a share of their norm."""
+    is_exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    return 1e-3 if is_exact else 5e-2

@@ -9,9 +9,10 @@ Letters: T tokens of all samples, S supervised targets, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ from torch import Tensor
 
 from fedloom.models.families import body_of
 from fedloom.models.foreign_forward import foreign_forward
+from fedloom.models.row_attention import USE_PADDED
 from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """A sample's token ids and which of them are supervised."""
+
+Size = TypeVar("Size")
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,8 +62,18 @@ def num_targets(supervised: NDArray[np.bool_]) -> int:
     return int(np.count_nonzero(supervised[1:]))
 
 
-def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> PackedBatch:
-    """Concatenate samples into one pass on ``device``."""
+class Learned(NamedTuple):
+    """Tokens of rows one behind the other, and the targets among them, as tensors on the CPU."""
+
+    ids_T: Tensor
+    target_index_S: Tensor
+    targets_S: Tensor
+    row_of_target_S: Tensor
+    position_ids_T: Tensor
+
+
+def learned(rows: Sequence[Row]) -> Learned:
+    """Concatenate rows and list their targets."""
     lengths = [len(ids) for ids, _ in rows]
     ids_T = np.concatenate([ids for ids, _ in rows])
     starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
@@ -69,17 +83,21 @@ def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> PackedBatch
     # Targets are listed by position instead of masked with -100: the output head, the largest matrix of a small model,
     # then runs on the supervised tokens alone.
     (target_at_S,) = np.nonzero(supervised_T)
+    positions_T = np.arange(len(ids_T)) - starts[row_of_token_T]
+    arrays = (ids_T, target_at_S - 1, ids_T[target_at_S], row_of_token_T[target_at_S], positions_T)
+    return Learned(*(torch.from_numpy(array.astype(np.int64)) for array in arrays))
 
-    def move(array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device)
 
+def pack(rows: Sequence[Row], device: torch.device | str = "cpu") -> PackedBatch:
+    """Concatenate samples into one pass on ``device``."""
+    found = learned(rows)
     return PackedBatch(
-        input_ids_T=move(ids_T),
-        position_ids_T=move(np.arange(len(ids_T)) - starts[row_of_token_T]),
-        target_index_S=move(target_at_S - 1),
-        targets_S=move(ids_T[target_at_S]),
-        row_of_target_S=move(row_of_token_T[target_at_S]),
-        layout=layout(lengths, device),
+        input_ids_T=found.ids_T.to(device),
+        position_ids_T=found.position_ids_T.to(device),
+        target_index_S=found.target_index_S.to(device),
+        targets_S=found.targets_S.to(device),
+        row_of_target_S=found.row_of_target_S.to(device),
+        layout=layout([len(ids) for ids, _ in rows], device),
     )
 
 
@@ -89,14 +107,14 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
     Raises:
         ModelError: if the model cannot attend sample by sample, naming what it has, or its own code raises.
     """
-    with packed_attention(model, batch.layout), foreign_forward(model):
+    with packed_attention(model, batch.layout), foreign_forward(model, f"{USE_PADDED} or other model.target_modules"):
         outputs = body_of(model)(
             input_ids=batch.input_ids_T[None],
             position_ids=batch.position_ids_T[None],
             use_cache=False,
             **{LAYOUT: batch.layout},
         )
-    hidden_TD: Tensor = outputs.last_hidden_state[0]
+        hidden_TD: Tensor = outputs.last_hidden_state[0]
     return hidden_TD
 
 
@@ -105,12 +123,20 @@ def split_by_tokens(lengths: Iterable[int], token_budget: int, most: int | None 
 
     A sample longer than the budget is a part of its own.
     """
+    return consecutive(lengths, operator.add, lambda tokens: tokens <= token_budget, most)
+
+
+def consecutive(
+    sizes: Iterable[Size], joined: Callable[[Size, Size], Size], fits: Callable[[Size], bool], most: int | None
+) -> list[list[int]]:
+    """Cut a sequence into consecutive parts of at most ``most`` items whose joined size fits, or of one item."""
     parts: list[list[int]] = []
-    tokens = 0
-    for index, length in enumerate(lengths):
-        if not parts or tokens + length > token_budget or len(parts[-1]) == most:
+    whole: Size | None = None
+    for index, size in enumerate(sizes):
+        together = size if whole is None else joined(whole, size)
+        if not parts or not fits(together) or len(parts[-1]) == most:
             parts.append([])
-            tokens = 0
+            together = size
         parts[-1].append(index)
-        tokens += length
+        whole = together
     return parts

@@ -15,7 +15,8 @@ from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.training.loss import not_finite, output_head, target_nats
-from fedloom.training.packing import hidden_states, pack, split_by_tokens
+from fedloom.training.packing import split_by_tokens
+from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
 
 PassLosses = tuple[NDArray[np.float64], NDArray[np.int64]]
 
@@ -44,9 +45,9 @@ def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int) -> 
     and does not depend on the passes. Targets are the supervised tokens that have a token before them.
 
     Raises:
-        ModelError: if the model cannot run packed.
+        ModelError: if the passes of the model are not its own forward.
     """
-    passes = passes_of(rows, token_budget)
+    passes = passes_of(rows, token_budget, row_passes(model))
     return joined(len(rows), passes, (score_pass(model, rows, members) for members in passes))
 
 
@@ -75,10 +76,14 @@ def check_finite(lora: LoRAModel, rows: TokenSet, *, token_budget: int) -> None:
         raise ModelError(not_finite(lora.model))
 
 
-def passes_of(rows: TokenSet, token_budget: int) -> list[list[int]]:
-    """Return which rows go through together: sorted by length, at most ``token_budget`` tokens a pass."""
+def passes_of(rows: TokenSet, token_budget: int, passes: RowPasses | None = None) -> list[list[int]]:
+    """Return which rows go through together: sorted by length, at most ``token_budget`` tokens a pass.
+
+    ``passes`` are those of the model that scores them; None: packed.
+    """
     order = np.argsort(rows.lengths, kind="stable")
-    return [order[part].tolist() for part in split_by_tokens(rows.lengths[order].tolist(), token_budget)]
+    groups = rows.lengths[order][:, None].tolist()
+    return [order[part].tolist() for part in (passes or PackedPasses()).split(groups, token_budget)]
 
 
 def joined(num_rows: int, passes: Sequence[Sequence[int]], scores: Iterable[PassLosses]) -> RowLosses:
@@ -94,9 +99,9 @@ def joined(num_rows: int, passes: Sequence[Sequence[int]], scores: Iterable[Pass
 def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -> PassLosses:
     """Return the summed nats and the number of targets of the rows of one pass."""
     causal_lm = model.model if isinstance(model, LoRAModel) else model
-    head = output_head(causal_lm)
-    batch = pack([rows.row(index) for index in members], head.weight_VD.device)
-    nats_S = target_nats(hidden_states(causal_lm, batch)[batch.target_index_S], head, batch.targets_S)
+    head, passes = output_head(causal_lm), row_passes(causal_lm)
+    batch: Batch = passes.batch([rows.row(index) for index in members], head.weight_VD.device)
+    nats_S = target_nats(passes.hidden_states(causal_lm, batch)[batch.target_index_S], head, batch.targets_S)
     row_of_target_S = batch.row_of_target_S.cpu().numpy()
     counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
     sum_nats = np.bincount(row_of_target_S, weights=nats_S.double().cpu().numpy(), minlength=len(members))

@@ -1,29 +1,47 @@
-"""What a model without numbers shows: whether its forward can run packed, told before any weight is loaded."""
+"""What a model without numbers shows: whether its rows can pass, told before any weight is loaded."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, assert_never
 
 import numpy as np
 import torch
 
 from fedloom.errors import ModelError
 from fedloom.models.families import model_type
+from fedloom.models.row_attention import USE_PADDED, Attention
 from fedloom.training.attention import Layout
-from fedloom.training.loss import PROBE_LENGTHS
+from fedloom.training.loss import PROBE_LENGTHS, read_output_head
 from fedloom.training.packing import hidden_states, pack
 
 _ATTENDING = ("attention", "full", "sliding", "chunked")
 """What the kinds of layers that attend have in their names; linear attention is a state instead."""
 
 
+def check_passes(model: Any, attention: Attention) -> None:
+    """Reject a model on the meta device whose rows cannot pass as ``attention`` says.
+
+    What :func:`~fedloom.training.loss.output_head` finds when it is loaded decides.
+
+    Raises:
+        ModelError: naming the family and what it has.
+    """
+    match attention:
+        case "packed":
+            check_runs_packed(model)
+        case "padded":
+            pass  # its own forward is run as it is: without numbers there is nothing to compare
+        case _:
+            assert_never(attention)
+    read_output_head(model)
+
+
 @torch.no_grad()
 def check_runs_packed(model: Any) -> None:
     """Reject a model on the meta device that cannot attend sample by sample.
 
-    A forward that needs numbers cannot be followed there: such a model passes, and what
-    :func:`~fedloom.training.loss.output_head` finds when it is loaded decides.
+    A forward that needs numbers cannot be followed there: such a model passes.
 
     Raises:
         ModelError: naming the family and what it has.
@@ -52,7 +70,7 @@ def _refuse_foreign(model: Any, kinds: list[str]) -> None:
     if kinds:
         raise ModelError(
             f"model.base: expected layers that attend through transformers' attention interface, {model_type(model)!r} "
-            f"has {', '.join(kinds)}, which packed training does not support; choose another base"
+            f"has {', '.join(kinds)}, which packed rows do not support; {USE_PADDED}"
         )
 
 

@@ -30,6 +30,7 @@ from fedloom.models.foreign_forward import foreign_forward
 from fedloom.training.loss import output_head, target_nats
 from fedloom.training.rotation import shortest_switch
 from fedloom.training.row_losses import row_losses
+from fedloom.training.row_passes import row_passes
 
 _PROMPT, _PADDING = 0, -1
 
@@ -46,8 +47,8 @@ def continuation_nats(model: Any, queries: Sequence[Query], *, token_budget: int
     """Return for each query the negative log-likelihood of each continuation, in nats.
 
     A pass holds at most ``token_budget`` tokens, the prefix counted in every row. Where the model's attention cannot
-    take a mask of ours (sliding windows shorter than a row, flash attention), or rotates a row by its length, all are
-    scored from scratch.
+    take a mask of ours (sliding windows shorter than a row, flash attention, a base with padded rows), or rotates a row
+    by its length, all are scored from scratch.
     """
     lm = causal_lm(model)
     longest = max(len(query.prompt) + sum(map(len, query.continuations)) for query in queries)
@@ -183,4 +184,4 @@ def _takes_masks(lm: Any, longest: int) -> bool:
     config = lm.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     fits = (not window or longest < window) and longest <= shortest_switch(lm)
-    return fits and config._attn_implementation in {"sdpa", "eager"}
+    return fits and row_passes(lm).attends_by_mask and config._attn_implementation in {"sdpa", "eager"}
