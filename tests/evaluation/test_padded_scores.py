@@ -43,6 +43,13 @@ def test_greedy_answers_in_batches_are_those_of_generate_for_one_prompt(kind: st
     assert sharing_of(model) is SHARING[kind]
 
 
+def test_what_a_model_keeps_of_one_prompt_does_not_reach_the_next(tokenizer: Any) -> None:
+    prompts = [chr(code) for code in range(65, 75)]  # of one token: the last convolution is not written over
+    fresh = [decode(build("recurrent_gemma"), tokenizer, [prompt], GREEDY).outputs for prompt in prompts]
+    model = build("recurrent_gemma")
+    assert [decode(model, tokenizer, [prompt], GREEDY).outputs for prompt in prompts] == fresh
+
+
 @pytest.mark.parametrize("kind", ["bloom", "gpt_oss", "jamba"])
 @pytest.mark.parametrize("token_budget", [10, 1000])
 def test_choices_are_scored_as_the_model_scores_each_alone(kind: str, token_budget: int) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from fedloom.data.token_rows import prefix_ids
 from fedloom.errors import EvaluationError, MissingExtraError
 from fedloom.evaluation.intervals import Estimate
+from fedloom.evaluation.prompt_batches import Sharing, sharing_of
 from fedloom.models.causal import causal_lm
 
 
@@ -58,6 +59,8 @@ def run_harness_tasks(
             f"expected tasks of lm-evaluation-harness {lm_eval.__version__}, got {unknown}: see 'lm-eval ls tasks'"
         )
     lm = causal_lm(model)
+    # The harness makes its own batches: a model that does not decode in company as alone gets one prompt at a time.
+    batch_size = batch_size if sharing_of(lm) is Sharing.ANY else 1
     # Left to itself, one release of the harness puts the beginning-of-text first and another does not.
     begins = bool(prefix_ids(tokenizer))
     wrapped = HFLM(
