@@ -286,14 +286,14 @@ def _refuse_overlong(
     overlong = np.flatnonzero(lengths > limit)
     if overlong.size:
         first = int(overlong[0])
-        is_context = limit == at_most
-        what, longer = (
-            ("the base's context", "") if is_context else (named("max_length"), f"raise {named('max_length')}, or ")
-        )
+        what, action = named("max_length"), f"set {named('overlong')} to 'drop' or 'truncate'"
+        if limit == at_most:
+            what = "the base's context"
+        else:
+            action = f"raise {named('max_length')}, or {action}"
         raise DataError(
             f"{records.rows.where(indices[first])}: {lengths[first]} tokens, {what} is {limit} "
-            f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); "
-            f"{longer}set {named('overlong')} to 'drop' or 'truncate'"
+            f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); {action}"
         )
 
 
