@@ -260,6 +260,7 @@ class Recorder:
             "LoRAModel": SimpleNamespace(close=lambda: None, set_side=lambda side: None, model=None),
             "output_head": None,
             "longest_row": 128,
+            "context_of": 256,
             "_emptied": ("a client without a row",),
             "load_rows": Rowlike(40),
             "read_records": None,

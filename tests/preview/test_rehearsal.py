@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoModelForCausalLM
 
 from fedloom.cli.app import exit_code
 from fedloom.data.templates import template_text
@@ -52,10 +53,10 @@ class Place:
         path = self.base / file
         path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
-    def command(self, name: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    def command(self, name: str, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, str]:
         recipe = self.folder / "recipe.json"
         recipe.write_text(json.dumps(self.document))
-        code = exit_code([name, str(recipe), "--out", str(self.out)])
+        code = exit_code([name, str(recipe), "--out", str(self.out), *more])
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 
@@ -344,3 +345,24 @@ def test_rows_that_take_a_while_are_announced(
 ) -> None:
     monkeypatch.setattr("fedloom.assembly.inputs.MANY_ROWS", 10)
     assert "making tokens of 12 rows" in place.command("doctor", capsys)[1]
+
+
+def test_what_only_the_weights_show_is_not_known_until_they_are_loaded(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(place.base)
+    place.set(model__dtype="float16")
+    looked, findings = place.command("doctor", capsys)
+    assert (looked, "numbers of the base: not known" in findings) == (0, True), findings
+    assert place.command("doctor", capsys, "--load")[0] == 0
+    model.get_output_embeddings().weight.data.fill_(6e4)
+    model.save_pretrained(place.base)
+    looked, findings = place.command("doctor", capsys, "--load")
+    assert (looked, "infinity or NaN in float16" in findings) == (2, True), findings
+    del model.model.layers[1].mlp.up_proj
+    model.save_pretrained(place.base)
+    looked, findings = place.command("doctor", capsys, "--load")
+    _, output = place.command("run", capsys)
+    (line,) = [one.removeprefix("error: ") for one in output.splitlines() if one.startswith("error: ")]
+    assert "lack 'model.layers.1.mlp.up_proj.weight'" in line
+    assert (looked, line in findings) == (2, True), findings

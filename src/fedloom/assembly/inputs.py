@@ -22,7 +22,7 @@ from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
-from fedloom.models.causal import longest_row
+from fedloom.models.causal import context_of, longest_row
 from fedloom.models.families import ALL_LINEAR, resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
@@ -264,6 +264,7 @@ def encode_records(
         template=data.template or AUTO,
         date=data.day,
         max_length=longest_row(data.max_length, base.model.config, named),
+        at_most=context_of(base.model.config),
         loss_on=data.loss_on,
         overlong=data.overlong,
         unanswered=data.unanswered,

@@ -44,7 +44,7 @@ from fedloom.wording import counted
 
 ALONE = ("folder", "device", "engine", "trackers", "quantization", "suites", "rows", "held_out_rows")
 """Steps that need no other."""
-IN_TURN = ("loaded", "inputs", "placed", "plan", "identity")
+IN_TURN = ("loaded", "inputs", "placed", "plan", "identity", "numbers")
 """Steps of which each needs those before it."""
 
 
@@ -59,14 +59,13 @@ class Preparation:
     date: str | None = None
 
     def complete(self) -> None:
-        """Take every step, and run the base on some rows.
+        """Take every step.
 
         Raises:
             FedloomError: the first thing in the way; nothing was written.
         """
         for step in (*ALONE, *IN_TURN):
             getattr(self, step)
-        check_finite(self.loaded[1], self.inputs.tokens, token_budget=self.settings.training.token_budget)
 
     @cached_property
     def folder(self) -> tuple[str, ...]:
@@ -176,6 +175,11 @@ class Preparation:
         if is_begun(self.out) and not self.fresh:
             refuse_other_identity(self.out, read_manifest(self.out)["identity"], found)
         return found
+
+    @cached_property
+    def numbers(self) -> None:
+        """The base gives finite numbers on some of the rows."""
+        check_finite(self.loaded[1], self.inputs.tokens, token_budget=self.settings.training.token_budget)
 
 
 def check_folder(out: Path, settings: Settings, fresh: bool, also: tuple[str, ...] = ()) -> tuple[str, ...]:

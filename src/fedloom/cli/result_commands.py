@@ -290,14 +290,17 @@ def doctor(
     overrides: SetOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
+    load: Annotated[bool, typer.Option("--load", help="Load the base too, and run it on some of the rows.")] = False,
     as_json: JsonOption = False,
 ) -> int:
     """Show what this machine has, and whether a recipe would run here; if not, why.
 
-    All rows are read and made into tokens; weights are not loaded, nothing is fetched or written. The exit code is 2 if
-    the recipe would not run.
+    All rows are read and made into tokens; nothing is fetched or written, and no weight is loaded without `--load`. The
+    exit code is 2 if the recipe would not run.
     """
+    from fedloom.assembly.inputs import Workshop
     from fedloom.preview.diagnosis import diagnose
+    from fedloom.preview.rehearsal import SketchWorkshop
     from fedloom.reporting.progress import progress_for
 
     if recipe is None:
@@ -306,7 +309,8 @@ def doctor(
         settings, origins = _settings_without_files(recipe, overrides or ())
         folder = out or default_folder(recipe)
         with progress_for() as progress:
-            diagnosis = diagnose(recipe, settings, origins=origins, out=folder, fresh=fresh, progress=progress)
+            workshop = Workshop(progress) if load else SketchWorkshop(progress)
+            diagnosis = diagnose(recipe, settings, origins=origins, out=folder, fresh=fresh, workshop=workshop)
     if as_json:
         print_json(diagnosis.as_dict())
     else:

@@ -89,6 +89,8 @@ def lists(settings: Settings) -> Iterator[Problem]:
         value = settings.value(name)
         if isinstance(value, tuple | dict) and len(value) != clients:
             others = f"give {clients}, or set federation.num_clients = {len(value)}"
+            if counted_by_data(settings):
+                others = "give one per client of the data"
             yield Problem(
                 name,
                 f"one value, or {clients} (one per client)",
@@ -96,6 +98,11 @@ def lists(settings: Settings) -> Iterator[Problem]:
                 others if value else f"give one value, or {clients}",
                 ("federation.num_clients",),
             )
+
+
+def counted_by_data(settings: Settings) -> bool:
+    """Tell whether the data say how many clients there are, so that another number is no way out."""
+    return settings.partition.scheme == "natural" or settings.partition.path is not None
 
 
 def ranks(settings: Settings) -> Iterator[Problem]:
@@ -136,21 +143,23 @@ def weighting(settings: Settings) -> Iterator[Problem]:
 
 def numbers(settings: Settings) -> Iterator[Problem]:
     """Clients drawn exist; a round can reach its minimum; there are rows enough for every client."""
-    federation, data = settings.federation, settings.data
+    federation, data, fixed = settings.federation, settings.data, counted_by_data(settings)
     if isinstance(federation.clients_per_round, int) and federation.clients_per_round > federation.num_clients:
         yield Problem(
             "federation.clients_per_round",
             f"at most federation.num_clients = {federation.num_clients}",
             str(federation.clients_per_round),
-            "lower it, or raise federation.num_clients",
+            "lower it" if fixed else "lower it, or raise federation.num_clients",
             ("federation.num_clients",),
         )
     elif federation.min_clients > settings.cohort_size:
+        can_draw_more = federation.min_clients <= federation.num_clients
+        raised = "federation.clients_per_round" if can_draw_more else "federation.num_clients"
         yield Problem(
             "federation.min_clients",
             f"at most the {settings.cohort_size} clients drawn per round",
             str(federation.min_clients),
-            "lower it, or raise federation.clients_per_round",
+            f"lower it, or raise {raised}" if can_draw_more or not fixed else "lower it",
             ("federation.clients_per_round", "federation.num_clients"),
         )
     needed = federation.num_clients * settings.partition.min_rows + (data.eval_rows or 0)
@@ -159,29 +168,31 @@ def numbers(settings: Settings) -> Iterator[Problem]:
             "data.max_rows",
             f"at least {needed} rows (partition.min_rows per client, and data.eval_rows)",
             str(data.max_rows),
-            "raise it, or lower federation.num_clients",
+            "raise it, or lower partition.min_rows" if fixed else "raise it, or lower federation.num_clients",
             ("federation.num_clients", "partition.min_rows", "data.eval_rows"),
         )
 
 
 def robust(settings: Settings) -> Iterator[Problem]:
     """Multi-Krum needs 2 f + 3 updates or more, the cosine filter clients that move in one space."""
-    if settings.server.robust == "cosine" and draws_apart(settings):
-        yield Problem(
-            "server.robust",
-            "clip, krum or median where every client draws its own A, since their changes have no common direction",
-            "cosine",
-            "choose one of those, or method.initialisation = shared where the method has it",
-            ("method.name", "method.initialisation", "split.aggregation"),
-        )
     server, drawn = settings.server, settings.cohort_size
     needed = 2 * math.ceil(server.hostile_fraction * drawn) + 3
+    others = ["clip", "median"] + ["krum"] * (drawn >= needed) + ["cosine"] * (not draws_apart(settings))
+    if settings.server.robust == "cosine" and draws_apart(settings):
+        shared = "" if settings.traits.is_cut else ", or method.initialisation = shared"
+        yield Problem(
+            "server.robust",
+            f"{either(others)} where every client draws its own A, since their changes have no common direction",
+            "cosine",
+            f"choose one of those{shared}",
+            ("method.name", "method.initialisation", "split.aggregation"),
+        )
     if server.robust == "krum" and drawn < needed:
         yield Problem(
             "server.robust",
             f"krum with at least {needed} clients drawn per round (2 f + 3, where f may be hostile)",
             f"krum with {drawn}",
-            "choose clip, cosine or median, or draw more clients",
+            f"choose {either(others)}" + ("" if counted_by_data(settings) else ", or draw more clients"),
             ("server.hostile_fraction", "federation.clients_per_round", "federation.num_clients"),
         )
 

@@ -186,7 +186,12 @@ def _cut(settings: Settings, num_blocks: int) -> Iterator[Problem]:
     tail = settings.split.tail_blocks if settings.split.labels == "client" else 0
     last = num_blocks - 1 - tail
     cut = _largest(settings.split.cut_layer)
-    if cut > last:
+    if last < 1:
+        got = f"{num_blocks}, of which the client keeps the last {tail}" if tail else str(num_blocks)
+        action = "lower split.tail_blocks" if num_blocks > 2 else "set split.labels = server"
+        action = action if num_blocks > 1 else "use a method that does not cut the model"
+        yield Problem("split.cut_layer", "a base with a block on either side of the cut", got, action, ("model.base",))
+    elif cut > last:
         keeps = f", the client keeps the last {tail}" if tail else ""
         wanted = f"cuts from 1 to {last} (the base has {num_blocks} blocks{keeps})"
         yield Problem(

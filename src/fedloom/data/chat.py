@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from fedloom.data.chat_clock import on_day
 from fedloom.data.records import Dialogue, Record
 from fedloom.data.special_text import given_beside
-from fedloom.data.templates import ChatTemplate, Rendered
+from fedloom.data.templates import ChatTemplate, Rendered, beyond_text
 from fedloom.data.time_limit import TookTooLong, time_limit
 from fedloom.data.turns import CALLS, REASONING, Turn
 from fedloom.errors import DataError
@@ -59,7 +59,7 @@ def render_chat(record: Record, template: ChatTemplate, tokenizer: PreTrainedTok
         if spans[-1][0] >= spans[-1][1]:
             raise DataError(
                 f"turn {position + 1}: expected a chat template that writes the answer, got nothing for it; correct "
-                "the chat template, or set data.template to 'plain'"
+                f"the chat template{_or_plain(dialogue)}"
             )
     return Rendered(text, tuple(spans), framed=True)
 
@@ -82,11 +82,11 @@ def _check_begins(
         raise DataError(
             f"turn {position + 1}: the tokenizer's chat template asks for an answer with {cue!r}, but writes one as "
             f"{found[: len(cue) + 20]!r}, so a model trained on it would be asked in other words; correct the chat "
-            "template, or set data.template to 'plain'"
+            f"template{_or_plain(dialogue)}"
         )
     raise RewritesTurnsError(
         f"turn {position + 1}: the tokenizer's chat template writes earlier turns differently once others "
-        "follow, so the answer's place is unknown; set data.template to 'plain', or keep one answer each"
+        f"follow, so the answer's place is unknown; keep one answer each{_or_plain(dialogue)}"
     )
 
 
@@ -114,6 +114,11 @@ def _dialogue(record: Record) -> Dialogue:
     return Dialogue((Turn("user", record.asked), Turn("assistant", record.answer)))
 
 
+def _or_plain(dialogue: Dialogue) -> str:
+    """Offer another template where it would have words for all of a dialogue."""
+    return "" if beyond_text(dialogue) else ", or set data.template to 'plain'"
+
+
 def _first(dialogue: Dialogue, number: int) -> Dialogue:
     return replace(dialogue, turns=dialogue.turns[:number])
 
@@ -136,18 +141,18 @@ def _apply(tokenizer: PreTrainedTokenizerFast, template: ChatTemplate, dialogue:
     except TookTooLong as cause:
         raise DataError(
             f"expected a chat template that writes the turns within {RENDER_SECONDS:.0f} s, got one that does not; "
-            "correct the chat template, or set data.template to 'plain'"
+            f"correct the chat template{_or_plain(dialogue)}"
         ) from cause
     except Exception as cause:  # the template is a stranger's program: whatever it raises is its mistake
         roles = ", ".join(turn.role for turn in dialogue.turns) or "none"
         raise DataError(
             f"expected turns that the tokenizer's chat template accepts, got {roles}: {cause}; "
-            "correct the row, or set data.template to 'plain'"
+            f"correct the row{_or_plain(dialogue)}"
         ) from cause
     if len(text) > limit:
         raise DataError(
             f"expected a chat template that writes at most {limit:,} characters for these turns, got {len(text):,}; "
-            "correct the chat template, or set data.template to 'plain'"
+            f"correct the chat template{_or_plain(dialogue)}"
         )
     return text
 
@@ -166,5 +171,5 @@ def _check_numbers(template: str) -> None:
     if found := [*powers, *numbers]:
         raise DataError(
             f"expected a chat template without powers (**) and numbers above {_LARGEST_NUMBER:,}, got {found[0][:40]}; "
-            "correct the chat template, or set data.template to 'plain'"
+            "correct the chat template"
         )

@@ -62,10 +62,11 @@ def divide(division: Division, rows: Rows, tokens: TokenSet, *, seed: int) -> Pa
     sizes = np.diff(partition.starts)
     short = np.flatnonzero(sizes < division.min_rows)
     if short.size:
+        fewer = "" if division.scheme is Scheme.NATURAL else " lower federation.num_clients,"
         raise PartitionError(
             f"partition.min_rows: expected {division.min_rows} rows for every client, partition.scheme "
             f"{division.scheme} leaves {short.size} of {len(sizes)} with fewer (client {partition.names[short[0]]}: "
-            f"{sizes[short[0]]}); lower it, lower federation.num_clients, or use more rows"
+            f"{sizes[short[0]]}); lower it,{fewer} or use more rows"
         )
     return partition
 

@@ -114,6 +114,7 @@ def encode(
     template: str | Path | AnyTemplate = AUTO,
     date: datetime.date | None = None,
     max_length: int | None = None,
+    at_most: int | None = None,
     loss_on: LossOn | str = LossOn.ANSWER,
     overlong: Overlong | str = Overlong.ERROR,
     unanswered: Unanswered | str = Unanswered.ERROR,
@@ -125,8 +126,9 @@ def encode(
     across the border counts as answer. The tokenizer's beginning-of-text comes first where it has one; the end of text
     follows the answer and is learned, unless a chat template closed the turn with a special token of its own. A
     truncated row has no end of text. A chat template is told that it is ``date``, by default today. ``max_length``
-    None means no limit. ``named`` gives the name by which the user set
-    ``max_length``, ``overlong`` and ``unanswered``: a recipe's setting, unless they are options of a command.
+    None means no limit; ``at_most`` is what the base can read, beyond which raising it is no way out. ``named`` gives
+    the name by which the user set ``max_length``, ``overlong`` and ``unanswered``: a recipe's setting, unless they are
+    options of a command.
 
     Raises:
         DataError: a row has no answer or too many tokens (unless the policy says otherwise), or none is left.
@@ -148,7 +150,7 @@ def encode(
     num_truncated = num_cut_off = 0
     limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
     if overlong is Overlong.ERROR:
-        _refuse_overlong(records, owners, rows, limit, named)
+        _refuse_overlong(records, owners, rows, limit, at_most, named)
     for index, row in zip(owners, rows, strict=True):
         if len(row.ids) <= limit:
             kept.append((index, row))
@@ -170,7 +172,9 @@ def encode(
         num_answers_apart=_num_repeated(owners),
     )
     if not kept:
-        remedy = f"raise {named('max_length')}" if answered else "check the rows and their shape"
+        shorter = "shorten the rows, or use a base with a longer context"
+        longer = shorter if limit == at_most else f"raise {named('max_length')}"
+        remedy = longer if answered else "check the rows and their shape"
         raise DataError(f"expected at least one usable row, got none in {len(records)} ({counts.told}); {remedy}")
     tokens = TokenSet.from_rows((row.ids, _supervised(row, loss_on)) for _, row in kept)
     return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
@@ -271,16 +275,25 @@ def _num_repeated(owners: Sequence[int]) -> int:
 
 
 def _refuse_overlong(
-    records: Records, indices: Sequence[int], rows: Sequence[TokenRow], limit: int, named: Callable[[str], str]
+    records: Records,
+    indices: Sequence[int],
+    rows: Sequence[TokenRow],
+    limit: int,
+    at_most: int | None,
+    named: Callable[[str], str],
 ) -> None:
     lengths = np.array([len(row.ids) for row in rows], np.int64)
     overlong = np.flatnonzero(lengths > limit)
     if overlong.size:
         first = int(overlong[0])
+        what, action = named("max_length"), f"set {named('overlong')} to 'drop' or 'truncate'"
+        if limit == at_most:
+            what = "the base's context"
+        else:
+            action = f"raise {named('max_length')}, or {action}"
         raise DataError(
-            f"{records.rows.where(indices[first])}: {lengths[first]} tokens, {named('max_length')} is {limit} "
-            f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); "
-            f"raise {named('max_length')}, or set {named('overlong')} to 'drop' or 'truncate'"
+            f"{records.rows.where(indices[first])}: {lengths[first]} tokens, {what} is {limit} "
+            f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); {action}"
         )
 
 

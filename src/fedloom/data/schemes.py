@@ -167,7 +167,7 @@ def natural(owners: Categories, num_clients: int | None = None) -> Partition:
     if num_clients is not None and num_clients != len(names):
         raise PartitionError(
             f"federation.num_clients: expected {len(names)}, as many as the data name, got {num_clients}; "
-            f"set it to {len(names)}, or drop it"
+            f"set it to {len(names)}"
         )
     return Partition.from_owners(owner, names, {"scheme": "natural"})
 

@@ -110,15 +110,19 @@ class Template:
 
     def _check_is_text(self, record: Dialogue) -> None:
         """Refuse what a template file has no words for."""
-        given = ["tools"] if record.tools else [key for turn in record.turns for key in turn.given if key in _NO_WORDS]
-        if given:
+        if given := beyond_text(record):
             raise DataError(
                 f"expected turns of text with the template {self.name}, which has no words for {given[0]}; set "
                 "data.template to 'chat' with a tokenizer whose chat template writes them, or remove them"
             )
 
 
-_NO_WORDS = (CALLS, *REASONING)
+def beyond_text(dialogue: Dialogue) -> list[str]:
+    """Return what of a dialogue only a chat template can have words for: tools, calls, reasoning."""
+    kinds = (CALLS, *REASONING)
+    return ["tools"] if dialogue.tools else [key for turn in dialogue.turns for key in turn.given if key in kinds]
+
+
 _PROMPT_NAMES = {
     "with_input": {"instruction", "input"},
     "without_input": {"instruction"},

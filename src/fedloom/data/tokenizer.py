@@ -81,8 +81,8 @@ def check_ids(ids: Sequence[int] | npt.NDArray[np.int32], tokenizer: Any, where:
     if beyond is not None:
         raise DataError(
             f"{where}: expected tokens of the base's vocabulary (ids below {num_ids}), got "
-            f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}); remove that text, or set model.tokenizer to "
-            "the base's own"
+            f"{tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}); remove that text, or use a tokenizer "
+            "without that token"
         )
 
 

@@ -201,16 +201,16 @@ def _load_model(
                 **extra,
             )
     except ImportError as error:
-        mend = "install it" if method is None else f"install it, or {UNQUANTISED}"
+        action = "install it" if method is None else f"install it, or {UNQUANTISED}"
         raise ModelError(
-            f"model.base: expected what {folder} needs, it is missing: {first_line(error)}; {mend}"
+            f"model.base: expected what {folder} needs, it is missing: {first_line(error)}; {action}"
         ) from error
     except (SafetensorError, RuntimeError, OSError, ValueError) as error:
         if (refusal := own_code_refusal(error, folder)) is not None:
             raise refusal from error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        mend = "fetch the model again" if method is None else UNQUANTISED
-        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; {mend}") from error
+        action = "fetch the model again" if method is None else UNQUANTISED
+        raise ModelError(f"model.base: the weights in {folder} do not load: {reason}; {action}") from error
     if report["missing_keys"]:
         name = sorted(report["missing_keys"])[0]
         raise ModelError(f"model.base: the weights in {folder} lack {name!r}; fetch the model again")

@@ -16,13 +16,14 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import Preparation
 from fedloom.config import Settings, files
 from fedloom.errors import FedloomError
 from fedloom.methods import table
+from fedloom.models.stored_quantization import stored_method
 from fedloom.preview.description import describe
 from fedloom.preview.rehearsal import Finding, SketchWorkshop, Verdict, rehearse
-from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.run_folder.manifest import versions
 from fedloom.wording import written_bytes
 
@@ -114,17 +115,17 @@ def diagnose(
     origins: Mapping[str, str] = _NOWHERE,
     out: Path | None = None,
     fresh: bool = False,
-    progress: Progress | None = None,
+    workshop: Workshop | None = None,
 ) -> Diagnosis:
     """Look at this machine, and at what would be in the way of a run of a recipe into ``out``.
 
-    ``origins`` say where each setting was read.
+    ``origins`` say where each setting was read. ``workshop`` opens the base, by default without its weights.
     """
     machine = this_machine()
     if settings is None:
         return Diagnosis(machine, recipe, ())
     folder = out or Path("runs") / Path(recipe or "run").stem
-    prepared = Preparation(settings, folder, SketchWorkshop(progress or SilentProgress()), fresh)
+    prepared = Preparation(settings, folder, workshop or SketchWorkshop(), fresh)
     return Diagnosis(machine, recipe, tuple(findings(prepared, machine, origins)))
 
 
@@ -202,7 +203,9 @@ def _memory(settings: Settings, machine: Machine) -> Finding:
     why = f"{written_bytes(needed)} estimated, {written_bytes(available)} free on {place}"
     if needed <= available:
         return Finding("memory", Verdict.YES, why)
-    return Finding("memory", Verdict.NO, f"{why}; lower training.token_budget, or model.quantization = 4bit on a GPU")
+    stored = stored_method(files.base_config(settings.model.base) or {})
+    smaller = ", or model.quantization = 4bit on a GPU" if settings.model.quantization == "none" and not stored else ""
+    return Finding("memory", Verdict.NO, f"{why}; lower training.token_budget{smaller}")
 
 
 def _memory_unknown() -> Finding:

@@ -1,7 +1,7 @@
 """What a run would be refused for before its first round: its own steps, over the base without its weights.
 
 Nothing is written or fetched. What only the weights show (that they are whole, finite, and computed packed as apart) is
-left to the run.
+left to the run, or to a workshop that loads bases.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import torch
+
 from fedloom import embedded
 from fedloom.assembly.inputs import Workshop, lora_of
 from fedloom.assembly.preparation import Preparation
@@ -19,7 +21,7 @@ from fedloom.data.tokenizer import BYTES
 from fedloom.errors import FedloomError, ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.base_folder import weight_files
-from fedloom.models.load import Base, find_base
+from fedloom.models.load import DTYPES, Base, find_base
 from fedloom.names import looks_like_hub_name
 from fedloom.preview.description import skeleton
 from fedloom.run_folder.claim import is_begun
@@ -64,6 +66,8 @@ class SketchWorkshop(Workshop):
         )
         shapes = skeleton(settings)
         check_passes(shapes, model.attention)
+        if isinstance(dtype := DTYPES[model.dtype], torch.dtype):
+            shapes = shapes.to(dtype)
         base = Base(shapes, found.tokenizer, found.name, "", shapes.dtype, found.device)
         return base, lora_of(shapes, model.target_modules)
 
@@ -166,6 +170,7 @@ def _in_turn(prepared: Preparation, absent: frozenset[str]) -> Iterator[Finding]
     yield (rows := _looked("rows as tokens", _inputs, prepared))
     if rows.verdict is Verdict.YES:
         yield _looked("clients and method", _clients, prepared)
+        yield from _numbers(prepared)
 
 
 def _base(prepared: Preparation) -> str:
@@ -194,6 +199,20 @@ def _clients(prepared: Preparation) -> str:
     prepared.plan  # noqa: B018
     prepared.identity  # noqa: B018
     return "they fit the base and the rows"
+
+
+def _numbers(prepared: Preparation) -> Iterator[Finding]:
+    """Run the base where it is loaded; without its weights, say what only they show of a narrow type."""
+    model, need = prepared.loaded[1].model, "numbers of the base"
+    if next(model.parameters()).device.type != "meta":
+        yield _looked(need, _finite, prepared)
+    elif model.dtype == torch.float16:
+        yield Finding(need, Verdict.UNKNOWN, "whether it overflows in float16 shows only once it is loaded: --load")
+
+
+def _finite(prepared: Preparation) -> str:
+    prepared.numbers  # noqa: B018
+    return "finite on the longest row and the first ones"
 
 
 def _is_of_hub(name: str) -> bool:

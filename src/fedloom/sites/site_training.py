@@ -27,7 +27,7 @@ from fedloom.federation.messages import Received, decode_broadcast, update_buffe
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
-from fedloom.models.causal import longest_row
+from fedloom.models.causal import context_of, longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.models.row_attention import choose_attention
 from fedloom.seeding import stream
@@ -255,6 +255,7 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) 
         template=sheet.template.template(),
         date=sheet.template.day,
         max_length=longest_row(sheet.max_length, config),
+        at_most=context_of(config),
         loss_on=sheet.loss_on,
         overlong=sheet.overlong,
         unanswered=sheet.unanswered,
