@@ -51,6 +51,30 @@ def test_lost_and_doubled_frames_change_nothing(
     assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
 
 
+@pytest.mark.parametrize("is_same", [True, False], ids=["the same connection", "a new one"])
+def test_a_large_task_that_is_still_on_its_way_is_sent_again_on_a_new_connection_alone(
+    is_same: bool, recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sites_engine, "SLOW_LINE_BYTES", 1)
+    sent: list[bytes] = []
+
+    def meddle(sender: str, to: str, data: bytes) -> list[bytes]:
+        if to != NAMES[1] or b'{"kind":"task"' not in data:
+            return [data]
+        sent.append(data)
+        if len(sent) > 1:
+            return [data]
+        threading.Timer(1.2, lambda: hub.ends[to].inbox.put((sender, data))).start()
+        if not is_same:
+            threading.Timer(0.1, lambda: hub.ends[SERVER].connections.update([to])).start()
+        return []
+
+    hub = Hub(meddle)
+    sites(hub)
+    served(study_of(recipe(federation__num_rounds=1), NAMES, quorum=3), tmp_path / "served", hub)
+    assert len(sent) == (1 if is_same else 2)
+
+
 def test_a_thousand_mutated_frames_each_way_are_not_taken(
     recipe: Callable[..., Settings], sites: StartSites, tmp_path: Path
 ) -> None:

@@ -121,6 +121,26 @@ def test_a_cut_model_over_sites_gives_the_adapter_of_one_process(
         assert any(f"the model cut after block {cut}" in note for note in trained)
 
 
+@pytest.mark.parametrize("labels", [{}, LABELS_STAY], ids=["at the server", "at the sites"])
+def test_a_base_in_bf16_is_cut_too(
+    labels: dict[str, Any], recipe: Recipe, site_rows: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    """A part without embeddings begins with a layer that is adapted, and its adapter is in fp32."""
+    folder, hub = tmp_path / "bf16", Hub()
+    LlamaForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16).save_pretrained(folder)
+    settings = recipe(**SPLIT | SHORT | labels, model__base=str(folder))
+    alone = run(settings, tmp_path / "alone")
+    rows = [site_rows / "training" / f"local_training_{number}.json" for number in range(len(NAMES))]
+    own = [site_of(name, path, tmp_path / "state", folder, split="yes") for name, path in zip(NAMES, rows, strict=True)]
+    started = [SiteThread(site, hub) for site in own]
+    try:
+        served(study_of(settings, NAMES, quorum=3), tmp_path / "served", hub)
+    finally:
+        for site in started:
+            site.end()
+    assert adapter_of(tmp_path / "served") == adapter_of(alone.folder)
+
+
 def blocks_of(model: Any) -> set[int]:
     """Return the blocks that have weights."""
     return {int(name.split(".")[2]) for name, _ in model.named_parameters() if name.startswith("model.layers.")}

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import accumulate
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import AdapterError, ModelError
@@ -64,6 +64,12 @@ class LoRAModel:
         """
         named = {name: shape for name, shape in self.shapes.items() if name not in self._may_be_narrow}
         check_rank(named or dict.fromkeys(self.shapes, (rank, rank)), rank)
+
+    @property
+    def base_weight(self) -> Tensor:
+        """A weight of the base, whose dtype and device are the activations'; a slot's are fp32, whatever the base's."""
+        slots = {id(whole) for layer in self.layers.values() for whole in (layer.a_RI, layer.bt_RO)}
+        return next(weight for weight in self.model.parameters() if id(weight) not in slots)
 
     def narrow(self, rank: int) -> dict[str, int]:
         """Return the modules that take less than this rank, with the rank they take."""

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fedloom.errors import MissingExtraError, RunError
-from fedloom.federation.buffers import Buffer
+from fedloom.federation.buffers import Buffer, room_for
 from fedloom.sites.kit import Kit
 from fedloom.sites.link import CONNECTED, SERVER, Frame, cut, offered
 
@@ -35,7 +35,7 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),
     ("grpc.enable_http_proxy", 0),
 ]
-_MORE, _LAST = b"\x00", b"\x01"
+_MORE, _LAST, _FIRST, _LENGTH_BYTES = b"\x00", b"\x01", b"\x02", 8
 _LONGEST_WAIT = 5.0
 _WAIT_FOR_TWIN = 30.0
 
@@ -281,23 +281,37 @@ def _end(out: queue.Queue[Frame | None]) -> None:
 
 def _outgoing(out: queue.Queue[Frame | None]) -> Iterator[bytes]:
     while (frame := out.get()) is not None:
+        size = sum(map(len, frame)) if isinstance(frame, list) else len(frame)
+        beginning = _FIRST + size.to_bytes(_LENGTH_BYTES, "little")
         for piece, is_last in cut(frame, PIECE_BYTES):
-            yield b"".join([_LAST if is_last else _MORE, *piece])
+            yield b"".join([_LAST if is_last else beginning, *piece])
+            beginning = _MORE
         del frame  # nothing is held while there is nothing to send
 
 
 def _frames(stream: Iterator[bytes], largest: int) -> Iterator[Buffer]:
-    """Yield whole frames.
+    """Yield whole frames; the first of several pieces says how long they are together.
 
     Raises:
-        ValueError: one is longer than the receiver takes in.
+        ValueError: one is longer than the receiver takes in, or than it says.
     """
-    frame = bytearray()  # it grows in place: pieces joined at the end would lie in memory twice
+    frame, taken = memoryview(b""), 0
     for piece in stream:
-        if len(frame) + len(piece) - 1 > largest:
+        kind, part = piece[:1], memoryview(piece)[1:]
+        if kind == _FIRST:
+            size, part = int.from_bytes(part[:_LENGTH_BYTES], "little"), part[_LENGTH_BYTES:]
+            if size > largest or taken:
+                raise ValueError("a frame is too long, or begins within another")
+            frame = room_for(size)
+        elif not taken:
+            frame = room_for(len(part) if len(part) <= largest else 0)
+        if taken + len(part) > len(frame):
             raise ValueError("a frame is too long")
-        frame += memoryview(piece)[1:]
-        if piece[:1] == _LAST:
-            whole, frame = frame, bytearray()
+        frame[taken : taken + len(part)] = part
+        taken += len(part)
+        if kind == _LAST:
+            if taken < len(frame):
+                raise ValueError("a frame is too short")
+            whole, frame, taken = frame, memoryview(b""), 0
             yield whole
             del whole

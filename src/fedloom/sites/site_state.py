@@ -15,7 +15,10 @@ AWAY_SECONDS = 20.0
 
 @dataclass
 class SiteState:
-    """One site: where it stands, what it holds, and how its last round went. Times are of the engine's clock."""
+    """One site: where it stands, what it holds, and how its last round went. Times are of the engine's clock.
+
+    Of its task: when it was ``posted``, of how many bytes, and on which of the site's connections.
+    """
 
     name: str
     client: int
@@ -24,6 +27,8 @@ class SiteState:
     sheet_sent: float | None = None
     ready: Ready | None = None
     posted: float | None = None
+    posted_bytes: int = 0
+    posted_on: int = 0
     is_whole_sent: bool = False
     held: int = 0
     last_loss: float | None = None

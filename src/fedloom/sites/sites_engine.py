@@ -35,6 +35,8 @@ from fedloom.training.row_losses import RowLosses, row_losses_of
 
 ASK_AGAIN_SECONDS = 5.0
 """A sheet or task that shows no effect for this long may be lost, and is sent again."""
+SLOW_LINE_BYTES = 1 << 20
+"""What a line is taken to carry in a second: while a large task may still be on its way, it is not sent again."""
 SHOWN_SECONDS = 60.0
 """A line per site is shown after every round, and this often while one lasts."""
 _POLL_SECONDS = 0.2
@@ -98,9 +100,9 @@ class Attendance:
                 )
             self.take()
 
-    def is_lost(self, sent: float | None) -> bool:
-        """Tell whether what was sent then should have shown an effect by now."""
-        return sent is not None and self.clock() - sent > ASK_AGAIN_SECONDS
+    def is_lost(self, sent: float | None, num_bytes: int = 0) -> bool:
+        """Tell whether so many bytes that were sent then should have shown an effect by now."""
+        return sent is not None and self.clock() - sent > ASK_AGAIN_SECONDS + num_bytes / SLOW_LINE_BYTES
 
     def report(self) -> list[dict[str, Any]]:
         """Return where every site stands, for the round's record."""

@@ -79,11 +79,16 @@ class SitesRound:
         elif isinstance(head, Ready):
             self._post(client)
         elif isinstance(head, Hello):
-            is_idle = site.posted is None or (self.engine.is_lost(site.posted) and head.task != self.keys[client])
+            is_idle = site.posted is None or (self._is_lost(site) and head.task != self.keys[client])
             if site.is_usable and is_idle:
                 self._post(client)
         elif isinstance(head, Result):
             self._take_result(site, head, body)
+
+    def _is_lost(self, site: SiteState) -> bool:
+        """Tell whether a task is lost; on the connection it was sent on, a large one may be on its way for long."""
+        is_same = self.engine.link.connections[site.name] == site.posted_on
+        return self.engine.is_lost(site.posted, site.posted_bytes if is_same else 0)
 
     def _take_result(self, site: SiteState, head: Result, body: Body) -> None:
         client, refusal = site.client, head.refusal
@@ -131,8 +136,9 @@ class SitesRound:
         body = broadcast_buffers(addressed(broadcast, engine.state, engine.plan.strategy, held), engine.wire)
         task = Task(run=engine.run, round=broadcast.round, task=self.keys[client], counted=counted)
         if engine.link.send(site.name, framed(task, body)):
-            site.posted = engine.clock()
-            self.sent[client] += num_bytes(body)
+            site.posted, site.posted_bytes = engine.clock(), num_bytes(body)
+            site.posted_on = engine.link.connections[site.name]
+            self.sent[client] += site.posted_bytes
         else:
             site.posted = None
 

@@ -20,7 +20,7 @@ from hashlib import sha256
 from typing import IO, Any, Protocol
 
 from fedloom.errors import UpdateError
-from fedloom.federation.buffers import Buffer, num_bytes
+from fedloom.federation.buffers import Buffer, num_bytes, room_for
 from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.frames import TO_SITE, Body, Ready, Score, SheetSent, Task, frame, framed, unframe_here
 from fedloom.sites.link import Frame
@@ -111,7 +111,7 @@ class Trainer:
 class TrainerProcess:
     """A trainer in a process of its own."""
 
-    def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], ended: Callable[[int], None]) -> None:
+    def __init__(self, site: SiteSettings, reply: Callable[[Buffer], None], ended: Callable[[int], None]) -> None:
         read_end, write_end = os.pipe()
         _widen(write_end)
         self._process = subprocess.Popen(
@@ -177,13 +177,13 @@ def _write(stream: IO[bytes], data: Buffer | Frame) -> None:
     stream.flush()
 
 
-def _read(stream: IO[bytes]) -> bytes | None:
+def _read(stream: Any) -> Buffer | None:
     """Return the next frame; None at the end, within a frame too."""
     length = stream.read(_LENGTH_BYTES)
     if len(length) < _LENGTH_BYTES:
         return None
-    data = stream.read(size := int.from_bytes(length, "little"))
-    return data if len(data) == size else None
+    data = room_for(int.from_bytes(length, "little"))
+    return data if stream.readinto(data) == len(data) else None
 
 
 def main(write_end: int) -> None:
@@ -192,7 +192,7 @@ def main(write_end: int) -> None:
     given = _read(source)
     if given is None:
         return
-    site = resolve_site(json.loads(given), "the site's settings")
+    site = resolve_site(json.loads(bytes(given)), "the site's settings")
     from fedloom.models.threads import compute_with
 
     compute_with(site.site.threads)

@@ -77,7 +77,7 @@ class LocalSplitClients:
         self._bottoms = {cut_layer: part_of(lora.model, 0, cut_layer) for cut_layer in set(plan.cut_layers)}
         depth = num_blocks(lora.model)
         self._tail = None if plan.tail_blocks is None else top_of(lora.model, depth - plan.tail_blocks)
-        weight = next(lora.model.parameters())
+        weight = lora.base_weight
         self._dtype, self._device = weight.dtype, weight.device
         self._parties: dict[int, Party] = {}
         self._broadcasts: dict[int, list[Broadcast]] = {}

@@ -50,7 +50,7 @@ class SplitServer:
         self._lora, self._head, self._plan, self._slot, self._make = lora, head, plan, 0, make_optimiser
         stop = None if plan.tail_blocks is None else num_blocks(lora.model) - plan.tail_blocks
         self._half = ServerHalf(lora.model, plan.cut_layers, stop)
-        weight = next(lora.model.parameters())
+        weight = lora.base_weight
         self._dtype, self._device = weight.dtype, weight.device
         self.width: int = lora.model.config.hidden_size  # type: ignore[union-attr, assignment]
         self.max_length: int = plan.max_length or context_of(lora.model.config) or _ENDLESS
