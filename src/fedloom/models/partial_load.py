@@ -241,7 +241,7 @@ def _fill(model: Any, folder: Path, tied: dict[str, str], dtype: torch.dtype) ->
         if name in parameters:  # a meta tensor cannot be copied into, only replaced
             module._parameters[leaf] = nn.Parameter(tensor.to(dtype), requires_grad=False)
         else:
-            module._buffers[leaf] = tensor.to(module._buffers[leaf].dtype)
+            module._buffers[leaf] = tensor.to(model.get_buffer(name).dtype)
     return read_bytes
 
 
