@@ -86,6 +86,18 @@ def test_describe_names_them_and_counts_what_they_train(make: Make) -> None:
     assert not describe(make(method__ranks=NARROW)).narrow_modules
 
 
+@pytest.mark.parametrize("measured", [None, 1])
+def test_described_bytes_of_narrow_layers_are_the_bytes_that_cross(
+    measured: int | None, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if measured is not None:  # the stack is larger than what is measured whole
+        monkeypatch.setattr("fedloom.preview.description.MEASURED_NUMBERS", measured)
+    settings = make(method__name="flora", method__ranks=[RANK, 2, RANK])
+    summary, described = fedloom.run(settings, tmp_path / "run"), describe(settings)
+    whole = (summary.upload_bytes, summary.download_bytes)
+    assert described.run_bytes == (whole if measured is None else pytest.approx(whole, rel=1e-2))
+
+
 @pytest.mark.parametrize("method", ["fedit", "flora"])
 def test_a_layer_that_was_named_must_hold_the_rank(method: str, make: Make, tmp_path: Path) -> None:
     settings = make(model__target_modules=["v_proj"], method__name=method, method__ranks=NARROW)

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from fedloom.data.tokens import TokenSet
+from fedloom.errors import ModelError
 from fedloom.lora.algebra import distance
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
@@ -252,3 +253,12 @@ def test_other_families_train_together_as_alone(
     for one, task in zip(train(lora, tasks, settings), tasks, strict=True):
         assert distance(one.adapter, task.start) > 0
         assert_same(one.adapter, train(lora, [task], settings)[0].adapter, 1e-11)
+
+
+def test_adapters_that_no_gradient_reaches_are_refused_in_one_line(
+    llama_lora: LoRAModel, tasks: list[ClientTask]
+) -> None:
+    body: Any = llama_lora.model.model
+    body.norm.register_forward_hook(lambda *parts: parts[2].detach())
+    with pytest.raises(ModelError, match="expected adapted modules whose gradient reaches the loss of 'llama', none"):
+        train(llama_lora, tasks)

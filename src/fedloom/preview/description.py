@@ -222,16 +222,15 @@ def _messages(
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
     strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
     state, works = (
-        ServerState(start=_zeros(lora, max(ranks), fitted=True)),
+        ServerState(start=_zeros(lora, max(ranks))),
         [strategy.client.work(round) for round in (1, 2)],
     )
-    num_per_rank = sum(sum(shape) for shape in lora.shapes.values())
-    parts, beyond = _addition(settings, lora, ranks, num_per_rank)
+    parts, beyond = _addition(settings, lora, ranks)
     later = News(1, 2, parts)
     for client, rank in enumerate(ranks):
         if rank in sizes:
             continue
-        update = Update(1, client, _zeros(lora, rank, fitted=True), TrainingStats(1))
+        update = Update(1, client, _zeros(lora, rank), TrainingStats(1))
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
         start, origin = strategy.start_for(state, client), strategy.origin
         crossing = [BOTH if origin is None else work.trains for work in works]
@@ -242,28 +241,34 @@ def _messages(
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
 
 
-def _addition(
-    settings: Settings, lora: LoRAModel, ranks: tuple[int, ...], num_per_rank: int
-) -> tuple[tuple[Adapter, ...], int]:
+def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tuple[tuple[Adapter, ...], int]:
     """Return what a round adds to the side, and bytes beyond it where only a part of a large stack is measured.
 
     That is the cohort's stack, and the mean beside it where a start is averaged.
     """
     if not settings.traits.grows_side:
         return (), 0
-    stacked = round(sum(ranks) * settings.cohort_size / len(ranks))
+    share = settings.cohort_size / len(ranks)
+    stacked = round(sum(ranks) * share)
     if not settings.traits.starts_fresh:
-        return (_zeros(lora, stacked + max(ranks), fitted=True),), 0
+        return (_zeros(lora, stacked + max(ranks)),), 0
     if settings.method.broadcast == "compressed":
-        return (_zeros(lora, stacked, fitted=True),), 0
-    measured = min(stacked, max(1, MEASURED_NUMBERS // num_per_rank))
-    beyond = (stacked - measured) * num_per_rank * WireDtype(settings.wire.dtype).torch.itemsize
-    return (_zeros(lora, measured),), beyond
+        return (_zeros(lora, stacked),), 0
+    # A narrow module's part of the stack is lower: each client's is of the rank that the module takes.
+    stacks = {name: round(sum(rank_in(shape, rank) for rank in ranks) * share) for name, shape in lora.shapes.items()}
+    most = max(1, MEASURED_NUMBERS // sum(map(sum, lora.shapes.values())))
+    beyond = sum(max(0, stacks[name] - most) * sum(shape) for name, shape in lora.shapes.items())
+    measured = _pairs(lora, {name: min(rank, most) for name, rank in stacks.items()})
+    return (measured,), beyond * WireDtype(settings.wire.dtype).torch.itemsize
 
 
-def _zeros(lora: LoRAModel, rank: int, *, fitted: bool = False) -> Adapter:
-    """Return pairs of a rank, where it is to be fitted of no higher one than a module can have."""
-    ranks = {name: rank_in(shape, rank) if fitted else rank for name, shape in lora.shapes.items()}
+def _zeros(lora: LoRAModel, rank: int) -> Adapter:
+    """Return pairs of a rank, or of the highest one that a module can have."""
+    return _pairs(lora, {name: rank_in(shape, rank) for name, shape in lora.shapes.items()})
+
+
+def _pairs(lora: LoRAModel, ranks: Mapping[str, int]) -> Adapter:
+    """Return pairs of zeros, each of its module's rank."""
     return Adapter(
         {name: Pair(torch.zeros(o, ranks[name]), torch.zeros(ranks[name], i)) for name, (o, i) in lora.shapes.items()}
     )

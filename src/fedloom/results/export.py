@@ -308,9 +308,9 @@ def _refuse_part_of_a_kind(base: Base) -> None:
     config = base.model.config
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
         raise ModelError(
-            f"{base.name}: expected a base that is written as a causal LM, its text part would be written as a "
-            f"{config.model_type!r}, which transformers does not load as one; export the adapter instead (without "
-            "--merge)"
+            f"{base.name}: expected a base that is a causal LM of its own, got the text part of another kind "
+            f"({config.model_type!r}), which transformers would not load again once merged; export the adapter instead "
+            "(without --merge)"
         )
 
 

@@ -25,9 +25,11 @@ from torch import Tensor
 
 from fedloom.data.batches import batches
 from fedloom.data.tokens import TokenSet
+from fedloom.errors import ModelError
 from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import BOTH, Adapter, Factors, Pair
+from fedloom.models.families import model_type
 from fedloom.seeding import stream
 from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
@@ -314,6 +316,11 @@ def _run_pass(
     dropout = dropout_of(settings.dropout, [part.keys for part in parts], batch.lengths, device)
     lora.route([(part.owner.slot, count) for part, count in zip(parts, tokens, strict=True)], dropout, batch.lengths)
     hidden_SD = passes.hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
+    if not hidden_SD.requires_grad:
+        raise ModelError(
+            f"model.target_modules: expected adapted modules whose gradient reaches the loss of "
+            f"{model_type(lora.model)!r}, none does; choose others, or another base"
+        )
     counts = [part.num_targets for part in parts]
     weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)
     loss, nats_S = supervised_cross_entropy(

@@ -75,7 +75,7 @@ def padded_hidden_states(model: Any, batch: PaddedBatch) -> Tensor:
     """
     with rotated_apart(model, batch.lengths[:1]), foreign_forward(model):
         outputs = body_of(model)(input_ids=batch.input_ids_BT, use_cache=False)
-    hidden_BTD: Tensor = outputs.last_hidden_state
+        hidden_BTD: Tensor = outputs.last_hidden_state
     return hidden_BTD.flatten(0, 1)
 
 
