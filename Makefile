@@ -1,5 +1,5 @@
-# One command each: setup, test, test-slow, test-extras, faults, check, demo, docs. All of them set up first where that
-# is needed.
+# One command each: setup, test, test-slow, test-extras, faults, check, demo, docs, families. All of them set up first
+# where that is needed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ export OMP_NUM_THREADS ?= 1
 EXTRAS := cluster,lm-eval,meteor,mlflow,quantized,sentencepiece,sites,wandb
 EXTRAS_READY := $(VENV)/.extras-ready
 
-.PHONY: setup test test-slow faults test-extras check format demo docs clean
+.PHONY: setup test test-slow faults test-extras check format demo docs families clean
 
 setup: $(READY)
 
@@ -60,6 +60,10 @@ $(DOCS_READY): $(READY)
 
 docs: $(DOCS_READY)
 	$(BIN)/mkdocs build --strict
+
+# The page of the families of decoders: every kind that the installed transformers knows, ten minutes.
+families: $(READY)
+	$(BIN)/python scripts/families --workers $(WORKERS)
 
 clean:
 	rm -rf build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis
