@@ -64,9 +64,10 @@ def test_a_large_task_that_is_still_on_its_way_is_sent_again_on_a_new_connection
         sent.append(data)
         if len(sent) > 1:
             return [data]
-        threading.Timer(1.2, lambda: hub.ends[to].inbox.put((sender, data))).start()
+        site, server = hub.ends[to], hub.ends[SERVER]  # the timers may outlast both
+        threading.Timer(1.2, lambda: site.inbox.put((sender, data))).start()
         if not is_same:
-            threading.Timer(0.1, lambda: hub.ends[SERVER].connections.update([to])).start()
+            threading.Timer(0.1, lambda: server.connections.update([to])).start()
         return []
 
     hub = Hub(meddle)
