@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from fedloom.assembly.inputs import Workshop
 from fedloom.config import Settings
 from fedloom.errors import ModelError, SettingsError
-from fedloom.experiment import describe, run
+from fedloom.experiment import compare, describe, run
 from fedloom.models.row_attention import attention_of
 from fedloom.preview.diagnosis import diagnose
 from fedloom.results.held_out import evaluate
@@ -102,3 +102,9 @@ def test_sites_are_told_how_rows_pass(settings_for: Make) -> None:
 def test_a_cut_model_takes_packed_rows_only(settings_for: Make) -> None:
     with pytest.raises(SettingsError, match=r"model\.attention only with method\.name = any but splitlora"):
         settings_for(model__attention="padded", method__name="splitlora", method__ranks=2)
+
+
+def test_a_comparison_names_what_is_in_the_way_of_a_later_method_before_the_first(padded: Make, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.attention"):
+        compare(padded(), ["fedit", "splitlora"], [1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from fedloom.assembly.inputs import Workshop
+from fedloom.assembly.preparation import Preparation
 from fedloom.config import Settings, every_variant
 from fedloom.errors import RunError
 from fedloom.experiment.parallel_runs import check_parallel, run_in_processes
@@ -67,7 +68,7 @@ def compare(
         SettingsError: a method or seed does not exist or comes twice, or a variant is not valid; nothing was run.
         EvaluationError: ``reference`` is not among the methods; nothing was run.
         RunError: ``out`` is a run, or holds another's comparison.json; nothing was touched.
-        FedloomError: as for :func:`run`.
+        FedloomError: as for :func:`run`; of all runs before the first begins, where they run one after the other.
     """
     variants = every_variant(settings, methods, seeds)
     reference = reference_among(methods, reference)
@@ -93,6 +94,9 @@ def _one_after_another(
     planned: Sequence[tuple[Settings, Path]], date: str, fresh: bool, progress: Progress
 ) -> list[RunSummary]:
     workshop, runs = Workshop(progress), list[RunSummary]()
+    # What is in the way of a later run is told now, not hours later; base and tokens are then there for the runs.
+    for settings, folder in planned:
+        Preparation(settings, folder, workshop, fresh, date).complete()
     for settings, folder in planned:
         method, seed = settings.method.name, settings.run.seed
         progress.note(f"run {len(runs) + 1} of {len(planned)}: {method}, seed {seed}")
