@@ -11,6 +11,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,8 @@ def slow_site(case: Case, rng: np.random.Generator) -> None:
     trainer = case.trainer_of(one_of(rng))
     os.kill(trainer, signal.SIGSTOP)
     time.sleep(LONGER_THAN_GRACE)
-    os.kill(trainer, signal.SIGCONT)
+    with suppress(ProcessLookupError):  # its site may have given it up
+        os.kill(trainer, signal.SIGCONT)
 
 
 def full_disk(case: Case, rng: np.random.Generator) -> None:
