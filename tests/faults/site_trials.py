@@ -136,13 +136,14 @@ def start_twin(case: Case, rng: np.random.Generator) -> None:
 
 
 def serve_another(case: Case, rng: np.random.Generator) -> None:
-    """The server is started again with other settings: refused in one line, and with --fresh another run."""
+    """The server is started with other settings: refused where a round is done, and with --fresh another run."""
     case.started["server"].kill()
     case.started["server"].wait()
     case.settings = {**case.settings, "run": {"seed": int(rng.integers(1, 1000))}}
     case.write_study(case.folder / "other.toml")
+    is_begun = case.num_rounds_done() > 0
     refused = case.serve("other")
-    if (code := refused.wait()) != 2 and case.num_rounds_done() > 0:
+    if (code := refused.wait()) != 2 and is_begun:
         raise WrongError(f"a study that changed under its run ended with {code}, not 2; {case.last_lines()}")
     case.serve("other", "--fresh")
 
