@@ -16,9 +16,9 @@ from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf, EveryRound, Work
 from fedloom.methods.fedex import FedEx
-from fedloom.methods.flora import FLoRA, Stack
+from fedloom.methods.flora import FLoRA, Initialisation, Stack
 from fedloom.methods.state import Aggregate, ServerState
-from fedloom.methods.strategy import Cohort, Strategy
+from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.sums import FactorSum
 from fedloom.methods.table import Method
 from fedloom.methods.traits import Law, Traits
@@ -37,6 +37,25 @@ def test_a_method_keeps_every_law_that_it_claims_and_misses_every_other(name: st
     exempt = {one.law for one in found.findings if one.verdict == EXEMPT}
     assert exempt <= {Law.RESCALING, Law.NO_OP_RANKS}
     assert (Law.NO_OP_RANKS in exempt) == table.traits_of(name).needs_one_rank
+
+
+@pytest.mark.parametrize(
+    ("make", "unclaimed"),
+    [
+        (lambda c: FLoRA(c, initialisation=Initialisation.SHARED), set()),
+        (
+            lambda c: ZeroPadding(c, Weighting.NORM),
+            {Law.EXACTNESS, Law.RESCALING, Law.NO_OP_RANKS, Law.SPLITTING},
+        ),
+        (lambda c: ZeroPadding(c, Weighting.TOKENS), {Law.EXACTNESS, Law.RESCALING, Law.NO_OP_RANKS}),
+        (lambda c: FLoRA(c, Weighting.UNIFORM), {Law.EXACTNESS, Law.SPLITTING}),
+    ],
+    ids=["flora, shared draws", "zero-padding by norm", "zero-padding by tokens", "flora, uniform"],
+)
+def test_a_method_under_other_options_misses_these_laws_only(
+    make: Callable[[Cohort], Strategy], unclaimed: set[Law]
+) -> None:
+    assert set(audited(make).broken) == unclaimed
 
 
 # ---- planted defects -----------------------------------------------------------------------------------------------
@@ -115,27 +134,44 @@ class ForgetsModules(FLoRA):
         raise KeyError("layers.0.q")
 
 
+class ScalesItsStart(ZeroPadding):
+    def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
+        found = super().finish(state, sums)
+        assert state.start is not None
+        for pair in state.start.values():
+            pair.b_OR.mul_(2.0)
+        return found
+
+
 def audited(make: Callable[[Cohort], Strategy], *unclaimed: Law, needs_one_rank: bool = False) -> Audit:
     return audit(MethodSubject("mine", make, frozenset(Law) - set(unclaimed), needs_one_rank))
+
+
+NOISY = {Law.EXACTNESS, Law.RESCALING}
+ALONE = {Law.EXACTNESS, Law.ONE_CLIENT, Law.NORMALISATION}
+AGREED = ALONE | {Law.EQUAL_CLIENTS}
 
 
 @pytest.mark.parametrize(
     ("make", "needs_one_rank", "laws"),
     [
-        (CountsTwice, False, {Law.EXACTNESS, Law.ONE_CLIENT, Law.NORMALISATION, Law.SPLITTING}),
-        (DividesByTheRank, False, {Law.EXACTNESS, Law.ONE_CLIENT, Law.EQUAL_CLIENTS}),
-        (fedit, True, {Law.EXACTNESS, Law.RESCALING}),
-        (TransposesItsResidual, True, {Law.EXACTNESS, Law.RESCALING, Law.ORIENTATION}),
-        (NormalisesOverAllItHasSeen, False, {Law.EXACTNESS, Law.PARTIAL, Law.NORMALISATION}),
-        (ChangesAThatNobodyTrains, False, {Law.CATCH_UP}),
+        (CountsTwice, False, AGREED | {Law.SPLITTING}),
+        (DividesByTheRank, False, AGREED),
+        (fedit, True, NOISY),
+        (TransposesItsResidual, True, {*NOISY, Law.ORIENTATION}),
+        (NormalisesOverAllItHasSeen, False, ALONE | {Law.PARTIAL}),
+        (ChangesAThatNobodyTrains, False, AGREED | {Law.NO_OP, Law.NO_OP_RANKS, Law.CATCH_UP}),
         (ScalesInPlace, False, {Law.INPUTS}),
-        (KeepsTheFirst, False, {Law.STREAMING}),
+        (ScalesItsStart, False, {*NOISY, Law.NO_OP_RANKS, Law.INPUTS}),
+        (KeepsTheFirst, False, {*NOISY, Law.NO_OP_RANKS, Law.STREAMING}),
     ],
 )
-def test_a_planted_defect_is_found_by_the_laws_that_it_breaks(
+def test_a_planted_defect_is_found_by_exactly_the_laws_that_it_breaks(
     make: Callable[[Cohort], Strategy], needs_one_rank: bool, laws: set[Law]
 ) -> None:
-    assert laws <= set(audited(make, needs_one_rank=needs_one_rank).broken)
+    found = audited(make, needs_one_rank=needs_one_rank)
+    assert set(found.broken) == laws
+    assert {one.law for one in found.findings if one.note and one.verdict == BROKEN} <= {Law.INPUTS}
 
 
 def test_a_strategy_that_fails_is_told_in_one_line_a_law() -> None:

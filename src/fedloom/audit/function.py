@@ -166,7 +166,7 @@ class FunctionTrial:
         known = {}
         if _names_population(self._function):
             known[POPULATION] = self._population[:]
-        with contextlib.redirect_stdout(sys.stderr), torch.no_grad():
+        with contextlib.redirect_stdout(sys.stderr):
             returned = asked(self._name, lambda: self._function(*given.values(), **known))
         same = {
             "adapters": _alike(adapters, untouched),
@@ -190,9 +190,9 @@ class FunctionTrial:
         """
         (num_out, num_in), pair = SHAPES[name], _pair(value)
         if pair is not None and pair[0].ndim == pair[1].ndim == 2 and pair[0].shape[1] == pair[1].shape[0]:
-            product = pair[0].detach().double() @ pair[1].detach().double()
+            product = _exact(pair[0]) @ _exact(pair[1])
         else:
-            product = value.detach().double() if isinstance(value, Tensor) else torch.empty(0)
+            product = _exact(value) if isinstance(value, Tensor) else torch.empty(0)
         if product.shape != (num_out, num_in):
             raise AdapterError(
                 f"{self._name}: expected (B, A) or a matrix of {num_out} × {num_in} for {name}, got {_shown(value)}; "
@@ -223,9 +223,14 @@ def _alike(left: Sequence[object], right: Sequence[Mapping[str, Factors]]) -> bo
         if not isinstance(one, Mapping) or list(one) != list(other):
             return False
         for name, factors in other.items():
-            if len(one[name]) != 2 or not all(map(torch.equal, one[name], factors)):
+            pair = _pair(one[name])
+            if pair is None or not all(torch.equal(_exact(a), _exact(b)) for a, b in zip(pair, factors, strict=True)):
                 return False
     return True
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def _pair(value: object) -> Factors | None:

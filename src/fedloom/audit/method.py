@@ -12,10 +12,10 @@ from fedloom.audit.catching_up import distance_of_returned
 from fedloom.audit.subject import SHAPES, Contribution, Products, Returned, Scene, asked, products
 from fedloom.errors import MethodError
 from fedloom.lora.initial import Draw
-from fedloom.lora.pair import BOTH, Adapter, Factors, check_finite
+from fedloom.lora.pair import BOTH, Adapter, Factors, Pair, check_finite
 from fedloom.methods import table
 from fedloom.methods.client_half import Payload
-from fedloom.methods.state import Aggregate, Update
+from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.methods.traits import Law
 from fedloom.training.stats import TrainingStats
@@ -55,7 +55,8 @@ def method_subject(name: str) -> MethodSubject:
     if not traits.aggregates:
         wanted = ", ".join(table.names("aggregates"))
         raise MethodError(f"expected a method that aggregates ({wanted}) or module:function, got {name!r}; name one")
-    if table.make(name, _ANYBODY).client.work(1).payload is Payload.GRADIENT:
+    work = asked(name, lambda: table.make(name, _ANYBODY).client.work(1))
+    if work.payload is Payload.GRADIENT:
         raise MethodError(f"method {name}: expected one that sends factors, this one sends gradients; name another")
     claims = frozenset(law for law in Law if law not in traits.unclaimed)
     return MethodSubject(name, lambda cohort: table.make(name, cohort), claims, traits.needs_one_rank)
@@ -97,24 +98,28 @@ class MethodTrial:
 
     def combined(self, round: Sequence[Contribution]) -> Products:
         """Return the product that the strategy puts in place of the clients' own."""
-        updates = [self._update(one) for one in round]
-        held = self._copied(round)
-        applied = self._applied(lambda: self._strategy.aggregate(self._state, iter(updates)))
-        if any(not torch.equal(one, before) for one, before in zip(self._tensors(round), held, strict=True)):
-            self._changed = "updates or state"
+        state, start = self._copied_state(), self._state.start
+        given = [replace(one, adapter=_copy(one.adapter)) for one in round]
+        applied = self._applied(lambda: self._strategy.aggregate(state, map(self._update, given)))
+        if start and state.start and not _same(start, state.start):
+            self._changed = "the state's start"
+        if not all(_same(one.adapter, other.adapter) for one, other in zip(round, given, strict=True)):
+            self._changed = "an update"
         return applied
 
     def grouped(self, groups: Sequence[Sequence[Contribution]]) -> Products:
         """Return the same from sums over groups, merged."""
 
+        state = self._copied_state()
+
         def merged() -> Aggregate:
-            whole: Any = self._strategy.empty(self._state)
+            whole: Any = self._strategy.empty(state)
             for group in groups:
-                part = self._strategy.empty(self._state)
+                part = self._strategy.empty(state)
                 for one in group:
-                    part.add(self._update(one))
+                    part.add(self._update(replace(one, adapter=_copy(one.adapter))))
                 whole.merge(part)
-            aggregate: Aggregate = self._strategy.finish(self._state, whole)
+            aggregate: Aggregate = self._strategy.finish(state, whole)
             return aggregate
 
         return self._applied(merged)
@@ -136,14 +141,20 @@ class MethodTrial:
         check_finite(applied, self._name, "correct its aggregate")
         return products(applied)
 
+    def _copied_state(self) -> ServerState:
+        start = self._state.start
+        return replace(self._state, start=_copy(start) if start else None)
+
     def _update(self, one: Contribution) -> Update:
         tokens = one.rows * TOKENS_A_ROW
         stats = TrainingStats(one.rows, tokens, tokens, 1)
         return Update(self._state.round + 1, one.client, one.adapter, stats)
 
-    def _tensors(self, round: Sequence[Contribution]) -> list[torch.Tensor]:
-        adapters = [*(one.adapter for one in round), *([self._state.start] if self._state.start else [])]
-        return [tensor for adapter in adapters for pair in adapter.values() for tensor in (pair.b_OR, pair.a_RI)]
 
-    def _copied(self, round: Sequence[Contribution]) -> list[torch.Tensor]:
-        return [tensor.clone() for tensor in self._tensors(round)]
+def _copy(adapter: Adapter) -> Adapter:
+    return Adapter({name: Pair(pair.b_OR.clone(), pair.a_RI.clone()) for name, pair in adapter.items()})
+
+
+def _same(left: Adapter, right: Adapter) -> bool:
+    ours, theirs = left.as_tensors(), right.as_tensors()
+    return all(torch.equal(ours[key], theirs[key]) for key in ours)
