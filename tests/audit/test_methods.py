@@ -10,6 +10,7 @@ import pytest
 from fedloom.audit.battery import BROKEN, EXEMPT, UNCLAIMED, Audit, audit
 from fedloom.audit.method import MethodSubject, method_subject
 from fedloom.errors import MethodError
+from fedloom.federation import server
 from fedloom.lora.algebra import stack
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
@@ -17,7 +18,8 @@ from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf, EveryRound, Work
 from fedloom.methods.fedex import FedEx
 from fedloom.methods.flora import FLoRA, Initialisation, Stack
-from fedloom.methods.state import Aggregate, ServerState
+from fedloom.methods.rolora import RoLoRA
+from fedloom.methods.state import Aggregate, News, ServerState
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
 from fedloom.methods.sums import FactorSum
 from fedloom.methods.table import Method
@@ -134,6 +136,15 @@ class ForgetsModules(FLoRA):
         raise KeyError("layers.0.q")
 
 
+class DoublesA(RoLoRA):
+    """Right in its first round, in which B is trained, and wrong in the second."""
+
+    def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
+        found = super().finish(state, sums)
+        assert found.start is not None
+        return replace(found, start=found.start.scaled(2.0)) if state.round % 2 else found
+
+
 class ScalesItsStart(ZeroPadding):
     def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
         found = super().finish(state, sums)
@@ -161,6 +172,7 @@ AGREED = ALONE | {Law.EQUAL_CLIENTS}
         (TransposesItsResidual, True, {*NOISY, Law.ORIENTATION}),
         (NormalisesOverAllItHasSeen, False, ALONE | {Law.PARTIAL}),
         (ChangesAThatNobodyTrains, False, AGREED | {Law.NO_OP, Law.NO_OP_RANKS, Law.CATCH_UP}),
+        (DoublesA, False, AGREED | {Law.NO_OP, Law.NO_OP_RANKS, Law.CATCH_UP}),
         (ScalesInPlace, False, {Law.INPUTS}),
         (ScalesItsStart, False, {*NOISY, Law.NO_OP_RANKS, Law.INPUTS}),
         (KeepsTheFirst, False, {*NOISY, Law.NO_OP_RANKS, Law.STREAMING}),
@@ -172,6 +184,25 @@ def test_a_planted_defect_is_found_by_exactly_the_laws_that_it_breaks(
     found = audited(make, needs_one_rank=needs_one_rank)
     assert set(found.broken) == laws
     assert {one.law for one in found.findings if one.note and one.verdict == BROKEN} <= {Law.INPUTS}
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "replacement"),
+    [
+        ("rolora", "_crossing", lambda state, strategy, client: strategy.client.work(state.round).trains),
+        (
+            "flora",
+            "news_for",
+            lambda state, version, sha256: News(version, state.round, state.chain[-1:], False, sha256),
+        ),
+    ],
+    ids=["factors of the last round only", "the last addition only"],
+)
+def test_a_server_that_forgets_how_long_a_client_was_away_is_found(
+    name: str, function: str, replacement: Callable[..., object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, function, replacement)
+    assert audit(method_subject(name)).broken == (Law.CATCH_UP,)
 
 
 def test_a_strategy_that_fails_is_told_in_one_line_a_law() -> None:
