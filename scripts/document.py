@@ -53,8 +53,8 @@ COMMANDS_INTRODUCTION = """\
 
 Generated from the command line by `scripts/document.py`.
 
-Results go to standard output, progress and notes to standard error. Exit codes: 0 done; 2 invalid input, with one line
-per problem; 130 interrupted, with the state saved.
+Results go to standard output, progress and notes to standard error. Exit codes: 0 done; 1 an audit found a law
+broken; 2 invalid input, with one line per problem; 130 interrupted, with the state saved.
 """
 
 

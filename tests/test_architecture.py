@@ -43,6 +43,7 @@ ORDER = (
     "evaluation",
     "run_folder",
     "reporting",
+    "audit",
     "recipes",
     "assembly",
     "preview",

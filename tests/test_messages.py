@@ -22,8 +22,8 @@ VERBS = (
     *("add", "answer", "ask", "build", "call", "change", "check", "choose", "convert", "correct", "decode", "drop"),
     *("export", "fetch", "fill", "finish", "fix", "free", "give", "install", "judge", "keep", "leave", "load"),
     *("lower", "make", "measure", "mend", "name", "narrow", "open", "pad", "quote", "raise", "regenerate"),
-    *("remove", "rename", "repeat", "resend", "restore", "resume", "run", "save", "score", "see", "send", "serve"),
-    *("set", "shorten", "sort", "start", "take", "train", "try", "update", "upgrade", "use", "wait", "write"),
+    *("remove", "rename", "repeat", "resend", "restore", "resume", "return", "run", "save", "score", "see", "send"),
+    *("serve", "set", "shorten", "sort", "start", "take", "train", "try", "update", "upgrade", "use", "wait", "write"),
 )
 """The imperatives with which our messages begin an action. A new one is added here when a message needs it."""
 ADVICE = ("remedy", "advice", "advice_after", "action", "unfinished_note", "USE_PADDED")

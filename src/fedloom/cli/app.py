@@ -1,7 +1,7 @@
 """The commands together, and what an exit code means.
 
-0 done; 2 the user's input, or what the operating system refused: one line per problem after ``error:``; 130
-interrupted, with the state saved. Any other exception is a bug and keeps its traceback.
+0 done; 1 an audit found a law broken; 2 the user's input, or what the operating system refused: one line per problem
+after ``error:``; 130 interrupted, with the state saved. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.cli import (
+    auditing,
     experiments,
     result_commands,
     score_commands,
@@ -63,6 +64,7 @@ app.command("evaluate")(result_commands.evaluate)
 app.command("generate")(result_commands.generate)
 app.command("export")(result_commands.export)
 app.command("doctor")(result_commands.doctor)
+app.command("audit")(auditing.audit)
 app.command("judge")(score_commands.judge)
 app.command("leakage")(splitting.leakage)
 app.add_typer(score_commands.app, name="score")

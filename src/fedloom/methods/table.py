@@ -21,7 +21,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from fedloom.errors import MethodError
-from fedloom.methods.traits import Kind, Traits
+from fedloom.methods.traits import Kind, Law, Traits
 
 GROUP = "fedloom.methods"
 BASELINE = "fedit"
@@ -74,11 +74,15 @@ class Method:
 
 
 MAKERS = "fedloom.methods.makers"
+_NOISY, _FADING = (Law.EXACTNESS, Law.RESCALING), (Law.NO_OP_RANKS,)
+_ONE_FACTOR: dict[str, Any] = {"aggregates_split": False, "combines": False, "unclaimed": _FADING}
 _SHIPPED: dict[str, Method] = {
     one.traits.name: one
     for one in (
         Method(
-            Traits("fedit", "the mean of the factors, at one rank", needs_one_rank=True, is_standard=True),
+            Traits(
+                "fedit", "the mean of the factors, at one rank", needs_one_rank=True, is_standard=True, unclaimed=_NOISY
+            ),
             f"{MAKERS}:fedit",
         ),
         Method(
@@ -87,6 +91,7 @@ _SHIPPED: dict[str, Method] = {
                 "the mean of the factors, padded with zeros to the largest rank",
                 weightings=("rows", "tokens", "uniform", "norm"),
                 is_standard=True,
+                unclaimed=(*_NOISY, *_FADING),
             ),
             f"{MAKERS}:zero_padding",
         ),
@@ -110,15 +115,19 @@ _SHIPPED: dict[str, Method] = {
             f"{MAKERS}:fedex_lora",
         ),
         Method(
-            Traits("flexlora", "the best approximation of the exact mean at the largest rank"),
+            Traits(
+                "flexlora",
+                "the best approximation of the exact mean at the largest rank",
+                unclaimed=(Law.EXACTNESS, *_FADING),
+            ),
             f"{MAKERS}:flexlora",
         ),
         Method(
-            Traits("ffa-lora", "one shared and frozen A, the mean of B", aggregates_split=False, combines=False),
+            Traits("ffa-lora", "one shared and frozen A, the mean of B", **_ONE_FACTOR),
             f"{MAKERS}:ffa_lora",
         ),
         Method(
-            Traits("rolora", "B and A trained by turns, the mean of either", aggregates_split=False, combines=False),
+            Traits("rolora", "B and A trained by turns, the mean of either", **_ONE_FACTOR),
             f"{MAKERS}:rolora",
         ),
         Method(

@@ -28,6 +28,26 @@ class Kind(StrEnum):
     """The base as it is."""
 
 
+class Law(StrEnum):
+    """The laws of aggregation, in the order of tables; `fedloom.audit` measures them, docs/audit.md explains them."""
+
+    EXACTNESS = "exactness"
+    RESCALING = "rescaling"
+    ORIENTATION = "orientation"
+    PERMUTATION = "permutation"
+    NO_OP = "no-op"
+    NO_OP_RANKS = "no-op-ranks"
+    ONE_CLIENT = "one-client"
+    EQUAL_CLIENTS = "equal-clients"
+    PARTIAL = "partial"
+    PROPORTIONS = "proportions"
+    NORMALISATION = "normalisation"
+    SPLITTING = "splitting"
+    STREAMING = "streaming"
+    CATCH_UP = "catch-up"
+    INPUTS = "inputs"
+
+
 @dataclass(frozen=True)
 class Traits:
     """A method's traits. Those left at their defaults describe a federated method of any ranks, as zero-padding is.
@@ -44,6 +64,7 @@ class Traits:
         combines: it works on adapters at hand, without rounds (``fedloom.aggregate``).
         pools_rows: one client owns all rows.
         is_standard: ``fedloom demo`` runs it, and so does ``fedloom compare`` without ``--methods``.
+        unclaimed: the laws of aggregation (:class:`Law`) that it does not promise; it promises all others.
 
     Raises:
         MethodError: they contradict each other.
@@ -60,6 +81,7 @@ class Traits:
     combines: bool = True
     pools_rows: bool = False
     is_standard: bool = False
+    unclaimed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not NAME.fullmatch(self.name):
@@ -71,6 +93,10 @@ class Traits:
         if unknown := [one for one in self.weightings if one not in WEIGHTINGS]:
             known = ", ".join(WEIGHTINGS)
             raise MethodError(f"method {self.name}: expected weightings of {known}, got {unknown[0]!r}; remove it")
+        if unknown := [one for one in self.unclaimed if one not in list(Law)]:
+            raise MethodError(
+                f"method {self.name}: expected unclaimed laws of {', '.join(Law)}, got {unknown[0]!r}; correct it"
+            )
         if self.aggregates and self.weightings[:1] != ("rows",):
             raise MethodError(
                 f"method {self.name}: expected weightings that begin with rows, the default of method.weighting, "
