@@ -15,6 +15,7 @@ from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import PartitionError, SettingsError
+from fedloom.lora.pair import rank_in
 from fedloom.preview import description
 
 
@@ -45,15 +46,17 @@ def test_an_absurd_number_is_refused_by_name_at_once(
     assert f"error: {override.partition('=')[0]}: expected " in capsys.readouterr().err
 
 
-def test_the_largest_population_is_described_at_once_in_a_few_lines() -> None:
+def test_the_largest_population_is_described_at_once_in_a_few_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     overrides = [
         f"federation.num_clients={LARGEST_POPULATION}",
         "method.name=flora",
         "method.ranks=4",
         "data.max_rows=",
     ]
-    with_many = load_settings("demo", overrides)
+    with_many, calls = load_settings("demo", overrides), list[int]()
+    monkeypatch.setattr(description, "rank_in", lambda shape, rank: calls.append(rank) or rank_in(shape, rank))
     lines = description.describe(with_many).lines()
+    assert len(calls) < 1000, "something is counted for each client and module"
     assert len(lines) < 40
     assert any(line.lstrip().startswith(f"0–{LARGEST_POPULATION - 1} ") for line in lines)
 

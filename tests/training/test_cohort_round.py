@@ -98,7 +98,7 @@ def test_on_a_cpu_passes_and_their_members_change_no_bit(
         ClientTask(k, rows_of_lengths(lengths, k), rank, 2.0, fresh_adapter(lora.shapes, rank, 0, k))
         for k, (lengths, rank) in enumerate(zip(([9, 4, 17, 5, 8, 11], [21, 5, 6], [7, 30, 12]), RANKS, strict=True))
     ]
-    settings = replace(SETTINGS, dropout=0.2)
+    settings = replace(SETTINGS, dropout=0.2, steps=4)
     whole = train(lora, tasks, settings)
     for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"token_budget": 1}, {"token_budget": 25}):
         cut = train(lora, tasks, replace(settings, **changes))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -155,9 +156,11 @@ def describe(settings: Settings) -> Description:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = lora_of(model, settings.model.target_modules)
     ranks = settings.client_ranks
+    of_rank = {}  # clients may be a million, their ranks are few
     for rank in set(ranks):
         lora.check_rank(rank)
-    trained = tuple(num_trained(lora, rank) for rank in ranks)
+        of_rank[rank] = num_trained(lora, rank)
+    trained = tuple(of_rank[rank] for rank in ranks)
     up, first, down = _messages(settings, lora, ranks)
     return Description(
         settings=written.as_dict(),
@@ -255,7 +258,11 @@ def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tu
     if settings.method.broadcast == "compressed":
         return (_zeros(lora, stacked),), 0
     # A narrow module's part of the stack is lower: each client's is of the rank that the module takes.
-    stacks = {name: round(sum(rank_in(shape, rank) for rank in ranks) * share) for name, shape in lora.shapes.items()}
+    having = Counter(ranks).items()
+    stacks = {
+        name: round(sum(num * rank_in(shape, rank) for rank, num in having) * share)
+        for name, shape in lora.shapes.items()
+    }
     most = max(1, MEASURED_NUMBERS // sum(map(sum, lora.shapes.values())))
     beyond = sum(max(0, stacks[name] - most) * sum(shape) for name, shape in lora.shapes.items())
     measured = _pairs(lora, {name: min(rank, most) for name, rank in stacks.items()})
