@@ -6,7 +6,6 @@ A slot holds raw factors and a scale s; outside, only the effective pair ``(s·b
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from fedloom.lora.dropout import Dropout
 from fedloom.lora.initial import check_rank
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.lora.route import Route, Slot
+from fedloom.lora.route import Route, Slot, samples_of
 
 __all__ = ["LoRAModel", "Slot", "check_covers", "check_fits"]
 
@@ -163,18 +162,14 @@ class LoRAModel:
         ``dropout`` acts on the adapters' input in passes with gradients. With the ``lengths`` of the pass's samples a
         CPU sums the factors' gradients sample by sample: how a batch was cut into passes then changes no bit of them.
         """
-        self._send(list(segments), None, dropout, lengths)
+        route = self._route
+        route.segments, route.everything_to, route.dropout = list(segments), None, dropout
+        route.samples = samples_of([count for _, count in segments], lengths)
 
-    def route_all(self, slot: int | None, dropout: Dropout | None = None, lengths: Sequence[int] = ()) -> None:
+    def route_all(self, slot: int | None, dropout: Dropout | None = None) -> None:
         """Send every token of the next passes to one slot, or to none (base and side only)."""
-        self._send([], slot, dropout, lengths)
-
-    def _send(
-        self, segments: list[tuple[int, int]], slot: int | None, dropout: Dropout | None, lengths: Sequence[int]
-    ) -> None:
-        route, ends = self._route, list(accumulate(lengths))
-        route.segments, route.everything_to, route.dropout = segments, slot, dropout
-        route.samples = tuple(slice(end - length, end) for end, length in zip(ends, lengths, strict=True))
+        route = self._route
+        route.segments, route.everything_to, route.dropout, route.samples = [], slot, dropout, []
 
     def unwrap(self) -> nn.Module:
         """Put the original modules back and return the model."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -33,14 +34,14 @@ class Block(NamedTuple):
 class Route:
     """Which token rows belong to which slot in the passes that follow; shared by all modules of a model.
 
-    ``samples`` are the token rows of the pass's samples, in order; empty where they are not told apart.
+    ``samples`` are those of each segment, as in :class:`Block`.
     """
 
     slots: list[Slot] = field(default_factory=list)
     segments: list[tuple[int, int]] = field(default_factory=list)
     everything_to: int | None = None
     dropout: Dropout | None = None
-    samples: tuple[slice, ...] = ()
+    samples: list[list[slice]] = field(default_factory=list)
 
     def total_rank(self, most: int) -> int:
         """Sum of the slots' ranks in a module that holds ``most`` of each: rows of ``a_RI`` and ``bt_RO``."""
@@ -59,10 +60,10 @@ class Route:
         """
         if not self.segments:
             slot = self.everything_to
-            return [] if slot is None else [self._block(slot, slice(0, num_tokens), most)]
+            return [] if slot is None else [Block(slot, slice(0, num_tokens), self.rows_of(slot, most), [])]
         blocks, start = [], 0
-        for slot, count in self.segments:
-            blocks.append(self._block(slot, slice(start, start + count), most))
+        for (slot, count), samples in zip(self.segments, self.samples, strict=True):
+            blocks.append(Block(slot, slice(start, start + count), self.rows_of(slot, most), samples))
             start += count
         if start != num_tokens:
             raise ModelError(
@@ -70,7 +71,14 @@ class Route:
             )
         return blocks
 
-    def _block(self, slot: int, tokens: slice, most: int) -> Block:
-        inside = [own for own in self.samples if tokens.start <= own.start and own.stop <= tokens.stop]
-        within = [slice(own.start - tokens.start, own.stop - tokens.start) for own in inside]
-        return Block(slot, tokens, self.rows_of(slot, most), within)
+
+def samples_of(counts: Sequence[int], lengths: Sequence[int]) -> list[list[slice]]:
+    """Return the samples of each segment, by the segments' tokens and the samples' in order; none without lengths."""
+    rest, samples = iter(lengths), list[list[slice]]()
+    for count in counts:
+        own, end = list[slice](), 0
+        while lengths and end < count:
+            start, end = end, end + next(rest)
+            own.append(slice(start, end))
+        samples.append(own)
+    return samples
