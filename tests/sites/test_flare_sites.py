@@ -426,6 +426,15 @@ class Commands:
             self.kill(name)
         shutil.rmtree(self.folder / "rows")
 
+    def begin_with_one_killed(self, name: str) -> None:
+        """Serve to all sites; one of them is killed after the first round, and comes back."""
+        self.serve()
+        for one in NAMES:
+            self.take_part(one)
+        self.wait_for_round(1)
+        self.kill(name)
+        self.take_part(name)
+
     def replayed(self, recipe: dict[str, dict[str, Any]]) -> bytes:
         """Return the adapter of one process in which those take part who counted, and no longer."""
         federation = {**recipe["federation"], "num_clients": len(NAMES), "participation": str(self.run)}
@@ -439,12 +448,7 @@ def test_three_sites_with_one_killed_and_the_server_killed_in_a_round_train_the_
 ) -> None:
     commands = Commands(project, tmp_path, dict(FLORA))
     try:
-        commands.serve()
-        for name in NAMES:
-            commands.take_part(name)
-        commands.wait_for_round(1)
-        commands.kill("oslo")
-        commands.take_part("oslo")
+        commands.begin_with_one_killed("oslo")
         commands.wait_for_round(3)
         time.sleep(0.3)  # in round 4
         commands.kill("server")
@@ -471,12 +475,7 @@ def test_a_cut_model_over_flare_with_a_site_killed_trains_the_adapter_of_one_pro
 ) -> None:
     commands = Commands(project, tmp_path, {**CUT, "sites": {"step_deadline_s": 60.0}}, split="yes")
     try:
-        commands.serve()
-        for name in NAMES:
-            commands.take_part(name)
-        commands.wait_for_round(1)
-        commands.kill("oslo")
-        commands.take_part("oslo")
+        commands.begin_with_one_killed("oslo")
         assert commands.started["server"].wait(480) == 0, commands.told("server")
         records = read_run(commands.run).records
         assert len(records) == 4
