@@ -1,4 +1,4 @@
-"""Every command of the page about clusters is executed, with fewer rounds and steps than it says."""
+"""Every command of the page about clusters, and the README's, is executed, with fewer rounds and steps than it says."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from site_ends import free_port, wait
 from fedloom import embedded
 
 pytestmark = [pytest.mark.extra("cluster"), pytest.mark.slow]
-PAGE = Path(__file__).parents[2] / "docs" / "cluster.md"
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "cluster.md"
 FENCE = re.compile(r"^```(?:console|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SMALLER = ("federation.num_rounds=1", "training.local_steps=1", "evaluation.suites=", "evaluation.every=0")
 ELSEWHERE = ["pip install 'fedloom[cluster]'"]  # what `make test-extras` does
@@ -28,13 +29,18 @@ START = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 ray start --head --node-ip-address=
 """How the page starts a cluster that only this machine reaches."""
 
 
+def lines(page: Path) -> list[str]:
+    return [line for block in FENCE.findall(page.read_text("utf-8")) for line in block.splitlines() if line]
+
+
 def commands() -> list[str]:
-    return [line for block in FENCE.findall(PAGE.read_text("utf-8")) for line in block.splitlines() if line]
+    """Return the page's commands, and those of the README that name the engine."""
+    return lines(PAGE) + [line.removeprefix("$ ") for line in lines(ROOT / "README.md") if "engine.name=ray" in line]
 
 
 def typed(command: str, folder: Path, environment: dict[str, str] | None = None) -> str:
     """Run a command of the page, smaller; return what it told."""
-    words = shlex.split(command)[1:] + [part for setting in SMALLER for part in ("--set", setting)]
+    words = shlex.split(command, comments=True)[1:] + [part for setting in SMALLER for part in ("--set", setting)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})}
     done = subprocess.run(
         [sys.executable, "-m", "fedloom", *words, "--out", "out"],
