@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from fedloom.federation.blob import WireDtype
-from fedloom.federation.messages import broadcast_buffers, decode_broadcast
+from fedloom.federation.broadcasts import broadcast_buffers, decode_broadcast
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.state import Broadcast, News
 from fedloom.sites.frames import TO_SITE, Task, framed, unframe, unframe_here

@@ -28,6 +28,7 @@ ORDER = (
     "file_formats",
     "embedded",
     "methods.traits",
+    "methods.options",
     "methods.table",
     "models.stored_quantization",
     "config",

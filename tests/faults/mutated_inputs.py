@@ -138,7 +138,8 @@ def _messages() -> list[Reader]:
 
     from fedloom.errors import UpdateError
     from fedloom.federation.blob import WireDtype, sealed, unsealed
-    from fedloom.federation.messages import decode_broadcast, encode_broadcast, encode_failure
+    from fedloom.federation.broadcasts import decode_broadcast, encode_broadcast
+    from fedloom.federation.messages import encode_failure
     from fedloom.federation.server import broadcasts_for
     from fedloom.federation.update_checks import check_update
     from fedloom.methods.client_half import Work

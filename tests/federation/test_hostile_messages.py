@@ -18,15 +18,9 @@ from safetensors.torch import load, save
 from fedloom.errors import UpdateError
 from fedloom.federation import blob as blobs
 from fedloom.federation.blob import SEAL_BYTES, WireDtype, sealed, unsealed
+from fedloom.federation.broadcasts import decode_broadcast, encode_broadcast
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import (
-    decode_answer,
-    decode_broadcast,
-    encode_broadcast,
-    encode_failure,
-    encode_update,
-    largest_answer,
-)
+from fedloom.federation.messages import decode_answer, encode_failure, encode_update, largest_answer
 from fedloom.federation.rounds import RoundPlan, run_rounds
 from fedloom.federation.server import ServerRules, broadcasts_for
 from fedloom.federation.update_checks import Asked, check_update

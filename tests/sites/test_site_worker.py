@@ -21,7 +21,7 @@ from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.data.tokenizer import fingerprint
 from fedloom.federation.blob import SEAL_BYTES, WireDtype, sealed
-from fedloom.federation.messages import encode_broadcast
+from fedloom.federation.broadcasts import encode_broadcast
 from fedloom.federation.server import broadcasts_for
 from fedloom.methods import table
 from fedloom.methods.strategy import Cohort

@@ -16,16 +16,17 @@ from pathlib import Path
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.participation import participation_of
 from fedloom.config import Settings
-from fedloom.data.batches import num_batches
+from fedloom.data.batches import num_batches, num_rows_read
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
-from fedloom.federation.sampling import sample_clients
+from fedloom.federation.sampling import sample_by_rows, sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
+from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.causal import context_of
@@ -74,10 +75,30 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
         MethodError: if the method does not run in rounds.
     """
     method = settings.method
-    strategy: Strategy = table.make(
-        method.name, cohort, table.MethodOptions(weighting=method.weighting, initialisation=method.initialisation)
+    options = MethodOptions(
+        weighting=method.weighting,
+        initialisation=method.initialisation,
+        adamw=_adamw_of(settings) if settings.server.step == "adamw" else None,
+        few_bits=WireDtype(settings.wire.dtype).is_coded and not settings.traits.is_control,
     )
+    strategy: Strategy = table.make(method.name, cohort, options)
     return strategy
+
+
+def _adamw_of(settings: Settings) -> ServerAdamW:
+    """Return the recipe's AdamW, for the server: one step a round, the schedule over the run."""
+    training, server = settings.training, settings.server
+    ranks, scales = settings.client_ranks, settings.client_scales
+    return ServerAdamW(
+        learning_rate=training.learning_rate * server.learning_rate,
+        betas=(training.beta1, training.beta2),
+        weight_decay=training.weight_decay,
+        max_grad_norm=training.max_grad_norm or None,
+        schedule=training.schedule,
+        warmup_steps=training.warmup_steps,
+        total_steps=settings.federation.num_rounds,
+        scale=scales[ranks.index(max(ranks))],
+    )
 
 
 def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> RoundPlan:
@@ -112,12 +133,11 @@ def _sample_of(settings: Settings, population: Population) -> Callable[[int], li
     """Return the clients of a round by its number: drawn, or those of a run that is replayed."""
     if settings.federation.participation is not None:
         return participation_of(Path(settings.federation.participation), population.num_clients)
-    return partial(
-        sample_clients,
-        settings.run.seed,
-        num_clients=population.num_clients,
-        clients_per_round=population.clients_per_round,
-    )
+    seed, drawn = settings.run.seed, population.clients_per_round
+    if settings.federation.sampling == "rows" and drawn < population.num_clients:
+        rows = [population.num_rows[client] for client in range(population.num_clients)]
+        return partial(sample_by_rows, seed, num_rows=rows, clients_per_round=drawn)
+    return partial(sample_clients, seed, num_clients=population.num_clients, clients_per_round=drawn)
 
 
 def robust_of(settings: Settings) -> RobustRule:
@@ -130,7 +150,7 @@ def asked_of(training: LocalTraining, num_rows: Mapping[int, int], max_length: i
     """Return what a round asks of a client: the steps of its recipe over the rows that were registered."""
     rows, batch = num_rows[client], training.batch_size
     steps = training.steps if training.steps is not None else num_batches(rows, batch, epochs=training.epochs or 0.0)
-    return Asked(rows, steps, steps * batch * max_length)
+    return Asked(rows, steps, steps * batch * max_length, num_rows_read(rows, batch, steps))
 
 
 def max_length_of(settings: Settings, lora: LoRAModel) -> int:
@@ -154,6 +174,8 @@ def _step_of(settings: Settings) -> ServerStep:
             return PlainStep(server.learning_rate)
         case "momentum":
             return MomentumStep(server.learning_rate, server.momentum)
+        case "adamw":  # the step is the strategy's, on the factors
+            return PlainStep()
         case "fedexp":
             return FedExPStep(server.learning_rate, server.fedexp_cap)
 

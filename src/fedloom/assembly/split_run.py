@@ -23,6 +23,7 @@ from fedloom.assembly.round_plan import robust_of, rules_of, training_of
 from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
+from fedloom.methods.options import MethodOptions
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.cut import cut
 from fedloom.reporting.peak_memory import peaks_of_round
@@ -146,7 +147,7 @@ def scale_at(settings: Settings, client: int, rank: int) -> float:
 
 def segment_strategy(settings: Settings, cohort: Cohort) -> Strategy:
     """Return the strategy that aggregates client-side adapters."""
-    options = table.MethodOptions(weighting=settings.method.weighting)
+    options = MethodOptions(weighting=settings.method.weighting)
     strategy: Strategy = table.make(settings.split.aggregation, cohort, options)
     return strategy
 

@@ -10,7 +10,7 @@ from fedloom.clients.held_sides import HeldSides
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError
 from fedloom.federation.blob import WireDtype
-from fedloom.federation.messages import encode_broadcast
+from fedloom.federation.broadcasts import encode_broadcast
 from fedloom.federation.server import ServerRules, broadcasts_for, next_state
 from fedloom.lora.algebra import total
 from fedloom.lora.initial import Draw

@@ -18,11 +18,14 @@ from fedloom.clients.memory import Memory, Tensors
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, FedloomError
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.broadcasts import Received, decode_broadcast
 from fedloom.federation.buffers import Buffer
-from fedloom.federation.messages import Received, decode_broadcast, encode_failure, encode_update
-from fedloom.lora.algebra import distance
+from fedloom.federation.coding import rounded
+from fedloom.federation.messages import encode_failure, encode_update
+from fedloom.lora.algebra import distance, slots_after, total, truncate
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, Work
+from fedloom.methods.side import digest
 from fedloom.methods.state import Failure, Update
 from fedloom.training.cohort_round import ClientResult, ClientTask
 
@@ -37,6 +40,7 @@ class Assignment:
     side: Adapter
     work: Work
     round: int
+    began_sha256: str = ""
 
 
 @dataclass
@@ -80,23 +84,25 @@ class Client:
     def prepare(self, received: Received) -> Assignment:
         """Apply the news, and make a task of the start and of what this client keeps."""
         side = self.sides.caught_up(self.memory.version, received.news)
-        work, start = self.half.work(received.round), self._start_of(received)
+        work, whole = self.half.work(received.round), self._start_of(received)
         # Together, and before the training: whoever holds a version is not sent again what led to it.
-        held = {} if received.origin is None else start.as_tensors()
+        held = whole.as_tensors() if received.is_kept else {}
         self.memory = replace(self.memory, version=received.news.version, start=held)
+        start, beyond = truncate(whole, received.rank), slots_after(whole, received.rank)
         moments = self.memory.moments if work.moments is Moments.OWN and self.memory.moments else None
         task = ClientTask(
             client=self.number,
             rows=self.rows(),
             rank=received.rank,
             scale=received.scale,
-            start=start,
+            start=start.with_factors(self.memory.own),
             optimiser_state=moments,
             trains=work.trains,
             measures_gradient=work.payload is Payload.GRADIENT,
             keeps_moments=work.moments is Moments.OWN,
         )
-        return Assignment(task, side, work, received.round)
+        began = digest(whole) if received.is_coded and received.is_kept else ""
+        return Assignment(task, total([side, beyond]) if beyond else side, work, received.round, began)
 
     def answer(self, assignment: Assignment, result: ClientResult, dtype: WireDtype) -> bytes:
         """Return an update in bytes, and keep what is this client's own."""
@@ -114,7 +120,8 @@ class Client:
         owed: Tensors = {}
         if work.rounding is Rounding.OWED:
             tensors = {key: tensor + self.memory.owed.get(key, 0.0) for key, tensor in tensors.items()}
-            owed = {key: tensor - tensor.to(dtype.torch).to(tensor.dtype) for key, tensor in tensors.items()}
+            seen = rounded(tensors, dtype)
+            owed = {key: tensor - seen[key] for key, tensor in tensors.items()}
         self.memory = replace(
             self.memory,
             own=result.adapter.as_tensors(work.keeps),
@@ -122,7 +129,15 @@ class Client:
             owed=owed,
         )
         moved = None if work.sends else distance(result.adapter, start)
-        update = Update(assignment.round, self.number, result.adapter, result.stats, self.memory.version, moved)
+        update = Update(
+            assignment.round,
+            self.number,
+            result.adapter,
+            result.stats,
+            self.memory.version,
+            moved,
+            began_sha256=assignment.began_sha256,
+        )
         return update, tensors
 
     def refuse(self, error: FedloomError) -> bytes:
@@ -135,18 +150,28 @@ class Client:
         return Failure(self.number, str(error), held)
 
     def _start_of(self, received: Received) -> Adapter:
-        """Return what to train from: what is drawn or was sent, completed by what is held, own factors in place."""
+        """Return where to begin: what is drawn or was sent, completed by or added to what is held.
+
+        Raises:
+            BehindError: what was sent is the difference to another start than this client holds.
+        """
         if received.draw is not None:
-            start = received.draw.adapter(self.shapes, received.rank, self.seed)
-        elif received.origin is None:
-            start = Adapter.from_tensors(received.sent)
-        else:
-            held = self.memory.start
-            known = (
-                Adapter.from_tensors(held) if held else received.origin.adapter(self.shapes, received.rank, self.seed)
+            return received.draw.adapter(self.shapes, received.rank, self.seed)
+        if received.holds is None and received.origin is None:
+            return Adapter.from_tensors(received.sent)
+        held = Adapter.from_tensors(self.memory.start)
+        if received.holds == "" or (received.holds is None and not held):
+            assert received.origin is not None
+            held = received.origin.adapter(self.shapes, received.start_rank, self.seed)
+        if received.holds is None:
+            return held.with_factors(received.sent)
+        if received.holds and received.holds != (found := digest(held)):
+            raise BehindError(
+                self.memory.version,
+                f"it holds a start with hash {found[:12] or 'none'}, the difference is to {received.holds[:12]}",
             )
-            start = known.with_factors(received.sent)
-        return start.with_factors(self.memory.own)
+        before = held.as_tensors()
+        return held.with_factors({key: before[key] + step for key, step in received.sent.items()})
 
 
 def _payload(work: Work, start: Adapter, result: ClientResult) -> dict[str, Tensor]:

@@ -46,8 +46,11 @@ class Method(Table):
     scaling: Literal["alpha/r", "rslora"] = setting(
         "alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).", when=TRAINED
     )
-    weighting: Literal["rows", "tokens", "uniform", "norm"] = setting(
-        "rows", "Weight of a client in the mean; `norm` is HetLoRA's, for methods that know it.", when=SENT
+    weighting: Literal["rows", "tokens", "uniform", "work", "norm"] = setting(
+        "rows",
+        "Weight of a client in the mean: its rows (FedAvg), its supervised tokens, the same for all, the rows that it "
+        "is asked to train on in the round, or `norm`, HetLoRA's, for methods that know it.",
+        when=SENT,
     )
     initialisation: Literal["independent", "shared"] = setting(
         "independent",
@@ -69,7 +72,12 @@ class Method(Table):
 class Server(Table):
     """The step the server takes along the aggregated product."""
 
-    step: Literal["plain", "momentum", "fedexp"] = setting("plain", "Kind of server step.", when=STEPPED)
+    step: Literal["plain", "momentum", "fedexp", "adamw"] = setting(
+        "plain",
+        "Kind of server step. `adamw`: clients send the gradient of one batch, and the server takes the step of "
+        "`[training]`'s AdamW on the factors.",
+        when=STEPPED,
+    )
     learning_rate: Positive = setting(
         1.0, "Factor on the aggregate: the sum of the clients' weights, FLoRA's scaling factor.", when=STEPPED
     )
@@ -93,6 +101,12 @@ class Federation(Table):
 
     num_rounds: Count = setting(10, "Rounds of the run.", when=TRAINED)
     num_clients: Count = setting(10, "Clients in the population.")
+    sampling: Literal["uniform", "rows"] = setting(
+        "uniform",
+        "How the clients of a round are drawn: all alike, or in proportion to their rows, which with equal weights is "
+        "right for the mean over all rows.",
+        when=TRAINED,
+    )
     clients_per_round: Count | Fraction | None = setting(
         None,
         "Clients drawn per round: a number, or a fraction with a decimal point (`1`: one, `1.0`: all); default: all.",
@@ -139,7 +153,9 @@ class Training(Table):
     )
     warmup_steps: Natural = setting(0, "Steps over which the learning rate rises from zero.", when=TRAINED)
     schedule_span: Literal["round", "run"] = setting(
-        "round", "Whether warm-up and schedule restart in each round or run once over all rounds.", when=SENT
+        "round",
+        "Whether warm-up and schedule restart in each round or run once over all rounds; a server's AdamW runs once.",
+        when={**SENT, "server.step": ("plain", "momentum", "fedexp")},
     )
     weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.", when=TRAINED)
     beta1: Decay = setting(0.9, "AdamW's first decay.", when=TRAINED)

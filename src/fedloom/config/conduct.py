@@ -43,8 +43,11 @@ class Devices(Table):
 class Wire(Table):
     """How adapters cross between client and server."""
 
-    dtype: Literal["fp32", "bf16", "fp16"] = setting(
-        "fp32", "Type of the adapters on the wire.", when={"method.name": having("sends_adapters")}
+    dtype: Literal["fp32", "bf16", "fp16", "int8", "int4", "int2"] = setting(
+        "fp32",
+        "Type of the adapters on the wire. In 8, 4 or 2 bits a change crosses, with one scale a slot; what is rounded "
+        "off is added to the next one.",
+        when={"method.name": having("sends_adapters")},
     )
 
 

@@ -13,8 +13,8 @@ from fedloom.data.tokens import TokenSet
 from fedloom.engines.receiving import arrival_of
 from fedloom.errors import FedloomError
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.broadcasts import as_sent, encode_broadcast
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import as_sent, encode_broadcast
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, EveryRound

@@ -20,8 +20,8 @@ from fedloom.engines.ray_worker import Letter, Unsuitable, as_arrays, letter, op
 from fedloom.engines.receiving import arrival_of
 from fedloom.errors import BehindError, ModelError
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.broadcasts import encode_broadcast
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import encode_broadcast
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.state import Broadcast, Failure

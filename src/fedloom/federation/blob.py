@@ -19,7 +19,6 @@ from torch import Tensor
 
 from fedloom.errors import UpdateError
 from fedloom.federation.buffers import Buffer, Buffers
-from fedloom.lora.pair import Adapter
 
 NUMBERS_CHARACTERS = 512
 """Room for an update's numbers as JSON; where it is too little, twice or thrice as much is used.
@@ -36,35 +35,41 @@ SEAL_BYTES = 16
 
 
 class WireDtype(StrEnum):
-    """The dtype of tensors on the wire."""
+    """The type of numbers on the wire: floating-point numbers, or codes of few bits (:mod:`.coding`)."""
 
     FP32 = "fp32"
     BF16 = "bf16"
     FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+    INT2 = "int2"
+
+    @property
+    def is_coded(self) -> bool:
+        """Whether numbers are whole multiples of a slot's scale."""
+        return self.value.startswith("int")
+
+    @property
+    def bits(self) -> int:
+        """Bits of one number."""
+        return int(self.value.lstrip("bfpint"))
 
     @property
     def torch(self) -> torch.dtype:
-        """The torch dtype of that name."""
+        """The torch dtype of that name; of codes, there is none."""
         return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.value]
 
 
 SAFETENSORS_NAMES = {WireDtype.FP32: "F32", WireDtype.BF16: "BF16", WireDtype.FP16: "F16"}
-_DTYPES = {"F64": torch.float64} | {name: dtype.torch for dtype, name in SAFETENSORS_NAMES.items()}
+CODES_NAME = "U8"
+"""Of bytes that hold codes."""
+_DTYPES = {
+    "F64": torch.float64,
+    **{name: dtype.torch for dtype, name in SAFETENSORS_NAMES.items()},
+    CODES_NAME: torch.uint8,
+}
 """In the order in which safetensors puts tensors of different types."""
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def as_received(adapter: Adapter, dtype: WireDtype) -> Adapter:
-    """Return an adapter as the other side of the wire sees it: rounded to the wire's dtype."""
-    return adapter if dtype is WireDtype.FP32 else adapter.to(dtype.torch).to(torch.float32)
-
-
-def without_loss(tensor: Tensor, dtype: WireDtype) -> Tensor:
-    """Return a tensor in the wire's dtype where that changes no number, and as it is otherwise."""
-    if dtype is WireDtype.FP32:
-        return tensor
-    rounded = tensor.to(dtype.torch)
-    return rounded if torch.equal(rounded.to(tensor.dtype), tensor) else tensor
 
 
 def pack(tensors: Mapping[str, Tensor], head: BaseModel) -> bytes:
@@ -228,9 +233,9 @@ def _entry(value: Any, kind: type[Any]) -> Any:
 
 
 def check_entries(
-    entries: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[int, int]], dtype: str
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], expected: Mapping[str, tuple[str, tuple[int, ...]]]
 ) -> None:
-    """Refuse a message whose tensors are not exactly those expected, in names, shapes and dtype.
+    """Refuse a message whose tensors are not exactly those expected, in names, dtypes and shapes.
 
     Raises:
         UpdateError: naming the first that differs.
@@ -242,22 +247,21 @@ def check_entries(
             f"expected an update of {len(expected)} tensors of this base's modules, got {what}; use the run's own base "
             "and model.target_modules"
         )
-    for key, (found, shape) in entries.items():
-        if found != dtype or shape != expected[key]:
-            got = f"{found[:20]} of shape {str(shape)[:60]}"
-            raise UpdateError(
-                f"{key}: expected {dtype} of shape {expected[key]}, got {got}; use the run's own base and recipe"
-            )
+    for key, (dtype, shape) in entries.items():
+        if (dtype, shape) != expected[key]:
+            wanted, got = f"{expected[key][0]} of shape {expected[key][1]}", f"{dtype[:20]} of shape {str(shape)[:60]}"
+            raise UpdateError(f"{key}: expected {wanted}, got {got}; use the run's own base and recipe")
 
 
 def read_tensors(blob: Buffer) -> dict[str, Tensor]:
-    """Return a message's tensors in fp32, in memory of their own.
+    """Return a message's tensors in fp32, codes as they are, in memory of their own.
 
     Raises:
         UpdateError: if it is cut short or its offsets do not fit.
     """
     try:
-        return {key: tensor.to(torch.float32) for key, tensor in _tensors_in(memoryview(blob)).items()}
+        found = _tensors_in(memoryview(blob))
+        return {key: t if t.dtype is torch.uint8 else t.to(torch.float32) for key, t in found.items()}
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError, RuntimeError) as error:
         raise UpdateError(
             f"expected a whole safetensors message, got {len(blob)} bytes that do not parse ({error}); send it again"

@@ -17,7 +17,7 @@ from fedloom.federation.weights import capped
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Failure, ServerState, Update
-from fedloom.methods.strategy import Strategy, weigh
+from fedloom.methods.strategy import Strategy, Weighting, weigh
 from fedloom.training.stats import TrainingStats
 
 _NO_STATS = asdict(TrainingStats(0)) | {"loss_nats": None, "loss_last_nats": None}
@@ -102,9 +102,11 @@ class Intake:
     broadcasts: Sequence[Broadcast]
     seen: dict[int, ClientRecord] = field(default_factory=dict)
     held: dict[int, int] = field(default_factory=dict)
+    began: dict[int, str] = field(default_factory=dict)
     trusted: Collection[int] = ()
     _factor_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     _weights: dict[int, float] = field(default_factory=dict)
+    _by_work: dict[int, float] = field(default_factory=dict)
     _altered: set[int] = field(default_factory=set)
     _lost: str | None = None
 
@@ -124,7 +126,7 @@ class Intake:
                 self.seen[outcome.client] = self._examine(arrival, expected[outcome.client])
                 self._note_held(outcome, expected[outcome.client])
                 if isinstance(outcome, Update) and self.seen[outcome.client].reason is None:
-                    waiting.put(outcome)
+                    waiting.put(replace(outcome, weight=self._by_work.get(outcome.client)))
             for client in expected.keys() - self.seen.keys():
                 self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
             self._refuse_far_off()
@@ -161,7 +163,10 @@ class Intake:
             change = check_update(outcome, broadcast, self.work, self.plan.shapes, asked)
             stats = outcome.stats
             self._factor_norms[outcome.client] = factor_norms(outcome, self.work)
-            self._weights[outcome.client] = weigh(outcome, self.plan.strategy.weighting)
+            if asked is not None and self.plan.strategy.weighting is Weighting.WORK:
+                self._by_work[outcome.client] = float(asked.work)
+            weighed = replace(outcome, weight=self._by_work.get(outcome.client))
+            self._weights[outcome.client] = weigh(weighed, self.plan.strategy.weighting)
         except UpdateError as error:
             reason = str(error)
         is_read = isinstance(outcome, Update) and isinstance(outcome.adapter, Adapter)
@@ -212,13 +217,15 @@ class Intake:
         """Return the weights of this round where they are others than the clients' rows, tokens or norms give."""
         weights = {c: weight for c, weight in self._weights.items() if self.seen[c].reason is None}
         shared = capped(weights, self.plan.max_weight, self.trusted)
-        return shared if shared != weights or self._altered else {}
+        return shared if shared != weights or self._altered or self._by_work else {}
 
     def _note_held(self, outcome: Update | Failure, broadcast: Broadcast) -> None:
         """Believe a client that it holds the version it was just sent, or an older one; nothing else."""
         held = getattr(outcome, "held", None)
         if type(held) is int and 0 <= held <= broadcast.news.version:
             self.held[outcome.client] = held
+        if isinstance(outcome, Update) and isinstance(outcome.began_sha256, str):
+            self.began[outcome.client] = outcome.began_sha256
 
     def _require_enough(self) -> None:
         used = len(self.norms)

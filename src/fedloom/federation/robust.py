@@ -104,11 +104,12 @@ def change_of(update: Update, broadcast: Broadcast, work: Work) -> Adapter:
     """
     if work.payload is Payload.GRADIENT:
         return _gradient(update.adapter, work)
-    if isinstance(broadcast.start, Draw):
+    began = broadcast.trained
+    if isinstance(began, Draw):
         return update.adapter.to(torch.float64)
     moved = {}
     for name, pair in update.adapter.items():
-        start, ended = broadcast.start[name].to(torch.float64), pair.to(torch.float64)
+        start, ended = began[name].to(torch.float64), pair.to(torch.float64)
         b_OR = torch.cat([ended.b_OR - start.b_OR, start.b_OR], dim=1)
         moved[name] = Pair(b_OR, torch.cat([ended.a_RI, ended.a_RI - start.a_RI], dim=0))
     return Adapter(moved)
@@ -145,23 +146,24 @@ def _clipped(
 def _moved(update: Update, broadcast: Broadcast, work: Work) -> dict[str, float]:
     """Return the norms of a client's changes: of each factor where a mean may be taken of it, and of the product."""
     moved = {"a": 0.0, "b": 0.0, "product": norm(change_of(update, broadcast, work))}
-    if work.payload is not Payload.GRADIENT and not isinstance(broadcast.start, Draw):
+    began = broadcast.trained
+    if work.payload is not Payload.GRADIENT and not isinstance(began, Draw):
         for factor in "ab":
-            before, after = (one.as_tensors(frozenset(factor)) for one in (broadcast.start, update.adapter))
+            before, after = (one.as_tensors(frozenset(factor)) for one in (began, update.adapter))
             moved[factor] = math.hypot(*(float((after[key].double() - before[key].double()).norm()) for key in before))
     return moved
 
 
 def _scaled_down(update: Update, broadcast: Broadcast, work: Work, limits: Mapping[str, float]) -> Update:
     moved = _moved(update, broadcast, work)
-    if work.payload is Payload.GRADIENT or isinstance(broadcast.start, Draw):
+    if work.payload is Payload.GRADIENT or isinstance(broadcast.trained, Draw):
         share = min(1.0, limits["product"] / moved["product"])
         if work.payload is not Payload.GRADIENT:
             return replace(update, adapter=update.adapter.scaled(share))
         tensors = {key: tensor * share for key, tensor in update.adapter.as_tensors().items()}
         return replace(update, adapter=Adapter.from_tensors(tensors))
     shares = {factor: min(1.0, limits[factor] / moved[factor]) if moved[factor] else 1.0 for factor in "ab"}
-    start = broadcast.start
+    start = broadcast.trained
     nearer = _towards(update.adapter, start, shares)
     if norm(change_of(replace(update, adapter=nearer), broadcast, work)) > limits["product"]:
         shares = dict.fromkeys("ab", limits["product"] / _reach(nearer, start))

@@ -11,10 +11,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fedloom.federation.blob import as_received
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
 from fedloom.federation.robust import RobustRule
-from fedloom.federation.server import ServerRules, aggregation_noise, broadcasts_for, next_state
+from fedloom.federation.server import (
+    ServerRules,
+    aggregation_noise,
+    as_applied,
+    broadcasts_for,
+    next_state,
+    views_after,
+)
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.algebra import norm
 from fedloom.lora.pair import Adapter
@@ -107,14 +113,15 @@ def run_rounds(
     while state.round < plan.num_rounds:
         clock = Clock()
         clients = plan.sample(state.round + 1)
-        broadcasts = broadcasts_for(state, clients, plan.strategy, plan.ranks, plan.scales)
+        broadcasts = broadcasts_for(state, clients, plan.strategy, plan.ranks, plan.scales, plan.rules.wire)
         work = plan.strategy.client.work(state.round + 1)
         intake = Intake(plan, work, state, broadcasts)
         aggregate = plan.strategy.aggregate(state, intake.usable(clock.timed("train", engine.train(broadcasts)), keep))
-        applied = as_received(aggregate.applied, plan.rules.wire)
+        applied = as_applied(aggregate, plan.rules.wire)
         noise = aggregation_noise(applied, aggregate.ideal)
         change = aggregate.change(state.start)
-        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.trains)
+        views = views_after(state, broadcasts, intake.began) if plan.rules.wire.is_coded else None
+        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.trains, views)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
         clock.lap("evaluate")

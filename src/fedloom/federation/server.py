@@ -9,13 +9,17 @@ from statistics import median
 
 import torch
 
-from fedloom.federation.blob import WireDtype, as_received
-from fedloom.lora.algebra import compress, distance, norm, stack, total
+from fedloom.federation.blob import WireDtype
+from fedloom.federation.coding import as_received, rounded
+from fedloom.lora.algebra import compress, distance, norm, stack, total, truncate
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
-from fedloom.methods.state import Aggregate, Broadcast, News, ServerState
+from fedloom.methods.state import Aggregate, Broadcast, Difference, News, ServerState
 from fedloom.methods.strategy import Strategy
+
+VIEWS_KEPT = 1000
+"""Clients of which the server remembers the start that they hold; one forgotten is sent the difference to the first."""
 
 
 class BroadcastForm(StrEnum):
@@ -48,10 +52,14 @@ def broadcasts_for(
     strategy: Strategy,
     rank_of: Mapping[int, int],
     scale_of: Mapping[int, float],
+    wire: WireDtype = WireDtype.FP32,
 ) -> list[Broadcast]:
-    """Return what each client is sent: the news since the version it holds, and its start."""
+    """Return what each client is sent: the news since the version it holds, and its start.
+
+    On a wire of few bits that is the difference to the start that the client holds.
+    """
     sha256 = digest(state.side)
-    return [
+    broadcasts = [
         Broadcast(
             round=state.round + 1,
             client=client,
@@ -64,18 +72,71 @@ def broadcasts_for(
         )
         for client in clients
     ]
+    if not wire.is_coded:
+        return broadcasts
+    first = strategy.initial().start if strategy.drawn is not None else None
+    return [in_few_bits(one, state.views.get(one.client), first, strategy, wire) for one in broadcasts]
 
 
-def addressed(broadcast: Broadcast, state: ServerState, strategy: Strategy, held: int | None) -> Broadcast:
-    """Return a broadcast for a client that says itself which version it holds; None: send it the whole side."""
-    seen = replace(state, seen={broadcast.client: held or 0})
+def addressed(
+    broadcast: Broadcast, state: ServerState, strategy: Strategy, held: int | None, wire: WireDtype
+) -> Broadcast:
+    """Return a broadcast for a client that says itself which version it holds; None: send it the whole side.
+
+    Only a client that holds what the server believes has the start that a difference can be added to.
+    """
+    client = broadcast.client
+    seen = replace(state, seen={client: held or 0})
     sha256 = broadcast.news.sha256
     whole = News(0, state.round, (state.side,), True, sha256)
-    return replace(
-        broadcast,
-        news=whole if held is None else news_for(seen, held, sha256),
-        crossing=_crossing(seen, strategy, broadcast.client),
-    )
+    news = whole if held is None else news_for(seen, held, sha256)
+    if wire.is_coded:
+        first = strategy.initial().start if strategy.drawn is not None else None
+        view = state.views.get(client) if held == state.seen.get(client) else None
+        plain = replace(broadcast, news=news, difference=None)
+        return in_few_bits(plain, view, first, strategy, wire)
+    return replace(broadcast, news=news, crossing=_crossing(seen, strategy, client))
+
+
+def in_few_bits(
+    broadcast: Broadcast, view: Adapter | None, first: Adapter | None, strategy: Strategy, wire: WireDtype
+) -> Broadcast:
+    """Return a broadcast of which the difference to what its client holds crosses, rounded as the wire does.
+
+    ``view`` is the start that the client holds; None: none that is known of. Then the difference is to the ``first``
+    start, which every client draws by itself; where the method has none, the whole start crosses in fp32.
+    """
+    if not isinstance(broadcast.start, Adapter):
+        return broadcast
+    start, held, since = broadcast.start, view, ""
+    if held is None:
+        if first is None:
+            return replace(broadcast, crossing=BOTH)
+        held = truncate(first, max(start.ranks.values()))
+    else:
+        since = digest(held)
+    before, wanted = held.as_tensors(), start.as_tensors()
+    step = rounded({key: tensor - before[key] for key, tensor in wanted.items()}, wire)
+    after = held.with_factors({key: before[key] + step[key] for key in step})
+    crossing = frozenset(key[-1] for key, tensor in step.items() if bool(tensor.any()))
+    difference = Difference(since, Adapter.from_tensors(step), after)
+    return replace(broadcast, crossing=crossing, origin=strategy.drawn, difference=difference)
+
+
+def views_after(state: ServerState, broadcasts: Iterable[Broadcast], began: Mapping[int, str]) -> dict[int, Adapter]:
+    """Return the start that each client is known to hold: those of this round that say so, others as before.
+
+    One that was asked and does not confirm may hold the start of before or the new one, so nothing is known of it.
+    """
+    views = dict(state.views)
+    for broadcast in broadcasts:
+        views.pop(broadcast.client, None)
+        held = broadcast.start if broadcast.difference is None else broadcast.difference.after
+        if isinstance(held, Adapter) and began.get(broadcast.client) == digest(held):
+            views[broadcast.client] = held
+    for oldest in list(views)[:-VIEWS_KEPT]:
+        del views[oldest]
+    return views
 
 
 def news_for(state: ServerState, version: int, sha256: str) -> News:
@@ -105,11 +166,13 @@ def next_state(
     norms: Iterable[float],
     held: Mapping[int, int],
     trained: Factors = BOTH,
+    views: Mapping[int, Adapter] | None = None,
 ) -> ServerState:
     """Return the state after a round: the server step taken, the addition in the form in which it is sent.
 
     ``held`` are the versions of the side that clients said they hold; nobody else is believed to be up to date.
     ``trained`` are the factors that this round's clients trained; a factor that never crosses is never rounded.
+    ``views`` are the starts that clients hold, where they cross as differences.
     """
     change = aggregate.change(state.start)
     movement, velocity = rules.step.move(change, aggregate.mean_squared_norm, state.velocity)
@@ -117,7 +180,7 @@ def next_state(
     addition, residual = _in_sending_form(total([joining, state.residual]), rules)
     side = grown(state.side, addition)
     start = aggregate.start
-    if start is not None:
+    if start is not None and not rules.wire.is_coded:
         start = start.with_factors(as_received(start, rules.wire).as_tensors(trained))
     return replace(
         state,
@@ -129,7 +192,14 @@ def next_state(
         velocity=velocity,
         residual=residual,
         typical_norm=median(norms),
+        views={} if views is None else views,
+        optimiser=aggregate.optimiser,
     )
+
+
+def as_applied(aggregate: Aggregate, wire: WireDtype) -> Adapter:
+    """Return an aggregate as the wire lets clients see it; in few bits they see a start ever more nearly, in time."""
+    return aggregate.applied if wire.is_coded and aggregate.start is not None else as_received(aggregate.applied, wire)
 
 
 def aggregation_noise(applied: Adapter, ideal: Adapter) -> float | None:

@@ -30,11 +30,13 @@ class Asked:
         num_rows: rows registered before the first round; weights by rows are these.
         max_steps: optimiser steps asked for.
         max_tokens: tokens that so many steps can read: steps x rows of a batch x tokens of the longest row.
+        work: rows that it is asked to train on in the round, those of further passes counted again.
     """
 
     num_rows: int
     max_steps: int
     max_tokens: int
+    work: int = 1
 
 
 def check_update(
@@ -146,4 +148,5 @@ def _change(update: Update, broadcast: Broadcast, work: Work) -> float:
         return _norm(update.adapter.as_tensors(work.sends).values())
     if isinstance(broadcast.start, Draw):
         return norm(update.adapter)
-    return distance(update.adapter, broadcast.start)
+    assert isinstance(broadcast.trained, Adapter)
+    return distance(update.adapter, broadcast.trained)

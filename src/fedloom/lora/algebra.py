@@ -205,6 +205,12 @@ def truncate(adapter: Adapter, rank: int) -> Adapter:
     return Adapter({name: truncate_pair(pair, rank) for name, pair in adapter.items()})
 
 
+def slots_after(adapter: Adapter, rank: int) -> Adapter:
+    """Return the slots that :func:`truncate` leaves out, of the pairs that have any."""
+    left = {name: Pair(pair.b_OR[:, rank:], pair.a_RI[rank:]) for name, pair in adapter.items() if pair.rank > rank}
+    return Adapter(left)
+
+
 def inner(left: Adapter, right: Adapter) -> float:
     """Return the sum over modules of the inner products of the deltas."""
     return sum(inner_of_pairs(left[name], right[name]) for name in left)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Protocol
 
@@ -83,6 +83,36 @@ class ClientHalf(Protocol):
     def work(self, round: int) -> Work:
         """Return a client's part of a round; rounds count from 1."""
         ...
+
+
+@dataclass(frozen=True)
+class MeasuresGradient:
+    """A client half that reads one batch and sends the gradient of what the method's clients train."""
+
+    half: ClientHalf
+
+    def work(self, round: int) -> Work:
+        """Return a client's part of a round."""
+        work = self.half.work(round)
+        return replace(work, sends=work.trains, payload=Payload.GRADIENT)
+
+
+@dataclass(frozen=True)
+class InFewBits:
+    """A client half whose updates cross as codes of few bits: of factors their change, so that little is rounded.
+
+    Where ``owes``, a client adds what was rounded off to its next update, so that nothing is lost over the rounds. It
+    makes no sense where every round begins with fresh factors.
+    """
+
+    half: ClientHalf
+    owes: bool
+
+    def work(self, round: int) -> Work:
+        """Return a client's part of a round."""
+        work = self.half.work(round)
+        payload = Payload.CHANGE if work.payload is Payload.FACTORS else work.payload
+        return replace(work, payload=payload, rounding=Rounding.OWED if self.owes else Rounding.DROPPED)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from fedloom.methods.fedex import FedEx
 from fedloom.methods.ffa_lora import FFALoRA
 from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA, Initialisation
+from fedloom.methods.options import MethodOptions
 from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.standalone import Standalone
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
-from fedloom.methods.table import MethodOptions
 
 
 def fedit(cohort: Cohort, options: MethodOptions) -> Strategy:

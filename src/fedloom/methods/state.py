@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from fedloom.lora.algebra import stack, total
+from torch import Tensor
+
+from fedloom.lora.algebra import stack, total, truncate
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.training.stats import TrainingStats
@@ -30,11 +32,28 @@ class News:
 
 
 @dataclass(frozen=True, eq=False)
+class Difference:
+    """The way from the start that a client holds to a new one, of which a few bits a number cross.
+
+    Attributes:
+        since: hash of the start that it is to be added to; empty for the draw that every client makes by itself.
+        step: the difference, as the wire rounds it.
+        after: the start that it leads to: what the client holds then, and trains from.
+    """
+
+    since: str
+    step: Adapter
+    after: Adapter
+
+
+@dataclass(frozen=True, eq=False)
 class Broadcast:
     """What client ``client`` is sent at the start of round ``round``.
 
-    ``start`` is what it trains from, at its own rank: an adapter, or the name of a fresh draw. Of an adapter the
-    factors in ``crossing`` cross; the others the client holds already, or draws from ``origin`` where it holds none.
+    ``start`` is what it trains from: an adapter, or the name of a fresh draw. It may have slots beyond the client's
+    ``rank``; those it leaves as they are. Of an adapter the factors in ``crossing`` cross; the others the client holds
+    already, or draws from ``origin`` where it holds none. With a ``difference`` that is what crosses in the start's
+    place, and the client trains from where it leads.
     """
 
     round: int
@@ -45,6 +64,12 @@ class Broadcast:
     start: Adapter | Draw
     crossing: Factors = BOTH
     origin: Draw | None = None
+    difference: Difference | None = None
+
+    @property
+    def trained(self) -> Adapter | Draw:
+        """The slots of the start that the client trains."""
+        return self.start if isinstance(self.start, Draw) else truncate(self.start, self.rank)
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +82,7 @@ class Update:
         stats: its own counts of its training.
         held: the version of the side that it now holds.
         change_norm: norm of the change of its product, by its own count; only where nothing crosses.
+        began_sha256: of the start that it says it holds, where starts cross as differences.
         weight: what the server lets it weigh where that is another than its rows, tokens or norm give (never sent).
     """
 
@@ -67,6 +93,7 @@ class Update:
     held: int = 0
     change_norm: float | None = None
     weight: float | None = None
+    began_sha256: str = ""
 
 
 @dataclass(frozen=True)
@@ -91,6 +118,8 @@ class ServerState:
         velocity: the server step's memory.
         residual: what a lossy broadcast has not delivered yet (error feedback).
         typical_norm: median norm of the last round's updates, by which an absurd one is recognised.
+        views: the start that each client holds, of those of which it is known; where starts cross as differences.
+        optimiser: what the server's optimiser keeps (``ClientOptimiser.export_state``), where it has one.
     """
 
     round: int = 0
@@ -101,6 +130,8 @@ class ServerState:
     velocity: Adapter = field(default_factory=Adapter)
     residual: Adapter = field(default_factory=Adapter)
     typical_norm: float | None = None
+    views: Mapping[int, Adapter] = field(default_factory=dict)
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
     def global_adapter(self) -> Adapter:
         """Return all that training has added to the base, as one adapter."""
@@ -120,6 +151,7 @@ class Aggregate:
         ideal: ``Σ p_k s_k B_k A_k``, what the clients' products come to without noise.
         mean_squared_norm: ``Σ p_k ‖change of client k‖²``.
         weights: p_k of every client, summing to one.
+        optimiser: the next ``ServerState.optimiser``.
     """
 
     start: Adapter | None
@@ -127,6 +159,7 @@ class Aggregate:
     ideal: Adapter
     mean_squared_norm: float
     weights: Mapping[int, float]
+    optimiser: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def applied(self) -> Adapter:

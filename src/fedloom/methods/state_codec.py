@@ -37,13 +37,16 @@ class _Numbers(BaseModel):
     chain: Annotated[int, Ge(0), Le(_MAX_CHAIN)]
     seen: dict[Annotated[str, Field(pattern=r"^-?[0-9]{1,18}$")], Count]
     typical_norm: Annotated[float, Ge(0)] | None
+    views: list[Annotated[int, Ge(-1), Le(1 << 53)]] = []
 
 
 def state_tensors(state: ServerState) -> dict[str, Tensor]:
     """Name every factor of a state; copies, since a state may hold one tensor in two places and a file may not."""
     parts = {name: getattr(state, name) for name in _ADAPTERS if getattr(state, name)}
     parts |= {f"chain/{position}": part for position, part in enumerate(state.chain)}
-    return {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}
+    parts |= {f"views/{client}": view for client, view in state.views.items()}
+    tensors = {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}
+    return tensors | {f"optimiser/{key}": tensor.clone() for key, tensor in state.optimiser.items()}
 
 
 def state_numbers(state: ServerState) -> dict[str, Any]:
@@ -54,6 +57,7 @@ def state_numbers(state: ServerState) -> dict[str, Any]:
         "chain": len(state.chain),
         "seen": {str(client): version for client, version in state.seen.items()},
         "typical_norm": state.typical_norm,
+        "views": list(state.views),
     }
 
 
@@ -68,6 +72,7 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
     for key, tensor in tensors.items():
         part, _, name = key.rpartition("/")
         grouped.setdefault(part, {})[name] = tensor
+    optimiser = grouped.pop("optimiser", {})
     parts = {part: Adapter.from_tensors(found) for part, found in grouped.items()}
     nothing = Adapter()
     return ServerState(
@@ -79,6 +84,8 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
         velocity=parts.get("velocity", nothing),
         residual=parts.get("residual", nothing),
         typical_norm=read.typical_norm,
+        views={client: parts[f"views/{client}"] for client in read.views},
+        optimiser=optimiser,
     )
 
 

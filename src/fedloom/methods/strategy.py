@@ -16,11 +16,13 @@ from fedloom.methods.state import Aggregate, ServerState, Update
 
 
 class Weighting(StrEnum):
-    """How much a client counts: by rows (FedAvg), supervised tokens, equally, or by ‖s B A‖ (HetLoRA)."""
+    """How much a client counts: by rows (FedAvg), supervised tokens, equally, by the rows that it was asked to train
+    on, or by ‖s B A‖ (HetLoRA)."""
 
     ROWS = "rows"
     TOKENS = "tokens"
     UNIFORM = "uniform"
+    WORK = "work"
     NORM = "norm"
 
 
@@ -33,7 +35,7 @@ def weigh(update: Update, weighting: Weighting) -> float:
             return float(update.stats.num_rows)
         case Weighting.TOKENS:
             return float(update.stats.num_loss_tokens)
-        case Weighting.UNIFORM:
+        case Weighting.UNIFORM | Weighting.WORK:  # what a client was asked to do, the server alone can say
             return 1.0
         case Weighting.NORM:
             return norm(update.adapter)
@@ -70,6 +72,7 @@ class Strategy(ABC):
     """
 
     name: str
+    cohort: Cohort
     weighting: Weighting = Weighting.ROWS
     """How its sums weigh clients (:func:`weigh`); the server caps shares by it."""
 
@@ -85,6 +88,11 @@ class Strategy(ABC):
         None, the default: the whole start crosses every round.
         """
         return None
+
+    @property
+    def drawn(self) -> Draw | None:
+        """The draw of the first start, where the first start is one: clients make it by themselves."""
+        return self.origin
 
     @abstractmethod
     def initial(self) -> ServerState:

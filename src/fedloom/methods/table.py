@@ -21,6 +21,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 from fedloom.errors import MethodError
+from fedloom.methods.options import MethodOptions
 from fedloom.methods.traits import Kind, Law, Traits
 
 GROUP = "fedloom.methods"
@@ -28,14 +29,6 @@ BASELINE = "fedit"
 """The default of ``method.name``, and the method that tables set the others against."""
 EXACT = "flora"
 """The default of ``fedloom.aggregate``, and the method whose answers the demo shows: its product is the exact mean."""
-
-
-@dataclass(frozen=True)
-class MethodOptions:
-    """The settings of a run that make a strategy, as the plain values of the recipe."""
-
-    weighting: str = "rows"
-    initialisation: str = "independent"
 
 
 Make = Callable[[Any, MethodOptions], Any]
@@ -81,7 +74,12 @@ _SHIPPED: dict[str, Method] = {
     for one in (
         Method(
             Traits(
-                "fedit", "the mean of the factors, at one rank", needs_one_rank=True, is_standard=True, unclaimed=_NOISY
+                "fedit",
+                "the mean of the factors, at one rank",
+                needs_one_rank=True,
+                averages_factors=True,
+                is_standard=True,
+                unclaimed=_NOISY,
             ),
             f"{MAKERS}:fedit",
         ),
@@ -89,7 +87,8 @@ _SHIPPED: dict[str, Method] = {
             Traits(
                 "zero-padding",
                 "the mean of the factors, padded with zeros to the largest rank",
-                weightings=("rows", "tokens", "uniform", "norm"),
+                weightings=("rows", "tokens", "uniform", "work", "norm"),
+                averages_factors=True,
                 is_standard=True,
                 unclaimed=(*_NOISY, *_FADING),
             ),
@@ -123,7 +122,7 @@ _SHIPPED: dict[str, Method] = {
             f"{MAKERS}:flexlora",
         ),
         Method(
-            Traits("ffa-lora", "one shared and frozen A, the mean of B", **_ONE_FACTOR),
+            Traits("ffa-lora", "one shared and frozen A, the mean of B", averages_factors=True, **_ONE_FACTOR),
             f"{MAKERS}:ffa_lora",
         ),
         Method(
@@ -273,8 +272,9 @@ def make(name: str, cohort: Any, options: MethodOptions | None = None) -> Any:
     if method.make is None:
         wanted = ", ".join(names("runs_rounds"))
         raise MethodError(f"expected a method that runs in rounds of adapters ({wanted}), got {name!r}; name one")
-    maker = _resolved(name, method.make) if isinstance(method.make, str) else method.make
-    return maker(cohort, options or MethodOptions())
+    maker, options = _resolved(name, method.make), options or MethodOptions()
+    around = _resolved(name, "fedloom.methods.around:with_options")
+    return around(maker(cohort, options), options, starts_fresh=method.traits.starts_fresh)
 
 
 def faults() -> tuple[str, ...]:
@@ -292,10 +292,12 @@ def _ordered(methods: tuple[Method, ...], trait: str | None) -> tuple[str, ...]:
     return tuple(traits.name for traits in sorted(chosen, key=lambda traits: kinds.index(traits.kind)))
 
 
-def _resolved(name: str, text: str) -> Make:
+def _resolved(name: str, text: str | Make) -> Callable[..., Any]:
+    if not isinstance(text, str):
+        return text
     module, _, attribute = text.partition(":")
     try:
-        found: Make = getattr(import_module(module), attribute)
+        found: Callable[..., Any] = getattr(import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise MethodError(f"method {name}: expected {text} to make its strategy: {error}; correct make=") from error
     return found

@@ -6,13 +6,15 @@ Code asks for a trait and never for a name: ``traits.starts_fresh``, not ``name 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from fedloom.errors import MethodError
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
-WEIGHTINGS = ("rows", "tokens", "uniform", "norm")
+WEIGHTINGS = ("rows", "tokens", "uniform", "norm", "work")
 
 
 class Kind(StrEnum):
@@ -60,10 +62,13 @@ class Traits:
         needs_one_rank: its aggregate is defined for equal ranks only.
         starts_fresh: every round a client trains a fresh adapter, drawn as ``method.initialisation`` says.
         grows_side: its aggregate, or a part of it, joins the side adapter, in the form of ``method.broadcast``.
+        averages_factors: its next start is the mean of the clients' factors, so that a server may step along the mean
+            of their gradients instead (``server.step = adamw``).
         aggregates_split: it may aggregate the clients' half of a cut model (``split.aggregation``).
         combines: it works on adapters at hand, without rounds (``fedloom.aggregate``).
         pools_rows: one client owns all rows.
         is_standard: ``fedloom demo`` runs it, and so does ``fedloom compare`` without ``--methods``.
+        defaults: the settings that have another default with this method, e.g. ``{"wire.dtype": "int4"}``.
         unclaimed: the laws of aggregation (:class:`Law`) that it does not promise; it promises all others.
 
     Raises:
@@ -73,14 +78,16 @@ class Traits:
     name: str
     title: str
     kind: Kind = Kind.FEDERATED
-    weightings: tuple[str, ...] = ("rows", "tokens", "uniform")
+    weightings: tuple[str, ...] = ("rows", "tokens", "uniform", "work")
     needs_one_rank: bool = False
     starts_fresh: bool = False
     grows_side: bool = False
+    averages_factors: bool = False
     aggregates_split: bool = True
     combines: bool = True
     pools_rows: bool = False
     is_standard: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     unclaimed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -102,7 +109,7 @@ class Traits:
                 f"method {self.name}: expected weightings that begin with rows, the default of method.weighting, "
                 f"got {self.weightings}; add it"
             )
-        for trait in ("starts_fresh", "grows_side", "aggregates_split", "combines"):
+        for trait in ("starts_fresh", "grows_side", "averages_factors", "aggregates_split", "combines"):
             if getattr(self, trait) and not self.aggregates:
                 raise MethodError(
                     f"method {self.name}: expected {trait} with kind = federated only, got {self.kind}; "

@@ -25,7 +25,8 @@ from fedloom.config.schema import PER_CLIENT
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
-from fedloom.federation.messages import encode_broadcast, encode_update
+from fedloom.federation.broadcasts import encode_broadcast
+from fedloom.federation.messages import encode_update
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
 from fedloom.methods.state import Broadcast, News, ServerState, Update

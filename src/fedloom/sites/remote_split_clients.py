@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedloom.federation.messages import encode_broadcast, largest_answer
+from fedloom.federation.broadcasts import encode_broadcast
+from fedloom.federation.messages import largest_answer
 from fedloom.federation.server import addressed
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, Update
@@ -202,7 +203,9 @@ class RemoteSplitClients:
         states = zip(self.segments, self.state.segments, strict=True)
         own = [(part, state) for part, state in states if site.client in part.owners]
         bodies = [
-            encode_broadcast(addressed(broadcast, state, self.strategy_of(part), held), attendance.wire)
+            encode_broadcast(
+                addressed(broadcast, state, self.strategy_of(part), held, attendance.wire), attendance.wire
+            )
             for broadcast, (part, state) in zip(self._broadcasts[site.client], own, strict=True)
         ]
         sizes = tuple(len(body) for body in bodies)

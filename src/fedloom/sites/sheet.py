@@ -23,6 +23,7 @@ from fedloom.errors import UpdateError
 from fedloom.federation.blob import WireDtype
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
+from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
@@ -120,7 +121,7 @@ class Sheet(Part):
     rank: Annotated[int, Ge(1), Le(1 << 20)]
     scale: Rate
     method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
-    weighting: Literal["rows", "tokens", "uniform", "norm"]
+    weighting: Literal["rows", "tokens", "uniform", "work", "norm"]
     initialisation: Literal["independent", "shared"]
     training: SheetTraining
     wire: WireDtype
@@ -138,6 +139,7 @@ class Sheet(Part):
     batch_tokens: Number
     split: SheetSplit | None = None
     attention: Attention = "packed"
+    sends_gradients: bool = False
 
     @property
     def local_training(self) -> LocalTraining:
@@ -163,7 +165,12 @@ class Sheet(Part):
             MethodError: the method is not installed here, or sends nothing.
         """
         cohort = Cohort(shapes, self.rank, lambda client: self.rank, self.seed)
-        options = table.MethodOptions(weighting=self.weighting, initialisation=self.initialisation)
+        options = MethodOptions(
+            weighting=self.weighting,
+            initialisation=self.initialisation,
+            adamw=ServerAdamW(learning_rate=1.0) if self.sends_gradients else None,  # its numbers stay at the server
+            few_bits=self.wire.is_coded,
+        )
         strategy: Strategy = table.make(self.method, cohort, options)
         return strategy.client
 
@@ -207,6 +214,7 @@ def sheet_of(
         batch_tokens=settings.evaluation.batch_tokens,
         split=None if cut is None else cut.split,
         attention=settings.model.attention,
+        sends_gradients=settings.server.step == "adamw",
     )
 
 

@@ -22,8 +22,9 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import BehindError, DataError, FedloomError, MethodError, RunError, UpdateError
 from fedloom.federation.blob import read_tensors
+from fedloom.federation.broadcasts import Received, decode_broadcast
 from fedloom.federation.buffers import Buffers
-from fedloom.federation.messages import Received, decode_broadcast, update_buffers
+from fedloom.federation.messages import update_buffers
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure

@@ -8,9 +8,10 @@ from hashlib import sha256
 from typing import TYPE_CHECKING
 
 from fedloom.engines.receiving import arrival_of
+from fedloom.federation.broadcasts import broadcast_buffers
 from fedloom.federation.buffers import num_bytes
 from fedloom.federation.intake import Arrival
-from fedloom.federation.messages import broadcast_buffers, largest_answer
+from fedloom.federation.messages import largest_answer
 from fedloom.federation.server import addressed
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Work
@@ -133,7 +134,9 @@ class SitesRound:
             return
         counted = engine.counted.get(client, 0)
         held = None if site.is_whole_sent else min(site.held_version(counted), engine.state.round)
-        body = broadcast_buffers(addressed(broadcast, engine.state, engine.plan.strategy, held), engine.wire)
+        body = broadcast_buffers(
+            addressed(broadcast, engine.state, engine.plan.strategy, held, engine.wire), engine.wire
+        )
         task = Task(run=engine.run, round=broadcast.round, task=self.keys[client], counted=counted)
         if engine.link.send(site.name, framed(task, body)):
             site.posted, site.posted_bytes = engine.clock(), num_bytes(body)

@@ -19,7 +19,8 @@ from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import FedloomError, UpdateError
 from fedloom.federation.blob import Message
-from fedloom.federation.messages import decode_broadcast, encode_update
+from fedloom.federation.broadcasts import decode_broadcast
+from fedloom.federation.messages import encode_update
 from fedloom.lora.layer import Slot
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, Failure, Update

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from fedloom.errors import TooFewClientsError
-from fedloom.federation.blob import as_received
+from fedloom.federation.broadcasts import encode_broadcast
+from fedloom.federation.coding import as_received
 from fedloom.federation.intake import Arrival, ClientRecord, Intake, advice_after
-from fedloom.federation.messages import decode_answer, encode_broadcast, encode_update
+from fedloom.federation.messages import decode_answer, encode_update
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.server import aggregation_noise, broadcasts_for, next_state
 from fedloom.federation.update_checks import Asked

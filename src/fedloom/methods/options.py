@@ -1,0 +1,42 @@
+"""The settings of a run that make a strategy, as plain values. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ServerAdamW:
+    """The AdamW with which a server takes one step a round on the clients' mean gradient of the factors.
+
+    Attributes:
+        learning_rate, betas, weight_decay, max_grad_norm: AdamW's; None: do not clip.
+        schedule, warmup_steps, total_steps: of the learning rate, over the whole run.
+        scale: factor on ``B A`` at the largest rank; AdamW moves the factors without it, as it does at a client.
+    """
+
+    learning_rate: float
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    max_grad_norm: float | None = None
+    schedule: str = "constant"
+    warmup_steps: int = 0
+    total_steps: int = 1
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class MethodOptions:
+    """What of a run's settings makes a strategy.
+
+    Attributes:
+        weighting: ``method.weighting``.
+        initialisation: ``method.initialisation``.
+        adamw: the server's optimiser where clients send gradients (``server.step = adamw``).
+        few_bits: whether updates cross as codes of few bits.
+    """
+
+    weighting: str = "rows"
+    initialisation: str = "independent"
+    adamw: ServerAdamW | None = None
+    few_bits: bool = False
