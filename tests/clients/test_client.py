@@ -23,7 +23,7 @@ from fedloom.federation.messages import decode_answer
 from fedloom.federation.rounds import RoundPlan, RoundRecord, run_rounds
 from fedloom.federation.server import BroadcastForm, ServerRules, broadcasts_for, news_for
 from fedloom.federation.update_checks import Asked
-from fedloom.lora.algebra import distance
+from fedloom.lora.algebra import distance, slots_after, total, truncate
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods import table
@@ -127,6 +127,11 @@ class TrainsB(ZeroPadding):
         return replace(mean, start=state.start.with_factors(mean.start.as_tensors(frozenset("b"))))
 
 
+def same(left: Adapter, right: Adapter) -> bool:
+    one, other = left.as_tensors(), right.as_tensors()
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+
+
 def made(name: str, form: BroadcastForm = BroadcastForm.STACK, step: ServerStep | None = None) -> Setup:
     return table.make(name, COHORT), ServerRules(
         step or PlainStep(), form, 0.1 if form is not BroadcastForm.STACK else 0.0
@@ -160,19 +165,21 @@ def test_in_few_bits_a_client_holds_what_the_server_knows_it_to_hold_whatever_it
     assert not [c.reason for record in records for c in record.clients if c.reason]
     before, state = records[-2].state, records[-1].state
     for assignment in engine.seen[-3:]:
-        side, client = assignment.side.as_tensors(), assignment.task.client
-        assert all(torch.equal(tensor, side[key]) for key, tensor in before.side.as_tensors().items())
+        client = assignment.task.client
         start = strategy.start_for(before, client)
         if isinstance(start, Draw):
             assert client not in state.views
+            assert same(assignment.side, before.side)
             continue
-        held, trained = state.views[client].as_tensors(), assignment.task.start.as_tensors()
-        assert all(torch.equal(held[key], tensor) for key, tensor in trained.items())
+        held = state.views[client]
+        assert same(assignment.task.start, truncate(held, RANKS[client]))
+        beyond = slots_after(held, RANKS[client])
+        assert same(assignment.side, total([before.side, beyond]) if beyond else before.side)
         first = strategy.start_for(strategy.initial(), client)
         assert isinstance(first, Adapter)
         if not table.traits_of(name).averages_factors:
             continue  # a new decomposition every round moves the factors far, whatever the product does
-        assert distance(state.views[client], start) <= {8: 0.03, 4: 0.4, 2: 1.5}[wire.bits] * distance(start, first)
+        assert distance(held, start) <= {8: 0.03, 4: 0.4, 2: 1.5}[wire.bits] * distance(start, first)
 
 
 @pytest.mark.parametrize("wire", CODED)
@@ -181,9 +188,8 @@ def test_in_few_bits_a_client_that_failed_or_holds_another_start_is_sent_the_way
 ) -> None:
     strategy, rules = in_few_bits("zero-padding", wire)
     engine = Separate(strategy.client, wire, lambda assignment: (assignment.round, assignment.task.client) == (2, 1))
-    records = list(
-        run_rounds(strategy.initial(), plan_of(strategy, rules, lambda n: [0, 1, 2], 4), engine, lambda s: {})
-    )
+    plans = [plan_of(strategy, rules, lambda n: [0, 1, 2], num_rounds) for num_rounds in (4, 6)]
+    records = list(run_rounds(strategy.initial(), plans[0], engine, lambda s: {}))
     assert [1 in record.state.views for record in records] == [True, False, True, True]
     assert [record.clients[1].reason is None for record in records] == [True, False, True, True]
     engine.clients[1].memory = replace(engine.clients[1].memory, start=engine.clients[0].memory.start)
@@ -222,15 +228,13 @@ def test_a_client_that_missed_rounds_ends_bit_equal_to_one_that_did_not(name: st
     engine, records = run(strategy, replace(rules, wire=wire), lambda n: ABSENCES.get(n, [0, 1, 2]), 8)
     assert not [c.reason for record in records for c in record.clients if c.reason]
     last = {a.task.client: a for a in engine.seen[-3:]}
-    sides = {k: a.side.as_tensors() for k, a in last.items()}
     state = records[-2].state
-    assert sides[0].keys() == state.side.as_tensors().keys()
-    for client in RANKS:
-        assert all(torch.equal(tensor, sides[client][key]) for key, tensor in state.side.as_tensors().items())
+    for client, rank in RANKS.items():
         start = strategy.start_for(state, client)
-        wanted = start.adapter(SHAPES, RANKS[client], 1) if isinstance(start, Draw) else start
-        got = last[client].task.start.as_tensors()
-        assert all(torch.equal(tensor, got[key]) for key, tensor in wanted.as_tensors().items())
+        wanted = start.adapter(SHAPES, rank, 1) if isinstance(start, Draw) else start
+        beyond = slots_after(wanted, rank)
+        assert same(last[client].side, total([state.side, beyond]) if beyond else state.side)
+        assert same(last[client].task.start, truncate(wanted, rank))
 
 
 def test_that_law_covers_parts_the_whole_and_a_compacted_side() -> None:

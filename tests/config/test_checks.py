@@ -31,7 +31,7 @@ def test_every_method_is_accepted_with_one_rank(method: str) -> None:
 def test_fedit_refuses_different_ranks_and_names_the_methods_that_take_them() -> None:
     settings = Settings.model_validate({**ENOUGH, "method": {"ranks": (4, 2)}, "federation": {"num_clients": 2}})
     (problem,) = problems(settings)
-    assert "zero-padding, flora, flexlora" in problem.action
+    assert "zero-padding, flora, weave, flexlora" in problem.action
 
 
 def test_an_empty_list_is_not_answered_with_no_clients() -> None:

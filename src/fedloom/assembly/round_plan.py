@@ -19,12 +19,15 @@ from fedloom.config import Settings
 from fedloom.data.batches import num_batches, num_rows_read
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.coding import num_bytes_of
+from fedloom.federation.messages import expected_tensors
 from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.sampling import sample_by_rows, sample_clients
 from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import BOTH
 from fedloom.methods import table
 from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
@@ -114,7 +117,7 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
     return RoundPlan(
         num_rounds=federation.num_rounds,
         strategy=strategy_of(settings, cohort),
-        rules=rules_of(settings),
+        rules=rules_of(settings, lora.shapes),
         sample=_sample_of(settings, population),
         shapes=lora.shapes,
         ranks=population.ranks,
@@ -158,13 +161,16 @@ def max_length_of(settings: Settings, lora: LoRAModel) -> int:
     return settings.data.max_length or context_of(lora.model.config) or _ENDLESS
 
 
-def rules_of(settings: Settings) -> ServerRules:
+def rules_of(settings: Settings, shapes: Mapping[str, tuple[int, int]]) -> ServerRules:
     """Return the server's rules; controls send nothing and have none."""
     if settings.traits.is_control:
         return ServerRules(PlainStep())
     method = settings.method
     form = BroadcastForm(method.broadcast)
-    return ServerRules(_step_of(settings), form, method.tolerance, WireDtype(settings.wire.dtype))
+    wire, limit = WireDtype(settings.wire.dtype), method.broadcast_max_bytes
+    if isinstance(limit, float):
+        limit = round(limit * num_bytes_of(expected_tensors(shapes, max(settings.client_ranks), BOTH), wire))
+    return ServerRules(_step_of(settings), form, method.tolerance, wire, limit)
 
 
 def _step_of(settings: Settings) -> ServerStep:

@@ -83,7 +83,7 @@ def split_run(settings: Settings, inputs: Inputs, lora: LoRAModel, plan: SplitPl
         CutError: if the base does not compute the same when it is cut.
     """
     rows = [inputs.rows_of(client) for client in range(settings.federation.num_clients)]
-    parties = local_parties(lora, plan, rows, partial(segment_strategy, settings), rules_of(settings))
+    parties = local_parties(lora, plan, rows, partial(segment_strategy, settings), rules_of(settings, lora.shapes))
     return SplitRun(parties, inputs.partition.names, settings.evaluation.every)
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fedloom.audit.subject import SHAPES, Contribution, Products, Scene, asked
 from fedloom.errors import AdapterError, MethodError
+from fedloom.lora.algebra import pad
 from fedloom.lora.pair import BOTH, Adapter, Pair
 from fedloom.methods.traits import Law
 from fedloom.wording import one_line
@@ -128,8 +129,8 @@ class FunctionTrial:
         return Adapter({name: Pair(torch.zeros_like(pair.b_OR), pair.a_RI) for name, pair in drawn.items()})
 
     def ended(self, client: int, factors: Adapter) -> Adapter:
-        """Return the factors: all of them are trained."""
-        return factors
+        """Return the factors, with zeros for slots that they lack: all of them are trained."""
+        return pad(factors, self._scene.rank_of(client))
 
     def combined(self, round: Sequence[Contribution]) -> Products:
         """Return the product of what the function returns."""

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from fedloom.audit.subject import ROWS, SHAPES, Contribution, Products, Scene, Subject, Trial, products, relative
 from fedloom.errors import AdapterError
-from fedloom.lora.algebra import pad
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.traits import Law
 
@@ -214,7 +213,7 @@ def _turned(adapter: Adapter, turns: Mapping[str, tuple[Tensor, ...]]) -> Adapte
 def _equal(trial: Trial, scene: Scene) -> list[Contribution]:
     """Return a round in which every client has trained to the same, in the slots that all of them have."""
     same = scene.draw(min(scene.ranks), "same")
-    return [Contribution(k, trial.ended(k, pad(same, scene.rank_of(k))), ROWS[k]) for k in scene.clients]
+    return [Contribution(k, trial.ended(k, same), ROWS[k]) for k in scene.clients]
 
 
 def _mean(round: Sequence[Contribution]) -> Products:

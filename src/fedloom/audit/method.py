@@ -11,6 +11,7 @@ import torch
 from fedloom.audit.catching_up import distance_of_returned
 from fedloom.audit.subject import SHAPES, Contribution, Products, Returned, Scene, asked, products
 from fedloom.errors import MethodError
+from fedloom.lora.algebra import pad, truncate
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors, Pair, check_finite
 from fedloom.methods import table
@@ -18,10 +19,12 @@ from fedloom.methods.client_half import Payload
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.methods.traits import Law
+from fedloom.methods.weave import completed
 from fedloom.training.stats import TrainingStats
 
 TOKENS_A_ROW = 7
 _ANYBODY = Cohort(SHAPES, 4, lambda client: 4, seed=1)
+_SMALL = Cohort(SHAPES, 4, lambda client: 2, seed=1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,16 @@ class MethodSubject:
         work = asked(self.name, lambda: self.make(_ANYBODY).client.work(1))
         if law is Law.RESCALING and work.trains != BOTH:
             return "its clients train one factor; the other is the same for all"
+        if law is Law.ORIENTATION and self.carries:
+            return "its clients carry slots that they do not send, and nobody could turn"
         return ""
+
+    @property
+    def carries(self) -> bool:
+        """Whether a client holds slots of the global adapter beyond its own rank."""
+        strategy = asked(self.name, lambda: self.make(_SMALL))
+        start = asked(self.name, lambda: strategy.start_for(strategy.initial(), 0))
+        return isinstance(start, Adapter) and max(start.ranks.values()) > _SMALL.rank_of(0)
 
     def trial(self, scene: Scene, registered: Mapping[int, int]) -> MethodTrial:
         """Return a fresh trial."""
@@ -66,7 +78,7 @@ class MethodTrial:
     """One strategy in one scene; odd seeds take it in its first round, even ones in its second."""
 
     def __init__(self, subject: MethodSubject, scene: Scene) -> None:
-        self._name, self._scene = subject.name, scene
+        self._name, self._scene, self._carries = subject.name, scene, subject.carries
         self._cohort = Cohort(SHAPES, max(scene.ranks), scene.rank_of, scene.seed)
         self._make, self._changed = subject.make, ""
         self._strategy = self._asked(lambda: subject.make(self._cohort))
@@ -94,7 +106,10 @@ class MethodTrial:
 
     def ended(self, client: int, factors: Adapter) -> Adapter:
         """Return a client's start with the factors that it trains replaced."""
-        return self.given(client).with_factors(factors.as_tensors(self.trains))
+        given, rank = self.given(client), self._scene.rank_of(client)
+        own = truncate(factors, rank)
+        filled = completed(own, given) if self._carries else pad(own, rank)
+        return given.with_factors(filled.as_tensors(self.trains))
 
     def combined(self, round: Sequence[Contribution]) -> Products:
         """Return the product that the strategy puts in place of the clients' own."""
@@ -148,7 +163,7 @@ class MethodTrial:
     def _update(self, one: Contribution) -> Update:
         tokens = one.rows * TOKENS_A_ROW
         stats = TrainingStats(one.rows, tokens, tokens, 1)
-        return Update(self._state.round + 1, one.client, one.adapter, stats)
+        return Update(self._state.round + 1, one.client, truncate(one.adapter, self._scene.rank_of(one.client)), stats)
 
 
 def _copy(adapter: Adapter) -> Adapter:

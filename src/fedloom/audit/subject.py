@@ -86,7 +86,10 @@ class Trial(Protocol):
         ...
 
     def ended(self, client: int, factors: Adapter) -> Adapter:
-        """Return what a client has whose training led to these factors, as far as it trains them."""
+        """Return what a client has whose training led to these factors, as far as it trains them.
+
+        Slots that they lack are zero, or as they were where a client carries all of them.
+        """
         ...
 
     def combined(self, round: Sequence[Contribution]) -> Products:

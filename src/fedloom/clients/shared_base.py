@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 from fedloom.clients.client import Assignment, Client
@@ -63,13 +64,16 @@ class SharedBase:
         self._beside = None
 
     def train(self, cohort: Sequence[Assignment]) -> list[ClientResult | FedloomError]:
-        """Train clients together, beside the side that they share; if that fails, one by one, each with its error.
+        """Train clients together that share a side; if that fails, one by one, each with its error.
 
         Raises:
             ModelError: what is wrong with the base is no client's failure.
         """
         if not cohort:
             return []
+        if any(one.side is not cohort[0].side for one in cohort):
+            groups = groupby(cohort, key=lambda one: id(one.side))
+            return [found for _, group in groups for found in self.train(list(group))]
         if cohort[0].side is not self._beside:
             self._beside = cohort[0].side
             self.lora.set_side(self._beside)

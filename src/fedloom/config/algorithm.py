@@ -68,6 +68,13 @@ class Method(Table):
         when={"method.broadcast": ("compressed",)},
     )
 
+    broadcast_max_bytes: Count | Fraction | None = setting(
+        None,
+        "Most bytes of a recompressed addition: a number, or a fraction (with a decimal point) of an adapter of the "
+        "largest rank in the wire's type; what is left out is sent later. Default: no limit.",
+        when={"method.broadcast": ("compressed",)},
+    )
+
 
 class Server(Table):
     """The step the server takes along the aggregated product."""

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from fedloom.config import checks, files
 from fedloom.config.problems import Problem, refuse, schema_problems
 from fedloom.config.schema import Settings
-from fedloom.config.variants import with_method
+from fedloom.config.variants import filled_in, with_method
 from fedloom.errors import SettingsError
 
 Document = dict[str, Any]
@@ -87,6 +87,8 @@ def resolve(
     """
     merged, origins = merge(document, source, overrides)
     settings, found = _validated(merged)
+    given = {f"{table}.{key}" for table, keys in merged.items() if isinstance(keys, Mapping) for key in keys}
+    settings = filled_in(settings, given)
     if _names_another_method(document, overrides):
         settings = with_method(settings, settings.method.name, keep=_parse_overrides(overrides))
     suspect = {problem.setting for problem in found}

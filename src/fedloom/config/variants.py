@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from fedloom.config.checks import draws_apart, inapplicable
@@ -24,7 +24,7 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
     their defaults, and so do a weighting and a robust rule that the method does not know. Settings named in ``keep``
     stay as they are, whether they fit or not.
     """
-    changed = _replaced(settings, "method.name", method)
+    changed = _with_own_defaults(_replaced(settings, "method.name", method), settings.traits.defaults, keep)
     if _knows_one_rank(changed):
         changed = _with_one_rank(changed, keep)
     if changed.method.weighting not in changed.traits.weightings and "method.weighting" not in keep:
@@ -35,6 +35,32 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
         for name in names:
             changed = _without(changed, name)
     return changed
+
+
+def _with_own_defaults(settings: Settings, former: Mapping[str, Any], keep: Collection[str]) -> Settings:
+    """Give settings at the former method's defaults those of the present one."""
+    own = settings.traits.defaults
+    for name in {**former, **own}:
+        usual = _default_of(settings, name)
+        if name not in keep and settings.value(name) == former.get(name, usual):
+            settings = _replaced(settings, name, own.get(name, usual))
+    return _stepping_as_trained(settings, keep)
+
+
+def filled_in(settings: Settings, given: Collection[str]) -> Settings:
+    """Return settings of which those not ``given`` have their method's own default."""
+    for name, value in settings.traits.defaults.items():
+        if name not in given:
+            settings = _replaced(settings, name, value)
+    return _stepping_as_trained(settings, given)
+
+
+def _stepping_as_trained(settings: Settings, given: Collection[str]) -> Settings:
+    """Leave a server step on gradients that is a method's default to runs of one local step."""
+    by_default = "server.step" not in given and settings.traits.defaults.get("server.step") == settings.server.step
+    if by_default and settings.training.local_steps != 1:
+        return _without(settings, "server.step")
+    return settings
 
 
 def _knows_one_rank(settings: Settings) -> bool:
@@ -64,5 +90,9 @@ def _replaced(settings: Settings, name: str, value: Any) -> Settings:
 
 
 def _without(settings: Settings, name: str) -> Settings:
+    return _replaced(settings, name, _default_of(settings, name))
+
+
+def _default_of(settings: Settings, name: str) -> Any:
     table, _, key = name.partition(".")
-    return _replaced(settings, name, type(getattr(settings, table)).model_fields[key].get_default())
+    return type(getattr(settings, table)).model_fields[key].get_default()

@@ -10,8 +10,8 @@ from statistics import median
 import torch
 
 from fedloom.federation.blob import WireDtype
-from fedloom.federation.coding import as_received, rounded
-from fedloom.lora.algebra import compress, distance, norm, stack, total, truncate
+from fedloom.federation.coding import as_received, num_bytes_of, rounded
+from fedloom.lora.algebra import compress, distance, norm, stack, total, truncate, truncate_pair
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
@@ -37,6 +37,7 @@ class ServerRules:
         step: the server step on the aggregated product.
         form: the form in which additions to the side are sent.
         tolerance: share of an addition's energy that compression may hold back for later rounds; 0 is lossless.
+        max_bytes: bytes that a compressed addition may take on the wire; what is left out waits for later rounds.
         wire: dtype of what is sent; the server adopts what the clients will see.
     """
 
@@ -44,6 +45,7 @@ class ServerRules:
     form: BroadcastForm = BroadcastForm.STACK
     tolerance: float = 0.0
     wire: WireDtype = WireDtype.FP32
+    max_bytes: int | None = None
 
 
 def broadcasts_for(
@@ -226,10 +228,32 @@ def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Ad
         return addition, Adapter()
     if rules.form is BroadcastForm.STACK:
         return as_received(addition, rules.wire), Adapter()
-    sent = as_received(compress(addition, tolerance=rules.tolerance).adapter, rules.wire)
-    if rules.tolerance == 0.0 and rules.wire is WireDtype.FP32:
+    smaller = compress(addition, tolerance=rules.tolerance).adapter
+    if rules.max_bytes is not None:
+        smaller = within(smaller, rules.max_bytes, rules.wire)
+    sent = as_received(smaller, rules.wire)
+    if rules.tolerance == 0.0 and rules.wire is WireDtype.FP32 and rules.max_bytes is None:
         return sent, Adapter()
     return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter
+
+
+def within(addition: Adapter, max_bytes: int, wire: WireDtype) -> Adapter:
+    """Return the directions of a compressed addition that hold most of its energy in so many bytes.
+
+    Of all modules' singular directions those are taken first that have the most energy a byte on the wire.
+    """
+    directions = [
+        (float(value) ** 2 / cost, -place, name, cost)
+        for name, pair in addition.items()
+        if (cost := num_bytes_of({"one.b": (pair.shape[0], 1), "one.a": (1, pair.shape[1])}, wire))
+        for place, value in enumerate(pair.b_OR.double().norm(dim=0) * pair.a_RI.double().norm(dim=1))
+    ]
+    ranks, left = dict.fromkeys(addition, 0), max_bytes
+    for *_, name, cost in sorted(directions, reverse=True):
+        if cost > left:
+            break
+        ranks[name], left = ranks[name] + 1, left - cost
+    return Adapter({name: truncate_pair(pair, ranks[name]) for name, pair in addition.items() if ranks[name]})
 
 
 def _worth_keeping(chain: tuple[Adapter, ...], side: Adapter) -> tuple[Adapter, ...]:

@@ -11,6 +11,7 @@ from fedloom.methods.options import MethodOptions
 from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.standalone import Standalone
 from fedloom.methods.strategy import Cohort, Strategy, Weighting
+from fedloom.methods.weave import Weave
 
 
 def fedit(cohort: Cohort, options: MethodOptions) -> Strategy:
@@ -26,6 +27,11 @@ def zero_padding(cohort: Cohort, options: MethodOptions) -> Strategy:
 def fedex_lora(cohort: Cohort, options: MethodOptions) -> Strategy:
     """Make FedEx-LoRA."""
     return FedEx(cohort, Weighting(options.weighting))
+
+
+def weave(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make weave."""
+    return Weave(cohort, Weighting(options.weighting))
 
 
 def flexlora(cohort: Cohort, options: MethodOptions) -> Strategy:

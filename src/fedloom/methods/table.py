@@ -115,6 +115,24 @@ _SHIPPED: dict[str, Method] = {
         ),
         Method(
             Traits(
+                "weave",
+                "the whole adapter at every client, its first slots trained, few bits: the exact mean at any ranks",
+                grows_side=True,
+                averages_factors=True,
+                combines=False,
+                defaults={
+                    "method.weighting": "work",
+                    "method.broadcast": "compressed",
+                    "method.tolerance": 0.02,
+                    "method.broadcast_max_bytes": 0.25,
+                    "server.step": "adamw",
+                    "wire.dtype": "int4",
+                },
+            ),
+            f"{MAKERS}:weave",
+        ),
+        Method(
+            Traits(
                 "flexlora",
                 "the best approximation of the exact mean at the largest rank",
                 unclaimed=(Law.EXACTNESS, *_FADING),

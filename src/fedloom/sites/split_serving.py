@@ -133,7 +133,7 @@ class CutStudy:
             server=self._server,
             clients=clients,
             make_strategy=partial(segment_strategy, self._settings),
-            rules=rules_of(self._settings),
+            rules=rules_of(self._settings, self._server_shapes),
             open_slots=lambda cohort: lora.open([slot]),
         )
         run = SplitRun(parties, self._study.sites.names, self._settings.evaluation.every)

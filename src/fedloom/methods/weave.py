@@ -1,0 +1,64 @@
+"""Weave: every client trains its first slots of one global adapter and carries the rest; the mean is exact.
+
+    client k:  W_k = side + B_k A_k + B⁺ A⁺   (its first r_k slots, trained; the others B⁺ A⁺ as they are)
+    server:    B ← Σ p_k [B_k, B⁺],   A ← Σ p_k [A_k; A⁺],   side ← side + (Σ p_k W_k − B A)
+
+So the global model is ``Σ p_k W_k`` at any ranks and with any clients absent, and a client that changes nothing pulls
+nothing towards zero, as padding would. What the mean of the factors misses is compressed within
+``method.broadcast_max_bytes`` and what that leaves out is fed back. With ``server.step = adamw`` clients send gradients
+and nothing is missed (:class:`fedloom.methods.around.SynchronisedSteps`).
+
+Source: ours. FedEx-LoRA (arXiv 2410.09432) is the case of equal ranks without a limit of bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from fedloom.lora.algebra import slots_after
+from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.fedex import FedEx
+from fedloom.methods.state import ServerState, Update
+from fedloom.methods.strategy import Weighting
+from fedloom.methods.sums import FactorSum
+
+
+@dataclass(frozen=True)
+class Weave(FedEx):
+    """The exact mean of clients that hold the whole global adapter and train their first slots of it."""
+
+    name: str = "weave"
+
+    def start_for(self, state: ServerState, client: int) -> Adapter:
+        """Return the whole global adapter, whatever the client's rank."""
+        assert state.start is not None
+        return state.start
+
+    def empty(self, state: ServerState) -> FactorSum:
+        """Return empty sums of completed factors and of products."""
+        assert state.start is not None
+        return CompletedSum(self.cohort.max_rank, self.weighting, state.start)
+
+
+class CompletedSum(FactorSum):
+    """The sums of a mean of factors, of clients' slots completed by those that they carried."""
+
+    def __init__(self, rank: int, weighting: Weighting, start: Adapter) -> None:
+        super().__init__(rank, weighting, lambda client: start)
+        self._start = start
+
+    def add(self, update: Update) -> None:
+        """Take one update in."""
+        super().add(replace(update, adapter=completed(update.adapter, self._start)))
+
+
+def completed(adapter: Adapter, start: Adapter) -> Adapter:
+    """Return an adapter with the slots of ``start`` beyond its own."""
+    pairs = dict(adapter)
+    for name, pair in adapter.items():
+        beyond = slots_after(Adapter({name: start[name]}), pair.rank).get(name)
+        if beyond is not None:
+            pairs[name] = Pair(torch.cat([pair.b_OR, beyond.b_OR], dim=1), torch.cat([pair.a_RI, beyond.a_RI], dim=0))
+    return Adapter(pairs)
