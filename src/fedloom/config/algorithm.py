@@ -27,7 +27,8 @@ from fedloom.methods.table import BASELINE
 TRAINED = {"method.name": having("is_trained")}
 ROUNDS = {"method.name": having("runs_rounds")}
 SENT = {"method.name": having("sends_adapters")}
-STEPPED = {"method.name": having("aggregates")}
+STEPPED = {"method.name": having("takes_server_steps")}
+COMPARED = {"method.name": having("sends_products")}
 CUT = {"method.name": having("is_cut")}
 
 
@@ -79,7 +80,7 @@ class Server(Table):
         "none",
         "Rule by which few hostile updates cannot decide: every other than `none` clips changes to the round's median; "
         "`cosine` and `krum` leave updates out, `median` weighs them (see the page on reliability).",
-        when=SENT,
+        when=COMPARED,
     )
     hostile_fraction: OpenHalf = setting(
         0.1,

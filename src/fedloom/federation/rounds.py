@@ -114,7 +114,7 @@ def run_rounds(
         applied = as_received(aggregate.applied, plan.rules.wire)
         noise = aggregation_noise(applied, aggregate.ideal)
         change = aggregate.change(state.start)
-        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.trains)
+        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.sends)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
         clock.lap("evaluate")

@@ -91,11 +91,11 @@ def news_for(state: ServerState, version: int, sha256: str) -> News:
 
 
 def _crossing(state: ServerState, strategy: Strategy, client: int) -> Factors:
-    """Return the factors of a client's start that it cannot hold already: all, or those trained since it took part."""
+    """Return the factors of a client's start that it cannot hold already: all, or those sent since it took part."""
     if strategy.origin is None:
         return BOTH
     rounds = range(state.seen.get(client, 0) + 1, state.round + 1)
-    return frozenset().union(*(strategy.client.work(round).trains for round in rounds))
+    return frozenset().union(*(strategy.client.work(round).sends for round in rounds))
 
 
 def next_state(
@@ -104,12 +104,12 @@ def next_state(
     rules: ServerRules,
     norms: Iterable[float],
     held: Mapping[int, int],
-    trained: Factors = BOTH,
+    sent: Factors = BOTH,
 ) -> ServerState:
     """Return the state after a round: the server step taken, the addition in the form in which it is sent.
 
     ``held`` are the versions of the side that clients said they hold; nobody else is believed to be up to date.
-    ``trained`` are the factors that this round's clients trained; a factor that never crosses is never rounded.
+    ``sent`` are the factors that this round's clients sent; a factor that never crosses is never rounded.
     """
     change = aggregate.change(state.start)
     movement, velocity = rules.step.move(change, aggregate.mean_squared_norm, state.velocity)
@@ -118,7 +118,7 @@ def next_state(
     side = grown(state.side, addition)
     start = aggregate.start
     if start is not None:
-        start = start.with_factors(as_received(start, rules.wire).as_tensors(trained))
+        start = start.with_factors(as_received(start, rules.wire).as_tensors(sent))
     return replace(
         state,
         round=state.round + 1,
