@@ -101,6 +101,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.max_grad_norm": (0.5, {}),
     "training.dropout": (0.1, {}),
     "training.label_smoothing": (0.1, {}),
+    "training.proximal": (0.1, {}),
     "training.token_budget": (100, {}),
     "split.cut_layer": (2, {}),
     "split.aggregation": ("flora", {}),

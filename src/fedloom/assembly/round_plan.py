@@ -180,5 +180,6 @@ def training_of(settings: Settings) -> LocalTraining:
         max_grad_norm=training.max_grad_norm or None,
         dropout=training.dropout,
         label_smoothing=training.label_smoothing,
+        proximal=training.proximal,
         token_budget=training.token_budget,
     )

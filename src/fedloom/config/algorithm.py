@@ -28,6 +28,7 @@ TRAINED = {"method.name": having("is_trained")}
 ROUNDS = {"method.name": having("runs_rounds")}
 SENT = {"method.name": having("sends_adapters")}
 STEPPED = {"method.name": having("takes_server_steps")}
+AVERAGED = {"method.name": having("aggregates")}
 COMPARED = {"method.name": having("sends_products")}
 CUT = {"method.name": having("is_cut")}
 
@@ -150,6 +151,11 @@ class Training(Table):
         0.0, "Dropout on the adapters' input. Every row has its own mask, whichever rows share its pass.", when=TRAINED
     )
     label_smoothing: Decay = setting(0.0, "Share of the target spread evenly over the vocabulary.", when=TRAINED)
+    proximal: NonNegative = setting(
+        0.0,
+        "FedProx's weight μ of half the squared distance of a client's product from its start; 0: no such term.",
+        when=AVERAGED,
+    )
     token_budget: Count = setting(
         8192,
         "Tokens per pass over all clients trained together. Changes memory and speed, and the result by rounding only.",
