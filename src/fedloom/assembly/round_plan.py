@@ -26,6 +26,7 @@ from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
+from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.causal import context_of
@@ -156,6 +157,11 @@ def _step_of(settings: Settings) -> ServerStep:
             return MomentumStep(server.learning_rate, server.momentum)
         case "fedexp":
             return FedExPStep(server.learning_rate, server.fedexp_cap)
+        case "fedadagrad":
+            return AdaptiveStep(Adaptive.ADAGRAD, server.learning_rate, beta1=0.0, epsilon=server.epsilon)
+        case "fedadam" | "fedyogi":
+            kind = Adaptive(server.step)
+            return AdaptiveStep(kind, server.learning_rate, server.beta1, server.beta2, server.epsilon)
 
 
 def training_of(settings: Settings) -> LocalTraining:

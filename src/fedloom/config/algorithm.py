@@ -28,6 +28,7 @@ TRAINED = {"method.name": having("is_trained")}
 ROUNDS = {"method.name": having("runs_rounds")}
 SENT = {"method.name": having("sends_adapters")}
 STEPPED = {"method.name": having("takes_server_steps")}
+SMOOTHED = ("fedadam", "fedyogi")
 AVERAGED = {"method.name": having("aggregates")}
 COMPARED = {"method.name": having("sends_products")}
 CUT = {"method.name": having("is_cut")}
@@ -71,12 +72,21 @@ class Method(Table):
 class Server(Table):
     """The step the server takes along the aggregated product."""
 
-    step: Literal["plain", "momentum", "fedexp"] = setting("plain", "Kind of server step.", when=STEPPED)
+    step: Literal["plain", "momentum", "fedexp", "fedadam", "fedyogi", "fedadagrad"] = setting(
+        "plain", "Kind of server step.", when=STEPPED
+    )
     learning_rate: Positive = setting(
         1.0, "Factor on the aggregate: the sum of the clients' weights, FLoRA's scaling factor.", when=STEPPED
     )
     momentum: Decay = setting(0.5, "Share of the last step kept.", when={"server.step": ("momentum",)})
     fedexp_cap: Positive = setting(1.5, "Largest factor FedExP may choose.", when={"server.step": ("fedexp",)})
+    beta1: Decay = setting(0.9, "Share of the mean change kept.", when={"server.step": SMOOTHED})
+    beta2: Decay = setting(0.99, "Share of the mean squared changes kept.", when={"server.step": SMOOTHED})
+    epsilon: Positive = setting(
+        0.1,
+        "Least root mean square change of a row or column that a step divides by, relative to that of the first round.",
+        when={"server.step": (*SMOOTHED, "fedadagrad")},
+    )
     robust: Literal["none", "clip", "cosine", "krum", "median"] = setting(
         "none",
         "Rule by which few hostile updates cannot decide: every other than `none` clips changes to the round's median; "

@@ -14,7 +14,7 @@ from fedloom.lora.algebra import compress, distance, norm, stack, total
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
-from fedloom.methods.state import Aggregate, Broadcast, News, ServerState
+from fedloom.methods.state import Aggregate, Broadcast, News, ServerState, StepMemory
 from fedloom.methods.strategy import Strategy
 
 
@@ -112,7 +112,8 @@ def next_state(
     ``sent`` are the factors that this round's clients sent; a factor that never crosses is never rounded.
     """
     change = aggregate.change(state.start)
-    movement, velocity = rules.step.move(change, aggregate.mean_squared_norm, state.velocity)
+    before = StepMemory(state.velocity, state.moments)
+    movement, memory = rules.step.move(change, aggregate.mean_squared_norm, before)
     joining = _joining(aggregate, change, movement)
     addition, residual = _in_sending_form(total([joining, state.residual]), rules)
     side = grown(state.side, addition)
@@ -126,7 +127,8 @@ def next_state(
         start=start,
         chain=_worth_keeping((*state.chain, addition), side),
         seen={**state.seen, **held},
-        velocity=velocity,
+        velocity=memory.velocity,
+        moments=memory.moments,
         residual=residual,
         typical_norm=median(norms),
     )

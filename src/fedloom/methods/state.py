@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from fedloom.lora.algebra import stack, total
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors
@@ -79,6 +81,19 @@ class Failure:
 
 
 @dataclass(frozen=True, eq=False)
+class StepMemory:
+    """What a server step remembers.
+
+    Attributes:
+        velocity: a mean or sum of the changes.
+        moments: means of their squares, by name, float64.
+    """
+
+    velocity: Adapter = field(default_factory=Adapter)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class ServerState:
     """Everything the server carries from round to round; never changed, only replaced.
 
@@ -88,7 +103,7 @@ class ServerState:
         start: what clients continue from, at the largest rank; None when every round starts fresh.
         chain: the additions to ``side`` made by the latest rounds, newest last, for clients that hold an older one.
         seen: the version of ``side`` that each client said it holds.
-        velocity: the server step's memory.
+        velocity, moments: the server step's memory.
         residual: what a lossy broadcast has not delivered yet (error feedback).
         typical_norm: median norm of the last round's updates, by which an absurd one is recognised.
     """
@@ -99,6 +114,7 @@ class ServerState:
     chain: tuple[Adapter, ...] = ()
     seen: Mapping[int, int] = field(default_factory=dict)
     velocity: Adapter = field(default_factory=Adapter)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
     residual: Adapter = field(default_factory=Adapter)
     typical_norm: float | None = None
 

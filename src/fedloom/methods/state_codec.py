@@ -20,6 +20,7 @@ from fedloom.methods.state import ServerState
 
 TENSORS, NUMBERS = "state/server.safetensors", "state/server.json"
 _ADAPTERS = ("side", "start", "velocity", "residual")
+_MOMENTS = "moments"
 
 _MAX_CHAIN = 1 << 16
 """The latest additions that a state can hold: more would be made before it is seen that they are not there."""
@@ -43,7 +44,8 @@ def state_tensors(state: ServerState) -> dict[str, Tensor]:
     """Name every factor of a state; copies, since a state may hold one tensor in two places and a file may not."""
     parts = {name: getattr(state, name) for name in _ADAPTERS if getattr(state, name)}
     parts |= {f"chain/{position}": part for position, part in enumerate(state.chain)}
-    return {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}
+    tensors = {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}
+    return tensors | {f"{_MOMENTS}/{key}": tensor.clone() for key, tensor in state.moments.items()}
 
 
 def state_numbers(state: ServerState) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
     for key, tensor in tensors.items():
         part, _, name = key.rpartition("/")
         grouped.setdefault(part, {})[name] = tensor
+    moments = grouped.pop(_MOMENTS, {})
     parts = {part: Adapter.from_tensors(found) for part, found in grouped.items()}
     nothing = Adapter()
     return ServerState(
@@ -77,6 +80,7 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
         chain=tuple(parts.get(f"chain/{position}", nothing) for position in range(read.chain)),
         seen={int(client): version for client, version in read.seen.items()},
         velocity=parts.get("velocity", nothing),
+        moments=moments,
         residual=parts.get("residual", nothing),
         typical_norm=read.typical_norm,
     )
