@@ -15,6 +15,7 @@ from fedloom import embedded
 from fedloom.lora.algebra import truncate
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.fedex import FedEx
+from fedloom.methods.fedsa import FedSALoRA
 from fedloom.methods.ffa_lora import FFALoRA
 from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA
@@ -140,10 +141,22 @@ def test_the_rolora_example_averages_by_turns_as_the_library_does(number: int) -
     torch.testing.assert_close(factors, {B: after[MODULE].b_OR, A: after[MODULE].a_RI})
 
 
+def test_the_fedsa_lora_example_averages_a_as_the_library_does() -> None:
+    ranks = [2, 2, 2]
+    strategy = FedSALoRA(cohort(ranks))
+    start = strategy.aggregate(strategy.initial(), updates(ranks)).start
+    uploads = [{A: upload[A]} for upload in named(ranks)]
+    assert start is not None
+    torch.testing.assert_close(example("fedsa_lora").averaged(uploads, NUM_ROWS), {A: start[MODULE].a_RI})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["fedit", "zero_padding", "flora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "centralised", "standalone"],
+    [
+        *("fedit", "zero_padding", "flora", "fedex_lora", "flexlora", "ffa_lora", "rolora", "fedsa_lora"),
+        *("centralised", "standalone"),
+    ],
 )
 def test_an_example_runs_and_its_loss_falls(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path

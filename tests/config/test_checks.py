@@ -169,6 +169,13 @@ def test_multi_krum_needs_enough_clients_and_the_cosine_filter_a_common_directio
     assert found(server={"hostile_fraction": 0.2}) == ["server.hostile_fraction"]
 
 
+def test_a_proximal_term_needs_a_second_step() -> None:
+    once = {"local_steps": 1, "proximal": 0.1}
+    assert found(training=once) == ["training.proximal"]
+    assert found(training=once | {"local_steps": 2}) == []
+    assert found(training={"local_epochs": 1.0, "proximal": 0.1}) == []
+
+
 def test_a_variant_whose_clients_have_no_common_direction_drops_the_cosine_filter() -> None:
     settings = Settings.model_validate({**ENOUGH, "server": {"robust": "cosine"}})
     assert with_method(settings, "flora").server.robust == "none"

@@ -11,9 +11,10 @@ import torch
 from fedloom.federation.server import ServerRules, aggregation_noise, next_state
 from fedloom.lora.algebra import compress, distance, norm, stack
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
-from fedloom.methods.state import Aggregate, ServerState, Update
+from fedloom.methods.state import Aggregate, ServerState, StepMemory, Update
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.methods.sums import FactorSum
 from fedloom.methods.zero_padding import ZeroPadding
@@ -50,7 +51,10 @@ def updates(round: int) -> list[Update]:
     ]
 
 
-@pytest.mark.parametrize("step", [PlainStep(), PlainStep(1.5), MomentumStep(1.2, 0.5), FedExPStep()], ids=str)
+STEPS = (PlainStep(), PlainStep(1.5), MomentumStep(1.2, 0.5), FedExPStep(), *(AdaptiveStep(k, 0.7) for k in Adaptive))
+
+
+@pytest.mark.parametrize("step", [*STEPS], ids=str)
 @pytest.mark.parametrize("make", [FLoRA, ZeroPadding, ExactMean])
 def test_the_global_model_moves_by_what_the_server_step_says(
     make: Callable[[Cohort], Strategy], step: ServerStep
@@ -60,7 +64,7 @@ def test_the_global_model_moves_by_what_the_server_step_says(
     for round in (1, 2, 3):
         aggregate = strategy.aggregate(state, updates(round))
         change = aggregate.change(state.start)
-        moved, _ = step.move(change, aggregate.mean_squared_norm, state.velocity)
+        moved, _ = step.move(change, aggregate.mean_squared_norm, StepMemory(state.velocity, state.moments))
         after = next_state(state, aggregate, rules, [1.0], {})
         wanted = stack([state.global_adapter(), moved], [1.0, 1.0]) if state.global_adapter() else moved
         assert distance(after.global_adapter(), wanted) < 1e-5 * max(1.0, norm(wanted))

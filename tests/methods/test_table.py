@@ -68,7 +68,7 @@ def test_a_registered_method_is_a_method_everywhere_in_this_process(registered: 
     assert with_method(hetero, "mine").method.ranks == 3
     cut = {"method": {"name": "splitlora"}, "split": {"aggregation": "mine"}}
     assert config.resolve({**ENOUGH, **cut}, "a test").split.aggregation == "mine"
-    with pytest.raises(SettingsError, match=r'"rolora", "mine", "splitlora".*got "floara".*did you mean flora\?'):
+    with pytest.raises(SettingsError, match=r'"fedsa-lora", "mine", "splitlora".*got "floara".*did you mean flora\?'):
         config.resolve({**ENOUGH, "method": {"name": "floara"}}, "a test")
 
 
@@ -97,6 +97,8 @@ def test_what_is_no_method_is_refused() -> None:
         ({"pools_rows": True}, "pools_rows with kind = control only"),
         ({**CONTROL, "starts_fresh": True}, "starts_fresh with kind = federated only"),
         ({**CONTROL, "combines": True}, "combines with kind = federated only"),
+        ({"is_personal": True}, "aggregates_split=False with is_personal"),
+        ({**CONTROL, "weightings": (), "is_personal": True}, "is_personal with kind = federated only"),
     ],
     ids=str,
 )

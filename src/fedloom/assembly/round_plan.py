@@ -29,6 +29,7 @@ from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH
 from fedloom.methods import table
+from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
 from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.strategy import Cohort, Strategy
@@ -184,6 +185,11 @@ def _step_of(settings: Settings) -> ServerStep:
             return PlainStep()
         case "fedexp":
             return FedExPStep(server.learning_rate, server.fedexp_cap)
+        case "fedadagrad":
+            return AdaptiveStep(Adaptive.ADAGRAD, server.learning_rate, beta1=0.0, epsilon=server.epsilon)
+        case "fedadam" | "fedyogi":
+            kind = Adaptive(server.step)
+            return AdaptiveStep(kind, server.learning_rate, server.beta1, server.beta2, server.epsilon)
 
 
 def training_of(settings: Settings) -> LocalTraining:
@@ -208,5 +214,6 @@ def training_of(settings: Settings) -> LocalTraining:
         max_grad_norm=training.max_grad_norm or None,
         dropout=training.dropout,
         label_smoothing=training.label_smoothing,
+        proximal=training.proximal,
         token_budget=training.token_budget,
     )

@@ -33,4 +33,4 @@ def read_round(files: RoundFiles) -> tuple[ServerState, dict[int, Memory]]:
 
 def standing_of(state: ServerState, memories: Mapping[int, Memory]) -> Standing:
     """Return the model as a round left it."""
-    return Standing(state.round, state.global_adapter(), own_adapters(memories))
+    return Standing(state.round, state.global_adapter(), own_adapters(memories, state.start))

@@ -37,10 +37,10 @@ class MethodSubject:
     needs_one_rank: bool = False
 
     def exempt(self, law: Law) -> str:
-        """Return why a law does not apply: a client that trains one factor cannot factor its product otherwise."""
+        """Return why a law does not apply: a client that sends one factor cannot factor its product otherwise."""
         work = asked(self.name, lambda: self.make(_ANYBODY).client.work(1))
-        if law is Law.RESCALING and work.trains != BOTH:
-            return "its clients train one factor; the other is the same for all"
+        if law is Law.RESCALING and work.sends != BOTH:
+            return "its clients send one factor; the other is the same for all, or their own"
         if law is Law.ORIENTATION and self.carries:
             return "its clients carry slots that they do not send, and nobody could turn"
         return ""
@@ -88,8 +88,8 @@ class MethodTrial:
 
     @property
     def trains(self) -> Factors:
-        """The factors that the round trains."""
-        return self._strategy.client.work(self._state.round + 1).trains
+        """The factors that the round's clients train and send; one that stays with its client is no server's."""
+        return self._strategy.client.work(self._state.round + 1).sends
 
     def before(self) -> Products:
         """Return the product of the global adapter, zeros where every round starts fresh."""

@@ -46,7 +46,9 @@ TokenizerOption = Annotated[
 ]
 ClientOption = Annotated[
     int | None,
-    typer.Option("--client", metavar="K", help="Use this client's own adapter (standalone runs).", show_default=False),
+    typer.Option(
+        "--client", metavar="K", help="Use this client's adapter, where each has its own.", show_default=False
+    ),
 ]
 RankOption = Annotated[
     int | None,

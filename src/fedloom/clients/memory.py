@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from safetensors.torch import load, save
 from torch import Tensor
 
+from fedloom.lora.algebra import truncate_pair
 from fedloom.lora.pair import Adapter
 
 Tensors = Mapping[str, Tensor]
@@ -40,14 +41,21 @@ class Memory:
 _PARTS = ("start", "own", "moments", "owed")
 
 
-def own_adapters(memories: Mapping[int, Memory]) -> dict[int, Adapter]:
-    """Return every client's own adapter, of those that keep both factors."""
-    kept = {client: memory.own for client, memory in sorted(memories.items())}
+def own_adapters(memories: Mapping[int, Memory], shared: Adapter | None = None) -> dict[int, Adapter]:
+    """Return every client's own adapter: the factors that it keeps, completed by the ``shared`` ones at its rank."""
+    kept = {c: {**_completing(memory.own, shared), **memory.own} for c, memory in sorted(memories.items())}
     return {
         client: Adapter.from_tensors(own)
         for client, own in kept.items()
-        if own and any(key.endswith(".a") for key in own) and any(key.endswith(".b") for key in own)
+        if any(key.endswith(".a") for key in own) and any(key.endswith(".b") for key in own)
     }
+
+
+def _completing(own: Tensors, shared: Adapter | None) -> dict[str, Tensor]:
+    """Return of the shared factors the slots that a client's own factors have."""
+    slots = {key[:-2]: tensor.shape[1] if key.endswith(".b") else tensor.shape[0] for key, tensor in own.items()}
+    cut = {name: truncate_pair(pair, slots[name]) for name, pair in (shared or Adapter()).items() if name in slots}
+    return Adapter(cut).as_tensors()
 
 
 def encode_memories(memories: Mapping[int, Memory]) -> bytes | None:

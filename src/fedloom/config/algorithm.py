@@ -27,7 +27,10 @@ from fedloom.methods.table import BASELINE
 TRAINED = {"method.name": having("is_trained")}
 ROUNDS = {"method.name": having("runs_rounds")}
 SENT = {"method.name": having("sends_adapters")}
-STEPPED = {"method.name": having("aggregates")}
+STEPPED = {"method.name": having("takes_server_steps")}
+SMOOTHED = ("fedadam", "fedyogi")
+AVERAGED = {"method.name": having("aggregates")}
+COMPARED = {"method.name": having("sends_products")}
 CUT = {"method.name": having("is_cut")}
 
 
@@ -79,7 +82,7 @@ class Method(Table):
 class Server(Table):
     """The step the server takes along the aggregated product."""
 
-    step: Literal["plain", "momentum", "fedexp", "adamw"] = setting(
+    step: Literal["plain", "momentum", "fedexp", "fedadam", "fedyogi", "fedadagrad", "adamw"] = setting(
         "plain",
         "Kind of server step. `adamw`: clients send the gradient of one batch, and the server takes the step of "
         "`[training]`'s AdamW on the factors.",
@@ -90,11 +93,18 @@ class Server(Table):
     )
     momentum: Decay = setting(0.5, "Share of the last step kept.", when={"server.step": ("momentum",)})
     fedexp_cap: Positive = setting(1.5, "Largest factor FedExP may choose.", when={"server.step": ("fedexp",)})
+    beta1: Decay = setting(0.9, "Share of the mean change kept.", when={"server.step": SMOOTHED})
+    beta2: Decay = setting(0.99, "Share of the mean squared changes kept.", when={"server.step": SMOOTHED})
+    epsilon: Positive = setting(
+        0.1,
+        "Least root mean square change of a row or column that a step divides by, relative to that of the first round.",
+        when={"server.step": (*SMOOTHED, "fedadagrad")},
+    )
     robust: Literal["none", "clip", "cosine", "krum", "median"] = setting(
         "none",
         "Rule by which few hostile updates cannot decide: every other than `none` clips changes to the round's median; "
         "`cosine` and `krum` leave updates out, `median` weighs them (see the page on reliability).",
-        when=SENT,
+        when=COMPARED,
     )
     hostile_fraction: OpenHalf = setting(
         0.1,
@@ -162,7 +172,7 @@ class Training(Table):
     schedule_span: Literal["round", "run"] = setting(
         "round",
         "Whether warm-up and schedule restart in each round or run once over all rounds; a server's AdamW runs once.",
-        when={**SENT, "server.step": ("plain", "momentum", "fedexp")},
+        when={**SENT, "server.step": ("plain", "momentum", "fedexp", "fedadam", "fedyogi", "fedadagrad")},
     )
     weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.", when=TRAINED)
     beta1: Decay = setting(0.9, "AdamW's first decay.", when=TRAINED)
@@ -172,6 +182,11 @@ class Training(Table):
         0.0, "Dropout on the adapters' input. Every row has its own mask, whichever rows share its pass.", when=TRAINED
     )
     label_smoothing: Decay = setting(0.0, "Share of the target spread evenly over the vocabulary.", when=TRAINED)
+    proximal: NonNegative = setting(
+        0.0,
+        "FedProx's weight μ of half the squared distance of a client's product from its start; 0: no such term.",
+        when=AVERAGED,
+    )
     token_budget: Count = setting(
         8192,
         "Tokens per pass over all clients trained together. Changes memory and speed, and the result by rounding only.",

@@ -289,8 +289,16 @@ def columns(settings: Settings) -> Iterator[Problem]:
 
 
 def batches(settings: Settings) -> Iterator[Problem]:
-    """A micro-batch is a part of the batch."""
+    """A micro-batch is a part of the batch; a client that takes one step is at its start, where nothing pulls."""
     training = settings.training
+    if training.proximal > 0.0 and training.local_steps == 1:
+        yield Problem(
+            "training.proximal",
+            "0 with training.local_steps = 1, whose one step is taken where the term is zero",
+            shown(training.proximal),
+            "drop it (--set training.proximal=) or raise training.local_steps",
+            ("training.local_steps",),
+        )
     if training.micro_batch_size is not None and training.micro_batch_size > training.batch_size:
         yield Problem(
             "training.micro_batch_size",

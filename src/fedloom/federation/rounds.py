@@ -121,7 +121,7 @@ def run_rounds(
         noise = aggregation_noise(applied, aggregate.ideal)
         change = aggregate.change(state.start)
         views = views_after(state, broadcasts, intake.began) if plan.rules.wire.is_coded else None
-        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.trains, views)
+        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.sends, views)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
         clock.lap("evaluate")

@@ -15,7 +15,7 @@ from fedloom.lora.algebra import compress, distance, norm, stack, total, truncat
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
-from fedloom.methods.state import Aggregate, Broadcast, Difference, News, ServerState
+from fedloom.methods.state import Aggregate, Broadcast, Difference, News, ServerState, StepMemory
 from fedloom.methods.strategy import Strategy
 
 VIEWS_KEPT = 1000
@@ -154,11 +154,11 @@ def news_for(state: ServerState, version: int, sha256: str) -> News:
 
 
 def _crossing(state: ServerState, strategy: Strategy, client: int) -> Factors:
-    """Return the factors of a client's start that it cannot hold already: all, or those trained since it took part."""
+    """Return the factors of a client's start that it cannot hold already: all, or those sent since it took part."""
     if strategy.origin is None:
         return BOTH
     rounds = range(state.seen.get(client, 0) + 1, state.round + 1)
-    return frozenset().union(*(strategy.client.work(round).trains for round in rounds))
+    return frozenset().union(*(strategy.client.work(round).sends for round in rounds))
 
 
 def next_state(
@@ -167,23 +167,24 @@ def next_state(
     rules: ServerRules,
     norms: Iterable[float],
     held: Mapping[int, int],
-    trained: Factors = BOTH,
+    sent: Factors = BOTH,
     views: Mapping[int, Adapter] | None = None,
 ) -> ServerState:
     """Return the state after a round: the server step taken, the addition in the form in which it is sent.
 
     ``held`` are the versions of the side that clients said they hold; nobody else is believed to be up to date.
-    ``trained`` are the factors that this round's clients trained; a factor that never crosses is never rounded.
+    ``sent`` are the factors that this round's clients sent; a factor that never crosses is never rounded.
     ``views`` are the starts that clients hold, where they cross as differences.
     """
     change = aggregate.change(state.start)
-    movement, velocity = rules.step.move(change, aggregate.mean_squared_norm, state.velocity)
+    before = StepMemory(state.velocity, state.moments)
+    movement, memory = rules.step.move(change, aggregate.mean_squared_norm, before)
     joining = _joining(aggregate, change, movement)
     addition, residual = _in_sending_form(total([joining, state.residual]), rules)
     side = grown(state.side, addition)
     start = aggregate.start
     if start is not None and not rules.wire.is_coded:
-        start = start.with_factors(as_received(start, rules.wire).as_tensors(trained))
+        start = start.with_factors(as_received(start, rules.wire).as_tensors(sent))
     return replace(
         state,
         round=state.round + 1,
@@ -191,7 +192,8 @@ def next_state(
         start=start,
         chain=_worth_keeping((*state.chain, addition), side),
         seen={**state.seen, **held},
-        velocity=velocity,
+        velocity=memory.velocity,
+        moments=memory.moments,
         residual=residual,
         typical_norm=median(norms),
         views={} if views is None else views,

@@ -42,7 +42,7 @@ class Asked:
 def check_update(
     update: Update, broadcast: Broadcast, work: Work, shapes: Mapping[str, tuple[int, int]], asked: Asked | None
 ) -> float:
-    """Return the norm of the client's change, or refuse the update; of a gradient, the norm of its factors.
+    """Return the norm of the client's change, or refuse the update; where no product crosses, that of the factors.
 
     ``asked`` is None for the server's own part, whose counts are sums over the clients it stands in for.
 
@@ -148,5 +148,9 @@ def _change(update: Update, broadcast: Broadcast, work: Work) -> float:
         return _norm(update.adapter.as_tensors(work.sends).values())
     if isinstance(broadcast.start, Draw):
         return norm(update.adapter)
-    assert isinstance(broadcast.trained, Adapter)
-    return distance(update.adapter, broadcast.trained)
+    began = broadcast.trained
+    assert isinstance(began, Adapter)
+    if work.keeps:
+        before, after = began.as_tensors(work.sends), update.adapter.as_tensors(work.sends)
+        return _norm(after[key].double() - before[key].double() for key in after)
+    return distance(update.adapter, began)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedloom.methods import zero_padding as padding
 from fedloom.methods.fedex import FedEx
+from fedloom.methods.fedsa import FedSALoRA
 from fedloom.methods.ffa_lora import FFALoRA
 from fedloom.methods.flexlora import FlexLoRA
 from fedloom.methods.flora import FLoRA, Initialisation
@@ -47,6 +48,11 @@ def ffa_lora(cohort: Cohort, options: MethodOptions) -> Strategy:
 def rolora(cohort: Cohort, options: MethodOptions) -> Strategy:
     """Make RoLoRA."""
     return RoLoRA(cohort, Weighting(options.weighting))
+
+
+def fedsa_lora(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make FedSA-LoRA."""
+    return FedSALoRA(cohort, Weighting(options.weighting))
 
 
 def flora(cohort: Cohort, options: MethodOptions) -> Strategy:

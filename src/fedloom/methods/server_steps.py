@@ -12,13 +12,14 @@ from typing import Protocol
 
 from fedloom.lora.algebra import compress, norm, stack
 from fedloom.lora.pair import Adapter
+from fedloom.methods.state import StepMemory
 
 
 class ServerStep(Protocol):
     """A rule that moves the global product, from its change and ``Σ p_k ‖change of client k‖²``."""
 
-    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
-        """Return S and the next velocity."""
+    def move(self, change: Adapter, mean_squared_norm: float, memory: StepMemory) -> tuple[Adapter, StepMemory]:
+        """Return S and what the step remembers."""
         ...
 
 
@@ -28,9 +29,9 @@ class PlainStep:
 
     learning_rate: float = 1.0
 
-    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, memory: StepMemory) -> tuple[Adapter, StepMemory]:
         """Return ``η D``, D itself for η = 1."""
-        return _times(self.learning_rate, change), velocity
+        return _times(self.learning_rate, change), memory
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,11 @@ class MomentumStep:
     learning_rate: float = 1.0
     momentum: float = 0.5
 
-    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, memory: StepMemory) -> tuple[Adapter, StepMemory]:
         """Return ``η M`` and M, compressed losslessly."""
+        velocity = memory.velocity
         moved = compress(stack([velocity, change], [self.momentum, 1.0])).adapter if velocity else change
-        return _times(self.learning_rate, moved), moved
+        return _times(self.learning_rate, moved), StepMemory(moved)
 
 
 @dataclass(frozen=True)
@@ -57,12 +59,12 @@ class FedExPStep:
     learning_rate: float = 1.0
     cap: float = 1.5
 
-    def move(self, change: Adapter, mean_squared_norm: float, velocity: Adapter) -> tuple[Adapter, Adapter]:
+    def move(self, change: Adapter, mean_squared_norm: float, memory: StepMemory) -> tuple[Adapter, StepMemory]:
         """Return ``η_t D``."""
         squared = norm(change) ** 2
         disagreement = mean_squared_norm / (2.0 * squared) if squared > 0.0 else 1.0
         rate = self.learning_rate * min(self.cap, max(1.0, disagreement))
-        return _times(rate, change), velocity
+        return _times(rate, change), memory
 
 
 def _times(rate: float, adapter: Adapter) -> Adapter:

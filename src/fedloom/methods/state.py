@@ -106,6 +106,19 @@ class Failure:
 
 
 @dataclass(frozen=True, eq=False)
+class StepMemory:
+    """What a server step remembers.
+
+    Attributes:
+        velocity: a mean or sum of the changes.
+        moments: means of their squares, by name, float64.
+    """
+
+    velocity: Adapter = field(default_factory=Adapter)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
 class ServerState:
     """Everything the server carries from round to round; never changed, only replaced.
 
@@ -115,7 +128,7 @@ class ServerState:
         start: what clients continue from, at the largest rank; None when every round starts fresh.
         chain: the additions to ``side`` made by the latest rounds, newest last, for clients that hold an older one.
         seen: the version of ``side`` that each client said it holds.
-        velocity: the server step's memory.
+        velocity, moments: the server step's memory.
         residual: what a lossy broadcast has not delivered yet (error feedback).
         typical_norm: median norm of the last round's updates, by which an absurd one is recognised.
         views: the start that each client holds, of those of which it is known; where starts cross as differences.
@@ -128,6 +141,7 @@ class ServerState:
     chain: tuple[Adapter, ...] = ()
     seen: Mapping[int, int] = field(default_factory=dict)
     velocity: Adapter = field(default_factory=Adapter)
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
     residual: Adapter = field(default_factory=Adapter)
     typical_norm: float | None = None
     views: Mapping[int, Adapter] = field(default_factory=dict)

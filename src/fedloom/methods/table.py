@@ -69,6 +69,7 @@ class Method:
 MAKERS = "fedloom.methods.makers"
 _NOISY, _FADING = (Law.EXACTNESS, Law.RESCALING), (Law.NO_OP_RANKS,)
 _ONE_FACTOR: dict[str, Any] = {"aggregates_split": False, "combines": False, "unclaimed": _FADING}
+_PERSONAL: dict[str, Any] = {**dict.fromkeys(("is_personal", "needs_one_rank"), True), **_ONE_FACTOR, "unclaimed": ()}
 _SHIPPED: dict[str, Method] = {
     one.traits.name: one
     for one in (
@@ -146,6 +147,10 @@ _SHIPPED: dict[str, Method] = {
         Method(
             Traits("rolora", "B and A trained by turns, the mean of either", **_ONE_FACTOR),
             f"{MAKERS}:rolora",
+        ),
+        Method(
+            Traits("fedsa-lora", "the mean of A, at one rank; each client keeps a B of its own", **_PERSONAL),
+            f"{MAKERS}:fedsa_lora",
         ),
         Method(
             Traits(

@@ -66,6 +66,8 @@ class Traits:
             of their gradients instead (``server.step = adamw``).
         aggregates_split: it may aggregate the clients' half of a cut model (``split.aggregation``).
         combines: it works on adapters at hand, without rounds (``fedloom.aggregate``).
+        is_personal: clients keep a factor of their own, so the result is one adapter per client and the server knows no
+            product: no server step, no robust rule.
         pools_rows: one client owns all rows.
         is_standard: ``fedloom demo`` runs it, and so does ``fedloom compare`` without ``--methods``.
         defaults: the settings that have another default with this method, e.g. ``{"wire.dtype": "int4"}``.
@@ -85,6 +87,7 @@ class Traits:
     averages_factors: bool = False
     aggregates_split: bool = True
     combines: bool = True
+    is_personal: bool = False
     pools_rows: bool = False
     is_standard: bool = False
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +118,15 @@ class Traits:
                     f"method {self.name}: expected {trait} with kind = federated only, got {self.kind}; "
                     f"set {trait}=False"
                 )
+        for trait in ("starts_fresh", "grows_side", "aggregates_split", "combines"):
+            if self.is_personal and getattr(self, trait):
+                raise MethodError(
+                    f"method {self.name}: expected {trait}=False with is_personal, got True; set {trait}=False"
+                )
+        if self.is_personal and not self.aggregates:
+            raise MethodError(
+                f"method {self.name}: expected is_personal with kind = federated only, got {self.kind}; remove it"
+            )
         if self.pools_rows and not self.is_control:
             raise MethodError(
                 f"method {self.name}: expected pools_rows with kind = control only, got {self.kind}; remove it"
@@ -122,8 +134,13 @@ class Traits:
 
     @property
     def aggregates(self) -> bool:
-        """Whether a server aggregates adapters, and may take a step of its own."""
+        """Whether a server aggregates adapters."""
         return self.kind is Kind.FEDERATED
+
+    @property
+    def takes_server_steps(self) -> bool:
+        """Whether the server forms a product, along which it may take a step of its own."""
+        return self.aggregates and not self.is_personal
 
     @property
     def is_cut(self) -> bool:
@@ -154,6 +171,11 @@ class Traits:
     def sends_adapters(self) -> bool:
         """Whether adapters cross between clients and server."""
         return self.kind in (Kind.FEDERATED, Kind.SPLIT)
+
+    @property
+    def sends_products(self) -> bool:
+        """Whether whole adapters cross, so that the server can compare the clients' products."""
+        return self.sends_adapters and not self.is_personal
 
     @property
     def has_clients(self) -> bool:

@@ -49,11 +49,11 @@ class ZeroPadding(Strategy):
         return FactorSum(self.cohort.max_rank, self.weighting, partial(self.start_for, state))
 
     def finish(self, state: ServerState, sums: FactorSum) -> Aggregate:
-        """Average the padded factors that the clients trained; a factor at rest stays as it is."""
-        trained, start = self.client.work(state.round + 1).trains, sums.factors.mean()
-        if trained != BOTH:
+        """Average the padded factors that the clients sent; a factor that does not cross stays as it is."""
+        sent, start = self.client.work(state.round + 1).sends, sums.factors.mean()
+        if sent != BOTH:
             assert state.start is not None
-            start = state.start.with_factors(start.as_tensors(trained))
+            start = state.start.with_factors(start.as_tensors(sent))
         return Aggregate(start, Adapter(), sums.products.mean(), sums.mean_squared_norm, sums.shares)
 
 

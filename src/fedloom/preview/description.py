@@ -237,7 +237,7 @@ def _messages(
         update = Update(1, client, _zeros(lora, rank), TrainingStats(1))
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
         start, origin = strategy.start_for(state, client), strategy.origin
-        crossing = [BOTH if origin is None else work.trains for work in works]
+        crossing = [BOTH if origin is None else work.sends for work in works]
         first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
         others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)

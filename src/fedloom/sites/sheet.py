@@ -54,6 +54,7 @@ class SheetTraining(Part):
     max_grad_norm: Rate | None
     dropout: Share
     label_smoothing: Share
+    proximal: Rate = 0.0
     token_budget: Number
 
 

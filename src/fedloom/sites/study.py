@@ -194,6 +194,10 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     if not settings.traits.sends_adapters:
         wanted = "a method whose clients train adapters in rounds"
         found.append(Problem("method.name", wanted, settings.method.name, "choose such a method for a study"))
+    elif settings.traits.is_personal:
+        wanted = "a method whose result is one adapter for all"
+        action = "choose another, or run this one in one process: what stays with a site is not scored or written there"
+        found.append(Problem("method.name", wanted, settings.method.name, action))
     if settings.federation.num_clients != len(settings.client_ranks):
         found.append(Problem("method.ranks", "a rank per site", str(settings.method.ranks), "give one per site"))
     found += _present_problems(settings, sites)

@@ -305,7 +305,7 @@ class Period:
         work = plan.strategy.client.work(self.round)
         intake = Intake(plan, work, state, self.broadcasts[index], trusted=(SERVER,))
         aggregate = plan.strategy.aggregate(state, intake.usable(arrivals, lambda update: None))
-        following = next_state(state, aggregate, parties.rules, intake.norms, intake.held, work.trains)
+        following = next_state(state, aggregate, parties.rules, intake.norms, intake.held, work.sends)
         return following, aggregation_noise(aggregate.applied, aggregate.ideal), intake.records(aggregate.weights)
 
     def _require_enough(self) -> None:

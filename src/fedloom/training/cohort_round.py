@@ -34,6 +34,7 @@ from fedloom.seeding import stream
 from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
 from fedloom.training.packing import Row, num_targets
+from fedloom.training.proximal import pull_to_start
 from fedloom.training.row_passes import Batch, RowPasses, row_passes
 from fedloom.training.stats import TrainingStats
 
@@ -61,6 +62,7 @@ class LocalTraining:
     max_grad_norm: float | None = None
     dropout: float = 0.0
     label_smoothing: float = 0.0
+    proximal: float = 0.0
     token_budget: int = 8192
 
     @property
@@ -197,6 +199,7 @@ class _Client:
         factor = schedule(settings.schedule, settings.warmup_steps, total)
         self._factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
         trained = {name: factor for name, factor in self._factors.items() if factor_of(name) in task.trains}
+        self._pull = pull_to_start(settings.proximal, self._factors, task.scale, trained)
         state = task.optimiser_state
         if state is not None and trained.keys() != self._factors.keys():
             state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in trained} or None
@@ -241,6 +244,7 @@ class _Client:
         if self.task.measures_gradient:
             self._gradient, learning_rate = self._read_gradient(), 0.0
         else:
+            self._pull()
             learning_rate = self._optimiser.step()
         self._step += 1
         self._tokens += self._batch_tokens
