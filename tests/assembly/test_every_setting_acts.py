@@ -128,6 +128,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "devices.utilisation": (0.1, {}),
     "wire.dtype": ("bf16", {}),
     "evaluation.every": (2, {}),
+    "evaluation.clients": (0.1, {}),
     "evaluation.batch_tokens": (100, {}),
     "evaluation.suites": (("exact-match",), {}),
     "evaluation.paths": ({"e2e": "x"}, {"evaluation.suites": ("e2e",)}),
@@ -166,6 +167,7 @@ READ_IN = {
     "engine.address": ("assembly/engine_choice.py", "running_ray(chosen.address, resources)"),
     "engine.retries": ("assembly/engine_choice.py", "Crew(hiring, size, welcome, chosen.retries, around.note)"),
     "engine.threads": ("assembly/inputs.py", "compute_with(settings.engine.threads)"),
+    "evaluation.clients": ("assembly/client_rows.py", "share, seed = settings.evaluation.clients, settings.run.seed"),
     "evaluation.suites": ("experiment/session.py", "chosen.suites"),
     "run.keep_updates": ("experiment/loop.py", "if settings.run.keep_updates"),
     "run.keep_states": ("experiment/session.py", "if not self.settings.run.keep_states"),
@@ -265,7 +267,7 @@ class Recorder:
             "output_head": None,
             "longest_row": 128,
             "context_of": 256,
-            "_emptied": ("a client without a row",),
+            "emptied": ("a client without a row",),
             "load_rows": Rowlike(40),
             "read_records": None,
             "encode": SimpleNamespace(tokens=tokens, kept=np.arange(40), counts=SimpleNamespace(told="")),
@@ -275,7 +277,7 @@ class Recorder:
         for name, result in found.items():
             monkeypatch.setattr(assembly_inputs, name, self._standing_in(name, lambda result=result: result))
         monkeypatch.setattr(assembly_inputs, "divide", self._standing_in("divide", self._partition))
-        monkeypatch.setattr(assembly_inputs, "_without_emptied", self._with_all)
+        monkeypatch.setattr(assembly_inputs, "without_emptied", self._with_all)
         load = self._standing_in("Partition.load", self._partition)
         monkeypatch.setattr(assembly_inputs, "Partition", SimpleNamespace(load=load))
 

@@ -69,6 +69,11 @@ def test_overrides_reach_the_table_of_sites_and_the_recipe() -> None:
         ({"data__path": "rows.json"}, "data.path: expected a study without data.path"),
         ({"data__eval_rows": 4}, "data.eval_rows: expected a study without"),
         ({"sites__evaluate": "sites", "data__eval_path": "embedded"}, "data.eval_path: expected none"),
+        ({"evaluation__clients": 0.1}, "evaluation.clients: expected 0 in a study"),
+        (
+            {"method__name": "fedsa-lora", "method__ranks": 2},
+            "method.name: expected a method whose result is one adapter",
+        ),
         ({"method__name": "standalone"}, "method.name: expected a method whose clients train adapters in rounds"),
         ({"method__ranks": [8, 4, 2]}, "method.ranks: expected one value, or 2"),
         ({"evaluation__suites": ["exact-match"]}, "evaluation.suites: expected none in a study"),

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from fedloom.assembly.client_rows import emptied, own_rows, without_emptied
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
+from fedloom.data.own_rows import OwnRows
 from fedloom.data.partition import Partition
 from fedloom.data.records import Records, read_records
 from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
@@ -42,6 +44,8 @@ class Inputs:
 
     ``counts`` are of the rows read for training, those drawn from them to be held out included; ``held_out_counts`` of
     held-out rows that were read from elsewhere. ``left_out`` are clients of which no row is usable for training.
+    ``whole`` says who owns which row before rows of the clients' own, ``own``, were held out, and ``data_sha256`` is of
+    all these; without such rows it is ``partition``.
     """
 
     rows: Rows
@@ -53,7 +57,9 @@ class Inputs:
     held_out_counts: EncodingCounts | None
     data_sha256: str
     held_out_sha256: str | None
-    left_out: tuple[str, ...] = ()
+    left_out: tuple[str, ...]
+    whole: Partition
+    own: OwnRows
 
     def rows_of(self, client: int) -> TokenSet:
         """Return one client's rows."""
@@ -125,12 +131,13 @@ class Workshop:
         if data.eval_path is not None:
             held_rows, evaluated, _ = self._encoded(settings, base, data.eval_path, Split.TEST, None)
             held_tokens, held_counts = evaluated.tokens, evaluated.counts
-        left_out = _emptied(settings, read, training)
+        left_out = emptied(settings, read, training)
         if left_out and saved_partition is None:
-            settings = _without_emptied(settings, training, left_out, encoded.counts.told)
+            settings = without_emptied(settings, training, left_out, encoded.counts.told)
             self.progress.note(f"left out, since none of its rows is usable: client {', '.join(left_out)}")
         data_sha256 = tokens.sha256()
-        partition = _partition(settings, training, tokens, data_sha256, saved_partition)
+        whole = _partition(settings, training, tokens, data_sha256, saved_partition)
+        training, tokens, partition, own = own_rows(settings, training, tokens, whole)
         return Inputs(
             training,
             tokens,
@@ -142,6 +149,8 @@ class Workshop:
             data_sha256,
             None if held_tokens is None else held_tokens.sha256(),
             left_out,
+            whole,
+            own,
         )
 
     def read(self, settings: Settings, name: str, split: str, max_rows: int | None) -> Rows:
@@ -171,12 +180,15 @@ class Workshop:
         return None if name is None else self._encoded(settings, base, name, Split.TEST, None)[:2]
 
     def base_scores(
-        self, settings: Settings, held_out_sha256: str | None, score: Callable[[], dict[str, Any]], anew: bool = False
+        self, settings: Settings, rows: Sequence[str | None], score: Callable[[], dict[str, Any]], anew: bool = False
     ) -> dict[str, Any]:
-        """Return what ``score`` gives of the untouched base, once for the same rows and seed unless ``anew``."""
+        """Return what ``score`` gives of the untouched base, once for the same rows and seed unless ``anew``.
+
+        ``rows`` are the hashes of those that are scored.
+        """
         parts = [part.model_dump_json() for part in (settings.model, settings.data)]
         parts.append(settings.evaluation.model_dump_json(exclude={"every"}))
-        key = " ".join([*parts, str(settings.run.seed), str(held_out_sha256)])
+        key = " ".join([*parts, str(settings.run.seed), str(rows)])
         if anew or key not in self._base_scores:
             self._base_scores[key] = score()
         return self._base_scores[key]
@@ -270,38 +282,6 @@ def encode_records(
         unanswered=data.unanswered,
         named=named,
     )
-
-
-def _owners(settings: Settings, rows: Rows) -> list[str]:
-    column = settings.partition.column
-    return rows.client_of_file() if column is None else list(map(str, rows.column(column)))
-
-
-def _emptied(settings: Settings, read: Rows, training: Rows) -> tuple[str, ...]:
-    """Return the clients that the data name and that have no row to train on."""
-    if settings.partition.scheme != "natural" or settings.partition.path is not None:
-        return ()
-    return tuple(sorted(set(_owners(settings, read)) - set(_owners(settings, training)), key=name_order))
-
-
-def _without_emptied(settings: Settings, training: Rows, left_out: tuple[str, ...], told: str) -> Settings:
-    """Return the settings for the clients that have rows.
-
-    Raises:
-        DataError: the emptied ones are counted and may not be left out.
-    """
-    left, federation = len(set(_owners(settings, training))), settings.federation
-    if federation.num_clients == left:
-        return settings
-    counts_all = federation.num_clients == left + len(left_out)
-    if not counts_all or settings.partition.empty == "error":
-        instead = ', or partition.empty = "drop"' if counts_all else ""
-        raise DataError(
-            f"federation.num_clients: expected {left}, the clients with a row to train on, got "
-            f"{federation.num_clients}: none is left of client {', '.join(left_out)} ({told or 'all are held out'}); "
-            f"set federation.num_clients = {left}{instead}"
-        )
-    return settings.model_copy(update={"federation": federation.model_copy(update={"num_clients": left})})
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

@@ -8,6 +8,7 @@ from annotated_types import Ge, Le
 
 from fedloom.config.setting import (
     Count,
+    Decay,
     Fraction,
     Name,
     Natural,
@@ -56,6 +57,9 @@ class Evaluation(Table):
 
     every: Natural = setting(
         1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.", when=TRAINED
+    )
+    clients: Decay = setting(
+        0.0, "Share of every client's rows held out, on which each client is scored for itself; 0: none."
     )
     batch_tokens: Count = setting(8192, "Tokens per evaluation pass.")
     suites: tuple[SuiteName, ...] = setting((), "Scores besides the held-out loss.")

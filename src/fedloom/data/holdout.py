@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from fedloom.data.groups import group, members
+from fedloom.data.partition import Partition
 from fedloom.errors import DataError
 
 
@@ -43,6 +44,22 @@ def hold_out_by_category(categories: Sequence[Hashable], amount: float, rng: np.
         for number, members in enumerate(members(group_of_row, len(names)))
     ]
     return _split(len(categories), np.concatenate(held))
+
+
+def hold_out_of_clients(
+    partition: Partition, unit_of_row: npt.NDArray[np.int64], share: float, draw: Callable[[int], np.random.Generator]
+) -> HoldOut:
+    """Set aside a share of each client's rows, at least one and never all; ``draw`` gives a client's generator.
+
+    All rows of a unit stay, or are held out, together. Of a client with a single unit nothing is held out.
+    """
+    held = [np.zeros(0, np.int64)]
+    for client in range(partition.num_clients):
+        rows = partition.rows_of(client)
+        units = np.unique(unit_of_row[rows])
+        count = min(len(units) - 1, max(1, round(share * len(units))))
+        held.append(rows[np.isin(unit_of_row[rows], draw(client).permutation(units)[:count])])
+    return _split(partition.num_rows, np.concatenate(held))
 
 
 def with_units(split: HoldOut, unit_of_row: npt.NDArray[np.int64]) -> HoldOut:

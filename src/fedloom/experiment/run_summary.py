@@ -39,6 +39,14 @@ class RunSummary:
             before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
             tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"
             lines.append(f"held-out loss {self.eval['loss_nats']:.4f} nats per token{before} on {tokens}")
+        if (found := self.eval.get("clients")) is not None:
+            under = "its own adapter" if found["adapter"] == "own" else "the global adapter"
+            lines.append(
+                f"on own rows of {counted(found['num_clients'], 'client')}, each under {under}: mean loss "
+                f"{found['loss_nats']:.4f} ({found['loss_nats_by_rows']:.4f} by rows), a tenth at or above "
+                f"{found['loss_nats_worst_tenth']:.4f} ({found['loss_nats_worst_tenth_by_rows']:.4f} by rows), worst "
+                f"{found['loss_nats_worst']:.4f}"
+            )
         for suite, scores in self.eval.get("suites", {}).items():
             figures = ", ".join(f"{name} {found['value']:.4f}" for name, found in scores["metrics"].items())
             lines.append(f"{suite}: {figures}")

@@ -14,6 +14,7 @@ from fedloom.assembly.preparation import Preparation
 from fedloom.assembly.round_plan import Population
 from fedloom.config import Settings
 from fedloom.data.groups import Grouping, grouping_of
+from fedloom.data.own_rows import OwnRows
 from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
@@ -29,6 +30,7 @@ from fedloom.models.stock_peft import not_read
 from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.reporting.trackers import TRACKERS, AllTrackers, TensorBoardTracker, Tracker
+from fedloom.results.client_scores import score_clients
 from fedloom.results.conversation import wording_of_rows
 from fedloom.results.export import write_cards
 from fedloom.results.serving_files import write_serving_files
@@ -74,7 +76,7 @@ def run(
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, prepared.folder) as folder:
         folder.confirm_identity(**prepared.identity)
         if not (folder.path / "partition.json").exists():
-            folder.write_bytes("partition.json", inputs.partition.encoded(inputs.data_sha256))
+            folder.write_bytes("partition.json", inputs.whole.encoded(inputs.data_sha256))
             ranks = dict(enumerate(placed.client_ranks)) if settings.traits.is_trained else {}
             folder.write_json(
                 "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
@@ -106,6 +108,11 @@ class HeldOutRows(Protocol):
     @property
     def held_out_sha256(self) -> str | None:
         """Hash of the tokens."""
+        ...
+
+    @property
+    def own(self) -> OwnRows:
+        """Rows of the clients' own."""
         ...
 
 
@@ -170,7 +177,7 @@ class Session:
 
     def _evaluate_base(self) -> dict[str, Any]:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
-        held_out, is_all = self.inputs.held_out_sha256, self.kind is None
+        held_out, is_all = (self.inputs.held_out_sha256, self.inputs.own.sha256), self.kind is None
         return self.workshop.base_scores(
             self.settings, held_out, lambda: self.evaluate(Standing(0), score_here(self.lora)), is_all
         )
@@ -184,6 +191,7 @@ class Session:
         """Score a state on what is held out, and by the suites."""
         chosen, inputs = self.settings.evaluation, self.inputs
         scores = evaluate_state(score, state, inputs.held_out, chosen.batch_tokens, self._grouping)
+        scores |= score_clients(score, self._for_clients(state), inputs.own, chosen.batch_tokens)
         if chosen.suites:
             choice, folder = suite_choice_of(self.settings), self.folder.path / EVALUATION
             scores["suites"] = score_state(
@@ -197,6 +205,11 @@ class Session:
                 self.progress.scored,
             )
         return scores
+
+    def _for_clients(self, state: Standing) -> Standing:
+        """Return the model as clients have it: that of the one who owns all rows is everybody's."""
+        pooled = self.settings.traits.pools_rows and state.own
+        return Standing(state.round, shared=state.own[0]) if pooled else state
 
     def _write_adapter(self, state: Standing) -> list[str]:
         """Write the result as PEFT: one adapter on the untouched base, or one per client where each has its own.

@@ -189,6 +189,7 @@ def _inputs(prepared: Preparation) -> str:
     told = [
         f"{counted(len(inputs.tokens), 'row')} of {lengths.min():,} to {lengths.max():,} tokens to train on",
         f"{counted(len(sizes), 'client')} of {each} rows",
+        "" if inputs.own.tokens is None else f"{counted(len(inputs.own.tokens), 'row')} of their own to be scored on",
         inputs.counts.told,
         f"left out: client {', '.join(inputs.left_out)}" if inputs.left_out else "",
     ]

@@ -62,6 +62,7 @@ def _score(suite: str, name: str, title: str, unit: Unit = "") -> Metric:
 # What bytes, seconds, memory and noise have in common: they are paid, not gained, so less is better everywhere. Noise
 # is the distance of what was applied from the exact mean; whether it harms the model is for the loss to say.
 LOSS = Metric("loss_nats", "held-out loss [nats]", path=("eval", "loss_nats"))
+CLIENT_LOSS = Metric("client_loss_nats", "clients' own rows: loss [nats]", path=("eval", "clients", "loss_nats"))
 NOISE = Metric("aggregation_noise", "aggregation noise", path=("aggregation_noise",))
 DEVICE_PEAK = Metric(
     "peak_device_memory_bytes",
@@ -75,6 +76,9 @@ PEAK = Metric("peak_memory_bytes", "peak memory", "neither", "B", path=("peak_me
 FIGURES = (
     LOSS,
     Metric("perplexity", "perplexity", digits=2, path=("eval", "perplexity")),
+    CLIENT_LOSS,
+    Metric("client_loss_nats_worst_tenth", "worst tenth", path=("eval", "clients", "loss_nats_worst_tenth")),
+    Metric("client_loss_nats_worst", "worst client", path=("eval", "clients", "loss_nats_worst")),
     _score("e2e", "BLEU", "BLEU"),
     _score("e2e", "NIST", "NIST"),
     _score("e2e", "METEOR", "METEOR"),

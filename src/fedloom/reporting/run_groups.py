@@ -10,7 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from fedloom.methods import table
-from fedloom.reporting.metrics import LOSS, Metric, figures_of, metrics_among
+from fedloom.reporting.metrics import CLIENT_LOSS, LOSS, Metric, figures_of, metrics_among
 from fedloom.reporting.tables import Comparison, compare
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.reader import StoredRun
@@ -155,7 +155,8 @@ def _final_evaluation(run: StoredRun) -> Mapping[str, Any]:
 def by_group(groups: Sequence[RunGroup]) -> dict[str, dict[str, dict[str, float]]]:
     """Return by figure, then by group of held-out rows (category, subject), every run group's final mean over seeds.
 
-    The figures are the loss, and of each suite the first metric; empty where nothing was reported by group.
+    The figures are the loss, of each suite the first metric, and by client the loss on its own rows; empty where
+    nothing was reported by group.
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for group in groups:
@@ -175,7 +176,9 @@ def _of_groups(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for suite, scores in evaluation.get("suites", {}).items()
         if "per_group" in scores
     }
-    return ({"loss_nats": dict(losses)} if losses else {}) | suites
+    own = evaluation.get("clients", {}).get("loss_nats_of_client")
+    by_client = {CLIENT_LOSS.key: dict(own)} if own else {}
+    return ({"loss_nats": dict(losses)} if losses else {}) | suites | by_client
 
 
 def result_table(groups: Sequence[RunGroup], reference: str | None = None) -> Comparison:

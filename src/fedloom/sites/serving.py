@@ -13,6 +13,7 @@ from typing import Any
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import check_folder, refuse_fewer_rounds
 from fedloom.assembly.round_plan import Population, plan_of
+from fedloom.data.own_rows import OwnRows
 from fedloom.data.sources import Rows
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
@@ -53,6 +54,7 @@ class _HeldOut:
     held_out: TokenSet | None
     held_out_sha256: str | None
     rows: Rows | None = None
+    own: OwnRows = field(default_factory=OwnRows)
 
 
 def serve(

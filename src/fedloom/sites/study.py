@@ -203,6 +203,9 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     found += _present_problems(settings, sites)
     if settings.federation.participation is not None:
         found.append(Problem("federation.participation", "none in a study", "one", "remove it: sites take part or not"))
+    if settings.evaluation.clients > 0.0:
+        wanted = "0 in a study: its sites hold rows out themselves (sites.evaluate = sites)"
+        found.append(Problem("evaluation.clients", wanted, str(settings.evaluation.clients), "remove it"))
     if settings.evaluation.suites:
         wanted = "none in a study: score the finished run with `fedloom evaluate`"
         found.append(Problem("evaluation.suites", wanted, str(settings.evaluation.suites), "remove them"))

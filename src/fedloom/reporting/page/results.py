@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedloom.names import name_order
 from fedloom.reporting.charts import Axis, Level, Line, axis_of, line_chart
-from fedloom.reporting.metrics import LOSS, NOISE, Metric, metric_of
+from fedloom.reporting.metrics import CLIENT_LOSS, LOSS, NOISE, Metric, metric_of
 from fedloom.reporting.page.parts import figure, table
 from fedloom.reporting.run_groups import (
     Curve,
@@ -21,6 +22,7 @@ from fedloom.reporting.run_groups import (
 from fedloom.reporting.svg import element
 from fedloom.wording import written
 
+MAX_ROWS = 60
 ROUNDS = Axis("round", whole=True)
 
 
@@ -74,9 +76,11 @@ def _group_table(key: str, rows: Mapping[str, Mapping[str, float]], groups: Sequ
     top = element("tr", *(element("th", text=text, scope="col") for text in ("", *(group.label for group in groups))))
     body = "".join(
         element("tr", element("th", text=name, scope="row"), *(_shaded(row.get(g.label), metric, most) for g in groups))
-        for name, row in sorted(rows.items())
+        for name, row in sorted(rows.items(), key=lambda entry: name_order(entry[0]))[:MAX_ROWS]
     )
-    title = element("caption", text=f"{metric.title}, by group of held-out rows")
+    what = "by client" if key == CLIENT_LOSS.key else "by group of held-out rows"
+    what += f", the first {MAX_ROWS} of {len(rows)}" if len(rows) > MAX_ROWS else ""
+    title = element("caption", text=f"{metric.title}, {what}")
     return element(
         "div", element("table", title, element("thead", top), element("tbody", body)), class_="scroll shaded"
     )
