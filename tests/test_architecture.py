@@ -29,6 +29,8 @@ ORDER = (
     "embedded",
     "methods.traits",
     "methods.options",
+    "methods.method",
+    "methods.shipped",
     "methods.table",
     "models.stored_quantization",
     "config",

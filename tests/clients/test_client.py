@@ -59,7 +59,18 @@ def moved(assignment: Assignment) -> ClientResult:
         num_examples_seen=4,
         optimiser_state={"layers.0.q.a_RI.step": torch.tensor(float(assignment.round))} if task.keeps_moments else None,
         gradient=adapter,
+        moments=second_moments(task.rank, task.trains, generator) if task.shares_moments else {},
     )
+
+
+def second_moments(rank: int, trains: Factors, generator: torch.Generator) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for name, (num_out, num_in) in SHAPES.items():
+        for factor in sorted(trains):
+            length = num_in if factor == "a" else num_out
+            found[f"{name}.{factor}.rows"] = torch.rand(rank, generator=generator)
+            found[f"{name}.{factor}.columns"] = torch.rand(length, generator=generator)
+    return found
 
 
 @dataclass
@@ -138,6 +149,10 @@ def made(name: str, form: BroadcastForm = BroadcastForm.STACK, step: ServerStep 
     )
 
 
+def with_moments(name: str, moments: str) -> Setup:
+    return table.make(name, COHORT, MethodOptions(moments=moments)), ServerRules(PlainStep())
+
+
 METHODS: dict[str, Callable[[], Setup]] = {
     **{name: partial(made, name) for name in table.shipped("aggregates")},
     **{
@@ -145,6 +160,11 @@ METHODS: dict[str, Callable[[], Setup]] = {
         for name in table.shipped("takes_server_steps")
     },
     **{f"{name}, compressed": partial(made, name, BroadcastForm.COMPRESSED) for name in table.shipped("grows_side")},
+    **{
+        f"{name} with {moments} moments": partial(with_moments, name, moments)
+        for name in table.shipped("continues")
+        for moments in ("own", "shared")
+    },
     "b alone": lambda: (TrainsB(COHORT), ServerRules(PlainStep())),
 }
 
@@ -175,7 +195,7 @@ def test_in_few_bits_a_client_holds_what_the_server_knows_it_to_hold_whatever_it
             assert same(assignment.side, before.side)
             continue
         held = state.views[client]
-        assert same(assignment.task.start, truncate(held, RANKS[client]))
+        assert same(assignment.task.start, truncate(held, RANKS[client]), BOTH - strategy.client.work(8).keeps)
         beyond = slots_after(held, RANKS[client])
         assert same(assignment.side, total([before.side, beyond]) if beyond else before.side)
         first = strategy.start_for(strategy.initial(), client)
@@ -222,6 +242,28 @@ def test_in_few_bits_what_a_client_says_over_its_rounds_is_what_it_meant_less_wh
     for key, tensor in meant.items():
         assert torch.allclose(said[key] + client.memory.owed[key].double(), tensor, atol=1e-5)
         assert float(client.memory.owed[key].abs().max()) > 1e-4
+
+
+def test_shared_moments_are_the_mean_over_those_that_have_a_slot_and_reach_every_client_with_its_own_move() -> None:
+    strategy, rules = with_moments("zero-padding", "shared")
+    engine, records = run(strategy, rules, lambda n: {2: [0, 1], 3: [0]}.get(n, [0, 1, 2]), 4)
+    assert not [c.reason for record in records for c in record.clients if c.reason]
+    first, last = [a.task for a in engine.seen[:3]], {a.task.client: a.task for a in engine.seen[-3:]}
+    assert [task.prior for task in first] == [None] * 3
+    said = [second_moments(t.rank, BOTH, torch_stream(7, 1, t.client)) for t in first]
+    kept = records[0].state.optimiser["layers.0.q.a.rows"]
+    assert len(kept) == 3
+    for task in last.values():
+        assert task.prior is not None
+        assert task.prior.num_steps == 2
+        assert len(task.prior.second["layers.0.q.a.rows"]) == task.rank
+        missed = {0: 1, 1: 2, 2: 3}[task.client]
+        before = strategy.start_for(records[3 - missed - 1].state if missed < 3 else strategy.initial(), task.client)
+        assert isinstance(before, Adapter)
+        assert task.prior.move is not None
+        moved_a = (task.start["layers.0.q"].a_RI - before["layers.0.q"].a_RI) / missed
+        assert torch.allclose(task.prior.move["layers.0.q"].a_RI, moved_a, atol=1e-6)
+    assert said[0].keys() == records[0].state.optimiser.keys()
 
 
 @pytest.mark.parametrize("wire", [wire for wire in WireDtype if not wire.is_coded])

@@ -84,6 +84,8 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
         initialisation=method.initialisation,
         adamw=_adamw_of(settings) if settings.server.step == "adamw" else None,
         few_bits=WireDtype(settings.wire.dtype).is_coded and not settings.traits.is_control,
+        moments=settings.training.moments,
+        moments_prior=settings.training.moments_prior,
     )
     strategy: Strategy = table.make(method.name, cohort, options)
     return strategy

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 
 from fedloom.clients.held_sides import HeldSides
@@ -28,6 +29,7 @@ from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, 
 from fedloom.methods.side import digest
 from fedloom.methods.state import Failure, Update
 from fedloom.training.cohort_round import ClientResult, ClientTask
+from fedloom.training.moments import Prior, moved_by
 
 DIVERGED = "expected finite numbers, got NaN or infinity; lower training.learning_rate"
 
@@ -86,8 +88,10 @@ class Client:
         side = self.sides.caught_up(self.memory.version, received.news)
         work, whole = self.half.work(received.round), self._start_of(received)
         # Together, and before the training: whoever holds a version is not sent again what led to it.
-        held = whole.as_tensors() if received.is_kept else {}
-        self.memory = replace(self.memory, version=received.news.version, start=held)
+        shares, before = work.moments is Moments.SHARED, self.memory
+        held = whole.as_tensors() if received.is_kept or shares else {}
+        since = {"round": torch.tensor(received.round)} if shares else before.moments
+        self.memory = replace(before, version=received.news.version, start=held, moments=since)
         start, beyond = truncate(whole, received.rank), slots_after(whole, received.rank)
         moments = self.memory.moments if work.moments is Moments.OWN and self.memory.moments else None
         task = ClientTask(
@@ -100,6 +104,8 @@ class Client:
             trains=work.trains,
             measures_gradient=work.payload is Payload.GRADIENT,
             keeps_moments=work.moments is Moments.OWN,
+            shares_moments=shares,
+            prior=_prior(received, whole, before, work.prior_steps) if shares else None,
         )
         began = digest(whole) if received.is_coded and received.is_kept else ""
         return Assignment(task, total([side, beyond]) if beyond else side, work, received.round, began)
@@ -125,7 +131,7 @@ class Client:
         self.memory = replace(
             self.memory,
             own=result.adapter.as_tensors(work.keeps),
-            moments=result.optimiser_state or {},
+            moments=self.memory.moments if work.moments is Moments.SHARED else result.optimiser_state or {},
             owed=owed,
         )
         moved = None if work.sends else distance(result.adapter, start)
@@ -137,6 +143,7 @@ class Client:
             self.memory.version,
             moved,
             began_sha256=assignment.began_sha256,
+            moments=result.moments,
         )
         return update, tensors
 
@@ -172,6 +179,17 @@ class Client:
             )
         before = held.as_tensors()
         return held.with_factors({key: before[key] + step for key, step in received.sent.items()})
+
+
+def _prior(received: Received, start: Adapter, before: Memory, num_steps: int) -> Prior | None:
+    """Return what the shared moments say, with the move since this client last took part, of a round on average."""
+    if not received.moments:
+        return None
+    last, rank = before.moments.get("round"), received.rank
+    if not before.start or last is None or int(last) >= received.round:
+        return Prior(received.moments, None, num_steps)
+    old = truncate(Adapter.from_tensors(before.start), rank)
+    return Prior(received.moments, moved_by(truncate(start, rank), old, received.round - int(last)), num_steps)
 
 
 def _payload(work: Work, start: Adapter, result: ClientResult) -> dict[str, Tensor]:

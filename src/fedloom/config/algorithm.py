@@ -34,6 +34,10 @@ COMPARED = {"method.name": having("sends_products")}
 CUT = {"method.name": having("is_cut")}
 
 
+LOCAL_STEPS = ("plain", "momentum", "fedexp", "fedadam", "fedyogi", "fedadagrad")
+"""Server steps with which clients take steps of their own."""
+
+
 class Method(Table):
     """What the server does with the clients' adapters, and the adapters' size."""
 
@@ -172,11 +176,20 @@ class Training(Table):
     schedule_span: Literal["round", "run"] = setting(
         "round",
         "Whether warm-up and schedule restart in each round or run once over all rounds; a server's AdamW runs once.",
-        when={**SENT, "server.step": ("plain", "momentum", "fedexp", "fedadam", "fedyogi", "fedadagrad")},
+        when={**SENT, "server.step": LOCAL_STEPS},
     )
     weight_decay: NonNegative = setting(0.0, "AdamW's decoupled weight decay.", when=TRAINED)
     beta1: Decay = setting(0.9, "AdamW's first decay.", when=TRAINED)
     beta2: Decay = setting(0.999, "AdamW's second decay.", when=TRAINED)
+    moments: Literal["fresh", "own", "shared"] = setting(
+        "fresh",
+        "Where AdamW's moments start in a round: at zero, where the client left them, or from what the clients of "
+        "earlier rounds found.",
+        when={"method.name": having("continues"), "server.step": LOCAL_STEPS},
+    )
+    moments_prior: Count = setting(
+        2, "Steps that shared moments count for when a round starts.", when={"training.moments": ("shared",)}
+    )
     max_grad_norm: NonNegative = setting(1.0, "Clip a client's gradient to this norm; 0: do not clip.", when=TRAINED)
     dropout: Decay = setting(
         0.0, "Dropout on the adapters' input. Every row has its own mask, whichever rows share its pass.", when=TRAINED

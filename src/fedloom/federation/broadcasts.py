@@ -26,7 +26,17 @@ from fedloom.federation.blob import (
 )
 from fedloom.federation.buffers import Buffer, Buffers
 from fedloom.federation.coding import SCALE, entries_of, read, read_exactly, written, written_exactly
-from fedloom.federation.messages import MAX_COUNT, Count, Head, Shapes, expected_tensors
+from fedloom.federation.messages import (
+    MAX_COUNT,
+    MOMENTS,
+    Count,
+    Head,
+    Shapes,
+    expected_tensors,
+    moments_entries,
+    moments_read,
+    moments_written,
+)
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
@@ -57,6 +67,7 @@ class _BroadcastHead(Head):
     start_rank: Annotated[int, Ge(1), Le(1 << 20)]
     wire: WireDtype
     holds: Annotated[str, MaxLen(64)] | None
+    moments: Literal["", "a", "b", "ab"] = ""
 
 
 _ENTRY_BESIDE_NAME, _PARTS_WITHOUT_BYTES = 160, 8
@@ -81,6 +92,7 @@ def _sent_of(broadcast: Broadcast, dtype: WireDtype) -> tuple[dict[str, Tensor],
         tensors |= {f"news/{position}/{key}": tensor for key, tensor in exact.items()}
     if isinstance(start, Adapter):
         tensors |= {f"start/{key}": tensor for key, tensor in _start_sent(broadcast, start, dtype).items()}
+    tensors |= moments_written(broadcast.moments)
     head = _BroadcastHead(
         round=broadcast.round,
         client=broadcast.client,
@@ -97,6 +109,7 @@ def _sent_of(broadcast: Broadcast, dtype: WireDtype) -> tuple[dict[str, Tensor],
         start_rank=_rank_of_start(broadcast),
         wire=dtype,
         holds=None if broadcast.difference is None else broadcast.difference.since,
+        moments="".join(sorted({key.rpartition(".")[0][-1] for key in broadcast.moments})),  # type: ignore[arg-type]
     )
     return tensors, head
 
@@ -117,10 +130,12 @@ def _rank_of_start(broadcast: Broadcast) -> int:
 class Received:
     """What a client knows of a broadcast: no more than what its bytes say."""
 
-    def __init__(self, head: Any, news: News, start: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, head: Any, news: News, start: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
+    ) -> None:
         self.round, self.client, self.rank, self.scale = head.round, head.client, head.rank, head.scale
         self.news, self.sent, self.start_rank, self.holds = news, start, head.start_rank, head.holds
-        self.is_coded = head.wire.is_coded
+        self.is_coded, self.moments = head.wire.is_coded, moments or {}
         self.is_kept = head.origin is not None or (head.wire.is_coded and head.draw is None)
         self.draw = None if head.draw is None else Draw(head.draw.name, head.draw.rank)
         self.origin = None if head.origin is None else Draw(head.origin.name, head.origin.rank)
@@ -143,8 +158,13 @@ def decode_broadcast(message: Message, shapes: Shapes) -> Received:
             )
     tensors = read_tensors(blob)
     start = _read_start(entries, tensors, head, shapes)
-    parts = _parts(tensors, head, shapes)
-    return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start)
+    wanted = moments_entries(shapes, head.rank, frozenset(head.moments)) if head.moments else {}
+    if {key: entry for key, entry in entries.items() if key.startswith(MOMENTS)} != wanted:
+        raise UpdateError("expected second moments of this client's slots, got others; use the run's own base")
+    moments = moments_read(tensors)
+    others = {key: tensor for key, tensor in tensors.items() if key not in wanted}
+    parts = _parts(others, head, shapes)
+    return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start, moments)
 
 
 def _room_for_entries(blob: Buffer, shapes: Shapes) -> int:
@@ -173,7 +193,7 @@ def as_sent(broadcast: Broadcast) -> Received:
         origin=None if broadcast.origin is None else _draw_head(broadcast.origin),
     )
     sent = start.as_tensors(broadcast.crossing) if isinstance(start, Adapter) else {}
-    return Received(head, broadcast.news, sent)
+    return Received(head, broadcast.news, sent, broadcast.moments)
 
 
 def _draw_head(draw: Draw) -> _DrawHead:

@@ -106,6 +106,7 @@ class Intake:
     trusted: Collection[int] = ()
     _factor_norms: dict[int, dict[str, float]] = field(default_factory=dict)
     _weights: dict[int, float] = field(default_factory=dict)
+    _moment_sizes: dict[int, float] = field(default_factory=dict)
     _by_work: dict[int, float] = field(default_factory=dict)
     _altered: set[int] = field(default_factory=set)
     _lost: str | None = None
@@ -163,6 +164,8 @@ class Intake:
             change = check_update(outcome, broadcast, self.work, self.plan.shapes, asked)
             stats = outcome.stats
             self._factor_norms[outcome.client] = factor_norms(outcome, self.work)
+            if outcome.moments:
+                self._moment_sizes[outcome.client] = math.sqrt(sum(float(t.sum()) for t in outcome.moments.values()))
             if asked is not None and self.plan.strategy.weighting is Weighting.WORK:
                 self._by_work[outcome.client] = float(asked.work)
             weighed = replace(outcome, weight=self._by_work.get(outcome.client))
@@ -186,6 +189,8 @@ class Intake:
         typical = self.state.typical_norm
         changes = {c: record.norm for c, record in self.seen.items() if record.reason is None and record.norm}
         self._refuse_above("a change", changes, typical if typical is not None else _lower_median(changes.values()))
+        sizes = {c: size for c, size in self._moment_sizes.items() if self.seen[c].reason is None}
+        self._refuse_above("second moments", sizes, _lower_median(sizes.values()))
         for factor in sorted(self.work.sends):
             norms = {c: n[factor] for c, n in self._factor_norms.items() if n and self.seen[c].reason is None}
             self._refuse_above(f"factors {factor}", norms, _lower_median(norms.values()))

@@ -35,11 +35,12 @@ from fedloom.federation.blob import (
     read_tensors,
 )
 from fedloom.federation.buffers import Buffers
-from fedloom.federation.coding import entries_of, num_bytes_of, read, written
+from fedloom.federation.coding import Entries, entries_of, num_bytes_of, read, written
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
-from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.client_half import Moments, Payload, Work
 from fedloom.methods.state import Broadcast, Failure, Update
+from fedloom.training.moments import COLUMNS, ROWS
 from fedloom.training.stats import TrainingStats
 from fedloom.wording import one_line
 
@@ -79,6 +80,8 @@ class _FailureHead(Head):
     held: Count | None
 
 
+MOMENTS = "moments/"
+"""Begins the name of second moments in a message."""
 _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
     Annotated[_UpdateHead | _FailureHead, Field(discriminator="kind")]
 )
@@ -93,7 +96,34 @@ def update_buffers(update: Update, tensors: Mapping[str, Tensor], dtype: WireDty
     """Return :func:`encode_update` in several buffers, most of them the tensors' own memory."""
     named = {"round": update.round, "client": update.client, "held": update.held, "began": update.began_sha256}
     head = _UpdateHead.model_validate({**named, **asdict(update.stats)})
-    return packed(written(tensors, dtype), head)
+    return packed({**written(tensors, dtype), **moments_written(update.moments)}, head)
+
+
+def moments_written(moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a message that stand for second moments: bf16, whose range is that of fp32."""
+    return {f"{MOMENTS}{key}": tensor.to(torch.bfloat16) for key, tensor in moments.items()}
+
+
+def moments_entries(shapes: Shapes, rank: int, factors: Factors) -> Entries:
+    """Return (dtype, shape) of every tensor that stands for the second moments of so many slots."""
+    found: Entries = {}
+    for key, size in expected_tensors(shapes, rank, factors).items():
+        slots, length = size if key.endswith(".a") else size[::-1]
+        found |= {f"{MOMENTS}{key}{ROWS}": ("BF16", (slots,)), f"{MOMENTS}{key}{COLUMNS}": ("BF16", (length,))}
+    return found
+
+
+def moments_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the second moments of a message, whose entries have been checked.
+
+    Raises:
+        UpdateError: one is negative or not finite.
+    """
+    found = {key.removeprefix(MOMENTS): tensor for key, tensor in tensors.items() if key.startswith(MOMENTS)}
+    for key, tensor in found.items():
+        if not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
+            raise UpdateError(f"{key}: expected finite second moments of 0 or more, got others; check the client")
+    return found
 
 
 def encode_failure(failure: Failure) -> bytes:
@@ -119,24 +149,29 @@ def decode_answer(
         check_size(message, largest_answer(broadcast, work, shapes, dtype))
         blob = blob_in(message)
         wanted = entries_of(expected, dtype)
+        if work.moments is Moments.SHARED:
+            wanted |= moments_entries(shapes, broadcast.rank, work.trains)
         head, entries = read_head(blob, _ANSWER, len(wanted) * MAX_ENTRY_BYTES)
         _check_sender(head.client, client)
         if isinstance(head, _FailureHead):
             held = None if head.held is None or head.held > broadcast.news.version else head.held
             return Failure(client, one_line(head.reason), held)
         check_entries(entries, wanted)
-        tensors = read(read_tensors(blob), expected, dtype)
+        crossed = read_tensors(blob)
+        tensors, moments = read(crossed, expected, dtype), moments_read(crossed)
     except UpdateError as error:
         return Failure(client, one_line(str(error)[:MAX_REASON]))
     stats = TrainingStats(**head.model_dump(include=set(TrainingStats.__dataclass_fields__)))
     adapter = _whole(tensors, broadcast.trained, work, shapes, broadcast.rank, start_of)
-    return Update(head.round, client, adapter, stats, head.held, began_sha256=head.began)
+    return Update(head.round, client, adapter, stats, head.held, began_sha256=head.began, moments=moments)
 
 
 def largest_answer(broadcast: Broadcast, work: Work, shapes: Shapes, dtype: WireDtype) -> int:
     """Return the most bytes that an answer to a broadcast can have: a transport need not take in more."""
     expected = expected_tensors(shapes, broadcast.rank, work.sends)
-    return largest_message(len(entries_of(expected, dtype)), num_bytes_of(expected, dtype))
+    extra = moments_entries(shapes, broadcast.rank, work.trains) if work.moments is Moments.SHARED else {}
+    num_bytes = num_bytes_of(expected, dtype) + sum(2 * shape[0] for _, shape in extra.values())
+    return largest_message(len(entries_of(expected, dtype)) + len(extra), num_bytes)
 
 
 def expected_tensors(shapes: Shapes, rank: int, factors: Factors) -> dict[str, tuple[int, int]]:

@@ -8,15 +8,18 @@ from enum import StrEnum
 from statistics import median
 
 import torch
+from torch import Tensor
 
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import as_received, num_bytes_of, rounded
 from fedloom.lora.algebra import compress, distance, norm, stack, total, truncate, truncate_pair
 from fedloom.lora.pair import BOTH, Adapter, Factors
+from fedloom.methods.client_half import Moments
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
 from fedloom.methods.state import Aggregate, Broadcast, Difference, News, ServerState, StepMemory
 from fedloom.methods.strategy import Strategy
+from fedloom.training.moments import ROWS
 
 VIEWS_KEPT = 1000
 """Clients of which the server remembers the start that they hold; one forgotten is sent the difference to the first."""
@@ -71,6 +74,7 @@ def broadcasts_for(
             start=strategy.start_for(state, client),
             crossing=_crossing(state, strategy, client),
             origin=strategy.origin,
+            moments=moments_for(rank_of[client], state, strategy),
         )
         for client in clients
     ]
@@ -98,6 +102,13 @@ def addressed(
         plain = replace(broadcast, news=news, difference=None)
         return in_few_bits(plain, view, first, strategy, wire)
     return replace(broadcast, news=news, crossing=_crossing(seen, strategy, client))
+
+
+def moments_for(rank: int, state: ServerState, strategy: Strategy) -> dict[str, Tensor]:
+    """Return the second moments that clients share, of a client's first slots."""
+    if strategy.client.work(state.round + 1).moments is not Moments.SHARED:
+        return {}
+    return {key: tensor[:rank] if key.endswith(ROWS) else tensor for key, tensor in state.optimiser.items()}
 
 
 def in_few_bits(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from fedloom.lora.algebra import pad
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
-from fedloom.methods.client_half import ClientHalf, InFewBits, MeasuresGradient
+from fedloom.methods.client_half import ClientHalf, InFewBits, MeasuresGradient, Moments, WithMoments
 from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy, Weighting, normalised, weigh
@@ -22,6 +24,8 @@ def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bo
     """Return a method's strategy with what the options put around it."""
     if options.adamw is not None:
         strategy = SynchronisedSteps(strategy, options.adamw)
+    if (moments := Moments(options.moments)) is not Moments.FRESH:
+        strategy = WithOtherMoments(strategy, moments, options.moments_prior)
     return FewBits(strategy, not starts_fresh) if options.few_bits else strategy
 
 
@@ -88,6 +92,75 @@ class FewBits(Around):
     def client(self) -> ClientHalf:
         """Do the method's part, and send the change."""
         return InFewBits(self.inner.client, self.owes)
+
+
+@dataclass
+class SumWithMoments:
+    """A method's own sum, and beside it the weighted sums of the clients' second moments, slot by slot."""
+
+    inner: Any
+    weighting: Weighting
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, update: Update) -> None:
+        """Take one update in."""
+        self.inner.add(update)
+        weight = weigh(update, self.weighting)
+        for key, tensor in update.moments.items():
+            self._put(key, weight * tensor.double(), torch.full((len(tensor),), weight, dtype=torch.float64))
+
+    def merge(self, other: SumWithMoments) -> None:
+        """Take another sum in."""
+        self.inner.merge(other.inner)
+        for key, tensor in other.sums.items():
+            self._put(key, tensor, other.weights[key])
+
+    def means(self, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the mean over those that have a slot; one that nobody had keeps what it was."""
+        found = dict(before)
+        for key, tensor in self.sums.items():
+            old = before.get(key, tensor.new_zeros(0)).double()
+            longest = max(len(old), len(tensor))
+            sums, weights, kept = (_filled(one, longest) for one in (tensor, self.weights[key], old))
+            mean = torch.where(weights > 0.0, sums / weights.clamp_min(1e-300), kept)
+            found[key] = mean.to(torch.bfloat16).float()
+        return found
+
+    def _put(self, key: str, tensor: Tensor, weights: Tensor) -> None:
+        if key not in self.sums:
+            self.sums[key], self.weights[key] = torch.zeros_like(tensor), torch.zeros_like(weights)
+        longest = max(len(tensor), len(self.sums[key]))
+        for kept, more in ((self.sums, tensor), (self.weights, weights)):
+            kept[key] = _filled(kept[key], longest) + _filled(more, longest)
+
+
+def _filled(vector: Tensor, length: int) -> Tensor:
+    return torch.nn.functional.pad(vector, (0, length - len(vector)))
+
+
+@dataclass(frozen=True)
+class WithOtherMoments(Around):
+    """A method whose clients continue with moments of their own, or start from those that all share."""
+
+    moments: Moments
+    prior_steps: int
+
+    @property
+    def client(self) -> ClientHalf:
+        """Do the method's part from those moments."""
+        return WithMoments(self.inner.client, self.moments, self.prior_steps)
+
+    def empty(self, state: ServerState) -> Any:
+        """Return the sum of no updates."""
+        inner = self.inner.empty(state)
+        return SumWithMoments(inner, self.weighting) if self.moments is Moments.SHARED else inner
+
+    def finish(self, state: ServerState, sums: Any) -> Aggregate:
+        """Do what the method does, and keep the mean second moments for the next round."""
+        if self.moments is not Moments.SHARED:
+            return self.inner.finish(state, sums)
+        return replace(self.inner.finish(state, sums.inner), optimiser=sums.means(state.optimiser))
 
 
 @dataclass

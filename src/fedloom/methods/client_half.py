@@ -30,6 +30,8 @@ class Moments(StrEnum):
     """Zero at the start of every round, as FedIT's and FLoRA's clients do it."""
     OWN = "own"
     """The client continues with those of its last round."""
+    SHARED = "shared"
+    """The client starts from what the clients of the rounds before it found, as from a few steps (training.moments)."""
 
 
 class Rounding(StrEnum):
@@ -50,6 +52,7 @@ class Work:
         payload: what is sent of them.
         keeps: factors that stay the client's own: it continues from its own instead of from the server's.
         moments: where the optimiser's moments come from.
+        prior_steps: steps that shared moments count for.
         rounding: what becomes of what the wire rounds off.
 
     Raises:
@@ -61,6 +64,7 @@ class Work:
     payload: Payload = Payload.FACTORS
     keeps: Factors = field(default_factory=frozenset)
     moments: Moments = Moments.FRESH
+    prior_steps: int = 0
     rounding: Rounding = Rounding.DROPPED
 
     def __post_init__(self) -> None:
@@ -95,6 +99,19 @@ class MeasuresGradient:
         """Return a client's part of a round."""
         work = self.half.work(round)
         return replace(work, sends=work.trains, payload=Payload.GRADIENT)
+
+
+@dataclass(frozen=True)
+class WithMoments:
+    """A client half whose optimiser's moments come from elsewhere than the method says."""
+
+    half: ClientHalf
+    moments: Moments
+    prior_steps: int
+
+    def work(self, round: int) -> Work:
+        """Return a client's part of a round."""
+        return replace(self.half.work(round), moments=self.moments, prior_steps=self.prior_steps)
 
 
 @dataclass(frozen=True)

@@ -34,9 +34,12 @@ class MethodOptions:
         initialisation: ``method.initialisation``.
         adamw: the server's optimiser where clients send gradients (``server.step = adamw``).
         few_bits: whether updates cross as codes of few bits.
+        moments, moments_prior: ``training.moments`` and ``training.moments_prior``.
     """
 
     weighting: str = "rows"
     initialisation: str = "independent"
     adamw: ServerAdamW | None = None
     few_bits: bool = False
+    moments: str = "fresh"
+    moments_prior: int = 2

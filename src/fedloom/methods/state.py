@@ -53,7 +53,7 @@ class Broadcast:
     ``start`` is what it trains from: an adapter, or the name of a fresh draw. It may have slots beyond the client's
     ``rank``; those it leaves as they are. Of an adapter the factors in ``crossing`` cross; the others the client holds
     already, or draws from ``origin`` where it holds none. With a ``difference`` that is what crosses in the start's
-    place, and the client trains from where it leads.
+    place, and the client trains from where it leads. ``moments`` are those that clients share, of the client's slots.
     """
 
     round: int
@@ -65,6 +65,7 @@ class Broadcast:
     crossing: Factors = BOTH
     origin: Draw | None = None
     difference: Difference | None = None
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def trained(self) -> Adapter | Draw:
@@ -83,6 +84,7 @@ class Update:
         held: the version of the side that it now holds.
         change_norm: norm of the change of its product, by its own count; only where nothing crosses.
         began_sha256: of the start that it says it holds, where starts cross as differences.
+        moments: means of its second moments (``training.moments``), where clients share them.
         weight: what the server lets it weigh where that is another than its rows, tokens or norm give (never sent).
     """
 
@@ -94,6 +96,7 @@ class Update:
     change_norm: float | None = None
     weight: float | None = None
     began_sha256: str = ""
+    moments: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ class ServerState:
         residual: what a lossy broadcast has not delivered yet (error feedback).
         typical_norm: median norm of the last round's updates, by which an absurd one is recognised.
         views: the start that each client holds, of those of which it is known; where starts cross as differences.
-        optimiser: what the server's optimiser keeps (``ClientOptimiser.export_state``), where it has one.
+        optimiser: what the server's optimiser keeps (``ClientOptimiser.export_state``), where it has one, or the second
+            moments that clients share.
     """
 
     round: int = 0

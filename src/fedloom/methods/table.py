@@ -21,8 +21,11 @@ from importlib import import_module, metadata
 from typing import Any
 
 from fedloom.errors import MethodError
-from fedloom.methods.options import MethodOptions
-from fedloom.methods.traits import Kind, Law, Traits
+from fedloom.methods.method import Make
+from fedloom.methods.method import Method as Method
+from fedloom.methods.options import MethodOptions as MethodOptions
+from fedloom.methods.shipped import SHIPPED
+from fedloom.methods.traits import Kind, Traits
 
 GROUP = "fedloom.methods"
 BASELINE = "fedit"
@@ -31,176 +34,6 @@ EXACT = "flora"
 """The default of ``fedloom.aggregate``, and the method whose answers the demo shows: its product is the exact mean."""
 
 
-Make = Callable[[Any, MethodOptions], Any]
-"""From a ``Cohort`` and the options to a ``Strategy``."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method: its traits, and what makes its strategy.
-
-    Attributes:
-        traits: what the rest of the code knows of it.
-        make: takes a ``fedloom.methods.strategy.Cohort`` and :class:`MethodOptions`, returns a ``Strategy``; as a
-            callable, or as the text ``package.module:name`` of one, which is imported when a run needs it. None for
-            a method without a strategy of its own (a cut model, the untrained base).
-        is_local: registered in this process only; engines that leave it need it installed.
-    """
-
-    traits: Traits
-    make: str | Make | None = None
-    is_local: bool = False
-
-    def __post_init__(self) -> None:
-        needed = self.traits.runs_rounds
-        action = "name it" if needed else "remove it"
-        if needed == (self.make is None):
-            wanted = "something that makes its strategy" if needed else "nothing that makes a strategy"
-            raise MethodError(
-                f"method {self.traits.name}: expected {wanted} with kind = {self.traits.kind}, got make = "
-                f"{self.make!r}; {action}"
-            )
-        if isinstance(self.make, str) and not all(part.strip() for part in (*self.make.partition(":"),)):
-            raise MethodError(
-                f"method {self.traits.name}: expected make as package.module:name, got {self.make!r}; correct it"
-            )
-
-
-MAKERS = "fedloom.methods.makers"
-_NOISY, _FADING = (Law.EXACTNESS, Law.RESCALING), (Law.NO_OP_RANKS,)
-_ONE_FACTOR: dict[str, Any] = {"aggregates_split": False, "combines": False, "unclaimed": _FADING}
-_PERSONAL: dict[str, Any] = {**dict.fromkeys(("is_personal", "needs_one_rank"), True), **_ONE_FACTOR, "unclaimed": ()}
-_SHIPPED: dict[str, Method] = {
-    one.traits.name: one
-    for one in (
-        Method(
-            Traits(
-                "fedit",
-                "the mean of the factors, at one rank",
-                needs_one_rank=True,
-                averages_factors=True,
-                is_standard=True,
-                unclaimed=_NOISY,
-            ),
-            f"{MAKERS}:fedit",
-        ),
-        Method(
-            Traits(
-                "zero-padding",
-                "the mean of the factors, padded with zeros to the largest rank",
-                weightings=("rows", "tokens", "uniform", "work", "norm"),
-                averages_factors=True,
-                is_standard=True,
-                unclaimed=(*_NOISY, *_FADING),
-            ),
-            f"{MAKERS}:zero_padding",
-        ),
-        Method(
-            Traits(
-                "flora",
-                "fresh adapters every round, stacked: the exact mean of the products",
-                starts_fresh=True,
-                grows_side=True,
-                is_standard=True,
-            ),
-            f"{MAKERS}:flora",
-        ),
-        Method(
-            Traits(
-                "fedex-lora",
-                "the mean of the factors, at one rank, and what it misses in the side: the exact mean of the products",
-                needs_one_rank=True,
-                grows_side=True,
-            ),
-            f"{MAKERS}:fedex_lora",
-        ),
-        Method(
-            Traits(
-                "weave",
-                "the whole adapter at every client, its first slots trained, few bits: the exact mean at any ranks",
-                grows_side=True,
-                averages_factors=True,
-                combines=False,
-                defaults={
-                    "method.weighting": "work",
-                    "method.broadcast": "compressed",
-                    "method.tolerance": 0.02,
-                    "method.broadcast_max_bytes": 0.25,
-                    "server.step": "adamw",
-                    "wire.dtype": "int4",
-                },
-            ),
-            f"{MAKERS}:weave",
-        ),
-        Method(
-            Traits(
-                "flexlora",
-                "the best approximation of the exact mean at the largest rank",
-                unclaimed=(Law.EXACTNESS, *_FADING),
-            ),
-            f"{MAKERS}:flexlora",
-        ),
-        Method(
-            Traits("ffa-lora", "one shared and frozen A, the mean of B", averages_factors=True, **_ONE_FACTOR),
-            f"{MAKERS}:ffa_lora",
-        ),
-        Method(
-            Traits("rolora", "B and A trained by turns, the mean of either", **_ONE_FACTOR),
-            f"{MAKERS}:rolora",
-        ),
-        Method(
-            Traits("fedsa-lora", "the mean of A, at one rank; each client keeps a B of its own", **_PERSONAL),
-            f"{MAKERS}:fedsa_lora",
-        ),
-        Method(
-            Traits(
-                "splitlora",
-                "the model cut between clients and server, the clients' half aggregated",
-                kind=Kind.SPLIT,
-                aggregates_split=False,
-                combines=False,
-                is_standard=True,
-            )
-        ),
-        Method(
-            Traits(
-                "centralised",
-                "all rows in one place",
-                kind=Kind.CONTROL,
-                weightings=(),
-                needs_one_rank=True,
-                aggregates_split=False,
-                combines=False,
-                pools_rows=True,
-                is_standard=True,
-            ),
-            f"{MAKERS}:centralised",
-        ),
-        Method(
-            Traits(
-                "standalone",
-                "every client for itself",
-                kind=Kind.CONTROL,
-                weightings=(),
-                aggregates_split=False,
-                combines=False,
-                is_standard=True,
-            ),
-            f"{MAKERS}:standalone",
-        ),
-        Method(
-            Traits(
-                "base",
-                "the base as it is, untrained",
-                kind=Kind.UNTRAINED,
-                weightings=(),
-                aggregates_split=False,
-                combines=False,
-                is_standard=True,
-            )
-        ),
-    )
-}
 _LOCAL: dict[str, Method] = {}
 
 
@@ -218,7 +51,7 @@ def register_method(method: Method) -> None:
     name = method.traits.name
     if name in _LOCAL:
         raise MethodError(f"method {name} is registered already: call unregister_method({name!r}) first, or rename it")
-    if name in _SHIPPED or name in _installed().methods:
+    if name in SHIPPED or name in _installed().methods:
         raise MethodError(f"method {name}: expected a new name, fedloom or a package has a method of that name; rename")
     _LOCAL[name] = replace(method, is_local=True)
 
@@ -271,12 +104,12 @@ def has(name: str, trait: str | None = None) -> bool:
 
 def names(trait: str | None = None) -> tuple[str, ...]:
     """Return the methods that have a trait, or all, in the order of tables: by kind, then shipped before others."""
-    return _ordered((*_SHIPPED.values(), *_installed().methods.values(), *_LOCAL.values()), trait)
+    return _ordered((*SHIPPED.values(), *_installed().methods.values(), *_LOCAL.values()), trait)
 
 
 def shipped(trait: str | None = None) -> tuple[str, ...]:
     """Return the shipped methods that have a trait, or all, in the order of tables: what help and pages list."""
-    return _ordered(tuple(_SHIPPED.values()), trait)
+    return _ordered(tuple(SHIPPED.values()), trait)
 
 
 def place(name: str) -> int:
@@ -306,7 +139,7 @@ def faults() -> tuple[str, ...]:
 
 
 def _found(name: str) -> Method | None:
-    return _SHIPPED.get(name) or _LOCAL.get(name) or _installed().methods.get(name)
+    return SHIPPED.get(name) or _LOCAL.get(name) or _installed().methods.get(name)
 
 
 def _ordered(methods: tuple[Method, ...], trait: str | None) -> tuple[str, ...]:
@@ -357,7 +190,7 @@ def _loaded(entry: metadata.EntryPoint, found: dict[str, Method]) -> Method | st
         return f"expected {entry.value} to be a Method, got {type(loaded).__name__}; correct its entry point"
     if loaded.traits.name != entry.name:
         return f"expected the entry point's name to be the method's, got {loaded.traits.name}; correct its entry point"
-    if entry.name in _SHIPPED or entry.name in found:
+    if entry.name in SHIPPED or entry.name in found:
         return "another method has that name; rename it"
     return loaded
 

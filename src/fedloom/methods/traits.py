@@ -143,6 +143,11 @@ class Traits:
         return self.aggregates and not self.is_personal
 
     @property
+    def continues(self) -> bool:
+        """Whether clients go on in the next round from what the server made of the last one's factors."""
+        return self.aggregates and not self.starts_fresh
+
+    @property
     def is_cut(self) -> bool:
         """Whether the model is cut in two, so that activations cross."""
         return self.kind is Kind.SPLIT

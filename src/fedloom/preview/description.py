@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
@@ -26,10 +27,11 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.broadcasts import encode_broadcast
-from fedloom.federation.messages import encode_update
+from fedloom.federation.messages import MOMENTS, encode_update, moments_entries
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
-from fedloom.methods.state import Broadcast, News, ServerState, Update
+from fedloom.methods.client_half import Moments, Work
+from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.models.base_folder import first_line, read_config
 from fedloom.models.row_attention import Attention
@@ -234,12 +236,21 @@ def _messages(
     for client, rank in enumerate(ranks):
         if rank in sizes:
             continue
-        update = Update(1, client, _zeros(lora, rank), TrainingStats(1))
+        moments = _second_moments(lora, rank, works[0])
+        update = Update(1, client, _zeros(lora, rank), TrainingStats(1), began_sha256="0" * 64, moments=moments)
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
         start, origin = strategy.start_for(state, client), strategy.origin
         crossing = [BOTH if origin is None else work.sends for work in works]
         first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
         others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
+        if wire.is_coded and isinstance(start, Adapter):
+            step = Difference("0" * 64, start, start)
+            first = replace(first, crossing=frozenset() if strategy.drawn else BOTH, origin=strategy.drawn)
+            first = replace(first, difference=replace(step, since="") if strategy.drawn else None)
+            others = [replace(one, difference=step, origin=strategy.drawn) for one in others]
+        others = [
+            replace(one, moments=_second_moments(lora, rank, work)) for one, work in zip(others, works, strict=True)
+        ]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
@@ -267,7 +278,15 @@ def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tu
     most = max(1, MEASURED_NUMBERS // sum(map(sum, lora.shapes.values())))
     beyond = sum(max(0, stacks[name] - most) * sum(shape) for name, shape in lora.shapes.items())
     measured = _pairs(lora, {name: min(rank, most) for name, rank in stacks.items()})
-    return (measured,), beyond * WireDtype(settings.wire.dtype).torch.itemsize
+    return (measured,), beyond * WireDtype(settings.wire.dtype).bits // 8
+
+
+def _second_moments(lora: LoRAModel, rank: int, work: Work) -> dict[str, Tensor]:
+    """Return second moments of the size in which they cross, where clients share them."""
+    if work.moments is not Moments.SHARED:
+        return {}
+    entries = moments_entries(lora.shapes, rank, work.trains)
+    return {key.removeprefix(MOMENTS): torch.zeros(shape) for key, (_, shape) in entries.items()}
 
 
 def _zeros(lora: LoRAModel, rank: int) -> Adapter:

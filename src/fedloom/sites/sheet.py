@@ -141,6 +141,8 @@ class Sheet(Part):
     split: SheetSplit | None = None
     attention: Attention = "packed"
     sends_gradients: bool = False
+    moments: Literal["fresh", "own", "shared"] = "fresh"
+    moments_prior: Number = 2
 
     @property
     def local_training(self) -> LocalTraining:
@@ -171,6 +173,8 @@ class Sheet(Part):
             initialisation=self.initialisation,
             adamw=ServerAdamW(learning_rate=1.0) if self.sends_gradients else None,  # its numbers stay at the server
             few_bits=self.wire.is_coded,
+            moments=self.moments,
+            moments_prior=self.moments_prior,
         )
         strategy: Strategy = table.make(self.method, cohort, options)
         return strategy.client
@@ -216,6 +220,8 @@ def sheet_of(
         split=None if cut is None else cut.split,
         attention=settings.model.attention,
         sends_gradients=settings.server.step == "adamw",
+        moments=settings.training.moments,
+        moments_prior=settings.training.moments_prior,
     )
 
 

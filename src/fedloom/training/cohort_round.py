@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 
 import numpy as np
@@ -28,14 +28,16 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
-from fedloom.lora.pair import BOTH, Adapter, Factors, Pair
+from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.models.families import model_type
 from fedloom.seeding import stream
 from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
+from fedloom.training.moments import Prior, means_of, state_of
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
 from fedloom.training.packing import Row, num_targets
 from fedloom.training.proximal import pull_to_start
 from fedloom.training.row_passes import Batch, RowPasses, row_passes
+from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
 from fedloom.training.stats import TrainingStats
 
 
@@ -77,7 +79,8 @@ class ClientTask:
 
     ``trains`` are the factors that the optimiser moves. With ``measures_gradient`` it moves none: the client reads one
     batch and its result holds the gradient at the start. With ``keeps_moments`` the result holds the optimiser's state,
-    which is twice the adapter's size.
+    which is twice the adapter's size; with ``shares_moments`` the means of its second moments. A ``prior`` takes the
+    place of a state.
     """
 
     client: int
@@ -89,6 +92,8 @@ class ClientTask:
     trains: Factors = BOTH
     measures_gradient: bool = False
     keeps_moments: bool = False
+    shares_moments: bool = False
+    prior: Prior | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +114,7 @@ class ClientResult:
     num_examples_seen: int
     optimiser_state: dict[str, Tensor] | None = None
     gradient: Adapter | None = None
+    moments: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -197,10 +203,10 @@ class _Client:
         steps_per_round = len(self._batches)
         first, total = first_step(settings.schedule_span, number, settings.total_rounds, steps_per_round)
         factor = schedule(settings.schedule, settings.warmup_steps, total)
-        self._factors = dict(zip(_factor_names(lora), lora.parameters(slot), strict=True))
+        self._factors = dict(zip(factor_names(lora), lora.parameters(slot), strict=True))
         trained = {name: factor for name, factor in self._factors.items() if factor_of(name) in task.trains}
         self._pull = pull_to_start(settings.proximal, self._factors, task.scale, trained)
-        state = task.optimiser_state
+        state = self._state_to_begin_with()
         if state is not None and trained.keys() != self._factors.keys():
             state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in trained} or None
         self._optimiser = ClientOptimiser(trained, settings.adamw, factor, first=first, state=state)
@@ -210,6 +216,13 @@ class _Client:
         self._nats = self._seconds = 0.0
         self._batch_tokens = self._batch_targets = 0
         self._batch_nats, self._last_loss = 0.0, math.nan
+
+    def _state_to_begin_with(self) -> Mapping[str, Tensor] | None:
+        task, settings = self.task, self._settings
+        if task.prior is None:
+            return task.optimiser_state
+        rate, steps, ranks = settings.learning_rate, len(self._batches), task.start.ranks
+        return state_of(task.prior, ranks, task.scale, betas=settings.betas, learning_rate=rate, num_steps=steps)
 
     @property
     def is_done(self) -> bool:
@@ -242,7 +255,7 @@ class _Client:
         """Take the optimiser's step on the gradients that have gathered."""
         begun = time.perf_counter()
         if self.task.measures_gradient:
-            self._gradient, learning_rate = self._read_gradient(), 0.0
+            self._gradient, learning_rate = gradient_of(self._factors, self.task.scale), 0.0
         else:
             self._pull()
             learning_rate = self._optimiser.step()
@@ -259,9 +272,9 @@ class _Client:
 
     def result(self) -> ClientResult:
         """Read the slot and what was counted."""
-        kept = (
-            {**(self.task.optimiser_state or {}), **self._optimiser.export_state()} if self.task.keeps_moments else None
-        )
+        state = self._optimiser.export_state() if self.task.keeps_moments or self.task.shares_moments else {}
+        kept = {**(self.task.optimiser_state or {}), **state} if self.task.keeps_moments else None
+        shared = means_of(state, self.task.scale, self._settings.betas[1]) if self.task.shares_moments else {}
         return ClientResult(
             client=self.task.client,
             adapter=self._lora.adapter(self.slot),
@@ -277,19 +290,7 @@ class _Client:
             num_examples_seen=self._examples,
             optimiser_state=kept,
             gradient=self._gradient,
-        )
-
-    def _read_gradient(self) -> Adapter:
-        """Return the gradient at the effective factors: the slot's ``bt`` is ``bᵀ`` over the scale."""
-        grads = {name: factor.grad for name, factor in self._factors.items() if factor.grad is not None}
-        return Adapter(
-            {
-                module: Pair(
-                    (grads[f"{module}.bt_RO"].T / self.task.scale).contiguous().cpu(),
-                    grads[f"{module}.a_RI"].cpu().clone(),
-                )
-                for module in self._lora.shapes
-            }
+            moments=shared,
         )
 
 
@@ -335,13 +336,3 @@ def _run_pass(
     per_token = (time.perf_counter() - begun) / batch.num_tokens
     for part, sum_nats, count in zip(parts, sums, tokens, strict=True):
         part.owner.add(sum_nats, per_token * count)
-
-
-def _factor_names(lora: LoRAModel) -> list[str]:
-    """Name a slot's factors in the order of ``LoRAModel.parameters``."""
-    return [f"{module}.{factor}" for module in lora.shapes for factor in ("a_RI", "bt_RO")]
-
-
-def factor_of(name: str) -> str:
-    """Return ``a`` or ``b``, the factor that a slot's parameter holds."""
-    return name.rpartition(".")[2][0]
