@@ -13,7 +13,7 @@ from torch import Tensor
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import as_received, num_bytes_of, rounded
 from fedloom.lora.algebra import compress, distance, norm, stack, total, truncate, truncate_pair
-from fedloom.lora.pair import BOTH, Adapter, Factors
+from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
 from fedloom.methods.client_half import Moments
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
@@ -105,10 +105,16 @@ def addressed(
 
 
 def moments_for(rank: int, state: ServerState, strategy: Strategy) -> dict[str, Tensor]:
-    """Return the second moments that clients share, of a client's first slots."""
+    """Return the second moments that clients share, of a client's first slots: zero where nobody has had the slot."""
     if strategy.client.work(state.round + 1).moments is not Moments.SHARED:
         return {}
-    return {key: tensor[:rank] if key.endswith(ROWS) else tensor for key, tensor in state.optimiser.items()}
+    assert state.start is not None
+    found = {}
+    for key, tensor in state.optimiser.items():
+        own = rank_in(state.start[key.rpartition(".")[0][:-2]].shape, rank)
+        slots = torch.nn.functional.pad(tensor[:own], (0, max(0, own - len(tensor))))
+        found[key] = slots if key.endswith(ROWS) else tensor
+    return found
 
 
 def in_few_bits(
