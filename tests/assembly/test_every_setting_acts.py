@@ -57,6 +57,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.eval_path": ("org/rows", {}),
     "data.eval_rows": (4, {}),
     "data.eval_fraction": (0.25, {}),
+    "data.validation_fraction": (0.25, {}),
+    "data.scored_seeds": ((2, 3), {"data.validation_fraction": 0.25, "data.eval_rows": 4}),
     "data.max_rows": (20, {}),
     "partition.scheme": ("natural", {"partition.column": "category"}),
     "partition.column": ("subject", {"partition.scheme": "natural"}),
@@ -261,17 +263,18 @@ class Recorder:
             "output_head": None,
             "longest_row": 128,
             "context_of": 256,
-            "_emptied": ("a client without a row",),
+            "emptied": ("a client without a row",),
             "load_rows": Rowlike(40),
             "read_records": None,
             "encode": SimpleNamespace(tokens=tokens, kept=np.arange(40), counts=SimpleNamespace(told="")),
             "hold_out": split,
             "hold_out_by_category": split,
+            "set_aside": (split, None),
         }
         for name, result in found.items():
             monkeypatch.setattr(assembly_inputs, name, self._standing_in(name, lambda result=result: result))
         monkeypatch.setattr(assembly_inputs, "divide", self._standing_in("divide", self._partition))
-        monkeypatch.setattr(assembly_inputs, "_without_emptied", self._with_all)
+        monkeypatch.setattr(assembly_inputs, "without_emptied", self._with_all)
         load = self._standing_in("Partition.load", self._partition)
         monkeypatch.setattr(assembly_inputs, "Partition", SimpleNamespace(load=load))
 

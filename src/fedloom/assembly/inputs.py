@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedloom.assembly.emptied_clients import emptied, without_emptied
+from fedloom.assembly.validation_rows import set_aside, unvalidated
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.division import Division, Scheme, divide
@@ -32,6 +34,8 @@ from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
 from fedloom.training.loss import output_head
 
+_OF_ANY_READING = {"date", "eval_path", "eval_rows", "eval_fraction", "validation_fraction", "scored_seeds"}
+"""Settings of the table [data] that change nothing of what is read under a name."""
 MANY_ROWS = 10_000
 """Rows that take a while to be made into tokens, which is then said."""
 
@@ -116,6 +120,8 @@ class Workshop:
             DataError: if rows cannot be read or used.
             PartitionError: if they cannot be divided as asked, or a saved partition is of other rows.
         """
+        if settings.data.validation_fraction is not None:
+            return self._validated(settings, base, saved_partition)
         data = settings.data
         rows, encoded, read = self._encoded(settings, base, data.path, data.split, data.max_rows)
         chosen, held = _divided(settings, rows)
@@ -125,9 +131,9 @@ class Workshop:
         if data.eval_path is not None:
             held_rows, evaluated, _ = self._encoded(settings, base, data.eval_path, Split.TEST, None)
             held_tokens, held_counts = evaluated.tokens, evaluated.counts
-        left_out = _emptied(settings, read, training)
+        left_out = emptied(settings, read, training)
         if left_out and saved_partition is None:
-            settings = _without_emptied(settings, training, left_out, encoded.counts.told)
+            settings = without_emptied(settings, training, left_out, encoded.counts.told)
             self.progress.note(f"left out, since none of its rows is usable: client {', '.join(left_out)}")
         data_sha256 = tokens.sha256()
         partition = _partition(settings, training, tokens, data_sha256, saved_partition)
@@ -142,6 +148,32 @@ class Workshop:
             data_sha256,
             None if held_tokens is None else held_tokens.sha256(),
             left_out,
+        )
+
+    def _validated(self, settings: Settings, base: Base, saved_partition: Path | None) -> Inputs:
+        """Return the training rows divided into those that stay and those that the run is measured on.
+
+        The clients are those of a run without validation rows; a file of held-out rows is not opened.
+        """
+        data, seed = settings.data, settings.run.seed
+        scored = [self.inputs(unvalidated(settings, one), base).held_out for one in data.scored_seeds]
+        whole, rng = self.inputs(unvalidated(settings, seed), base), stream(seed, "validation")
+        split, partition = set_aside(
+            whole.rows, whole.tokens, whole.partition, scored, data.validation_fraction or 0.0, rng
+        )
+        tokens, held_tokens = whole.tokens.select(split.kept), whole.tokens.select(split.held)
+        if saved_partition is not None:
+            partition = Partition.load(saved_partition, tokens.sha256())
+        return replace(
+            whole,
+            rows=whole.rows.select(split.kept),
+            tokens=tokens,
+            partition=partition,
+            held_out_rows=whole.rows.select(split.held),
+            held_out=held_tokens,
+            held_out_counts=None,
+            data_sha256=tokens.sha256(),
+            held_out_sha256=held_tokens.sha256(),
         )
 
     def read(self, settings: Settings, name: str, split: str, max_rows: int | None) -> Rows:
@@ -190,7 +222,7 @@ class Workshop:
         """
         data = settings.data
         reading = _reading(settings, name, split, max_rows)
-        key = f"{reading} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
+        key = f"{reading} {data.date} {base.revision_hash} {settings.model.tokenizer}"
         if key not in self._rows:
             rows = self.read(settings, name, split, max_rows)
             records = self._records.pop(reading, None) or read_records(rows, data.shape, data.columns)
@@ -206,7 +238,7 @@ class Workshop:
 def _reading(settings: Settings, name: str, split: str, max_rows: int | None) -> str:
     """Return what decides which rows are read, and how."""
     drawn = "" if max_rows is None else f" {settings.run.seed}"
-    return f"{name} {split} {settings.data.model_dump_json(exclude={'date'})}{drawn}"
+    return f"{name} {split} {settings.data.model_dump_json(exclude=_OF_ANY_READING)}{drawn}"
 
 
 def lora_of(model: Any, patterns: Sequence[str] | None, part: Any = None) -> LoRAModel:
@@ -270,38 +302,6 @@ def encode_records(
         unanswered=data.unanswered,
         named=named,
     )
-
-
-def _owners(settings: Settings, rows: Rows) -> list[str]:
-    column = settings.partition.column
-    return rows.client_of_file() if column is None else list(map(str, rows.column(column)))
-
-
-def _emptied(settings: Settings, read: Rows, training: Rows) -> tuple[str, ...]:
-    """Return the clients that the data name and that have no row to train on."""
-    if settings.partition.scheme != "natural" or settings.partition.path is not None:
-        return ()
-    return tuple(sorted(set(_owners(settings, read)) - set(_owners(settings, training)), key=name_order))
-
-
-def _without_emptied(settings: Settings, training: Rows, left_out: tuple[str, ...], told: str) -> Settings:
-    """Return the settings for the clients that have rows.
-
-    Raises:
-        DataError: the emptied ones are counted and may not be left out.
-    """
-    left, federation = len(set(_owners(settings, training))), settings.federation
-    if federation.num_clients == left:
-        return settings
-    counts_all = federation.num_clients == left + len(left_out)
-    if not counts_all or settings.partition.empty == "error":
-        instead = ', or partition.empty = "drop"' if counts_all else ""
-        raise DataError(
-            f"federation.num_clients: expected {left}, the clients with a row to train on, got "
-            f"{federation.num_clients}: none is left of client {', '.join(left_out)} ({told or 'all are held out'}); "
-            f"set federation.num_clients = {left}{instead}"
-        )
-    return settings.model_copy(update={"federation": federation.model_copy(update={"num_clients": left})})
 
 
 def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:

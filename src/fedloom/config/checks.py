@@ -31,14 +31,15 @@ def problems(settings: Settings) -> list[Problem]:
         return beyond  # other checks would count up to them
     checks = (
         *(alternatives, applicability, lists, ranks, weighting, numbers, robust),
-        *(columns, batches, suites, cuts, devices),
+        *(columns, batches, suites, cuts, devices, validation),
     )
     return [problem for check in checks for problem in check(settings)]
 
 
 def sizes(settings: Settings) -> Iterator[Problem]:
     """Numbers that no run could reach are refused at once; a device's own speed and memory may be any."""
-    limits = {"federation.num_clients": LARGEST_POPULATION, "run.seed": LARGEST_SEED}
+    limits = dict.fromkeys(("run.seed", "data.scored_seeds"), LARGEST_SEED)
+    limits |= {"federation.num_clients": LARGEST_POPULATION}
     for name, _ in every_setting():
         value, limit = settings.value(name), limits.get(name, LARGEST)
         numbers = [one for one in (value if isinstance(value, tuple) else (value,)) if isinstance(one, int | float)]
@@ -261,6 +262,21 @@ def cuts(settings: Settings) -> Iterator[Problem]:
                 "drop it, or set split.client_half = trained",
                 ("split.client_half", "split.labels"),
             )
+
+
+def validation(settings: Settings) -> Iterator[Problem]:
+    """Rows that runs of several seeds are scored on are drawn from those that validation rows come from."""
+    data = settings.data
+    draws = data.eval_rows is not None or data.eval_fraction is not None
+    if data.scored_seeds and not (data.validation_fraction is not None and draws):
+        yield Problem(
+            "data.scored_seeds",
+            "data.scored_seeds only with data.validation_fraction, and held-out rows from data.eval_rows or "
+            "data.eval_fraction",
+            shown(data.scored_seeds),
+            "drop it (--set data.scored_seeds=)",
+            ("data.validation_fraction", "data.eval_rows", "data.eval_fraction"),
+        )
 
 
 def devices(settings: Settings) -> Iterator[Problem]:
