@@ -58,8 +58,8 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.__dict__.update(
         describe=lambda settings: Result(rounds=settings.federation.num_rounds),
         run=lambda settings, out, *, fresh, progress: Result(out=str(out), fresh=fresh, seed=settings.run.seed),
-        compare=lambda settings, methods, seeds, out, *, reference, fresh, progress, parallel: Result(
-            methods=methods, seeds=seeds, out=str(out), reference=reference
+        compare=lambda settings, methods, seeds, out, *, reference, progress, **others: Result(
+            methods=methods, seeds=seeds, out=str(out), reference=reference, **others
         ),
     )
     monkeypatch.setitem(sys.modules, "fedloom.experiment", module)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from fedloom.config.checks import draws_apart, inapplicable
@@ -35,6 +35,27 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
         for name in names:
             changed = _without(changed, name)
     return changed
+
+
+def for_tuning(settings: Settings, seed: int, fraction: float, scored_seeds: Sequence[int]) -> Settings:
+    """Return the experiment as it is tuned: under ``seed``, its loss measured at the end, on validation rows alone.
+
+    No row is used on which a run of ``scored_seeds`` is scored; where held-out rows have a file of their own, none can
+    be. Nothing is scored besides, and no update or state is kept.
+    """
+    data = settings.data
+    draws = data.eval_rows is not None or data.eval_fraction is not None
+    changes = {
+        "run.seed": seed,
+        "data.validation_fraction": fraction,
+        "data.scored_seeds": tuple(sorted(scored_seeds)) if draws else (),
+    }
+    changes |= {"evaluation.suites": (), "evaluation.paths": {}, "evaluation.every": 0}
+    for name, value in changes.items():
+        settings = _replaced(settings, name, value)
+    for name in ("run.keep_updates", "run.keep_states"):
+        settings = _without(settings, name)
+    return settings
 
 
 def _knows_one_rank(settings: Settings) -> bool:
