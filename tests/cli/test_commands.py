@@ -172,6 +172,36 @@ def test_compare_refuses_what_it_would_ignore(
 
 
 @pytest.mark.usefixtures("experiment")
+def test_compare_hands_over_what_is_set_for_one_method_and_what_is_to_be_chosen(invoke: Any, recipe: str) -> None:
+    own, grid = "flora:federation.num_rounds=3", ["training.learning_rate=1e-3,2e-3", "flora:server.learning_rate=1,2"]
+    options = [part for one in (own, "training.batch_size=2") for part in ("--set", one)]
+    options += [part for one in grid for part in ("--grid", one)]
+    ran = invoke("compare", recipe, "--methods", "fedit,flora", *options, "--tune-seed", "4", "--json")
+    found = json.loads(ran.out)
+    assert (found["overrides"], found["grid"], found["tune_seed"]) == ([own], grid, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--set", "fedti:training.batch_size=2"], "--set fedti:training.batch_size=2: expected one of the methods"),
+        (["--grid", "data.max_rows=1,2"], "--grid data.max_rows=1,2: expected a setting of [method]"),
+        (
+            ["--set", "training.batch_size=2", "--grid", "training.batch_size=2,4"],
+            "--grid training.batch_size=2,4: expected no --set training.batch_size besides, got both",
+        ),
+        (["--tune-seed", "2"], "--tune-seed: expected a --grid with several points"),
+        (["--tune-seed", "x", "--grid", "training.batch_size=2,4"], "--tune-seed"),
+    ],
+    ids=str,
+)
+def test_what_one_method_cannot_have_is_one_line(invoke: Any, recipe: str, options: list[str], problem: str) -> None:
+    ran = invoke("compare", recipe, "--methods", "fedit,flora", *options)
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert problem in ran.err
+
+
+@pytest.mark.usefixtures("experiment")
 def test_compare_takes_the_recipes_own_seed(invoke: Any, recipe: str) -> None:
     ran = invoke("compare", recipe, "--methods", "fedit", "--set", "run.seed=9", "--json")
     assert json.loads(ran.out)["seeds"] == [9]

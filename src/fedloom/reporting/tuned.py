@@ -51,7 +51,7 @@ class TunedMethod(_Record):
         """Where the chosen numbers are the lowest or highest that were tried."""
         found = []
         for name, value in self.points[self.chosen].values.items():
-            tried = {one for point in self.points if _is_number(one := point.values.get(name))}
+            tried = {point.values[name] for point in self.points if _is_number(point.values.get(name))}
             if _is_number(value) and len(tried) > 1 and value in (min(tried), max(tried)):
                 found.append(f"the {'lowest' if value == min(tried) else 'highest'} {name} of the grid")
         return found
