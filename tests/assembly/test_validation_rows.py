@@ -131,3 +131,13 @@ def test_seeds_without_rows_to_leave_out_are_refused(given: dict[str, Any], sett
     without = {"data__eval_rows": None} if "data__validation_fraction" in given else {}
     with pytest.raises(SettingsError, match=r"data\.scored_seeds: expected data\.scored_seeds only with"):
         settings_for(**given, **without)
+
+
+def test_a_tuning_run_scores_keeps_and_tracks_nothing_besides_its_loss_at_the_end(settings_for: Make) -> None:
+    given = settings_for(
+        evaluation__suites=["exact-match"], run__keep_updates=True, run__keep_states=True, run__trackers=["mlflow"]
+    )
+    tuned = for_tuning(given, 5, 0.2, (3, 1))
+    assert (tuned.run.seed, tuned.data.validation_fraction, tuned.data.scored_seeds) == (5, 0.2, (1, 3))
+    assert (tuned.evaluation.suites, tuned.evaluation.every) == ((), 0)
+    assert not (tuned.run.keep_updates or tuned.run.keep_states or tuned.run.trackers)

@@ -41,7 +41,7 @@ def for_tuning(settings: Settings, seed: int, fraction: float, scored_seeds: Seq
     """Return the experiment as it is tuned: under ``seed``, its loss measured at the end, on validation rows alone.
 
     No row is used on which a run of ``scored_seeds`` is scored; where held-out rows have a file of their own, none can
-    be. Nothing is scored besides, and no update or state is kept.
+    be. Nothing is scored besides, no update or state is kept, and nothing is tracked.
     """
     data = settings.data
     draws = data.eval_rows is not None or data.eval_fraction is not None
@@ -53,7 +53,7 @@ def for_tuning(settings: Settings, seed: int, fraction: float, scored_seeds: Seq
     changes |= {"evaluation.suites": (), "evaluation.paths": {}, "evaluation.every": 0}
     for name, value in changes.items():
         settings = _replaced(settings, name, value)
-    for name in ("run.keep_updates", "run.keep_states"):
+    for name in ("run.keep_updates", "run.keep_states", "run.trackers"):
         settings = _without(settings, name)
     return settings
 

@@ -151,7 +151,7 @@ def _prepare_new(
 ) -> None:
     """Look at what runs that have not begun will need, whatever is chosen: it is missed now, not after the tuning."""
     for settings, folder in _planned(grids, None, seeds, out):
-        if not is_begun(folder):
+        if fresh or not is_begun(folder):
             Preparation(settings, folder, workshop, fresh, date).complete()
 
 
