@@ -140,4 +140,4 @@ def test_a_tuning_run_scores_keeps_and_tracks_nothing_besides_its_loss_at_the_en
     tuned = for_tuning(given, 5, 0.2, (3, 1))
     assert (tuned.run.seed, tuned.data.validation_fraction, tuned.data.scored_seeds) == (5, 0.2, (1, 3))
     assert (tuned.evaluation.suites, tuned.evaluation.every) == ((), 0)
-    assert not (tuned.run.keep_updates or tuned.run.keep_states or tuned.run.trackers)
+    assert not any((tuned.run.keep_updates, tuned.run.keep_states, tuned.run.trackers))
