@@ -15,6 +15,9 @@ import yaml
 
 from fedloom import config, embedded, recipes
 from fedloom.cli.app import app, exit_code
+from fedloom.cli.experiments import load_settings
+from fedloom.config import compared_variants
+from fedloom.config.method_settings import split_overrides
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -148,7 +151,12 @@ def test_every_recipe_and_override_of_a_command_is_valid(
         assert position == 0
     for words in commands(page):
         if words[:1] in (["run"], ["describe"], ["validate"], ["compare"]) and "path/to/model" not in " ".join(words):
-            overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            given = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+            overrides, own = split_overrides(given)
+            grid = [words[i + 1] for i, word in enumerate(words) if word == "--grid"]
+            if own or grid:
+                methods = words[words.index("--methods") + 1].split(",")
+                assert compared_variants(load_settings(words[1], overrides), methods, [1], own, grid)
             assert exit_code(["validate", words[1], *(part for o in overrides for part in ("--set", o))]) == 0, words
 
 

@@ -22,6 +22,7 @@ from fedloom.evaluation.judge.verdict_cache import VerdictCache
 from fedloom.evaluation.outputs_file import OutputsFile
 from fedloom.experiment.comparison import refuse_other_folder
 from fedloom.file_formats import DECODED_OUTPUTS, RUN_FOLDER, FileFormat
+from fedloom.reporting.tuned import Tuning, read_tuning
 from fedloom.run_folder.claim import refuse_another, refuse_foreign
 from fedloom.run_folder.reader import read_run
 from fedloom.run_folder.writer import RunFolder
@@ -92,6 +93,10 @@ def open_verdicts(folder: Path) -> list[Reply] | None:
         return cache.get("k")
 
 
+def make_tuning(folder: Path) -> None:
+    Tuning(format_version=1, seed=1, fraction=0.1, num_rows=3, methods=[], skipped={}).write(folder)
+
+
 def open_run(fresh: bool) -> Callable[[Path], object]:
     return lambda path: RunFolder.open(path, json.loads((path / "config.json").read_text()), {}, fresh).close()
 
@@ -113,6 +118,7 @@ KINDS = {
         "comparison.json", make_comparison("comparison.json"), in_json("format_version"), (refuse_other_folder,)
     ),
     "demo": Kind("demo.json", make_comparison("demo.json"), in_json("format_version"), (refuse_other_folder,)),
+    "tuning": Kind("tuning.json", make_tuning, in_json("format_version"), (refuse_other_folder, read_tuning)),
     "partition": Kind(
         "partition.json",
         make_partition,

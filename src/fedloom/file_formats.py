@@ -55,6 +55,7 @@ class FileFormat:
 RUN_FOLDER = FileFormat("run folder", 3, "choose another folder", oldest=3)
 """1, 2: without hashes of the files; not read, but for the adapter in it as a PEFT folder. 3: with them."""
 COMPARISON = FileFormat("comparison", 1, "choose another --out")
+TUNING = FileFormat("file of tuned settings", 1, "choose another --out")
 PARTITION = FileFormat("partition", 1, "make a new partition")
 DECODED_OUTPUTS = FileFormat("file of decoded outputs", 3, "remove it to decode anew", oldest=3)
 """1: from prompts tokenised otherwise than in training; 2: lines without a hash; neither is read. 3: with it."""

@@ -57,6 +57,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.eval_path": ("org/rows", {}),
     "data.eval_rows": (4, {}),
     "data.eval_fraction": (0.25, {}),
+    "data.validation_fraction": (0.25, {}),
+    "data.scored_seeds": ((2, 3), {"data.validation_fraction": 0.25, "data.eval_rows": 4}),
     "data.max_rows": (20, {}),
     "partition.scheme": ("natural", {"partition.column": "category"}),
     "partition.column": ("subject", {"partition.scheme": "natural"}),
@@ -277,6 +279,7 @@ class Recorder:
             "encode": SimpleNamespace(tokens=tokens, kept=np.arange(40), counts=SimpleNamespace(told="")),
             "hold_out": split,
             "hold_out_by_category": split,
+            "set_aside": (split, None),
         }
         for name, result in found.items():
             monkeypatch.setattr(assembly_inputs, name, self._standing_in(name, lambda result=result: result))

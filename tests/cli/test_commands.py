@@ -58,8 +58,8 @@ def experiment(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module.__dict__.update(
         describe=lambda settings: Result(rounds=settings.federation.num_rounds),
         run=lambda settings, out, *, fresh, progress: Result(out=str(out), fresh=fresh, seed=settings.run.seed),
-        compare=lambda settings, methods, seeds, out, *, reference, fresh, progress, parallel: Result(
-            methods=methods, seeds=seeds, out=str(out), reference=reference
+        compare=lambda settings, methods, seeds, out, *, reference, progress, **others: Result(
+            methods=methods, seeds=seeds, out=str(out), reference=reference, **others
         ),
     )
     monkeypatch.setitem(sys.modules, "fedloom.experiment", module)
@@ -169,6 +169,36 @@ def test_compare_refuses_what_it_would_ignore(
 ) -> None:
     ran = invoke("compare", recipe, *options)
     assert (ran.code, problem is None or problem in ran.err) == (0 if problem is None else 2, True), ran.err
+
+
+@pytest.mark.usefixtures("experiment")
+def test_compare_hands_over_what_is_set_for_one_method_and_what_is_to_be_chosen(invoke: Any, recipe: str) -> None:
+    own, grid = "flora:federation.num_rounds=3", ["training.learning_rate=1e-3,2e-3", "flora:server.learning_rate=1,2"]
+    options = [part for one in (own, "training.batch_size=2") for part in ("--set", one)]
+    options += [part for one in grid for part in ("--grid", one)]
+    ran = invoke("compare", recipe, "--methods", "fedit,flora", *options, "--tune-seed", "4", "--json")
+    found = json.loads(ran.out)
+    assert (found["overrides"], found["grid"], found["tune_seed"]) == ([own], grid, 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--set", "fedti:training.batch_size=2"], "--set fedti:training.batch_size=2: expected one of the methods"),
+        (["--grid", "data.max_rows=1,2"], "--grid data.max_rows=1,2: expected a setting of [method]"),
+        (
+            ["--set", "training.batch_size=2", "--grid", "training.batch_size=2,4"],
+            "--grid training.batch_size=2,4: expected no --set training.batch_size besides, got both",
+        ),
+        (["--tune-seed", "2"], "--tune-seed: expected a --grid with several points"),
+        (["--tune-seed", "x", "--grid", "training.batch_size=2,4"], "--tune-seed"),
+    ],
+    ids=str,
+)
+def test_what_one_method_cannot_have_is_one_line(invoke: Any, recipe: str, options: list[str], problem: str) -> None:
+    ran = invoke("compare", recipe, "--methods", "fedit,flora", *options)
+    assert (ran.code, len(ran.err.splitlines())) == (2, 1)
+    assert problem in ran.err
 
 
 @pytest.mark.usefixtures("experiment")

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedloom.data import batches, num_batches
+from fedloom.data.batches import num_rows_read
 from fedloom.seeding import stream
 
 
@@ -21,6 +22,12 @@ def test_every_epoch_reads_every_row_once(num_rows: int, batch_size: int, epochs
     for epoch in range(epochs):
         read = np.concatenate(order[epoch * per_epoch : (epoch + 1) * per_epoch])
         assert sorted(read.tolist()) == list(range(num_rows))
+
+
+@given(st.integers(1, 20), st.integers(1, 7), st.integers(0, 30))
+def test_rows_are_counted_as_they_are_read(num_rows: int, batch_size: int, steps: int) -> None:
+    read = batches(num_rows, batch_size, _rng(), steps=steps)
+    assert num_rows_read(num_rows, batch_size, steps) == sum(map(len, read))
 
 
 def test_the_last_batch_of_an_epoch_holds_what_is_left() -> None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from fedloom.data import hold_out, hold_out_by_category
+from fedloom.data.holdout import hold_out_of_owners
 from fedloom.errors import DataError
 from fedloom.seeding import stream
 
@@ -32,3 +33,20 @@ def test_an_amount_that_leaves_nothing_on_one_side_is_refused(amount: float) -> 
 def test_a_category_that_is_too_small_is_named() -> None:
     with pytest.raises(DataError, match="category 'b'"):
         hold_out_by_category("aaaab", 1, stream(1, "hold-out"))
+
+
+@pytest.mark.parametrize(("amount", "count"), [(3, 3), (0.25, 3)])
+def test_every_owner_keeps_a_row_whatever_is_drawn(amount: float, count: int) -> None:
+    owners = np.array([0, 1, 1, 2, 2, 2, 2, 2, 2, 2, 2, 2])
+    for seed in range(20):
+        split = hold_out_of_owners(owners, amount, stream(seed, "validation"))
+        assert len(split.held) == count
+        assert sorted([*split.kept.tolist(), *split.held.tolist()]) == list(range(12))
+        assert set(owners[split.kept]) == {0, 1, 2}
+
+
+def test_owners_with_no_row_to_spare_are_refused() -> None:
+    with pytest.raises(DataError, match=r"one row to be left to each of the 3 clients, got 4 rows in all; lower it"):
+        hold_out_of_owners(np.array([0, 1, 2, 2]), 2, stream(1, "validation"))
+    with pytest.raises(DataError, match=r"hold-out of 0\.1 from the rows to train on"):
+        hold_out_of_owners(np.array([0, 1, 2, 2]), 0.1, stream(1, "validation"))

@@ -58,6 +58,7 @@ def writers(port: int) -> list[Writer]:
     judged = ["--endpoint", f"http://127.0.0.1:{port}/v1", "--judge", "m", "--questions", "../inputs/questions.jsonl"]
     cut = ("split.cut_layer=1", "split.aggregate_every=1", "split.client_rank=2", "split.server_rank=2")
     methods = "fedit,flora,base"
+    tuned = ("--methods", "fedit,base", "--grid", "training.learning_rate=1e-3,1e-2")
     return [
         Writer("run, FedIT, all kept", run_of("fedit", "run.keep_updates=true", "run.keep_states=true")),
         Writer("run, FLoRA", run_of("flora", "federation.num_rounds=3")),
@@ -67,6 +68,7 @@ def writers(port: int) -> list[Writer]:
         Writer("run, three rounds more", run_of("fedit", "federation.num_rounds=3"), done),
         Writer("run --fresh over another", run_of("flora", more=["--fresh"]), done),
         Writer("compare", ["compare", *run_of("fedit")[1:-2], "--methods", methods, "--out", "all"]),
+        Writer("compare --grid", ["compare", *run_of("fedit")[1:-2], *tuned, "--out", "tuned"]),
         Writer("evaluate", ["evaluate", "run", "--suite", "exact-match", "--max-new-tokens", "2"], done),
         Writer("export", ["export", "run", "--to", "there/adapter", "--rank", "1"], done),
         Writer("export --merge", ["export", "run", "--to", "merged", "--merge"], done),

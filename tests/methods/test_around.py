@@ -1,4 +1,4 @@
-"""Strategies around others: the server's AdamW is the one that clients use, and clients' moments are averaged by slot."""
+"""Strategies around others: the server steps with the clients' own AdamW, and moments are averaged by slot."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_suites_give_their_scores_and_clients_and_intervals_no_columns(make_run:
     rewrite(path, "finished.json", finished)
     (group,) = group_runs([path])
     figures = results(group.first)
-    costs = {"upload_bytes", "download_bytes", "seconds", "aggregation_noise"}
+    costs = {"upload_bytes", "download_bytes", "seconds", "aggregation_noise", "num_rounds"}
     assert set(figures) <= {"loss_nats", "exact-match.exact_match", *costs}
     assert figures["exact-match.exact_match"] == 0.25
 

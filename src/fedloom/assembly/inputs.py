@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fedloom.assembly.client_rows import emptied, own_rows, without_emptied
+from fedloom.assembly.client_rows import own_rows
+from fedloom.assembly.divided_rows import divided, partition_of
+from fedloom.assembly.emptied_clients import emptied, without_emptied
+from fedloom.assembly.validation_rows import set_aside, unvalidated
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
-from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
-from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.partition import Partition
 from fedloom.data.records import Records, read_records
 from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import DataError
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.causal import context_of, longest_row
 from fedloom.models.families import ALL_LINEAR, resolve_targets
@@ -30,10 +30,11 @@ from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
 from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
 from fedloom.training.loss import output_head
 
+_OF_ANY_READING = {"date", "eval_path", "eval_rows", "eval_fraction", "validation_fraction", "scored_seeds"}
+"""Settings of the table [data] that change nothing of what is read under a name."""
 MANY_ROWS = 10_000
 """Rows that take a while to be made into tokens, which is then said."""
 
@@ -122,9 +123,11 @@ class Workshop:
             DataError: if rows cannot be read or used.
             PartitionError: if they cannot be divided as asked, or a saved partition is of other rows.
         """
+        if settings.data.validation_fraction is not None:
+            return self._validated(settings, base, saved_partition)
         data = settings.data
         rows, encoded, read = self._encoded(settings, base, data.path, data.split, data.max_rows)
-        chosen, held = _divided(settings, rows)
+        chosen, held = divided(settings, rows)
         training, tokens = rows.select(chosen), encoded.tokens.select(chosen)
         held_rows, held_tokens = (None, None) if held is None else (rows.select(held), encoded.tokens.select(held))
         held_counts = None
@@ -136,7 +139,7 @@ class Workshop:
             settings = without_emptied(settings, training, left_out, encoded.counts.told)
             self.progress.note(f"left out, since none of its rows is usable: client {', '.join(left_out)}")
         data_sha256 = tokens.sha256()
-        whole = _partition(settings, training, tokens, data_sha256, saved_partition)
+        whole = partition_of(settings, training, tokens, data_sha256, saved_partition)
         training, tokens, partition, own = own_rows(settings, training, tokens, whole)
         return Inputs(
             training,
@@ -151,6 +154,33 @@ class Workshop:
             left_out,
             whole,
             own,
+        )
+
+    def _validated(self, settings: Settings, base: Base, saved_partition: Path | None) -> Inputs:
+        """Return the training rows divided into those that stay and those that the run is measured on.
+
+        The clients are those of a run without validation rows; a file of held-out rows is not opened.
+        """
+        data, seed = settings.data, settings.run.seed
+        scored = [self.inputs(unvalidated(settings, one), base).held_out for one in data.scored_seeds]
+        whole, rng = self.inputs(unvalidated(settings, seed), base), stream(seed, "validation")
+        split, partition = set_aside(
+            whole.rows, whole.tokens, whole.partition, scored, data.validation_fraction or 0.0, rng
+        )
+        tokens, held_tokens = whole.tokens.select(split.kept), whole.tokens.select(split.held)
+        if saved_partition is not None:
+            partition = Partition.load(saved_partition, tokens.sha256())
+        return replace(
+            whole,
+            rows=whole.rows.select(split.kept),
+            tokens=tokens,
+            partition=partition,
+            whole=partition,
+            held_out_rows=whole.rows.select(split.held),
+            held_out=held_tokens,
+            held_out_counts=None,
+            data_sha256=tokens.sha256(),
+            held_out_sha256=held_tokens.sha256(),
         )
 
     def read(self, settings: Settings, name: str, split: str, max_rows: int | None) -> Rows:
@@ -202,7 +232,7 @@ class Workshop:
         """
         data = settings.data
         reading = _reading(settings, name, split, max_rows)
-        key = f"{reading} {data.model_dump_json()} {base.revision_hash} {settings.model.tokenizer}"
+        key = f"{reading} {data.date} {base.revision_hash} {settings.model.tokenizer}"
         if key not in self._rows:
             rows = self.read(settings, name, split, max_rows)
             records = self._records.pop(reading, None) or read_records(rows, data.shape, data.columns)
@@ -218,7 +248,7 @@ class Workshop:
 def _reading(settings: Settings, name: str, split: str, max_rows: int | None) -> str:
     """Return what decides which rows are read, and how."""
     drawn = "" if max_rows is None else f" {settings.run.seed}"
-    return f"{name} {split} {settings.data.model_dump_json(exclude={'date'})}{drawn}"
+    return f"{name} {split} {settings.data.model_dump_json(exclude=_OF_ANY_READING)}{drawn}"
 
 
 def lora_of(model: Any, patterns: Sequence[str] | None, part: Any = None) -> LoRAModel:
@@ -282,49 +312,3 @@ def encode_records(
         unanswered=data.unanswered,
         named=named,
     )
-
-
-def _divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None]:
-    """Return the positions of the training rows and of the held-out ones."""
-    amount = settings.data.eval_rows if settings.data.eval_rows is not None else settings.data.eval_fraction
-    if amount is None:
-        return np.arange(len(rows)), None
-    split = with_units(_held_out(settings, rows.distinct(), amount), rows.units)
-    return split.kept, split.held
-
-
-def _held_out(settings: Settings, rows: Rows, amount: float) -> HoldOut:
-    """Draw the held-out rows; a fraction of a natural federation is drawn from every client."""
-    rng = stream(settings.run.seed, "hold-out")
-    natural = settings.partition.scheme == "natural"
-    if natural and isinstance(amount, float):
-        column = settings.partition.column
-        return hold_out_by_category(rows.client_of_file() if column is None else rows.column(column), amount, rng)
-    return hold_out(len(rows), amount, rng)
-
-
-def _partition(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, saved: Path | None) -> Partition:
-    wanted, table = settings.federation.num_clients, settings.partition
-    if saved is not None:
-        return Partition.load(saved, sha256)
-    if table.path is not None:
-        check_in_run(Path(table.path))
-        partition = Partition.load(Path(table.path), sha256)
-    else:
-        division = Division(
-            scheme=Scheme(table.scheme),
-            num_clients=wanted,
-            column=table.column,
-            concentration=table.concentration,
-            min_rows=table.min_rows,
-            shards_per_client=table.shards_per_client,
-            categories_per_client=table.categories_per_client,
-            exponent=table.exponent,
-        )
-        partition = divide(division, rows, tokens, seed=settings.run.seed)
-    if partition.num_clients != wanted:
-        raise DataError(
-            f"federation.num_clients: expected {partition.num_clients}, as many as the partition has, got {wanted}; "
-            f"set federation.num_clients={partition.num_clients}"
-        )
-    return partition

@@ -96,7 +96,8 @@ class Preparation:
     def suites(self) -> None:
         """The files of the suites hold what is asked of them."""
         data, evaluation = self.settings.data, self.settings.evaluation
-        holds_out = any(one is not None for one in (data.eval_path, data.eval_rows, data.eval_fraction))
+        ways = (data.eval_path, data.eval_rows, data.eval_fraction, data.validation_fraction)
+        holds_out = any(one is not None for one in ways)
         for suite in evaluation.suites:
             check_suite(suite, evaluation.paths, holds_out=holds_out)
 
@@ -109,7 +110,8 @@ class Preparation:
     @cached_property
     def held_out_rows(self) -> int | None:
         """How many held-out rows are read from elsewhere."""
-        name = self.settings.data.eval_path
+        data = self.settings.data
+        name = data.eval_path if data.validation_fraction is None else None
         return None if name is None else len(self.workshop.read(self.settings, name, Split.TEST, None))
 
     @cached_property

@@ -12,8 +12,10 @@ from fedloom import config, recipes
 from fedloom.cli.options import (
     ComparisonOption,
     FreshOption,
+    GridOption,
     JsonOption,
     OutOption,
+    OwnSetOption,
     RecipeArgument,
     ReferenceOption,
     SetOption,
@@ -21,6 +23,7 @@ from fedloom.cli.options import (
 from fedloom.cli.output import print_json, print_line, print_result, say
 from fedloom.config import Settings
 from fedloom.config.compared_variants import check_methods, check_seeds, refuse_ignored
+from fedloom.config.method_settings import split_overrides
 from fedloom.config.setting import values_of
 from fedloom.errors import SettingsError
 from fedloom.methods import table
@@ -128,16 +131,41 @@ def compare(
     parallel: Annotated[
         int, typer.Option("--parallel", metavar="N", help="Runs at once, each in a process of its own on this machine.")
     ] = 1,
-    overrides: SetOption = None,
+    overrides: OwnSetOption = None,
+    grid: GridOption = None,
+    tune_seed: Annotated[
+        int | None,
+        typer.Option(
+            "--tune-seed",
+            metavar="N",
+            help="Seed of the tuning runs. Default: the first of the seeds.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    validation: Annotated[
+        float | None,
+        typer.Option(
+            "--validation",
+            metavar="FRACTION",
+            help="Share of the training rows that --grid chooses on. Default: 0.1.",
+            show_default=False,
+        ),
+    ] = None,
     out: ComparisonOption = None,
     fresh: FreshOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Run several methods over several seeds on the same data at the same budget, and print one table."""
-    settings = load_settings(recipe, overrides)
+    """Run several methods over several seeds on the same data at the same budget, and print one table.
+
+    With --grid each method's settings are chosen first, on rows that no run is scored on.
+    """
+    common, own = split_overrides(overrides or ())
+    settings = load_settings(recipe, common)
     chosen = parse_methods(methods)
     numbers = [settings.run.seed] if seeds is None else parse_seeds(seeds)
-    refuse_ignored(settings, config.every_variant(settings, chosen, numbers), overrides or ())
+    grids = config.compared_variants(settings, chosen, numbers, own, grid or ())
+    refuse_ignored(settings, grids, numbers, common, grid or ())
     alone = default_folder(recipe)
     folder = out or alone.with_name(f"{alone.name}-compared")
     from fedloom import experiment
@@ -145,7 +173,18 @@ def compare(
 
     with progress_for() as progress:
         result = experiment.compare(
-            settings, chosen, numbers, folder, reference=reference, fresh=fresh, progress=progress, parallel=parallel
+            settings,
+            chosen,
+            numbers,
+            folder,
+            overrides=own,
+            grid=grid or (),
+            tune_seed=tune_seed,
+            validation=validation,
+            reference=reference,
+            fresh=fresh,
+            progress=progress,
+            parallel=parallel,
         )
     print_result(result, as_json=as_json)
     say(f"comparison folder: {folder}; for a report: fedloom report {folder}")

@@ -22,6 +22,26 @@ SetOption = Annotated[
         show_default=False,
     ),
 ]
+OwnSetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="[METHOD:]TABLE.SETTING=VALUE",
+        help="Override one setting, for all methods or for the one named, whose own wins; may be repeated. Nothing "
+        "after `=` means its default.",
+        show_default=False,
+    ),
+]
+GridOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--grid",
+        metavar="[METHOD:]TABLE.SETTING=V1,V2,...",
+        help="Values to choose from for each method, or for the one named, by the loss on validation rows; may be "
+        "repeated: all combinations are tried.",
+        show_default=False,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Start over instead of resuming.")]
 ReferenceOption = Annotated[

@@ -1,6 +1,6 @@
 """Settings: one schema, TOML recipes, ``--set``. Imports no torch."""
 
-from fedloom.config.compared_variants import every_variant
+from fedloom.config.compared_variants import compared_variants
 from fedloom.config.loading import check, load, merge, parse, read, resolve
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings, every_setting, tables
@@ -10,8 +10,8 @@ __all__ = [
     "Problem",
     "Settings",
     "check",
+    "compared_variants",
     "every_setting",
-    "every_variant",
     "load",
     "merge",
     "parse",

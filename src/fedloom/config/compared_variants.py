@@ -4,43 +4,58 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fedloom.config.loading import check
+from fedloom.config.grid import MethodGrid, method_grids, parse_grid, refuse_contradiction
+from fedloom.config.loading import check, parse_overrides
+from fedloom.config.method_settings import CHOSEN, own_settings
 from fedloom.config.schema import Settings
-from fedloom.config.variants import with_method, with_seed
+from fedloom.config.variants import with_seed
 from fedloom.errors import SettingsError
 from fedloom.methods import table
 
-CHOSEN = {"method.name": "--methods names the methods", "run.seed": "--seeds names the seeds"}
 DERIVED = ("method.ranks", "method.alpha")
 """Settings that a method of one rank takes the mean of."""
 
 
-def every_variant(settings: Settings, methods: Sequence[str], seeds: Sequence[int]) -> list[Settings]:
-    """Return the experiment with every method under every seed, seed by seed.
+def compared_variants(
+    settings: Settings,
+    methods: Sequence[str],
+    seeds: Sequence[int],
+    overrides: Sequence[str] = (),
+    grid: Sequence[str] = (),
+) -> list[MethodGrid]:
+    """Return what every method of a comparison is run with: one experiment, or those of a grid to choose from.
+
+    ``overrides`` are settings of one method (``METHOD:table.setting=value``), ``grid`` values to try for one or for all
+    (``[METHOD:]table.setting=value,value,...``).
 
     Raises:
         SettingsError: a method or seed does not exist or comes twice, there is none, or a variant is not valid.
     """
     check_methods(methods)
     check_seeds(seeds)
-    variants = [with_seed(with_method(settings, method), seed) for seed in seeds for method in methods]
-    for variant in variants:
-        check(variant)
-    return variants
+    own = own_settings(overrides, methods)
+    grids = method_grids(settings, methods, own, parse_grid(grid, methods))
+    for seed in seeds:
+        check(with_seed(grids[0].points[0].settings, seed))
+    return grids
 
 
-def refuse_ignored(settings: Settings, variants: Sequence[Settings], overrides: Sequence[str]) -> None:
-    """Check that every override of a comparison acts in some of its variants.
+def refuse_ignored(
+    settings: Settings, grids: Sequence[MethodGrid], seeds: Sequence[int], overrides: Sequence[str], grid: Sequence[str]
+) -> None:
+    """Check that every override for all methods of a comparison acts in some of its variants.
 
     Raises:
         SettingsError: one of them was given for nothing.
     """
+    methods = [one.method for one in grids]
+    refuse_contradiction(parse_overrides(overrides), parse_grid(grid, methods))
+    variants = [with_seed(point.settings, seed) for one in grids for point in one.points for seed in seeds]
     for override in overrides:
         name, _, value = (part.strip() for part in override.partition("="))
         if not value or name in DERIVED or any(one.value(name) == settings.value(name) for one in variants):
             continue
-        methods = ", ".join(dict.fromkeys(one.method.name for one in variants))
-        chooser = CHOSEN.get(name, f"it acts with none of {methods}")
+        chooser = CHOSEN.get(name, f"it acts with none of {', '.join(methods)}")
         raise SettingsError(f"--set {override}: expected a setting that this comparison uses; {chooser}; drop it")
 
 

@@ -15,6 +15,7 @@ from fedloom.config.setting import (
     Count,
     Day,
     Name,
+    Natural,
     NonNegative,
     OpenFraction,
     PathOrName,
@@ -100,6 +101,15 @@ class Data(Table):
         None, "Held-out rows as a number, drawn from the rows before they are partitioned."
     )
     eval_fraction: OpenFraction | None = setting(None, "Held-out rows as a fraction of the rows.")
+    validation_fraction: OpenFraction | None = setting(
+        None,
+        "Measure on that fraction of the training rows, which are not trained on, instead of on the held-out rows, "
+        "which are not looked at: to choose settings. `fedloom compare --grid` sets it.",
+    )
+    scored_seeds: tuple[Natural, ...] = setting(
+        (),
+        "With `validation_fraction`: seeds of runs that will be scored; rows that any of them holds out are not used.",
+    )
     max_rows: Count | None = setting(None, "Use only that many rows, drawn at random; default: all.")
 
     @property

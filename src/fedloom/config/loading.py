@@ -90,7 +90,7 @@ def resolve(
     given = {f"{table}.{key}" for table, keys in merged.items() if isinstance(keys, Mapping) for key in keys}
     settings = filled_in(settings, given)
     if _names_another_method(document, overrides):
-        settings = with_method(settings, settings.method.name, keep=_parse_overrides(overrides))
+        settings = with_method(settings, settings.method.name, keep=parse_overrides(overrides))
     suspect = {problem.setting for problem in found}
     try:
         later = [problem for check in also for problem in check(settings)]
@@ -104,17 +104,17 @@ def resolve(
 
 
 def _names_another_method(document: Mapping[str, Any], overrides: Sequence[str]) -> bool:
-    there, named = document.get("method"), _parse_overrides(overrides).get("method.name")
+    there, named = document.get("method"), parse_overrides(overrides).get("method.name")
     return named is not None and isinstance(there, Mapping) and named != there.get("name", named)
 
 
-def check(settings: Settings, *, also: Sequence[Check] = EVERY_CHECK) -> None:
-    """Check settings that were made in Python.
+def check(settings: Settings, *, also: Sequence[Check] = EVERY_CHECK, origins: Mapping[str, str] | None = None) -> None:
+    """Check settings that were made in Python; ``origins`` say by name where values came from.
 
     Raises:
         SettingsError: a line per problem.
     """
-    refuse([problem for one in also for problem in one(settings)], {})
+    refuse([problem for one in also for problem in one(settings)], origins or {})
 
 
 def merge(document: Mapping[str, Any], source: str, overrides: Sequence[str]) -> tuple[Document, dict[str, str]]:
@@ -126,22 +126,46 @@ def merge(document: Mapping[str, Any], source: str, overrides: Sequence[str]) ->
     Raises:
         SettingsError: an override that is not ``table.setting=value``.
     """
+    return _laid_over(document, source, parse_overrides(overrides), {})
+
+
+def replaced(settings: Settings, values: Mapping[str, Any], options: Mapping[str, str]) -> Settings:
+    """Return settings with other values by full name, None for the default; alternatives are replaced as by ``--set``.
+
+    What one setting demands of another is not checked.
+
+    Raises:
+        SettingsError: a value does not fit its setting; ``options`` say by name where values came from.
+    """
+    merged, origins = _laid_over(settings.as_dict(), "the recipe", values, options)
+    changed, found = _validated(merged)
+    refuse(found, origins)
+    return changed
+
+
+def _laid_over(
+    document: Mapping[str, Any], source: str, parsed: Mapping[str, Any], options: Mapping[str, str]
+) -> tuple[Document, dict[str, str]]:
     merged = {table: dict(values) if isinstance(values, Mapping) else values for table, values in document.items()}
     origins = {f"{table}.{key}": source for table, keys in merged.items() if isinstance(keys, dict) for key in keys}
     origins |= dict.fromkeys(merged, source)
-    parsed = _parse_overrides(overrides)
     for name in parsed:
         for group in checks.ALTERNATIVES:
             for other in set(group).difference(parsed) if name in group else ():
                 _drop(merged, other)
     for name, value in parsed.items():
         _assign(merged, name, value)
-        origins[name] = "--set"
-        origins.setdefault(name.partition(".")[0], "--set")
+        origins[name] = options.get(name, "--set")
+        origins.setdefault(name.partition(".")[0], origins[name])
     return merged, origins
 
 
-def _parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Read overrides of the form ``table.setting=value`` by the setting's full name; the last of a name counts.
+
+    Raises:
+        SettingsError: one has another form.
+    """
     parsed: dict[str, Any] = {}
     malformed = []
     for override in overrides:

@@ -128,3 +128,8 @@ def every_setting() -> Iterator[tuple[str, FieldInfo]]:
     for table, kind in tables().items():
         for key, field in kind.model_fields.items():
             yield f"{table}.{key}", field
+
+
+def counted_by_data(settings: Settings) -> bool:
+    """Tell whether the data say how many clients there are, so that another number is no way out."""
+    return settings.partition.scheme == "natural" or settings.partition.path is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from fedloom.config.checks import draws_apart, inapplicable
+from fedloom.config.checks import inapplicable
+from fedloom.config.round_checks import draws_apart
 from fedloom.config.schema import Settings
 from fedloom.config.setting import values_of
 from fedloom.methods import table
@@ -60,6 +61,27 @@ def _stepping_as_trained(settings: Settings, given: Collection[str]) -> Settings
     by_default = "server.step" not in given and settings.traits.defaults.get("server.step") == settings.server.step
     if by_default and settings.training.local_steps != 1:
         return _without(settings, "server.step")
+    return settings
+
+
+def for_tuning(settings: Settings, seed: int, fraction: float, scored_seeds: Sequence[int]) -> Settings:
+    """Return the experiment as it is tuned: under ``seed``, its loss measured at the end, on validation rows alone.
+
+    No row is used on which a run of ``scored_seeds`` is scored; where held-out rows have a file of their own, none can
+    be. Nothing is scored besides, no update or state is kept, and nothing is tracked.
+    """
+    data = settings.data
+    draws = data.eval_rows is not None or data.eval_fraction is not None
+    changes = {
+        "run.seed": seed,
+        "data.validation_fraction": fraction,
+        "data.scored_seeds": tuple(sorted(scored_seeds)) if draws else (),
+    }
+    changes |= {"evaluation.suites": (), "evaluation.paths": {}, "evaluation.every": 0, "evaluation.clients": 0.0}
+    for name, value in changes.items():
+        settings = _replaced(settings, name, value)
+    for name in ("run.keep_updates", "run.keep_states", "run.trackers"):
+        settings = _without(settings, name)
     return settings
 
 

@@ -19,11 +19,11 @@ def num_batches(num_rows: int, batch_size: int, *, epochs: float) -> int:
     return math.ceil(round(epochs * math.ceil(num_rows / batch_size), 9))
 
 
-def num_rows_read(num_rows: int, batch_size: int, num_batches: int) -> int:
-    """Return how many rows so many batches hold, those of further passes counted again."""
-    per_pass = math.ceil(num_rows / batch_size)
-    passes, rest = divmod(num_batches, per_pass)
-    return passes * num_rows + min(rest * batch_size, num_rows)
+def num_rows_read(num_rows: int, batch_size: int, steps: int) -> int:
+    """Return how many rows ``steps`` batches of :func:`batches` hold together, each as often as it is read."""
+    _check(num_rows, batch_size)
+    passes, left = divmod(steps, math.ceil(num_rows / batch_size))
+    return passes * num_rows + min(left * batch_size, num_rows)
 
 
 def batches(

@@ -62,6 +62,24 @@ def hold_out_of_clients(
     return _split(partition.num_rows, np.concatenate(held))
 
 
+def hold_out_of_owners(owner_of_row: npt.NDArray[np.int64], amount: float, rng: np.random.Generator) -> HoldOut:
+    """Set aside ``amount`` rows at random, of which every owner keeps at least one; an amount as in :func:`hold_out`.
+
+    Raises:
+        DataError: the amount is not positive, or would leave an owner none.
+    """
+    order = rng.permutation(len(owner_of_row))
+    _, kept_at = np.unique(owner_of_row[order], return_index=True)
+    spare = np.delete(order, kept_at)
+    count = _count(len(order), amount, "the rows to train on")
+    if count > len(spare):
+        raise DataError(
+            f"hold-out of {amount} from the rows to train on: expected one row to be left to each of the "
+            f"{len(kept_at)} clients, got {len(order)} rows in all; lower it, or use more rows"
+        )
+    return _split(len(order), spare[:count])
+
+
 def with_units(split: HoldOut, unit_of_row: npt.NDArray[np.int64]) -> HoldOut:
     """Return the hold-out of rows from one of units: all rows of a unit stay, or are held out, together."""
     return _split(len(unit_of_row), np.flatnonzero(np.isin(unit_of_row, split.held)))

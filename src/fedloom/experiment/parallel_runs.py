@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -83,18 +83,43 @@ def run_in_processes(
     Raises:
         RunError: a run failed; the message is its own.
     """
+    return [one.result() for one in _ended(runs, parallel, _Starting(date, fresh, progress), FIRST_EXCEPTION)]
+
+
+def attempt_in_processes(
+    runs: Sequence[tuple[Settings, Path]], parallel: int, date: str, *, fresh: bool, progress: Progress
+) -> list[RunSummary | RunError]:
+    """Run all as :func:`run_in_processes` does, where one that fails ends no other: its error stands for it."""
+    ended = _ended(runs, parallel, _Starting(date, fresh, progress), ALL_COMPLETED)
+    return [error if isinstance(error := one.exception(), RunError) else one.result() for one in ended]
+
+
+@dataclass(frozen=True)
+class _Starting:
+    """How every process starts."""
+
+    date: str
+    fresh: bool
+    progress: Progress
+
+
+def _ended(
+    runs: Sequence[tuple[Settings, Path]], parallel: int, starting: _Starting, until: str
+) -> list[Future[RunSummary]]:
+    place = Path(os.path.commonpath([out.absolute().parent for _, out in runs]))
     with tempfile.TemporaryDirectory() as folder:
-        processes = _Processes(Path(folder), date, fresh, progress)
+        processes = _Processes(Path(folder), place, starting)
         with ThreadPoolExecutor(parallel) as threads:
             waiting = [threads.submit(processes.run, settings, out) for settings, out in runs]
             try:
-                done, _ = wait(waiting, return_when=FIRST_EXCEPTION)
-                _raise_first(done)
+                done, _ = wait(waiting, return_when=until)
+                if until == FIRST_EXCEPTION:
+                    _raise_first(done)
             except BaseException:
                 threads.shutdown(wait=False, cancel_futures=True)
                 processes.end()
                 raise
-        return [one.result() for one in waiting]
+    return waiting
 
 
 def _raise_first(done: set[Future[RunSummary]]) -> None:
@@ -104,21 +129,22 @@ def _raise_first(done: set[Future[RunSummary]]) -> None:
 
 @dataclass
 class _Processes:
-    """The processes that are running."""
+    """The processes that are running; each is called after its folder in ``place``."""
 
     folder: Path
-    date: str
-    fresh: bool
-    progress: Progress
+    place: Path
+    starting: _Starting
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _running: list[subprocess.Popen[str]] = field(default_factory=list)
     _is_ended: bool = False
 
     def run(self, settings: Settings, out: Path) -> RunSummary:
         """Run one, pass its lines on with its name before each, and return its summary."""
-        recipe, printed = self.folder / f"{out.name}.json", self.folder / f"{out.name}.out"
+        name = str(out.absolute().relative_to(self.place))
+        own = Path(tempfile.mkdtemp(dir=self.folder))
+        recipe, printed = own / "recipe.json", own / "printed"
         recipe.write_text(json.dumps(settings.as_dict()), encoding="utf-8")
-        command = [sys.executable, "-c", _CHILD, str(os.getpid()), self.date]
+        command = [sys.executable, "-c", _CHILD, str(os.getpid()), self.starting.date]
         command += ["run", str(recipe), "--out", str(out), "--json"]
         errors: list[str] = []
         with printed.open("w", encoding="utf-8") as output, self._started(command, output) as process:
@@ -127,10 +153,10 @@ class _Processes:
                 if line.startswith(_ERROR):
                     errors.append(line.removeprefix(_ERROR).strip())
                 else:
-                    self.progress.note(f"{out.name}: {line.rstrip()}")
+                    self.starting.progress.note(f"{name}: {line.rstrip()}")
         if process.returncode != 0:
             reason = "; ".join(errors) or f"its process ended with {process.returncode}; see the lines before"
-            raise RunError(f"{out.name}: {reason}")
+            raise RunError(f"{name}: {reason}")
         found = json.loads(printed.read_text(encoding="utf-8"))
         return RunSummary(**{**found, "folder": Path(found["folder"])})
 
@@ -153,7 +179,7 @@ class _Processes:
                 raise RunError("another run failed: this one was not started; run the same command again")
             # A session of its own: ctrl-c reaches this process alone, which then ends the others once.
             process: subprocess.Popen[str] = subprocess.Popen(
-                command + ["--fresh"] * self.fresh,
+                command + ["--fresh"] * self.starting.fresh,
                 stdout=output,  # type: ignore[call-overload]
                 stderr=subprocess.PIPE,
                 text=True,

@@ -63,6 +63,8 @@ def _score(suite: str, name: str, title: str, unit: Unit = "") -> Metric:
 # is the distance of what was applied from the exact mean; whether it harms the model is for the loss to say.
 LOSS = Metric("loss_nats", "held-out loss [nats]", path=("eval", "loss_nats"))
 CLIENT_LOSS = Metric("client_loss_nats", "clients' own rows: loss [nats]", path=("eval", "clients", "loss_nats"))
+# Neither better nor worse: a budget, which is to be equal.
+ROWS_TRAINED = Metric("rows_trained", "rows trained on", "neither", digits=0, path=("rows_trained",), over_rounds="sum")
 NOISE = Metric("aggregation_noise", "aggregation noise", path=("aggregation_noise",))
 DEVICE_PEAK = Metric(
     "peak_device_memory_bytes",
@@ -93,6 +95,8 @@ FIGURES = (
     NOISE,
     Metric("upload_bytes", "bytes up", unit="B", path=("upload_bytes",), over_rounds="sum"),
     Metric("download_bytes", "bytes down", unit="B", path=("download_bytes",), over_rounds="sum"),
+    ROWS_TRAINED,
+    Metric("num_rounds", "rounds", "neither", digits=0, path=("round",)),
     DEVICE_PEAK,
     Metric("seconds", "time", unit="s", path=("seconds",), over_rounds="sum"),
 )

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.reporting.metrics import DEVICE_PEAK, LOSS, PEAK, metric_of
-from fedloom.reporting.page import adapter, clients, costs, provenance, results
+from fedloom.reporting.page import adapter, clients, costs, provenance, results, tuning
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
 from fedloom.reporting.svg import element
 from fedloom.reporting.tables import reference_among
+from fedloom.reporting.tuned import Tuning, read_tuning
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import StoredRun, find_runs, read_run
 from fedloom.wording import written, written_bytes
@@ -37,7 +38,8 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
         found[0].check_adapter()  # of several, the page says which was left out
     groups = group_runs(found)
     _check_begun(groups)
-    page = report_html(groups, reference_among([group.label for group in groups], reference), damaged)
+    tunings = _tunings(runs, damaged)
+    page = report_html(groups, reference_among([group.label for group in groups], reference), damaged, tunings)
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write_bytes(out, page.encode())
@@ -60,6 +62,17 @@ def _readable(paths: Iterable[Path]) -> tuple[list[StoredRun], list[str]]:
     return found, damaged
 
 
+def _tunings(runs: Iterable[Path], damaged: list[str]) -> list[Tuning]:
+    """Return what was chosen before the comparisons in these folders; what is damaged is added to the others."""
+    found = []
+    for folder in dict.fromkeys(runs):
+        try:
+            found.append(read_tuning(folder))
+        except RunError as error:
+            damaged.append(str(error))
+    return [one for one in found if one is not None]
+
+
 def _check_begun(groups: Sequence[RunGroup]) -> None:
     runs = [run for group in groups for run in group.runs]
     if not any(run.records or run.finished for run in runs):
@@ -69,13 +82,19 @@ def _check_begun(groups: Sequence[RunGroup]) -> None:
         )
 
 
-def report_html(groups: Sequence[RunGroup], reference: str | None = None, damaged: Sequence[str] = ()) -> str:
-    """Return the page about run groups; ``damaged`` says what is wrong with runs that are skipped."""
+def report_html(
+    groups: Sequence[RunGroup],
+    reference: str | None = None,
+    damaged: Sequence[str] = (),
+    tunings: Sequence[Tuning] = (),
+) -> str:
+    """Return the page about run groups; ``damaged`` says what is wrong with what is skipped."""
     losses = results.losses(groups)
     body = "".join(
         (
             _header(groups, damaged),
             section("results", "Results", "", results.methods(groups, reference)),
+            section("tuning", "Tuned settings", "", tuning.tuned_settings(tunings)),
             section("loss", "Loss", "", key(groups) + losses if losses else ""),
             section("groups", "By group of rows", "", results.groups_of_rows(groups)),
             section(

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 from fedloom.methods import table
+from fedloom.reporting.budget import with_rows_trained
 from fedloom.reporting.metrics import CLIENT_LOSS, LOSS, Metric, figures_of, metrics_among
 from fedloom.reporting.tables import Comparison, compare
 from fedloom.run_folder.manifest import flatten
@@ -144,7 +145,7 @@ def _losses(run: StoredRun) -> list[tuple[int, float, float]]:
 
 def results(run: StoredRun) -> dict[str, float]:
     """Return a run's final figures by key: the last evaluation's numbers, and what the run cost."""
-    return figures_of(_final_evaluation(run), run.records)
+    return figures_of(_final_evaluation(run), with_rows_trained(run))
 
 
 def _final_evaluation(run: StoredRun) -> Mapping[str, Any]:

@@ -28,7 +28,10 @@ SITES = "sites"
 VERSIONED = (*PER_CLIENT, "federation.num_clients")
 """Settings that say something of each site, and so may grow with ``sites.names``."""
 _LARGEST_LIST = 48 << 10
-_AT_THE_SITES = ("path", "split", "subset", "revision", "columns", "eval_rows", "eval_fraction", "max_rows")
+_AT_THE_SITES = (
+    *("path", "split", "subset", "revision", "columns", "eval_rows", "eval_fraction", "max_rows"),
+    *("validation_fraction", "scored_seeds"),
+)
 
 
 class Sites(Table):

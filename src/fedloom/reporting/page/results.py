@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedloom.names import name_order
+from fedloom.reporting.budget import unequal_rows
 from fedloom.reporting.charts import Axis, Level, Line, axis_of, line_chart
 from fedloom.reporting.metrics import CLIENT_LOSS, LOSS, NOISE, Metric, metric_of
 from fedloom.reporting.page.parts import figure, table
@@ -43,6 +44,8 @@ def methods(groups: Sequence[RunGroup], reference: str | None) -> str:
     head = ["method", *(metric.title for metric in comparison.metrics)]
     top = element("thead", element("tr", *(element("th", text=title, scope="col") for title in head)))
     note = element("p", text=comparison.caption(), class_="note")
+    if (told := unequal_rows(comparison)) is not None:
+        note += element("p", text=f"{told[0].upper()}{told[1:]}.", class_="warning")
     return element("div", element("table", top, element("tbody", rows), class_="results"), class_="scroll") + note
 
 
