@@ -14,6 +14,7 @@ import pytest
 from torch import nn
 
 import fedloom
+from fedloom.assembly import divided_rows
 from fedloom.assembly import inputs as assembly_inputs
 from fedloom.assembly.engine_choice import Surroundings, engine_of
 from fedloom.assembly.inputs import Workshop
@@ -282,11 +283,15 @@ class Recorder:
             "set_aside": (split, None),
         }
         for name, result in found.items():
-            monkeypatch.setattr(assembly_inputs, name, self._standing_in(name, lambda result=result: result))
-        monkeypatch.setattr(assembly_inputs, "divide", self._standing_in("divide", self._partition))
+            home = (
+                divided_rows if hasattr(divided_rows, name) and not hasattr(assembly_inputs, name) else assembly_inputs
+            )
+            monkeypatch.setattr(home, name, self._standing_in(name, lambda result=result: result))
+        monkeypatch.setattr(divided_rows, "divide", self._standing_in("divide", self._partition))
         monkeypatch.setattr(assembly_inputs, "without_emptied", self._with_all)
         load = self._standing_in("Partition.load", self._partition)
-        monkeypatch.setattr(assembly_inputs, "Partition", SimpleNamespace(load=load))
+        for home in (assembly_inputs, divided_rows):
+            monkeypatch.setattr(home, "Partition", SimpleNamespace(load=load))
 
     def _partition(self) -> Any:
         return SimpleNamespace(num_clients=self.num_clients)

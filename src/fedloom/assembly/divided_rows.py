@@ -38,6 +38,12 @@ def _held_out(settings: Settings, rows: Rows, amount: float) -> HoldOut:
 
 
 def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, saved: Path | None) -> Partition:
+    """Return who owns which row: as drawn, as a file says, or as a run has ``saved`` it.
+
+    Raises:
+        DataError: the number of clients is another than the settings say.
+        PartitionError: rows cannot be divided as asked, or a saved partition is of other rows.
+    """
     wanted, table = settings.federation.num_clients, settings.partition
     if saved is not None:
         return Partition.load(saved, sha256)
