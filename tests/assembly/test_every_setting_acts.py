@@ -165,8 +165,8 @@ INPUTS = ("model.", "data.", "partition.")
 # Read where it is used instead of being handed over: the line that reads it.
 READ_IN = {
     "federation.participation": ("assembly/round_plan.py", "participation_of(Path(settings.federation.participation)"),
-    "federation.num_clients": ("assembly/inputs.py", "num_clients=wanted"),
-    "run.seed": ("assembly/inputs.py", 'stream(settings.run.seed, "hold-out")'),
+    "federation.num_clients": ("assembly/divided_rows.py", "num_clients=wanted"),
+    "run.seed": ("assembly/divided_rows.py", 'stream(settings.run.seed, "hold-out")'),
     "engine.name": ("assembly/engine_choice.py", 'if settings.engine.name == "ray"'),
     "engine.workers": ("assembly/engine_choice.py", "Resources(chosen.cpus_per_worker, gpus, chosen.workers)"),
     "engine.gpus_per_worker": ("assembly/engine_choice.py", "gpus = chosen.gpus_per_worker"),
@@ -239,7 +239,7 @@ def in_a_cut(settings: Settings) -> list[object]:
     return [
         replace(plan, training=replace(training_of(settings), **UNREAD_BY_A_CUT)),
         (type(strategy), strategy.name, strategy.weighting),
-        rules_of(settings),
+        rules_of(settings, SHAPES),
         settings.evaluation.every,  # SplitRun.evaluate_every
         devices_of(settings),
     ]

@@ -126,7 +126,7 @@ class Federation(Table):
         "uniform",
         "How the clients of a round are drawn: all alike, or in proportion to their rows, which with equal weights is "
         "right for the mean over all rows.",
-        when=TRAINED,
+        when=ROUNDS,
     )
     clients_per_round: Count | Fraction | None = setting(
         None,
