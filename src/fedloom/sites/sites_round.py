@@ -36,7 +36,7 @@ class SitesRound:
 
     def __post_init__(self) -> None:
         self.waiting = {broadcast.client: broadcast for broadcast in self.broadcasts}
-        self.keys = {broadcast.client: task_key(self.engine.run, broadcast) for broadcast in self.broadcasts}
+        self.keys = task_keys(self.engine.run, self.broadcasts)
         self.sent = dict.fromkeys(self.waiting, 0)
         self.begun = self.engine.clock()
         self.quorum_at: float | None = None
@@ -155,9 +155,18 @@ class SitesRound:
         return self.engine.sites[self.engine.names[client]]
 
 
-def task_key(run: str, broadcast: Broadcast) -> str:
-    """Return what names a task whatever version its site holds: the run, the round, and what training starts from."""
-    start = broadcast.start
-    begins = digest(start) if isinstance(start, Adapter) else f"{start.name} {start.rank}"
-    named = f"{run} {broadcast.round} {broadcast.client} {broadcast.rank} {broadcast.scale!r} {broadcast.news.sha256}"
-    return sha256(f"{named} {begins}".encode()).hexdigest()
+def task_keys(run: str, broadcasts: Sequence[Broadcast]) -> dict[int, str]:
+    """Return by client what names its task, whatever version its site holds: run, round, and what training starts from.
+
+    A start that several clients share is hashed once.
+    """
+    begins: dict[int, str] = {}
+    keys = {}
+    for broadcast in broadcasts:
+        start = broadcast.start
+        if id(start) not in begins:
+            begins[id(start)] = digest(start) if isinstance(start, Adapter) else f"{start.name} {start.rank}"
+        place = f"{run} {broadcast.round} {broadcast.client} {broadcast.rank} {broadcast.scale!r}"
+        named = f"{place} {broadcast.news.sha256} {begins[id(start)]}"
+        keys[broadcast.client] = sha256(named.encode()).hexdigest()
+    return keys
