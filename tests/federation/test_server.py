@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fedloom.federation.server import ServerRules, aggregation_noise, next_state
+from fedloom.federation.blob import WireDtype
+from fedloom.federation.coding import num_bytes_of
+from fedloom.federation.server import BroadcastForm, ServerRules, aggregation_noise, next_state, within
 from fedloom.lora.algebra import compress, distance, norm, stack
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
@@ -78,3 +80,43 @@ def test_noise_follows_from_what_is_applied_and_cannot_be_stated() -> None:
     without_side = replace(exact, side=Adapter())
     assert aggregation_noise(without_side.applied, exact.ideal) == aggregation_noise(plain.applied, plain.ideal)
     assert aggregation_noise(plain.applied, plain.ideal) > 0.1  # type: ignore[operator]
+
+
+def random_pair(num_out: int, num_in: int, rank: int) -> Pair:
+    generator = torch_stream(3, num_out, num_in, rank)
+    return Pair(torch.randn(num_out, rank, generator=generator), torch.randn(rank, num_in, generator=generator))
+
+
+def cost_of_a_direction(pair: Pair, wire: WireDtype) -> int:
+    return num_bytes_of({"one.b": (pair.shape[0], 1), "one.a": (1, pair.shape[1])}, wire)
+
+
+@pytest.mark.parametrize("wire", [WireDtype.FP32, WireDtype.INT4])
+def test_an_addition_within_a_limit_of_bytes_takes_the_directions_of_most_energy_a_byte(wire: WireDtype) -> None:
+    whole = compress(Adapter({"wide": random_pair(64, 64, 3), "small": random_pair(8, 8, 3)})).adapter
+    cost = {name: cost_of_a_direction(pair, wire) for name, pair in whole.items()}
+    worth = {
+        name: [float(c) ** 2 / cost[name] for c in pair.b_OR.norm(dim=0) * pair.a_RI.norm(dim=1)]
+        for name, pair in whole.items()
+    }
+    assert within(whole, 0, wire) == {}
+    for max_bytes in (cost["wide"], cost["small"] + cost["wide"], 2 * cost["wide"], 10**6):
+        ranks = within(whole, max_bytes, wire).ranks
+        assert ranks.keys() == whole.keys()
+        assert sum(rank * cost[name] for name, rank in ranks.items()) <= max_bytes
+        taken = [one for name in whole for one in worth[name][: ranks[name]]]
+        left = [one for name in whole for one in worth[name][ranks[name] :]]
+        assert min(taken) >= max(left, default=0.0)
+    assert within(whole, 10**6, wire).ranks == whole.ranks
+
+
+def test_what_a_limit_of_bytes_leaves_out_is_sent_in_later_rounds() -> None:
+    addition = Adapter({"m": random_pair(12, 10, 4)})
+    limit = cost_of_a_direction(addition["m"], WireDtype.FP32)
+    rules = ServerRules(PlainStep(), BroadcastForm.COMPRESSED, max_bytes=limit)
+    state = ServerState()
+    for joining in (addition, *[addition.scaled(0.0)] * 3):
+        aggregate = Aggregate(None, joining, joining, 0.0, {0: 1.0})
+        state = next_state(state, aggregate, rules, [1.0], {})
+        assert state.chain[-1].ranks == {"m": 1}
+    assert distance(state.side, addition) < 1e-5 * norm(addition)

@@ -14,6 +14,7 @@ from memory_link import NAMES, Hub, SiteThread, adapter_of, served, study_of
 
 from fedloom.config import Settings
 from fedloom.experiment.session import run
+from fedloom.federation.blob import WireDtype
 from fedloom.federation.server import addressed
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
@@ -65,6 +66,6 @@ def test_a_client_that_asks_for_the_whole_side_gets_it_though_additions_would_do
     side = Adapter({"layer": Pair(torch.ones(4, 1), torch.ones(1, 4))})
     state = ServerState(round=1, side=side, chain=(side,))
     broadcast = Broadcast(2, 0, 1, 1.0, News(1, 1, (), False, "sha"), Draw(("a",), 1))
-    whole, news, nothing = (addressed(broadcast, state, strategy, held).news for held in (None, 0, 1))
+    whole, news, nothing = (addressed(broadcast, state, strategy, held, WireDtype.FP32).news for held in (None, 0, 1))
     assert (whole.is_whole, whole.parts) == (True, (side,))
     assert (news.is_whole, news.since, nothing.parts) == (False, 0, ())

@@ -146,7 +146,7 @@ def _packed(codes_RN: Tensor, bits: int) -> Tensor:
     per_byte = 8 // bits
     moved_RN = (codes_RN.to(torch.int16) + _top(bits)).to(torch.uint8)
     filled_RN = torch.nn.functional.pad(moved_RN, (0, -moved_RN.shape[1] % per_byte))
-    parts = filled_RN.reshape(len(filled_RN), -1, per_byte)
+    parts = filled_RN.reshape(len(filled_RN), filled_RN.shape[1] // per_byte, per_byte)
     found = torch.zeros(parts.shape[:2], dtype=torch.uint8, device=parts.device)
     for place in range(per_byte):
         found |= parts[:, :, place] << (place * bits)
@@ -156,7 +156,7 @@ def _packed(codes_RN: Tensor, bits: int) -> Tensor:
 def _unpacked(key: str, packed: Tensor, length: int, bits: int) -> Tensor:
     per_byte, mask = 8 // bits, (1 << bits) - 1
     places = [(packed >> (place * bits)) & mask for place in range(per_byte)]
-    filled_RN = torch.stack(places, dim=-1).reshape(len(packed), -1)
+    filled_RN = torch.stack(places, dim=-1).reshape(len(packed), packed.shape[1] * per_byte)
     codes_RN = filled_RN[:, :length].to(torch.int16) - _top(bits)
     if bool((codes_RN > _top(bits)).any()) or bool(filled_RN[:, length:].any()):
         raise UpdateError(f"{key}: expected codes of {bits} bits, got others; send it again")

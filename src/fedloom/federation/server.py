@@ -253,7 +253,7 @@ def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Ad
     sent = as_received(smaller, rules.wire)
     if rules.tolerance == 0.0 and rules.wire is WireDtype.FP32 and rules.max_bytes is None:
         return sent, Adapter()
-    return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter
+    return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter if sent else addition
 
 
 def within(addition: Adapter, max_bytes: int, wire: WireDtype) -> Adapter:
@@ -272,7 +272,9 @@ def within(addition: Adapter, max_bytes: int, wire: WireDtype) -> Adapter:
         if cost > left:
             break
         ranks[name], left = ranks[name] + 1, left - cost
-    return Adapter({name: truncate_pair(pair, ranks[name]) for name, pair in addition.items() if ranks[name]})
+    # All modules stay, of rank 0 where nothing fits: additions are added up module by module.
+    cut = {name: truncate_pair(pair, ranks[name]) for name, pair in addition.items()}
+    return Adapter(cut if any(ranks.values()) else {})
 
 
 def _worth_keeping(chain: tuple[Adapter, ...], side: Adapter) -> tuple[Adapter, ...]:
