@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
 from fedloom.assembly.inputs import known_names, lora_of
-from fedloom.assembly.round_plan import strategy_of
+from fedloom.assembly.round_plan import rules_of, strategy_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
@@ -261,8 +261,10 @@ def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tu
 
     That is the cohort's stack, and the mean beside it where a start is averaged.
     """
-    if not settings.traits.grows_side:
+    if not settings.traits.grows_side or settings.server.step == "adamw":
         return (), 0
+    if (limit := rules_of(settings, lora.shapes).max_bytes) is not None:
+        return (_zeros(lora, 0),), limit
     share = settings.cohort_size / len(ranks)
     stacked = round(sum(ranks) * share)
     if not settings.traits.starts_fresh:
