@@ -264,7 +264,7 @@ def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tu
     if not settings.traits.grows_side or settings.server.step == "adamw":
         return (), 0
     if (limit := rules_of(settings, lora.shapes).max_bytes) is not None:
-        return (_zeros(lora, 0),), limit
+        return (_zeros(lora, 1),), limit  # the names and sizes of its tensors come on top
     share = settings.cohort_size / len(ranks)
     stacked = round(sum(ranks) * share)
     if not settings.traits.starts_fresh:
