@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from faults import mutations
@@ -163,6 +164,7 @@ def _messages() -> list[Reader]:
         dtype = "int8" if found.matrix.scales_T is not None else "fp32"
         check_message(found, split.replace(split.EXPECTED, dtype=dtype))
 
+    few_bits, few_bits_sent, few_bits_answer = _in_few_bits(honest)
     strategy, own = ZeroPadding(honest.COHORT), honest.update().adapter
     states = [honest.state(), honest.replace(honest.state(), round=1, side=own, chain=(own,))]
     sent = [broadcasts_for(state, [1], strategy, {1: 2}, {1: 2.0})[0] for state in states]
@@ -174,12 +176,50 @@ def _messages() -> list[Reader]:
         ("update", [update], answer),
         ("failure", [failure], answer),
         ("broadcast", news, broadcast),
+        ("broadcast in few bits", [few_bits_sent], broadcast),
+        ("update in few bits", [few_bits_answer], few_bits),
         ("split message", cut, split_message),
     ):
         found.append(Reader(f"{name}, changed on the way", valid, read, mutations.TENSORS, hashed=True))
         bare = [unsealed(one) for one in valid]
         found.append(Reader(f"{name}, sent so", bare, lambda b, read=read: read(sealed(b)), mutations.TENSORS))
     return found
+
+
+def _in_few_bits(honest: Any) -> tuple[Callable[[bytes], None], bytes, bytes]:
+    """Return a reader of answers in 4 bits with second moments, and a valid broadcast and answer of that kind."""
+    import torch
+
+    from fedloom.errors import UpdateError
+    from fedloom.federation.blob import WireDtype
+    from fedloom.federation.broadcasts import encode_broadcast
+    from fedloom.federation.messages import decode_answer, encode_update, moments_entries
+    from fedloom.federation.server import broadcasts_for
+    from fedloom.federation.update_checks import check_update
+    from fedloom.lora.pair import BOTH
+    from fedloom.methods import table
+    from fedloom.methods.options import MethodOptions
+    from fedloom.methods.state import Failure
+
+    strategy = table.make("zero-padding", honest.COHORT, MethodOptions(few_bits=True, moments="shared"))
+    entries = moments_entries(honest.SHAPES, 2, BOTH)
+    moments = {key.removeprefix("moments/"): torch.ones(shape) for key, (_, shape) in entries.items()}
+    state = honest.replace(strategy.initial(), round=1, start=honest.update().adapter, optimiser=moments)
+    (broadcast,), work = (
+        broadcasts_for(state, [1], strategy, {1: 2}, {1: 2.0}, WireDtype.INT4),
+        strategy.client.work(2),
+    )
+
+    def read(message: bytes) -> None:
+        found = decode_answer(message, broadcast, work, honest.SHAPES, WireDtype.INT4, lambda draw: broadcast.start)
+        if isinstance(found, Failure):
+            raise UpdateError(found.reason)
+        check_update(found, broadcast, work, honest.SHAPES, honest.ASKED)
+
+    update = honest.replace(honest.update(), round=2, moments=moments)
+    answer = encode_update(update, update.adapter.as_tensors(), WireDtype.INT4)
+    read(answer)
+    return read, encode_broadcast(broadcast, WireDtype.INT4), answer
 
 
 def _files(folder: Path) -> list[Reader]:

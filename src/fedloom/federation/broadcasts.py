@@ -170,9 +170,11 @@ def decode_broadcast(message: Message, shapes: Shapes) -> Received:
 def _room_for_entries(blob: Buffer, shapes: Shapes) -> int:
     """Return how long the entries of a broadcast's tensors can be: each stands for a row or column at least.
 
+    In 2 bits a row is a quarter of a byte a number, and has two entries, its codes and its scale of four bytes.
+
     Without a limit a header that describes nothing would be parsed into many times its size.
     """
-    smallest = min((min(shape) for shape in shapes.values()), default=1)
+    smallest = min((min(shape) for shape in shapes.values()), default=1) // 8 + 1
     num_bytes = max(0, len(blob) - 8 - int.from_bytes(blob[:8], "little"))
     longest = max(map(len, shapes), default=0) + _ENTRY_BESIDE_NAME
     return longest * (num_bytes // smallest + _PARTS_WITHOUT_BYTES * len(shapes))
