@@ -40,10 +40,15 @@ from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.server_steps import PlainStep
 from fedloom.methods.state import Aggregate, Broadcast, Failure, Update
 from fedloom.methods.strategy import Strategy
+from fedloom.methods.weave import Weave
 
 Tensors = dict[str, torch.Tensor]
 Act = Callable[[Update, Tensors, Tensors], bytes]
-EVERY_METHOD: Mapping[str, Callable[[], Strategy]] = {**METHODS, "rolora": lambda: RoLoRA(COHORT)}
+EVERY_METHOD: Mapping[str, Callable[[], Strategy]] = {
+    **METHODS,
+    "rolora": lambda: RoLoRA(COHORT),
+    "weave": lambda: Weave(COHORT),
+}
 
 
 def _sent(update: Update, tensors: Mapping[str, torch.Tensor]) -> bytes:
