@@ -62,6 +62,7 @@ def test_a_list_per_client_is_as_long_as_there_are_clients(tables: dict[str, obj
     ("tables", "setting"),
     [
         ({"method": {"name": "flora", "weighting": "norm"}}, "method.weighting"),
+        ({"method": {"name": "splitlora", "weighting": "work"}}, "method.weighting"),
         ({"method": {"broadcast": "compressed"}}, "method.broadcast"),
         ({"method": {"name": "flora", "tolerance": 0.1}}, "method.tolerance"),
         ({"method": {"name": "centralised"}, "server": {"learning_rate": 2.0}}, "server.learning_rate"),

@@ -98,6 +98,7 @@ SHIPPED: dict[str, Method] = {
                 "splitlora",
                 "the model cut between clients and server, the clients' half aggregated",
                 kind=Kind.SPLIT,
+                weightings=("rows", "tokens", "uniform"),
                 aggregates_split=False,
                 combines=False,
                 is_standard=True,
