@@ -127,7 +127,7 @@ class Intake:
                 self.seen[outcome.client] = self._examine(arrival, expected[outcome.client])
                 self._note_held(outcome, expected[outcome.client])
                 if isinstance(outcome, Update) and self.seen[outcome.client].reason is None:
-                    waiting.put(replace(outcome, weight=self._by_work.get(outcome.client)))
+                    waiting.put(self._weighed(outcome))
             for client in expected.keys() - self.seen.keys():
                 self.seen[client] = ClientRecord(client, self._lost or "returned nothing", 0, 0)
             self._refuse_far_off()
@@ -168,13 +168,16 @@ class Intake:
                 self._moment_sizes[outcome.client] = math.sqrt(sum(float(t.sum()) for t in outcome.moments.values()))
             if asked is not None and self.plan.strategy.weighting is Weighting.WORK:
                 self._by_work[outcome.client] = float(asked.work)
-            weighed = replace(outcome, weight=self._by_work.get(outcome.client))
-            self._weights[outcome.client] = weigh(weighed, self.plan.strategy.weighting)
+            self._weights[outcome.client] = weigh(self._weighed(outcome), self.plan.strategy.weighting)
         except UpdateError as error:
             reason = str(error)
         is_read = isinstance(outcome, Update) and isinstance(outcome.adapter, Adapter)
         size = outcome.adapter.num_parameters if is_read else 0
         return ClientRecord(outcome.client, reason, *crossed, stats=stats, num_parameters=size, norm=change)
+
+    def _weighed(self, update: Update) -> Update:
+        """Return an update with the weight that the server gives by work; by anything else the update itself tells."""
+        return replace(update, weight=self._by_work.get(update.client))
 
     def _refuse_far_off(self) -> None:
         """Leave out changes, and factors, of a norm that no training gives: many times what others' have.

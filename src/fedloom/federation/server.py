@@ -80,8 +80,9 @@ def broadcasts_for(
     ]
     if not wire.is_coded:
         return broadcasts
-    first = strategy.initial().start if strategy.drawn is not None else None
-    return [in_few_bits(one, state.views.get(one.client), first, strategy, wire) for one in broadcasts]
+    views = {one.client: state.views.get(one.client) for one in broadcasts}
+    first = _first_start(strategy) if None in views.values() else None
+    return [in_few_bits(one, views[one.client], first, strategy, wire) for one in broadcasts]
 
 
 def addressed(
@@ -97,11 +98,15 @@ def addressed(
     whole = News(0, state.round, (state.side,), True, sha256)
     news = whole if held is None else news_for(seen, held, sha256)
     if wire.is_coded:
-        first = strategy.initial().start if strategy.drawn is not None else None
         view = state.views.get(client) if held == state.seen.get(client) else None
-        plain = replace(broadcast, news=news, difference=None)
-        return in_few_bits(plain, view, first, strategy, wire)
+        first = _first_start(strategy) if view is None else None
+        return in_few_bits(replace(broadcast, news=news, difference=None), view, first, strategy, wire)
     return replace(broadcast, news=news, crossing=_crossing(seen, strategy, client))
+
+
+def _first_start(strategy: Strategy) -> Adapter | None:
+    """Return the start that every client can draw by itself, where the method has one."""
+    return None if strategy.drawn is None else strategy.initial().start
 
 
 def moments_for(rank: int, state: ServerState, strategy: Strategy) -> dict[str, Tensor]:

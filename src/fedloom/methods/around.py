@@ -9,7 +9,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedloom.lora.algebra import pad
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, InFewBits, MeasuresGradient, Moments, WithMoments
@@ -224,7 +223,7 @@ class SynchronisedSteps(Around):
         """
         parameters: dict[str, nn.Parameter] = {}
         for name, pair in start.items():
-            slope = pad(Adapter({name: gradient[name]}), pair.rank)[name]
+            slope = gradient[name]
             for factor, number, grad in (
                 ("a", pair.a_RI, slope.a_RI),
                 ("b", pair.b_OR / self.adamw.scale, slope.b_OR * self.adamw.scale),

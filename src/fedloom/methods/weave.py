@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fedloom.lora.algebra import slots_after
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.fedex import FedEx
 from fedloom.methods.state import ServerState, Update
@@ -56,9 +55,9 @@ class CompletedSum(FactorSum):
 
 def completed(adapter: Adapter, start: Adapter) -> Adapter:
     """Return an adapter with the slots of ``start`` beyond its own."""
-    pairs = dict(adapter)
+    pairs = {}
     for name, pair in adapter.items():
-        beyond = slots_after(Adapter({name: start[name]}), pair.rank).get(name)
-        if beyond is not None:
-            pairs[name] = Pair(torch.cat([pair.b_OR, beyond.b_OR], dim=1), torch.cat([pair.a_RI, beyond.a_RI], dim=0))
+        whole, rank = start[name], pair.rank
+        b_OR = torch.cat([pair.b_OR, whole.b_OR[:, rank:]], dim=1)
+        pairs[name] = Pair(b_OR, torch.cat([pair.a_RI, whole.a_RI[rank:]], dim=0))
     return Adapter(pairs)
