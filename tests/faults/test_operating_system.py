@@ -217,13 +217,23 @@ def test_an_override_nested_beyond_reason_is_one_line(capsys: pytest.CaptureFixt
     assert "run.seed" in refused(capsys, "validate", "demo", "--set", "run.seed=" + "[" * 5000)
 
 
-def shell(command: str) -> subprocess.CompletedProcess[str]:
+def shell(command: str, unbuffered: str = "") -> subprocess.CompletedProcess[str]:
     program = f"{sys.executable} -m fedloom"
     return subprocess.run(
-        ["sh", "-c", command.replace("fedloom", program, 1)], capture_output=True, text=True, timeout=120, check=False
+        ["sh", "-c", command.replace("fedloom", program, 1)],
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
 
 
+BUFFERING = pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+"""What is buffered is written, and may fail, when a command has ended; a container often sets the other."""
+
+
+@BUFFERING
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize(
     ("command", "message"),
@@ -236,15 +246,17 @@ def shell(command: str) -> subprocess.CompletedProcess[str]:
         ("fedloom recipes >&-", "standard output is closed"),
     ],
 )
-def test_a_standard_output_that_takes_nothing_is_one_line(command: str, message: str) -> None:
-    done = shell(command)
+def test_a_standard_output_that_takes_nothing_is_one_line(command: str, message: str, unbuffered: str) -> None:
+    done = shell(command, unbuffered)
     assert done.returncode == 2
     assert len(done.stderr.splitlines()) == 1
     assert message in done.stderr
 
 
-def test_a_reader_that_has_seen_enough_is_no_mistake() -> None:
-    assert shell("fedloom recipes | true").stderr == ""
+@BUFFERING
+@pytest.mark.parametrize("command", ["fedloom recipes | true", "fedloom --help | true"])
+def test_a_reader_that_has_seen_enough_is_no_mistake(command: str, unbuffered: str) -> None:
+    assert shell(command, unbuffered).stderr == ""
 
 
 def test_a_log_that_takes_nothing_ends_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

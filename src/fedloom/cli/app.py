@@ -26,10 +26,10 @@ from fedloom.cli import (
     sites_admin_commands,
     splitting,
 )
-from fedloom.cli.output import output_explained, say
+from fedloom.cli.output import output_explained, say, takes_all_output
 from fedloom.errors import FedloomError
 
-DONE, USER_INPUT, INTERRUPTED = 0, 2, 130
+DONE, UNREAD, USER_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 app = typer.Typer(
     name="fedloom",
@@ -98,6 +98,8 @@ def exit_code(arguments: list[str]) -> int:
     except typer.TyperException as error:
         return _refuse(f"{error.format_message().rstrip('.')}; see fedloom --help, or --help after the command")
     except OSError as error:
+        if not takes_all_output() and isinstance(error, BrokenPipeError):
+            return UNREAD
         return _refuse(_system_refusal(error))
     except (KeyboardInterrupt, typer.Abort):
         returned = INTERRUPTED

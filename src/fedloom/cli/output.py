@@ -55,12 +55,25 @@ def output_explained() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        with contextlib.suppress(OSError):  # what is left there would make Python stumble at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        takes_all_output()
         raise FedloomError(
             f"standard output: expected a place for the result, got: {(error.strerror or str(error)).lower()}; "
             "free space, or send it elsewhere"
         ) from error
+
+
+def takes_all_output() -> bool:
+    """Tell whether standard output takes what is left for it; if not, let go of it.
+
+    It would make Python stumble at its end, after the last line was said.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def say(message: str) -> None:
