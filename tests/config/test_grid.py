@@ -145,3 +145,57 @@ def test_what_is_set_and_tried_at_once_is_refused(settings: Settings) -> None:
         grids = compared_variants(settings, ["fedit"], [1], grid=grid)
         with pytest.raises(SettingsError, match=f"expected no --set {given[:-2]} besides, got both"):
             refuse_ignored(settings, grids, [1], [given], grid)
+
+
+SCHEDULES = "federation.num_rounds/training.local_steps=2/8,8/2"
+
+
+def test_settings_that_go_together_are_tried_together(settings: Settings) -> None:
+    fedit, pooled, base = compared_variants(settings, ["fedit", "centralised", "base"], [1], grid=[SCHEDULES, RATES])
+    pairs = [(one["federation.num_rounds"], one["training.local_steps"]) for one in tried(fedit)]
+    assert pairs == [(2, 8), (2, 8), (8, 2), (8, 2)]
+    assert len(tried(pooled)) == 4
+    assert base.skipped == dict.fromkeys(
+        ("federation.num_rounds", "training.local_steps", "training.learning_rate"), "it does not act"
+    )
+
+
+def test_of_settings_that_go_together_one_that_acts_is_enough(settings: Settings) -> None:
+    joint = "training.learning_rate/federation.clients_per_round=1e-3/2,2e-3/3"
+    (pooled,) = compared_variants(settings, ["centralised"], [1], grid=[joint])
+    assert [one["training.learning_rate"] for one in tried(pooled)] == [1e-3, 2e-3]
+    assert not pooled.skipped
+
+
+def test_settings_that_go_together_give_way_to_a_methods_own_as_a_whole(settings: Settings) -> None:
+    fedit, flora = compared_variants(
+        settings, ["fedit", "flora"], [1], overrides=["flora:training.local_steps=7"], grid=[SCHEDULES]
+    )
+    assert len(fedit.points) == 2
+    assert [one.settings.training.local_steps for one in flora.points] == [7]
+    assert set(flora.skipped) == {"federation.num_rounds", "training.local_steps"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "told"),
+    [
+        ("federation.num_rounds/training.local_steps=2/8,8", "expected 2 values joined by /"),
+        ("federation.num_rounds/training.local_steps=2/8/1,8/2/1", "expected 2 values joined by /"),
+        ("federation.num_rounds/training.local_steps=2/,8/2", "expected 2 values joined by /"),
+        ("federation.num_rounds/training.local_steps=2/8,2/8", "got 2/8 twice"),
+        ("federation.num_rounds/federation.num_rounds=2/8,8/2", "got two"),
+        ("federation.num_rounds/steps=2/8,8/2", "expected [METHOD:]table.setting=value"),
+        ("training.local_steps/training.local_epochs=1/1,2/2", "got two"),
+        ("federation.num_rounds/run.seed=2/8,8/2", "got run.seed"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings: Settings, grid: str, told: str) -> None:
+    with pytest.raises(SettingsError) as refused:
+        compared_variants(settings, ["fedit"], [1], grid=[grid])
+    assert told in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_methods_own_default_follows_the_steps_that_are_tried(settings: Settings) -> None:
+    (weave,) = compared_variants(settings, ["weave"], [1], grid=["training.local_steps=1,4"])
+    assert [one.settings.server.step for one in weave.points] == ["adamw", "plain"]

@@ -38,7 +38,7 @@ GridOption = Annotated[
         "--grid",
         metavar="[METHOD:]TABLE.SETTING=V1,V2,...",
         help="Values to choose from for each method, or for the one named, by the loss on validation rows; may be "
-        "repeated: all combinations are tried.",
+        "repeated: all combinations are tried. Settings that go together are joined by /, names and values.",
         show_default=False,
     ),
 ]

@@ -1,9 +1,13 @@
-"""What a comparison tries for each method before it runs it: ``--grid [METHOD:]table.setting=value,value,...``."""
+"""What a comparison tries for each method before it runs it: ``--grid [METHOD:]table.setting=value,value,...``.
+
+Settings that go together are joined by ``/``, names and values:
+``federation.num_rounds/training.local_steps=5/20,20/5``.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,17 +28,27 @@ from fedloom.errors import SettingsError
 from fedloom.wording import either
 
 OPTION = "--grid"
+JOINT = "/"
+"""Between settings that go together, and between their values."""
 MOST_POINTS = 1000
 
 
 @dataclass(frozen=True)
 class GridKey:
-    """One setting and the values to try, for one method or for all; ``given`` is how it was written."""
+    """Settings that change together, mostly one, for one method or for all; ``given`` is how it was written.
+
+    ``choices`` are their values in the order of ``names``.
+    """
 
     given: str
     method: str | None
-    name: str
-    values: tuple[Any, ...]
+    names: tuple[str, ...]
+    choices: tuple[tuple[Any, ...], ...]
+
+    def rivals(self, names: Iterable[str]) -> list[str]:
+        """Return those of ``names`` that cannot be set besides these."""
+        others = list(names)
+        return [rival for name in self.names for rival in rivals(name, others)]
 
 
 @dataclass(frozen=True)
@@ -72,23 +86,43 @@ def parse_grid(grid: Sequence[str], methods: Sequence[str]) -> list[GridKey]:
     keys: list[GridKey] = []
     for given in grid:
         method, rest = scope_of(given)
-        match = OVERRIDE.fullmatch(rest)
-        if match is None:
+        joined, equals, text = rest.partition("=")
+        matches = [OVERRIDE.fullmatch(f"{name}{equals}{text}") for name in joined.split(JOINT)]
+        names = tuple(f"{match[1]}.{match[2]}" for match in matches if match is not None)
+        if len(names) < len(matches):
             raise SettingsError(
                 f"{OPTION} {given}: expected [METHOD:]table.setting=value,value,..., got {given!r}; write e.g. "
                 "training.learning_rate=1e-3,2e-3"
             )
         if method is not None:
             check_compared(OPTION, given, method, methods)
-        name = f"{match[1]}.{match[2]}"
-        refuse_shared(OPTION, given, name)
-        earlier = rivals(name, [key.name for key in keys if key.method == method])
-        if earlier:
-            raise SettingsError(
-                f"{OPTION} {given}: expected one grid of {either(dict.fromkeys((*earlier, name)))}, got two; drop one"
-            )
-        keys.append(GridKey(given, method, name, _values(given, match[3])))
+        for place, name in enumerate(names):
+            refuse_shared(OPTION, given, name)
+            others = (other for key in keys if key.method == method for other in key.names)
+            if earlier := rivals(name, (*others, *names[:place])):
+                raise SettingsError(
+                    f"{OPTION} {given}: expected one grid of {either(dict.fromkeys((*earlier, name)))}, got two; "
+                    "drop one"
+                )
+        keys.append(GridKey(given, method, names, _choices(given, len(names), text.strip())))
     return keys
+
+
+def _choices(given: str, num_names: int, text: str) -> tuple[tuple[Any, ...], ...]:
+    """Read what is between commas: a value for each of the names that go together."""
+    if num_names == 1:
+        return tuple((value,) for value in _values(given, text))
+    choices = []
+    for one in text.split(","):
+        parts = [part.strip() for part in one.split(JOINT)]
+        if len(parts) != num_names or "" in parts:
+            raise SettingsError(
+                f"{OPTION} {given}: expected {num_names} values joined by {JOINT} between two commas, one for each "
+                f"setting, got {one.strip()!r}; write e.g. {JOINT.join(map(str, range(1, num_names + 1)))}"
+            )
+        choices.append(tuple(map(parse_value, parts)))
+    _refuse_repeated(given, [JOINT.join(map(shown, one)) for one in choices])
+    return tuple(choices)
 
 
 def _values(given: str, text: str) -> tuple[Any, ...]:
@@ -100,10 +134,14 @@ def _values(given: str, text: str) -> tuple[Any, ...]:
             f"{OPTION} {given}: expected values separated by commas, got an empty one; give each a value"
         )
     values = listed if isinstance(listed, list) else [parse_value(part) for part in parts]
-    for value in values:
-        if list(map(shown, values)).count(shown(value)) > 1:
-            raise SettingsError(f"{OPTION} {given}: expected each value once, got {shown(value)} twice; remove one")
+    _refuse_repeated(given, list(map(shown, values)))
     return tuple(values)
+
+
+def _refuse_repeated(given: str, values: Sequence[str]) -> None:
+    for value in values:
+        if values.count(value) > 1:
+            raise SettingsError(f"{OPTION} {given}: expected each value once, got {value} twice; remove one")
 
 
 def method_grids(
@@ -119,8 +157,8 @@ def method_grids(
     """
     grids = [_grid_of(settings, method, own.get(method, {}), keys) for method in methods]
     for key in keys:
-        if key.method is None and all(key.name in grid.skipped for grid in grids):
-            reasons = "; ".join(dict.fromkeys(f"{grid.method}: {grid.skipped[key.name]}" for grid in grids))
+        if key.method is None and all(key.names[0] in grid.skipped for grid in grids):
+            reasons = "; ".join(dict.fromkeys(f"{grid.method}: {grid.skipped[key.names[0]]}" for grid in grids))
             raise SettingsError(
                 f"{OPTION} {key.given}: expected a setting to choose for one of the methods, got one for none "
                 f"({reasons}); drop it"
@@ -135,7 +173,7 @@ def refuse_contradiction(overrides: Mapping[str, Any], keys: Sequence[GridKey]) 
         SettingsError: something is.
     """
     for key in keys:
-        if key.method is None and (both := rivals(key.name, overrides)):
+        if key.method is None and (both := key.rivals(overrides)):
             raise SettingsError(
                 f"{OPTION} {key.given}: expected no --set {both[0]} besides, got both; drop one, or set it for one "
                 f"method: --set METHOD:{both[0]}=..."
@@ -145,14 +183,14 @@ def refuse_contradiction(overrides: Mapping[str, Any], keys: Sequence[GridKey]) 
 def _grid_of(settings: Settings, method: str, own: Mapping[str, Any], keys: Sequence[GridKey]) -> MethodGrid:
     mine = [key for key in keys if key.method == method]
     for key in mine:
-        if both := rivals(key.name, own):
+        if both := key.rivals(own):
             raise SettingsError(f"--grid {key.given}: expected no --set {method}:{both[0]} besides, got both; drop one")
-    skipped = {}
+    skipped: dict[str, str] = {}
     for key in (key for key in keys if key.method is None):
-        if rivals(key.name, [one.name for one in mine]):
-            skipped[key.name] = "it has a grid of its own"
-        elif rivals(key.name, own):
-            skipped[key.name] = "it has a value of its own"
+        if key.rivals(name for one in mine for name in one.names):
+            skipped |= dict.fromkeys(key.names, "it has a grid of its own")
+        elif key.rivals(own):
+            skipped |= dict.fromkeys(key.names, "it has a value of its own")
         else:
             mine.append(key)
     while True:
@@ -162,10 +200,11 @@ def _grid_of(settings: Settings, method: str, own: Mapping[str, Any], keys: Sequ
             return MethodGrid(method, _distinct(points), skipped)
         for key in idle:
             if key.method is not None:
+                name = JOINT.join(key.names)
                 raise SettingsError(
-                    f"{OPTION} {key.given}: expected a setting that acts with {method}, got {key.name}; drop it"
+                    f"{OPTION} {key.given}: expected a setting that acts with {method}, got {name}; drop it"
                 )
-            skipped[key.name] = "it does not act"
+            skipped |= dict.fromkeys(key.names, "it does not act")
         mine = [key for key in mine if key not in idle]
 
 
@@ -182,15 +221,14 @@ def _points(settings: Settings, method: str, own: Mapping[str, Any], keys: Seque
     if not keys:
         return [_Tried({}, {}, of_method(settings, method, own))]
     order = [name for name, _ in every_setting()]
-    ordered = sorted(keys, key=lambda key: order.index(key.name) if key.name in order else len(order))
-    names = [key.name for key in ordered]
-    combinations = list(itertools.product(*(key.values for key in ordered)))
+    ordered = sorted(keys, key=lambda key: order.index(key.names[0]) if key.names[0] in order else len(order))
+    names = [name for key in ordered for name in key.names]
+    combinations = [sum(choices, ()) for choices in itertools.product(*(key.choices for key in ordered))]
     if len(combinations) > MOST_POINTS:
         raise SettingsError(
             f"{OPTION}: expected at most {MOST_POINTS:,} points for {method}, got {len(combinations):,}; narrow it"
         )
-    start = with_method(settings, method)
-    return [_tried(start, method, own, dict(zip(names, one, strict=True))) for one in combinations]
+    return [_tried(settings, method, own, dict(zip(names, one, strict=True))) for one in combinations]
 
 
 def _tried(start: Settings, method: str, own: Mapping[str, Any], combination: Mapping[str, Any]) -> _Tried:
@@ -206,9 +244,15 @@ def _tried(start: Settings, method: str, own: Mapping[str, Any], combination: Ma
 
 
 def _acts(key: GridKey, points: Sequence[_Tried]) -> bool:
-    """Tell whether the method takes every value of a setting, each at some point of the others."""
-    taken = {shown(one.combination[key.name]) for one in points if one.kept[key.name]}
-    return all(shown(value) in taken for value in key.values)
+    """Tell whether the method takes every value of a setting, each at some point of the others.
+
+    Of settings that go together one is enough.
+    """
+    for name, values in zip(key.names, zip(*key.choices, strict=True), strict=True):
+        taken = {shown(one.combination[name]) for one in points if one.kept[name]}
+        if all(shown(value) in taken for value in values):
+            return True
+    return False
 
 
 def _distinct(points: Sequence[_Tried]) -> tuple[GridPoint, ...]:

@@ -98,10 +98,9 @@ def of_method(settings: Settings, method: str, own: Mapping[str, Any]) -> Settin
     Raises:
         SettingsError: a line per problem.
     """
-    changed, origins = with_method(settings, method), origins_of(method, own)
+    origins = origins_of(method, own)
     try:
-        if own:
-            changed = with_method(replaced(changed, own, origins), method, keep=own)
+        changed = with_method(replaced(settings, own, origins) if own else settings, method, keep=own)
         check(changed, origins=origins)
     except SettingsError as error:
         raise told_of(method, error) from None
