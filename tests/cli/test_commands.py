@@ -56,7 +56,7 @@ class Result:
 def experiment(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
     module = types.ModuleType("fedloom.experiment")
     module.__dict__.update(
-        describe=lambda settings: Result(rounds=settings.federation.num_rounds),
+        describe=lambda settings, *, num_rows: Result(rounds=settings.federation.num_rounds),
         run=lambda settings, out, *, fresh, progress: Result(out=str(out), fresh=fresh, seed=settings.run.seed),
         compare=lambda settings, methods, seeds, out, *, reference, progress, **others: Result(
             methods=methods, seeds=seeds, out=str(out), reference=reference, **others

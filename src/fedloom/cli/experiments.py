@@ -84,12 +84,26 @@ def summary(settings: Settings) -> str:
     )
 
 
-def describe(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show settings, trainable parameters, bytes per round and client, and memory; train nothing."""
+def describe(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    num_rows: Annotated[
+        int | None,
+        typer.Option(
+            "--rows",
+            metavar="N",
+            min=1,
+            help="Rows to train on in the whole run: shows schedules of as many. Default: what training.local_steps "
+            "comes to.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show settings, trainable parameters, bytes per round and client, memory, and other schedules; train nothing."""
     settings = load_settings(recipe, overrides)
     from fedloom import experiment
 
-    print_result(experiment.describe(settings), as_json=as_json)
+    print_result(experiment.describe(settings, num_rows=num_rows), as_json=as_json)
 
 
 def run(

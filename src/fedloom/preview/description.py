@@ -3,50 +3,39 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
 from fedloom.assembly.inputs import known_names, lora_of
-from fedloom.assembly.round_plan import rules_of, strategy_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
-from fedloom.federation.blob import WireDtype
-from fedloom.federation.broadcasts import encode_broadcast
-from fedloom.federation.messages import MOMENTS, encode_update, moments_entries
 from fedloom.lora.layer import LoRAModel
-from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
-from fedloom.methods.client_half import Moments, Work
-from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
-from fedloom.methods.strategy import Cohort
+from fedloom.lora.pair import rank_in
 from fedloom.models.base_folder import first_line, read_config
 from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
+from fedloom.preview.message_sizes import MessageSizes, message_sizes
+from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
 from fedloom.training.skeleton import check_passes
-from fedloom.training.stats import TrainingStats
 from fedloom.wording import written_bytes
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
 TRAINING_BYTES = 16
 """Per trained number: fp32 factor, gradient, and AdamW's two moments."""
-MEASURED_NUMBERS = 2**26
-"""Numbers in a message that is written to be measured."""
 LISTED_CLIENTS = 100
 """Clients that have a line each."""
 _ATTENTION_LINES: dict[Attention, str] = {
@@ -81,11 +70,13 @@ class Description:
     client_ranks: tuple[int, ...]
     names: tuple[str, ...] | None = None
     cuts: CutTable | None = None
+    schedules: tuple[Schedule, ...] = ()
     narrow_modules: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
-        return {**self.__dict__, "cuts": None if self.cuts is None else self.cuts.as_dict()}
+        cuts = None if self.cuts is None else self.cuts.as_dict()
+        return {**self.__dict__, "cuts": cuts, "schedules": [one.as_dict() for one in self.schedules]}
 
     def lines(self) -> list[str]:
         """Return the description for people."""
@@ -120,8 +111,9 @@ class Description:
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
         cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
+        schedules = ["", *schedule_lines(self.schedules)] if self.schedules else []
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
-        return [*lines, *cuts, "", *chosen, "Settings not shown have their defaults; --json prints all."]
+        return [*lines, *cuts, *schedules, "", *chosen, "Settings not shown have their defaults; --json prints all."]
 
     def _narrow_lines(self) -> list[str]:
         """Return which modules are narrower than a client's rank, by their last names."""
@@ -132,9 +124,8 @@ class Description:
     @property
     def run_bytes(self) -> tuple[float, float]:
         """Bytes up and down of a run in which the cohort of every round is an average one that missed no round."""
-        up, first, later = map(fmean, (self.upload_bytes, self.first_download_bytes, self.download_bytes))
-        num_rounds = self.settings["federation"]["num_rounds"]
-        return self.cohort_size * num_rounds * up, self.cohort_size * (first + (num_rounds - 1) * later)
+        sizes = MessageSizes(self.upload_bytes, self.first_download_bytes, self.download_bytes)
+        return sizes.of_run(self.cohort_size, self.settings["federation"]["num_rounds"])
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -143,8 +134,11 @@ class Description:
         return {name: value for name, value in _flat(self.settings).items() if value != defaults[name]}
 
 
-def describe(settings: Settings) -> Description:
+def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
     """Return the sizes of a recipe without loading weights; a cut recipe's rows are sampled for their length.
+
+    Schedules are proposed for as many rows as the recipe trains on, or for ``num_rows`` where epochs leave that to the
+    rows.
 
     Raises:
         ModelError: if the base's configuration cannot be read, or is of a model whose rows cannot pass as
@@ -164,7 +158,7 @@ def describe(settings: Settings) -> Description:
         lora.check_rank(rank)
         of_rank[rank] = num_trained(lora, rank)
     trained = tuple(of_rank[rank] for rank in ranks)
-    up, first, down = _messages(settings, lora, ranks)
+    sizes = message_sizes(settings, lora, ranks)
     return Description(
         settings=written.as_dict(),
         family=str(model.config.model_type),
@@ -172,13 +166,14 @@ def describe(settings: Settings) -> Description:
         narrow_modules=lora.narrow(max(ranks)) if settings.traits.is_trained else {},
         num_base_parameters=num_parameters,
         num_trained_parameters=trained,
-        upload_bytes=up,
-        first_download_bytes=first,
-        download_bytes=down,
+        upload_bytes=sizes.up,
+        first_download_bytes=sizes.first_down,
+        download_bytes=sizes.later_down,
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
         cohort_size=settings.cohort_size,
         client_ranks=ranks,
         names=None if names is None else tuple(names),
+        schedules=proposed_schedules(settings, lora, num_rows),
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
     )
 
@@ -213,94 +208,6 @@ def _config(settings: Settings) -> Any:
     if Path(name).expanduser().is_dir():
         return read_config(Path(name).expanduser(), trusted)
     return AutoConfig.from_pretrained(name, revision=settings.model.revision, trust_remote_code=trusted)
-
-
-def _messages(
-    settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Return bytes up, of the first broadcast and of a later one per client, for a cohort of the average rank.
-
-    Where a method's rounds differ, a later one is the mean of two.
-    """
-    if not settings.traits.aggregates:
-        nothing = (0,) * len(ranks)
-        return nothing, nothing, nothing
-    wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
-    strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
-    state, works = (
-        ServerState(start=_zeros(lora, max(ranks))),
-        [strategy.client.work(round) for round in (1, 2)],
-    )
-    parts, beyond = _addition(settings, lora, ranks)
-    later = News(1, 2, parts)
-    for client, rank in enumerate(ranks):
-        if rank in sizes:
-            continue
-        moments = _second_moments(lora, rank, works[0])
-        update = Update(1, client, _zeros(lora, rank), TrainingStats(1), began_sha256="0" * 64, moments=moments)
-        up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
-        start, origin = strategy.start_for(state, client), strategy.origin
-        crossing = [BOTH if origin is None else work.sends for work in works]
-        first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
-        others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
-        if wire.is_coded and isinstance(start, Adapter):
-            step = Difference("0" * 64, start, start)
-            first = replace(first, crossing=frozenset() if strategy.drawn else BOTH, origin=strategy.drawn)
-            first = replace(first, difference=replace(step, since="") if strategy.drawn else None)
-            others = [replace(one, difference=step, origin=strategy.drawn) for one in others]
-        others = [
-            replace(one, moments=_second_moments(lora, rank, work)) for one, work in zip(others, works, strict=True)
-        ]
-        down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
-        sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
-    return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
-
-
-def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tuple[tuple[Adapter, ...], int]:
-    """Return what a round adds to the side, and bytes beyond it where only a part of a large stack is measured.
-
-    That is the cohort's stack, and the mean beside it where a start is averaged.
-    """
-    if not settings.traits.grows_side or settings.server.step == "adamw":
-        return (), 0
-    if (limit := rules_of(settings, lora.shapes).max_bytes) is not None:
-        return (_zeros(lora, 1),), limit  # the names and sizes of its tensors come on top
-    share = settings.cohort_size / len(ranks)
-    stacked = round(sum(ranks) * share)
-    if not settings.traits.starts_fresh:
-        return (_zeros(lora, stacked + max(ranks)),), 0
-    if settings.method.broadcast == "compressed":
-        return (_zeros(lora, stacked),), 0
-    # A narrow module's part of the stack is lower: each client's is of the rank that the module takes.
-    having = Counter(ranks).items()
-    stacks = {
-        name: round(sum(num * rank_in(shape, rank) for rank, num in having) * share)
-        for name, shape in lora.shapes.items()
-    }
-    most = max(1, MEASURED_NUMBERS // sum(map(sum, lora.shapes.values())))
-    beyond = sum(max(0, stacks[name] - most) * sum(shape) for name, shape in lora.shapes.items())
-    measured = _pairs(lora, {name: min(rank, most) for name, rank in stacks.items()})
-    return (measured,), beyond * WireDtype(settings.wire.dtype).bits // 8
-
-
-def _second_moments(lora: LoRAModel, rank: int, work: Work) -> dict[str, Tensor]:
-    """Return second moments of the size in which they cross, where clients share them."""
-    if work.moments is not Moments.SHARED:
-        return {}
-    entries = moments_entries(lora.shapes, rank, work.trains)
-    return {key.removeprefix(MOMENTS): torch.zeros(shape) for key, (_, shape) in entries.items()}
-
-
-def _zeros(lora: LoRAModel, rank: int) -> Adapter:
-    """Return pairs of a rank, or of the highest one that a module can have."""
-    return _pairs(lora, {name: rank_in(shape, rank) for name, shape in lora.shapes.items()})
-
-
-def _pairs(lora: LoRAModel, ranks: Mapping[str, int]) -> Adapter:
-    """Return pairs of zeros, each of its module's rank."""
-    return Adapter(
-        {name: Pair(torch.zeros(o, ranks[name]), torch.zeros(ranks[name], i)) for name, (o, i) in lora.shapes.items()}
-    )
 
 
 def _memory(settings: Settings, model: Any, num_parameters: int, num_trained: int) -> int:

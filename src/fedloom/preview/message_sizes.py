@@ -1,0 +1,126 @@
+"""How many bytes a recipe's messages take, measured on messages of zeros as they would cross."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import fmean
+
+import torch
+from torch import Tensor
+
+from fedloom.assembly.round_plan import rules_of, strategy_of
+from fedloom.config import Settings
+from fedloom.federation.blob import WireDtype
+from fedloom.federation.broadcasts import encode_broadcast
+from fedloom.federation.messages import MOMENTS, encode_update, moments_entries
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
+from fedloom.methods.client_half import Moments, Work
+from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
+from fedloom.methods.strategy import Cohort
+from fedloom.training.stats import TrainingStats
+
+MEASURED_NUMBERS = 2**26
+"""Numbers in a message that is written to be measured."""
+
+
+@dataclass(frozen=True)
+class MessageSizes:
+    """Bytes of a client's messages, in the order of the clients: its update, its first broadcast and a later one."""
+
+    up: tuple[int, ...]
+    first_down: tuple[int, ...]
+    later_down: tuple[int, ...]
+
+    def of_run(self, cohort_size: int, num_rounds: int) -> tuple[float, float]:
+        """Return bytes up and down of a run in which the cohort of every round is an average one that missed none."""
+        up, first, later = map(fmean, (self.up, self.first_down, self.later_down))
+        return cohort_size * num_rounds * up, cohort_size * (first + (num_rounds - 1) * later)
+
+
+def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> MessageSizes:
+    """Return the bytes of every client's messages, for a cohort of the average rank.
+
+    Where a method's rounds differ, a later one is the mean of two.
+    """
+    if not settings.traits.aggregates:
+        nothing = (0,) * len(ranks)
+        return MessageSizes(nothing, nothing, nothing)
+    wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
+    strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
+    state, works = (
+        ServerState(start=_zeros(lora, max(ranks))),
+        [strategy.client.work(round) for round in (1, 2)],
+    )
+    parts, beyond = _addition(settings, lora, ranks)
+    later = News(1, 2, parts)
+    for client, rank in enumerate(ranks):
+        if rank in sizes:
+            continue
+        moments = _second_moments(lora, rank, works[0])
+        update = Update(1, client, _zeros(lora, rank), TrainingStats(1), began_sha256="0" * 64, moments=moments)
+        up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
+        start, origin = strategy.start_for(state, client), strategy.origin
+        crossing = [BOTH if origin is None else work.sends for work in works]
+        first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
+        others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
+        if wire.is_coded and isinstance(start, Adapter):
+            step = Difference("0" * 64, start, start)
+            first = replace(first, crossing=frozenset() if strategy.drawn else BOTH, origin=strategy.drawn)
+            first = replace(first, difference=replace(step, since="") if strategy.drawn else None)
+            others = [replace(one, difference=step, origin=strategy.drawn) for one in others]
+        others = [
+            replace(one, moments=_second_moments(lora, rank, work)) for one, work in zip(others, works, strict=True)
+        ]
+        down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
+        sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
+    return MessageSizes(*(tuple(sizes[rank][kind] for rank in ranks) for kind in range(3)))
+
+
+def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tuple[tuple[Adapter, ...], int]:
+    """Return what a round adds to the side, and bytes beyond it where only a part of a large stack is measured.
+
+    That is the cohort's stack, and the mean beside it where a start is averaged.
+    """
+    if not settings.traits.grows_side or settings.server.step == "adamw":
+        return (), 0
+    if (limit := rules_of(settings, lora.shapes).max_bytes) is not None:
+        return (_zeros(lora, 1),), limit  # the names and sizes of its tensors come on top
+    share = settings.cohort_size / len(ranks)
+    stacked = round(sum(ranks) * share)
+    if not settings.traits.starts_fresh:
+        return (_zeros(lora, stacked + max(ranks)),), 0
+    if settings.method.broadcast == "compressed":
+        return (_zeros(lora, stacked),), 0
+    # A narrow module's part of the stack is lower: each client's is of the rank that the module takes.
+    having = Counter(ranks).items()
+    stacks = {
+        name: round(sum(num * rank_in(shape, rank) for rank, num in having) * share)
+        for name, shape in lora.shapes.items()
+    }
+    most = max(1, MEASURED_NUMBERS // sum(map(sum, lora.shapes.values())))
+    beyond = sum(max(0, stacks[name] - most) * sum(shape) for name, shape in lora.shapes.items())
+    measured = _pairs(lora, {name: min(rank, most) for name, rank in stacks.items()})
+    return (measured,), beyond * WireDtype(settings.wire.dtype).bits // 8
+
+
+def _second_moments(lora: LoRAModel, rank: int, work: Work) -> dict[str, Tensor]:
+    """Return second moments of the size in which they cross, where clients share them."""
+    if work.moments is not Moments.SHARED:
+        return {}
+    entries = moments_entries(lora.shapes, rank, work.trains)
+    return {key.removeprefix(MOMENTS): torch.zeros(shape) for key, (_, shape) in entries.items()}
+
+
+def _zeros(lora: LoRAModel, rank: int) -> Adapter:
+    """Return pairs of a rank, or of the highest one that a module can have."""
+    return _pairs(lora, {name: rank_in(shape, rank) for name, shape in lora.shapes.items()})
+
+
+def _pairs(lora: LoRAModel, ranks: Mapping[str, int]) -> Adapter:
+    """Return pairs of zeros, each of its module's rank."""
+    return Adapter(
+        {name: Pair(torch.zeros(o, ranks[name]), torch.zeros(ranks[name], i)) for name, (o, i) in lora.shapes.items()}
+    )
