@@ -115,6 +115,10 @@ class FactorSum:
         self.weights |= other.weights
         self._squares += other._squares
 
+    def mean_product(self) -> Adapter:
+        """Return ``Σ p_k B_k A_k``, float64."""
+        return self.products.mean()
+
     @property
     def shares(self) -> dict[int, float]:
         """Each client's weight, summing to one."""

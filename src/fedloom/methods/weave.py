@@ -13,14 +13,15 @@ Source: ours. FedEx-LoRA (arXiv 2410.09432) is the case of equal ranks without a
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
+from fedloom.lora.algebra import distance, stack_pairs, truncate_pair
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.fedex import FedEx
 from fedloom.methods.state import ServerState, Update
-from fedloom.methods.strategy import Weighting
+from fedloom.methods.strategy import Weighting, weigh
 from fedloom.methods.sums import FactorSum
 
 
@@ -42,15 +43,45 @@ class Weave(FedEx):
 
 
 class CompletedSum(FactorSum):
-    """The sums of a mean of factors, of clients' slots completed by those that they carried."""
+    """The sums of a mean of factors, of clients' slots completed by those that they carried.
+
+    Slots that are carried are the same at all clients. Of them only the weight is summed, so that the rank of the sum
+    of products grows with the clients' own slots alone.
+    """
 
     def __init__(self, rank: int, weighting: Weighting, start: Adapter) -> None:
         super().__init__(rank, weighting, lambda client: start)
         self._start = start
+        self._carried = {name: torch.zeros(pair.rank, dtype=torch.float64) for name, pair in start.items()}
 
     def add(self, update: Update) -> None:
         """Take one update in."""
-        super().add(replace(update, adapter=completed(update.adapter, self._start)))
+        own = update.adapter
+        weight = self.weights[update.client] = weigh(update, self._weighting)
+        self.factors.add(completed(own, self._start), weight)
+        self.products.add(own, weight)
+        for name, pair in own.items():
+            self._carried[name][pair.rank :] += weight
+        began = Adapter({name: truncate_pair(self._start[name], pair.rank) for name, pair in own.items()})
+        self._squares += weight * distance(own, began) ** 2
+
+    def merge(self, other: FactorSum) -> None:
+        """Take another sum in."""
+        super().merge(other)
+        assert isinstance(other, CompletedSum)
+        for name, weights in other._carried.items():
+            self._carried[name] += weights
+
+    def mean_product(self) -> Adapter:
+        """Return ``Σ p_k (B_k A_k + B⁺ A⁺)``, float64."""
+        whole, own = sum(self.weights.values()), self.products.mean()
+        pairs = {}
+        for name, pair in own.items():
+            start, shares = self._start[name].to(torch.float64), self._carried[name] / whole
+            carried = shares > 0.0
+            parts = [pair, Pair(start.b_OR[:, carried] * shares[carried], start.a_RI[carried])]
+            pairs[name] = stack_pairs(parts, [1.0, 1.0])
+        return Adapter(pairs)
 
 
 def completed(adapter: Adapter, start: Adapter) -> Adapter:

@@ -54,7 +54,7 @@ class ZeroPadding(Strategy):
         if sent != BOTH:
             assert state.start is not None
             start = state.start.with_factors(start.as_tensors(sent))
-        return Aggregate(start, Adapter(), sums.products.mean(), sums.mean_squared_norm, sums.shares)
+        return Aggregate(start, Adapter(), sums.mean_product(), sums.mean_squared_norm, sums.shares)
 
 
 def fedit(cohort: Cohort, weighting: Weighting = Weighting.ROWS) -> ZeroPadding:
