@@ -264,7 +264,9 @@ class Explainer:
         before = strategy.initial() if n == 1 else getattr(self._state(n - 1), "server", None)
         if before is None:
             return None, (f"what clients began round {n} with, so which of them agree; set {STATES} = true",)
-        return pairs_of(dict(list(uploads.items())[:MAX_COMPARED]), before, strategy, ranks), ()
+        names = self._chosen(list(shapes))
+        sent = {client: Adapter({n: own[n] for n in names}) for client, own in list(uploads.items())[:MAX_COMPARED]}
+        return pairs_of(sent, before, strategy, ranks), ()
 
     # ---- what is not known ----
 

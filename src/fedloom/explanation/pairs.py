@@ -20,7 +20,7 @@ Cosines = tuple[tuple[float, ...], ...]
 
 @dataclass(frozen=True)
 class Pairs:
-    """Cosines of every two clients' changes of a round, over all modules, and in each."""
+    """Cosines of every two clients' changes of a round, over the modules asked for, and in each."""
 
     clients: tuple[int, ...]
     cosines: Cosines

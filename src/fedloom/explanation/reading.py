@@ -48,11 +48,9 @@ def _agreement(found: Explanation) -> Iterator[str]:
     if not known:
         return
     cosine = line.cosine if line.cosine is not None else sum(one.cosine or 0.0 for one in known) / len(known)
+    yield f"clients {_verdict(cosine)}: mean cosine {cosine:.2f} ({found.compared})"
     if line.agreement is not None and found.chance is not None:
-        left = f", and the mean keeps {line.agreement:.0%} of their work; unrelated ones would keep {found.chance:.0%}"
-    else:
-        left = ""
-    yield f"clients {_verdict(cosine)}: mean cosine {cosine:.2f} ({found.compared}){left}"
+        yield f"the mean keeps {line.agreement:.0%} of their work; of unrelated ones about {found.chance:.0%}"
     cancelling = sorted((one for one in known if _of(one.cosine) < CANCELLING), key=lambda one: _of(one.cosine))
     if cancelling and len(known) > 1:
         more = f", and in {len(cancelling) - 1} more" if len(cancelling) > 1 else ""
@@ -105,10 +103,8 @@ def _noise(found: Explanation) -> Iterator[str]:
     elif worst < NOISY:
         yield f"the aggregation is nearly exact: it misses {worst:.1%} of the clients' mean at most, in {most.module}"
     else:
-        yield (
-            f"the aggregation is noisy: in {most.module} it misses {worst:.0%} of the clients' mean; a method that "
-            "keeps the law of exactness (`fedloom audit`) misses none"
-        )
+        yield f"the aggregation is noisy: it misses {worst:.0%} of the clients' mean in {most.module}"
+        yield "a method that keeps the law of exactness misses none: see `fedloom audit`"
 
 
 def _change(found: Explanation) -> Iterator[str]:
@@ -128,8 +124,9 @@ def _scales(found: Explanation) -> Iterator[str]:
     most, least = max(moved, key=lambda one: _of(one.client_norm)), min(moved, key=lambda one: _of(one.client_norm))
     ratio = _of(most.client_norm) / _of(least.client_norm)
     far, near = (f"rank {one.rank} (scale {one.scale:.3g})" for one in (most, least))
-    told = f"clients of {far} move {ratio:.1f} times as far as those of {near}"
-    yield told + (": choose alpha per client, or method.scaling, to even that out" if ratio > UNEVEN else "")
+    yield f"clients of {far} move {ratio:.1f} times as far as those of {near}"
+    if ratio > UNEVEN:
+        yield "method.alpha by client, or method.scaling, changes that"
 
 
 def _moments(found: Explanation) -> Iterator[str]:
@@ -137,8 +134,9 @@ def _moments(found: Explanation) -> Iterator[str]:
     if not steps:
         return
     mean = sum(steps) / len(steps)
-    told = f"moments ({found.moments}) imply steps of {mean:.2f} learning rates; AdamW's first step from nothing is 1"
-    yield told + (": mostly noise is averaged away" if mean < SHORT else "")
+    yield f"moments ({found.moments}) imply steps of {mean:.2f} learning rates; AdamW's first from nothing are 1"
+    if mean < SHORT:
+        yield "so most of a gradient is noise that the moments average away"
 
 
 def _of(value: float | None) -> float:

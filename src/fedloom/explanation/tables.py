@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -11,13 +11,13 @@ from rich.text import Text
 
 from fedloom.explanation.facts import ModuleFacts
 from fedloom.explanation.moments import FactorMoments
-from fedloom.explanation.reading import reading
+from fedloom.explanation.reading import EXACT, reading
 from fedloom.wording import counted
 
 if TYPE_CHECKING:
     from fedloom.explanation.explain import Explanation
 
-WIDTH = 116
+WIDTH, MAX_NAME = 116, 44
 MAX_MODULES, MAX_ROUNDS, MAX_VALUES = 12, 12, 16
 HALF = 5
 """Modules shown from either end where there are more than fit."""
@@ -79,7 +79,7 @@ def module_row(one: ModuleFacts) -> list[str]:
         _number(one.change_norm),
         _share(one.agreement),
         _share(one.cosine),
-        _number(one.aggregation_noise),
+        _noise(one.aggregation_noise),
     ]
 
 
@@ -98,7 +98,7 @@ def _rounds(found: Explanation) -> list[str]:
             _number(one.change_norm),
             _share(one.agreement),
             _share(one.cosine),
-            _number(one.aggregation_noise),
+            _noise(one.aggregation_noise),
         ]
         for k, one in enumerate(every)
         if len(every) <= MAX_ROUNDS or k in steps or one.round == found.round
@@ -140,8 +140,11 @@ def _scales(found: Explanation) -> list[str]:
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") -> list[str]:
     table = Table(title=title or None, title_justify="left")
+    rows = list(rows)
+    longest = min(MAX_NAME, max((len(row[0]) for row in rows), default=0))
     for k, name in enumerate(head):
-        table.add_column(name, justify="left" if k == 0 else "right", overflow="fold")
+        justify: Literal["left", "right"] = "left" if k == 0 else "right"
+        table.add_column(name, justify=justify, overflow="fold", min_width=longest if k == 0 else None)
     for row in rows:
         table.add_row(*map(Text, row))
     console = Console(width=WIDTH, color_system=None)
@@ -152,6 +155,10 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "") 
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3g}"
+
+
+def _noise(value: float | None) -> str:
+    return "–" if value is None else "0" if value < EXACT else f"{value:.2g}"
 
 
 def _share(value: float | None, digits: int = 2) -> str:

@@ -109,7 +109,8 @@ def report_html(
 
 _NOISE = (
     "Noise is the distance of what the server applied from the weighted mean of the clients' products, relative to "
-    "that mean: zero for an exact method."
+    "that mean: zero for an exact method. Agreement is the share of the clients' work that is left in their mean: 1 "
+    "where all do the same, one by the number of clients where they have nothing in common."
 )
 
 
