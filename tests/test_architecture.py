@@ -51,11 +51,12 @@ ORDER = (
     "assembly",
     "preview",
     "results",
+    "explanation",
     "experiment",
     "sites",
     "cli",
 )
-CONFIG_READERS = {"config", "assembly", "preview", "results", "experiment", "sites", "cli"}
+CONFIG_READERS = {"config", "assembly", "preview", "results", "explanation", "experiment", "sites", "cli"}
 MAX_MODULE_LINES = 350
 MAX_FUNCTION_STATEMENTS = 40
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "manager"}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedloom.errors import FedloomError
     from fedloom.experiment.comparison import compare
     from fedloom.experiment.session import run
+    from fedloom.explanation.explain import explain
     from fedloom.lora.algebra import compress
     from fedloom.lora.layer import LoRAModel
     from fedloom.lora.pair import Adapter, Pair
@@ -61,6 +62,7 @@ _HOMES = {
     "compress": "lora.algebra",
     "describe": "preview.description",
     "evaluate": "results.held_out",
+    "explain": "explanation.explain",
     "export_adapter": "results.export",
     "export_merged": "results.export",
     "generate": "results.conversation",
@@ -90,6 +92,7 @@ __all__ = [
     "compress",
     "describe",
     "evaluate",
+    "explain",
     "export_adapter",
     "export_merged",
     "generate",

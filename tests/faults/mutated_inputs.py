@@ -122,7 +122,7 @@ def _stop(*_: object) -> None:
 
 def readers(folder: Path) -> list[Reader]:
     """Return every reader, each with what it takes; files are written into ``folder``."""
-    return [*_messages(), *_files(folder), *_states(folder), *_settings(folder)]
+    return [*_messages(), *_files(folder), *_states(folder), *_settings(folder), *_explained(folder / "run")]
 
 
 def _in_file(file: Path, read: Callable[[Path], object]) -> Callable[[bytes], object]:
@@ -337,3 +337,47 @@ def _settings(folder: Path) -> list[Reader]:
         Reader("recipe, JSON", [document], _in_file(folder / "recipe.json", config.load), mutations.JSON),
         Reader("--set", values, lambda data: taken(data) if data in values else override(data), mutations.TEXT),
     ]
+
+
+def _explained(run: Path) -> list[Reader]:
+    """Return ``explain`` as a reader of each file of a run: what it did not write it refuses."""
+    from federation import test_hostile_messages as honest
+
+    from fedloom import config, recipes
+    from fedloom.explanation.explain import explain
+    from fedloom.methods.state_codec import state_files
+    from fedloom.run_folder.writer import RunFolder
+
+    changed = ("method.name=zero-padding", "method.ranks=2", "federation.num_clients=2")
+    settings = config.resolve(config.parse(recipes.read("demo"), "demo.toml"), "demo", changed)
+    figures = {"change_norm": 1.0, "aggregation_noise": 0.1, "agreement": 0.5, "cosine": 0.0, "client_norm": 2.0}
+    clients = [{"client": k, "reason": None, "weight": 0.5, "norm": 1.0, "num_steps": 5} for k in range(2)]
+    own = honest.update().adapter
+    record = {"eval": None, "clients": clients, "modules": [{"module": name, **figures} for name in own]}
+    state = honest.replace(honest.state(), round=1, start=own, side=own, chain=(own,))
+    with RunFolder.open(run, settings.as_dict(), {"seed": 1, "date": "2026-01-01"}) as folder:
+        folder.write_round(1, record, state_files(state))
+
+    def reading(file: Path, valid: bytes) -> Callable[[bytes], object]:
+        def read(data: bytes) -> object:
+            file.write_bytes(data)
+            try:
+                return explain(run).lines()
+            finally:
+                file.write_bytes(valid)
+
+        return read
+
+    binary = (*mutations.BYTES, mutations.header)
+    found = []
+    for name, kinds, hashed in (
+        ("manifest.json", mutations.JSON, False),
+        ("config.json", mutations.JSON, True),
+        ("rounds/1/hashes.json", mutations.JSON, False),
+        ("rounds/1/record.json", mutations.JSON, True),
+        ("rounds/1/state/server.json", mutations.JSON, True),
+        ("rounds/1/state/server.safetensors", binary, True),
+    ):
+        valid = (run / name).read_bytes()
+        found.append(Reader(f"explained run, {name}", [valid], reading(run / name, valid), kinds, hashed))
+    return found

@@ -90,7 +90,7 @@ def test_floras_global_adapter_is_the_sum_of_all_rounds_weighted_means_on_an_unt
     total = sum(10 + k for k in RANKS)
     expected = stack([u.adapter for u in updates], [u.stats.num_rows / total for u in updates])
     assert distance(records[-1].state.global_adapter(), expected) < 1e-5 * norm(expected)
-    assert all(record.aggregation_noise == pytest.approx(0.0, abs=1e-6) for record in records)
+    assert all(record.figures.aggregation_noise == pytest.approx(0.0, abs=1e-6) for record in records)
 
 
 def test_the_loop_stops_anywhere_and_goes_on_to_the_same_state() -> None:
@@ -130,7 +130,7 @@ def test_an_unusable_update_is_left_out_with_its_reason_and_the_round_goes_on(re
     assert left_out.reason is not None
     assert reason in left_out.reason
     assert [c.weight for c in records[1].clients] == pytest.approx([10 / 22, 0.0, 12 / 22])
-    assert math.isfinite(records[-1].change_norm)
+    assert math.isfinite(records[-1].figures.change_norm)
 
 
 def test_too_few_usable_updates_end_the_run_with_every_reason() -> None:
@@ -148,7 +148,7 @@ def test_an_uninvited_or_repeated_update_changes_nothing() -> None:
                 assert isinstance(arrival.outcome, Update)
                 yield replace(arrival, outcome=replace(arrival.outcome, client=99))
 
-    assert run(plan(FLoRA(COHORT)), Chatty())[-1].change_norm == run(plan(FLoRA(COHORT)))[-1].change_norm
+    assert run(plan(FLoRA(COHORT)), Chatty())[-1].figures == run(plan(FLoRA(COHORT)))[-1].figures
 
 
 # ---- what is sent ------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from fedloom import __version__
 from fedloom.cli import (
     auditing,
     experiments,
+    explaining,
     result_commands,
     score_commands,
     shipped,
@@ -64,6 +65,7 @@ app.command("evaluate")(result_commands.evaluate)
 app.command("generate")(result_commands.generate)
 app.command("export")(result_commands.export)
 app.command("doctor")(result_commands.doctor)
+app.command("explain")(explaining.explain)
 app.command("audit")(auditing.audit)
 app.command("judge")(score_commands.judge)
 app.command("leakage")(splitting.leakage)

@@ -69,7 +69,16 @@ def report_file(runs: list[Path], out: Path | None) -> Path:
         RunError: the file exists and is not an earlier report.
     """
     place = out or (runs[0] if len(runs) == 1 else Path())
-    file = place / REPORT if out is None or place.is_dir() else place
-    if file.is_file() and _OURS not in file.read_bytes()[:4096]:
-        raise RunError(f"{file}: expected a new file or an earlier report, found another file; choose another --out")
+    return page_file(place / REPORT if out is None or place.is_dir() else place, _OURS, "report", "--out")
+
+
+def page_file(file: Path, title: bytes, kind: str, option: str) -> Path:
+    """Return the file of a page to write, whose title begins so.
+
+    Raises:
+        RunError: the file exists and is not an earlier one of its kind.
+    """
+    if file.is_dir() or (file.is_file() and title not in file.read_bytes()[:4096]):
+        got = "a folder" if file.is_dir() else "another file"
+        raise RunError(f"{file}: expected a new file or an earlier {kind}, found {got}; choose another {option}")
     return file

@@ -15,6 +15,7 @@ from fedloom.data.partition import Partition
 from fedloom.data.sources import Rows
 from fedloom.federation.intake import ClientRecord
 from fedloom.federation.messages import numbers_of
+from fedloom.federation.module_figures import rounded
 from fedloom.federation.rounds import RoundRecord
 from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel
@@ -34,13 +35,17 @@ def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[s
     used = [client for client in record.clients if client.reason is None]
     counted = [client.stats for client in used if client.stats is not None]
     tokens = sum(stats.num_loss_tokens for stats in counted)
+    figures, agreement = record.figures, record.figures.agreement
     return {
         "round": record.round,
         "method": method,
         "train_loss_nats": sum(stats.loss_nats * stats.num_loss_tokens for stats in counted) / max(tokens, 1),
         "eval": record.evaluation or None,
-        "aggregation_noise": record.aggregation_noise,
-        "change_norm": record.change_norm,
+        "aggregation_noise": figures.aggregation_noise,
+        "change_norm": figures.change_norm,
+        "agreement": None if agreement is None else rounded(agreement.ratio),
+        "cosine": None if agreement is None else rounded(agreement.cosine),
+        "modules": [one.as_dict() for one in figures.modules],
         "num_tokens": sum(client.stats.num_tokens for client in record.clients if client.stats is not None),
         "num_loss_tokens": tokens,
         "num_trained_parameters": sum(client.num_parameters for client in used),

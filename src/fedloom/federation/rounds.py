@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fedloom.federation.agreement import Agreements
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
+from fedloom.federation.module_figures import RoundFigures, round_figures
 from fedloom.federation.robust import RobustRule
 from fedloom.federation.server import (
     ServerRules,
-    aggregation_noise,
     as_applied,
     broadcasts_for,
     next_state,
     views_after,
 )
 from fedloom.federation.update_checks import Asked
-from fedloom.lora.algebra import norm
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Broadcast, ServerState, Update
 from fedloom.methods.strategy import Strategy
@@ -54,8 +54,7 @@ class RoundRecord:
     state: ServerState
     clients: tuple[ClientRecord, ...]
     applied: Adapter
-    aggregation_noise: float | None
-    change_norm: float
+    figures: RoundFigures
     seconds: Mapping[str, float]
     evaluation: Mapping[str, Any] | None
 
@@ -116,10 +115,11 @@ def run_rounds(
         broadcasts = broadcasts_for(state, clients, plan.strategy, plan.ranks, plan.scales, plan.rules.wire)
         work = plan.strategy.client.work(state.round + 1)
         intake = Intake(plan, work, state, broadcasts)
-        aggregate = plan.strategy.aggregate(state, intake.usable(clock.timed("train", engine.train(broadcasts)), keep))
+        agreements = Agreements(broadcasts, work, plan.strategy.weighting)
+        updates = intake.usable(clock.timed("train", engine.train(broadcasts)), keep)
+        aggregate = plan.strategy.aggregate(state, agreements.watched(updates))
         applied = as_applied(aggregate, plan.rules.wire)
-        noise = aggregation_noise(applied, aggregate.ideal)
-        change = aggregate.change(state.start)
+        figures = round_figures(aggregate, applied, state.start, agreements)
         views = views_after(state, broadcasts, intake.began) if plan.rules.wire.is_coded else None
         state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.sends, views)
         clock.lap("aggregate")
@@ -131,8 +131,7 @@ def run_rounds(
             state=state,
             clients=records,
             applied=applied,
-            aggregation_noise=noise,
-            change_norm=norm(change),
+            figures=figures,
             seconds=clock.seconds,
             evaluation=evaluation,
         )

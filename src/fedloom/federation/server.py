@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import as_received, num_bytes_of, rounded
-from fedloom.lora.algebra import compress, distance, norm, stack, total, truncate, truncate_pair
+from fedloom.federation.module_figures import Noise
+from fedloom.lora.algebra import compress, stack, total, truncate, truncate_pair
 from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
 from fedloom.methods.client_half import Moments
 from fedloom.methods.server_steps import ServerStep
@@ -230,10 +231,7 @@ def as_applied(aggregate: Aggregate, wire: WireDtype) -> Adapter:
 
 def aggregation_noise(applied: Adapter, ideal: Adapter) -> float | None:
     """Return ``‖applied − Σ p_k s_k B_k A_k‖ / ‖Σ p_k s_k B_k A_k‖``; None where nothing is aggregated."""
-    if not ideal:
-        return None
-    whole = norm(ideal)
-    return distance(applied.to(torch.float64), ideal) / whole if whole > 0.0 else 0.0
+    return Noise.of(applied, ideal).in_all
 
 
 def _joining(aggregate: Aggregate, change: Adapter, movement: Adapter) -> Adapter:

@@ -211,9 +211,14 @@ def slots_after(adapter: Adapter, rank: int) -> Adapter:
     return Adapter(left)
 
 
+def inners(left: Adapter, right: Adapter) -> dict[str, float]:
+    """Return the inner product of the deltas of every module."""
+    return {name: inner_of_pairs(left[name], right[name]) for name in left}
+
+
 def inner(left: Adapter, right: Adapter) -> float:
     """Return the sum over modules of the inner products of the deltas."""
-    return sum(inner_of_pairs(left[name], right[name]) for name in left)
+    return sum(inners(left, right).values())
 
 
 def norm(adapter: Adapter) -> float:
@@ -221,9 +226,14 @@ def norm(adapter: Adapter) -> float:
     return math.sqrt(max(inner(adapter, adapter), 0.0))
 
 
+def distances(left: Adapter, right: Adapter) -> dict[str, float]:
+    """Return the Frobenius norm of the difference of the deltas of every module."""
+    return {name: norm_of_difference(left[name], right[name]) for name in left}
+
+
 def distance(left: Adapter, right: Adapter) -> float:
     """Return the Frobenius norm of the difference of all deltas together."""
-    return math.hypot(*(norm_of_difference(left[name], right[name]) for name in left))
+    return math.hypot(*distances(left, right).values())
 
 
 @dataclass(frozen=True, eq=False)

@@ -66,6 +66,8 @@ CLIENT_LOSS = Metric("client_loss_nats", "clients' own rows: loss [nats]", path=
 # Neither better nor worse: a budget, which is to be equal.
 ROWS_TRAINED = Metric("rows_trained", "rows trained on", "neither", digits=0, path=("rows_trained",), over_rounds="sum")
 NOISE = Metric("aggregation_noise", "aggregation noise", path=("aggregation_noise",))
+# It says what clients have in common, not how good a method is: drawn, but no column.
+AGREEMENT = Metric("agreement", "share of the clients' work left in the mean", "neither", path=("agreement",))
 DEVICE_PEAK = Metric(
     "peak_device_memory_bytes",
     "peak device memory",

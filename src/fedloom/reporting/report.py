@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
 
 from fedloom.errors import RunError
 from fedloom.reporting.metrics import DEVICE_PEAK, LOSS, PEAK, metric_of
 from fedloom.reporting.page import adapter, clients, costs, provenance, results, tuning
+from fedloom.reporting.page.document import page, scheme_button
 from fedloom.reporting.page.parts import key, section
 from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
 from fedloom.reporting.svg import element
@@ -17,8 +17,6 @@ from fedloom.reporting.tuned import Tuning, read_tuning
 from fedloom.run_folder import durable
 from fedloom.run_folder.reader import StoredRun, find_runs, read_run
 from fedloom.wording import written, written_bytes
-
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) -> None:
@@ -39,10 +37,10 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
     groups = group_runs(found)
     _check_begun(groups)
     tunings = _tunings(runs, damaged)
-    page = report_html(groups, reference_among([group.label for group in groups], reference), damaged, tunings)
+    html = report_html(groups, reference_among([group.label for group in groups], reference), damaged, tunings)
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_bytes(out, page.encode())
+        durable.write_bytes(out, html.encode())
 
 
 def _readable(paths: Iterable[Path]) -> tuple[list[StoredRun], list[str]]:
@@ -106,31 +104,14 @@ def report_html(
             section("provenance", "Settings and hashes", "", provenance.settings(groups), provenance.origins(groups)),
         )
     )
-    return _page(_title(groups), element("main", body))
+    return page(_title(groups), element("main", body))
 
 
 _NOISE = (
     "Noise is the distance of what the server applied from the weighted mean of the clients' products, relative to "
-    "that mean: zero for an exact method."
+    "that mean: zero for an exact method. Agreement is the share of the clients' work that is left in their mean: 1 "
+    "where all do the same, one by the number of clients where they have nothing in common."
 )
-
-
-def _page(title: str, body: str) -> str:
-    head = element(
-        "head",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        '<meta name="color-scheme" content="light dark">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        element("title", text=title),
-        f"<style>{_asset('report.css')}</style>",
-    )
-    script = f"<script>{_asset('report.js')}</script>"
-    return f'<!doctype html>\n<html lang="en">{head}{element("body", body, script)}</html>\n'
-
-
-def _asset(name: str) -> str:
-    return resources.files("fedloom.reporting.page").joinpath(name).read_text(encoding="utf-8")
 
 
 def _title(groups: Sequence[RunGroup]) -> str:
@@ -142,7 +123,7 @@ def _header(groups: Sequence[RunGroup], damaged: Sequence[str]) -> str:
     unfinished = [run.path.name for run in runs if run.finished is None]
     warnings = [f"Not finished: {', '.join(unfinished)}. The figures are of the rounds so far."] if unfinished else []
     warnings += [f"Left out: {problem}." for problem in damaged]
-    head = element("div", element("h1", text=_heading(groups)), _theme_button())
+    head = element("div", element("h1", text=_heading(groups)), scheme_button())
     about = element("p", text=_about(groups), class_="lead")
     shown = [element("p", text=warning, class_="warning") for warning in warnings]
     return element("header", head, about, *shown, _tiles(groups))
@@ -152,10 +133,6 @@ def _heading(groups: Sequence[RunGroup]) -> str:
     if len(groups) == 1:
         return groups[0].label
     return f"{', '.join(group.label for group in groups[:-1])} and {groups[-1].label}"
-
-
-def _theme_button() -> str:
-    return element("button", text="Light / dark", type="button", id="scheme")
 
 
 def _about(groups: Sequence[RunGroup]) -> str:

@@ -8,7 +8,7 @@ from fedloom.errors import AdapterError, RunError
 from fedloom.reporting.charts import Axis, Line, line_chart
 from fedloom.reporting.page.parts import choice, figure, table
 from fedloom.reporting.run_groups import RunGroup
-from fedloom.reporting.spectra import Spectrum, mean_spectrum, spectra_of
+from fedloom.reporting.spectra import NOTHING, Spectrum, mean_spectrum, spectra_of
 from fedloom.reporting.svg import element
 
 
@@ -26,7 +26,7 @@ def spectrum(groups: Sequence[RunGroup]) -> str:
     lines = [
         Line(group.label, group.colour, [float(i + 1) for i in range(len(values))], values)
         for group, spectra in found
-        if (values := [value for value in mean_spectrum(spectra) if value > 1e-6])
+        if (values := [value for value in mean_spectrum(spectra) if value > NOTHING])
     ]
     if not lines:
         return "".join(problems)

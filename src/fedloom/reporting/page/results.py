@@ -8,7 +8,7 @@ from typing import Any
 from fedloom.names import name_order
 from fedloom.reporting.budget import unequal_rows
 from fedloom.reporting.charts import Axis, Level, Line, axis_of, line_chart
-from fedloom.reporting.metrics import CLIENT_LOSS, LOSS, NOISE, Metric, metric_of
+from fedloom.reporting.metrics import AGREEMENT, CLIENT_LOSS, LOSS, NOISE, Metric, metric_of
 from fedloom.reporting.page.parts import figure, table
 from fedloom.reporting.run_groups import (
     Curve,
@@ -61,10 +61,12 @@ def losses(groups: Sequence[RunGroup]) -> str:
 
 
 def noise_and_rank(groups: Sequence[RunGroup]) -> str:
-    """Return aggregation noise and the result's largest rank, by round."""
+    """Return aggregation noise, agreement of the clients and the result's largest rank, by round."""
     noise = [value_by_round(group, NOISE) for group in groups]
     rank = [rank_by_round(group) for group in groups]
+    agreement = [value_by_round(group, AGREEMENT) for group in groups]
     drawn = _curves("Aggregation noise", noise, ROUNDS, axis_of(NOISE))
+    drawn += _curves("Agreement of the clients", agreement, ROUNDS, axis_of(AGREEMENT))
     return drawn + _curves("Rank of the result", rank, ROUNDS, Axis("largest rank", digits=0))
 
 
