@@ -50,7 +50,7 @@ def test_a_report_can_be_written_elsewhere_and_again(invoke: Any, run_folder: Pa
     out = tmp_path / "new" / "page.html"
     for _ in range(2):
         ran = invoke("report", str(run_folder), "--out", str(out), "--json")
-        assert json.loads(ran.out) == {"report": str(out), "runs": [str(run_folder)]}
+        assert json.loads(ran.out) == {"report": str(out), "files": [], "runs": [str(run_folder)]}
 
 
 def test_a_report_of_several_goes_into_this_folder(

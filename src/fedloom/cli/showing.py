@@ -49,17 +49,49 @@ def report(
         ),
     ] = None,
     reference: ReferenceOption = None,
+    csv: Annotated[
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Also write every run's figures, a line each.", show_default=False),
+    ] = None,
+    latex: Annotated[
+        Path | None,
+        typer.Option("--latex", metavar="FILE", help="Also write the table of methods as LaTeX.", show_default=False),
+    ] = None,
+    markdown: Annotated[
+        Path | None,
+        typer.Option(
+            "--markdown", metavar="FILE", help="Also write the table of methods as Markdown.", show_default=False
+        ),
+    ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(
+            "--figures",
+            metavar="DIR",
+            help="Also draw figures for a paper (PDF, SVG, PNG) with their numbers as CSV. Needs the extra `figures`.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page about runs: curves, tables, clients, costs, settings, hashes."""
+    from fedloom.reporting.figures import write_figures
+    from fedloom.reporting.paper import write_tables
     from fedloom.reporting.report import write_report
 
     file = report_file(runs, out)
     write_report(runs, file, reference)
+    wanted = {"csv": csv, "latex": latex, "markdown": markdown}
+    tables = {kind: path for kind, path in wanted.items() if path is not None}
+    if tables:
+        write_tables(runs, tables, reference)
+    drawn = [] if figures is None else write_figures(runs, figures, reference)
     if as_json:
-        print_json({"report": str(file), "runs": [str(run) for run in runs]})
+        others = [str(path) for path in (*tables.values(), *drawn)]
+        print_json({"report": str(file), "files": others, "runs": [str(run) for run in runs]})
     else:
-        print_line(str(file))
+        for path in (file, *tables.values(), *drawn):
+            print_line(str(path))
 
 
 def report_file(runs: list[Path], out: Path | None) -> Path:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom.errors import RunError
+from fedloom.reporting.collected import collect
 from fedloom.reporting.metrics import DEVICE_PEAK, LOSS, PEAK, metric_of
 from fedloom.reporting.page import adapter, clients, costs, provenance, results, tuning
 from fedloom.reporting.page.document import page, scheme_button
 from fedloom.reporting.page.parts import key, section
-from fedloom.reporting.run_groups import RunGroup, group_runs, result_table
+from fedloom.reporting.run_groups import RunGroup, result_table
 from fedloom.reporting.svg import element
-from fedloom.reporting.tables import reference_among
-from fedloom.reporting.tuned import Tuning, read_tuning
+from fedloom.reporting.tuned import Tuning
 from fedloom.run_folder import durable
-from fedloom.run_folder.reader import StoredRun, find_runs, read_run
 from fedloom.wording import written, written_bytes
 
 
@@ -28,56 +26,11 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
         RunError: there is no run, none can be read or has a completed round yet, or ``out`` cannot be written.
         EvaluationError: ``reference`` is not among the methods.
     """
-    paths = [found for path in runs for found in find_runs(path)]
-    if not paths:
-        raise RunError("expected at least one run folder to report on, got none; name one")
-    found, damaged = _readable(dict.fromkeys(paths))
-    if len(paths) == 1 and found[0].adapter_folder is not None:
-        found[0].check_adapter()  # of several, the page says which was left out
-    groups = group_runs(found)
-    _check_begun(groups)
-    tunings = _tunings(runs, damaged)
-    html = report_html(groups, reference_among([group.label for group in groups], reference), damaged, tunings)
+    told = collect(runs, reference)
+    html = report_html(told.groups, told.reference, told.damaged, told.tunings)
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write_bytes(out, html.encode())
-
-
-def _readable(paths: Iterable[Path]) -> tuple[list[StoredRun], list[str]]:
-    """Return the runs that can be read, and what is wrong with each of the others.
-
-    Raises:
-        RunError: none can be read.
-    """
-    found, damaged = [], []
-    for path in paths:
-        try:
-            found.append(read_run(path))
-        except RunError as error:
-            damaged.append(str(error))
-    if not found:
-        raise RunError("; ".join(damaged))
-    return found, damaged
-
-
-def _tunings(runs: Iterable[Path], damaged: list[str]) -> list[Tuning]:
-    """Return what was chosen before the comparisons in these folders; what is damaged is added to the others."""
-    found = []
-    for folder in dict.fromkeys(runs):
-        try:
-            found.append(read_tuning(folder))
-        except RunError as error:
-            damaged.append(str(error))
-    return [one for one in found if one is not None]
-
-
-def _check_begun(groups: Sequence[RunGroup]) -> None:
-    runs = [run for group in groups for run in group.runs]
-    if not any(run.records or run.finished for run in runs):
-        named = ", ".join(str(run.path) for run in runs)
-        raise RunError(
-            f"{named}: expected a completed round, got none; resume the run first, with the command that began it"
-        )
 
 
 def report_html(
