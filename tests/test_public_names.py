@@ -28,6 +28,7 @@ NAMES = {
     "compress",
     "describe",
     "evaluate",
+    "explain",
     "export_adapter",
     "export_merged",
     "generate",

@@ -233,6 +233,18 @@ def test_the_command_prints_tables_json_and_a_page(
     assert found["reading"]
 
 
+def test_ranks_given_by_name_are_those_of_the_clients_of_that_name(
+    settings_for: Callable[..., Settings], tmp_path: Path
+) -> None:
+    ranks = {"2": 1, "0": 4, "1": 2}
+    settings = settings_for(method__name="zero-padding", method__ranks=ranks)
+    run(settings, tmp_path / "named")
+    names = {client["client"]: client["name"] for client in read_run(tmp_path / "named").records[-1]["clients"]}
+    found = explain(tmp_path / "named")
+    norms = {ranks[names[one["client"]]]: one["norm"] for one in read_run(tmp_path / "named").records[-1]["clients"]}
+    assert {one.rank: one.client_norm for one in found.scales} == pytest.approx(norms)
+
+
 def test_labels_tell_modules_apart() -> None:
     names = ["model.layers.1.self_attn.q_proj", "model.layers.2.self_attn.q_proj", "h.1.a.proj", "h.1.b.proj"]
     assert list(short_names(names).values()) == ["1.q_proj", "2.q_proj", "h.1.a.proj", "h.1.b.proj"]

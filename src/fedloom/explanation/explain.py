@@ -90,7 +90,8 @@ def explain(path: Path | str, *, round: int | None = None, module: str | None = 
         RunError: it is not a run, has no such round or module, is damaged, or nothing was trained.
     """
     run = read_run(Path(path))
-    settings = resolve_names(config.load(run.path / "config.json", also=()), [one.name for one in run.holdings])
+    settings, names = config.load(run.path / "config.json", also=()), [one.name for one in run.holdings]
+    settings = resolve_names(settings, names) if names else settings
     if not settings.traits.is_trained:
         raise RunError(f"{run.path}: expected a run that trains adapters, got method {run.method}; name another run")
     if not run.records:
