@@ -27,19 +27,22 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.broadcasts import encode_broadcast
-from fedloom.federation.messages import MOMENTS, encode_update, moments_entries
+from fedloom.federation.messages import MOMENTS, answer_dtype, encode_update, moments_entries
+from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
-from fedloom.methods.client_half import Moments, Work
+from fedloom.methods.client_half import SKETCH, Moments, Work
+from fedloom.methods.gradient_start import sketch_rank
 from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.models.base_folder import first_line, read_config
 from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
+from fedloom.training.cohort_round import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
 from fedloom.training.stats import TrainingStats
-from fedloom.wording import written_bytes
+from fedloom.wording import counted, written_bytes
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
@@ -62,7 +65,8 @@ ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 class Description:
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
-    ``names`` are those of the clients, None where only the rows name them.
+    ``names`` are those of the clients, None where only the rows name them. ``start_bytes`` are up and down of each of
+    ``sketch_cohort_size`` clients where the first A comes from the gradient.
 
     A later download is exact where every client takes part in every round and no server step adds to it; for a
     compressed broadcast it is the most that can come.
@@ -82,6 +86,8 @@ class Description:
     names: tuple[str, ...] | None = None
     cuts: CutTable | None = None
     narrow_modules: Mapping[str, int] = field(default_factory=dict)
+    sketch_cohort_size: int = 0
+    start_bytes: tuple[int, int] = (0, 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
@@ -116,6 +122,12 @@ class Description:
             lines.append(f"{name:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
             lines.append("Which client has which of the named values is known once the rows are read.")
+        if self.sketch_cohort_size:
+            up, down = map(written_bytes, self.start_bytes)
+            lines.append(
+                f"before the first round {counted(self.sketch_cohort_size, 'client')} sketch the gradient of "
+                f"{SKETCH_ROWS} rows each: {up} up and {down} down a client, one round trip more"
+            )
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
@@ -134,7 +146,9 @@ class Description:
         """Bytes up and down of a run in which the cohort of every round is an average one that missed no round."""
         up, first, later = map(fmean, (self.upload_bytes, self.first_download_bytes, self.download_bytes))
         num_rounds = self.settings["federation"]["num_rounds"]
-        return self.cohort_size * num_rounds * up, self.cohort_size * (first + (num_rounds - 1) * later)
+        start_up, start_down = (self.sketch_cohort_size * num_bytes for num_bytes in self.start_bytes)
+        down = self.cohort_size * (first + (num_rounds - 1) * later)
+        return start_up + self.cohort_size * num_rounds * up, start_down + down
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -180,6 +194,8 @@ def describe(settings: Settings) -> Description:
         client_ranks=ranks,
         names=None if names is None else tuple(names),
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
+        sketch_cohort_size=settings.sketch_cohort_size if settings.start_rounds else 0,
+        start_bytes=_start_bytes(settings, lora, max(ranks)) if settings.start_rounds else (0, 0),
     )
 
 
@@ -227,10 +243,9 @@ def _messages(
         return nothing, nothing, nothing
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
     strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
-    state, works = (
-        ServerState(start=_zeros(lora, max(ranks))),
-        [strategy.client.work(round) for round in (1, 2)],
-    )
+    state = ServerState(round=settings.start_rounds, start=_zeros(lora, max(ranks)))
+    works = [strategy.client.work(settings.start_rounds + round) for round in (1, 2)]
+    unknown = frozenset("a") if settings.start_rounds else frozenset()
     parts, beyond = _addition(settings, lora, ranks)
     later = News(1, 2, parts)
     for client, rank in enumerate(ranks):
@@ -241,11 +256,11 @@ def _messages(
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
         start, origin = strategy.start_for(state, client), strategy.origin
         crossing = [BOTH if origin is None else work.sends for work in works]
-        first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
+        first = Broadcast(1, client, rank, 1.0, News(), start, unknown if origin else BOTH, origin)
         others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
         if wire.is_coded and isinstance(start, Adapter):
             step = Difference("0" * 64, start, start)
-            first = replace(first, crossing=frozenset() if strategy.drawn else BOTH, origin=strategy.drawn)
+            first = replace(first, crossing=unknown if strategy.drawn else BOTH, origin=strategy.drawn)
             first = replace(first, difference=replace(step, since="") if strategy.drawn else None)
             others = [replace(one, difference=step, origin=strategy.drawn) for one in others]
         others = [
@@ -254,6 +269,15 @@ def _messages(
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
     return tuple(sizes[r][0] for r in ranks), tuple(sizes[r][1] for r in ranks), tuple(sizes[r][2] for r in ranks)
+
+
+def _start_bytes(settings: Settings, lora: LoRAModel, max_rank: int) -> tuple[int, int]:
+    """Return the bytes of a sketch, and of the message that asks for it."""
+    rank, wire = sketch_rank(max_rank), WireDtype(settings.wire.dtype)
+    update = Update(1, 0, _zeros(lora, rank), TrainingStats(1))
+    sketch = encode_update(update, update.adapter.as_tensors(SKETCH.sends), answer_dtype(SKETCH, wire))
+    asking = Broadcast(1, 0, rank, 1.0, News(), Draw(("sketch",), rank, random="b"))
+    return len(sketch), len(encode_broadcast(asking, wire))
 
 
 def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tuple[tuple[Adapter, ...], int]:
