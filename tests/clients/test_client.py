@@ -153,6 +153,13 @@ def with_moments(name: str, moments: str) -> Setup:
     return table.make(name, COHORT, MethodOptions(moments=moments)), ServerRules(PlainStep())
 
 
+def with_gradient_start(name: str, wire: WireDtype = WireDtype.FP32) -> Setup:
+    options = MethodOptions(initialisation="gradient", few_bits=wire.is_coded)
+    tolerance = 0.05 if wire.is_coded else 0.0
+    form = BroadcastForm.COMPRESSED if wire.is_coded else BroadcastForm.STACK
+    return table.make(name, COHORT, options), ServerRules(MomentumStep(1.2), form, tolerance, wire)
+
+
 METHODS: dict[str, Callable[[], Setup]] = {
     **{name: partial(made, name) for name in table.shipped("aggregates")},
     **{
@@ -165,6 +172,7 @@ METHODS: dict[str, Callable[[], Setup]] = {
         for name in table.shipped("continues")
         for moments in ("own", "shared")
     },
+    **{f"{name} from the gradient": partial(with_gradient_start, name) for name in table.shipped("continues")},
     "b alone": lambda: (TrainsB(COHORT), ServerRules(PlainStep())),
 }
 
@@ -203,6 +211,26 @@ def test_in_few_bits_a_client_holds_what_the_server_knows_it_to_hold_whatever_it
         if not table.traits_of(name).averages_factors:
             continue  # a new decomposition every round moves the factors far, whatever the product does
         assert distance(held, start) <= {8: 0.03, 4: 0.4, 2: 1.5}[wire.bits] * distance(start, first)
+
+
+@pytest.mark.parametrize("wire", CODED)
+@pytest.mark.parametrize("name", table.shipped("continues"))
+def test_in_few_bits_every_client_comes_to_hold_the_start_from_the_gradient(name: str, wire: WireDtype) -> None:
+    strategy, rules = with_gradient_start(name, wire)
+    engine, records = run(strategy, rules, lambda n: ABSENCES.get(n, [0, 1, 2]), 8)
+    assert not [c.reason for record in records for c in record.clients if c.reason]
+    before, state = records[-2].state, records[-1].state
+    assert before.start is not None
+    drawn = strategy.initial().start
+    assert drawn is not None
+    for assignment in engine.seen[-3:]:
+        client = assignment.task.client
+        held = state.views[client]
+        assert same(assignment.task.start, truncate(held, RANKS[client]), BOTH - strategy.client.work(8).keeps)
+    newest = truncate(state.views[0], 1), truncate(before.start, 1), truncate(drawn, 1)
+    for name_of, pair in newest[0].items():  # the one that was there every time
+        off, way = pair.a_RI - newest[1][name_of].a_RI, newest[2][name_of].a_RI - newest[1][name_of].a_RI
+        assert float(off.norm()) <= {8: 0.03, 4: 0.4, 2: 1.0}[wire.bits] * float(way.norm())
 
 
 @pytest.mark.parametrize("wire", CODED)

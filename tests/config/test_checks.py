@@ -170,6 +170,28 @@ def test_multi_krum_needs_enough_clients_and_the_cosine_filter_a_common_directio
     assert found(server={"hostile_fraction": 0.2}) == ["server.hostile_fraction"]
 
 
+def test_a_start_from_the_gradient_is_for_methods_whose_clients_share_one() -> None:
+    for method in table.shipped("is_trained"):
+        chosen = {"name": method, "initialisation": "gradient"}
+        assert found(method=chosen) == [] if table.traits_of(method).continues else ["method.initialisation"], method
+    assert found(method={"name": "fedit", "initialisation": "shared"}) == ["method.initialisation"]
+    norm = {"name": "zero-padding", "weighting": "norm", "initialisation": "gradient"}
+    (problem,) = problems(Settings.model_validate({**ENOUGH, "method": norm}))
+    assert (problem.setting, problem.got) == ("method.weighting", "norm")
+    chosen = Settings.model_validate({**ENOUGH, "method": {"name": "weave", "initialisation": "gradient"}})
+    assert with_method(chosen, "fedit").method.initialisation == "gradient"
+    assert with_method(chosen, "flora").method.initialisation == "independent"
+    assert (chosen.start_rounds, with_method(chosen, "flora").start_rounds) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("clients", "drawn", "asked"), [(10, 3, 10), (1000, 3, 32), (1000, 50, 50), (1000, None, 1000)]
+)
+def test_of_many_clients_some_sketch_the_gradient(clients: int, drawn: int | None, asked: int) -> None:
+    federation = {"num_clients": clients, "clients_per_round": drawn}
+    assert Settings.model_validate({**ENOUGH, "federation": federation}).sketch_cohort_size == asked
+
+
 def test_a_proximal_term_needs_a_second_step() -> None:
     once = {"local_steps": 1, "proximal": 0.1}
     assert found(training=once) == ["training.proximal"]

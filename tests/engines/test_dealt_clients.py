@@ -140,6 +140,17 @@ def test_every_method_gives_the_bits_of_one_process_at_any_number_of_workers(
         assert figures(tmp_path / str(workers)) == figures(tmp_path / "local")
 
 
+def test_a_sketch_is_dealt_out_to_the_bits_of_one_process(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = of_method(settings_for, "weave", wire__dtype="int4", method__initialisation="gradient")
+    run(settings, tmp_path / "local")
+    monkeypatch.setattr(loop, "engine_of", dealing(2))
+    run(settings, tmp_path / "dealt")
+    assert kept(tmp_path / "dealt") == kept(tmp_path / "local")
+    assert figures(tmp_path / "dealt") == figures(tmp_path / "local")
+
+
 @pytest.mark.parametrize("method", ["flora", "fedit", "rolora"])
 def test_workers_that_die_with_their_work_done_change_nothing(
     method: str, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -204,3 +204,8 @@ def test_gradients_of_different_ranks_are_compared_slot_by_slot() -> None:
     verdict = judge(RobustRule(Robust.CLIP), updates, broadcasts, work, lambda update: 1.0)
     norms = [norm(change_of(verdict.updates[c], broadcasts[c], work)) for c in range(3)]
     assert norms[2] == pytest.approx(norms[1])
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_round_without_a_usable_update_has_nothing_to_judge(rule: Robust) -> None:
+    assert judge(RobustRule(rule), [], {}, Work(), lambda update: 1.0).updates == {}

@@ -11,6 +11,7 @@ import pytest
 from fedloom.assembly.round_plan import training_of
 from fedloom.data.templates import load_template, shipped_templates
 from fedloom.errors import DataError, UpdateError
+from fedloom.methods.client_half import Payload
 from fedloom.sites.sheet import read_sheet, sheet_of
 from fedloom.sites.study import resolve_study
 
@@ -32,6 +33,16 @@ def test_a_sheet_comes_back_with_the_training_and_rank_of_its_client() -> None:
     found, settings = read_sheet(sheet_bytes(), RUN), resolve_study(STUDY, "study.toml").settings
     assert found.local_training == training_of(settings)
     assert (found.client, found.rank, found.scale) == (1, 4, 2.0)
+
+
+def test_a_sheet_says_how_wide_a_sketch_is_and_in_which_round() -> None:
+    chosen = {**STUDY, "method": {"name": "weave", "ranks": [8, 4], "initialisation": "gradient"}}
+    settings = resolve_study(chosen, "study.toml").settings
+    found = read_sheet(sheet_of(settings, 1, RUN, SHA, SHA, scores=False).model_dump_json().encode(), RUN)
+    assert [found.rank_asked(round) for round in (1, 2, 3)] == [16, 4, 4]
+    assert "a gradient of 4 rows sketched in 16 directions, then 2 rounds" in found.line
+    assert [found.half({"m": (40, 40)}).work(round).payload for round in (1, 2)] == [Payload.SKETCH, Payload.CHANGE]
+    assert [read_sheet(sheet_bytes(), RUN).rank_asked(round) for round in (1, 2)] == [4, 4]
 
 
 @pytest.mark.parametrize("name", shipped_templates())

@@ -117,15 +117,18 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
     for rank in set(population.ranks.values()):
         lora.check_rank(rank)
     cohort = Cohort(lora.shapes, max(population.ranks.values()), population.ranks.__getitem__, seed)
+    training, longest = training_of(settings), max_length_of(settings, lora)
     return RoundPlan(
-        num_rounds=federation.num_rounds,
+        num_rounds=settings.start_rounds + federation.num_rounds,
         strategy=strategy_of(settings, cohort),
         rules=rules_of(settings, lora.shapes),
         sample=_sample_of(settings, population),
         shapes=lora.shapes,
         ranks=population.ranks,
         scales=population.scales,
-        asked=partial(asked_of, training_of(settings), population.num_rows, max_length_of(settings, lora)),
+        asked=partial(asked_of, training, population.num_rows, longest),
+        asked_to_sketch=partial(asked_of, training.for_sketch(), population.num_rows, longest),
+        start_rounds=settings.start_rounds,
         min_clients=min(federation.min_clients, population.clients_per_round),
         # Where nothing crosses there is no server to drop an update.
         max_norm_ratio=math.inf if settings.traits.is_control else federation.max_norm_ratio,
@@ -139,11 +142,27 @@ def _sample_of(settings: Settings, population: Population) -> Callable[[int], li
     """Return the clients of a round by its number: drawn, or those of a run that is replayed."""
     if settings.federation.participation is not None:
         return participation_of(Path(settings.federation.participation), population.num_clients)
-    seed, drawn = settings.run.seed, population.clients_per_round
-    if settings.federation.sampling == "rows" and drawn < population.num_clients:
-        rows = [population.num_rows[client] for client in range(population.num_clients)]
-        return partial(sample_by_rows, seed, num_rows=rows, clients_per_round=drawn)
-    return partial(sample_clients, seed, num_clients=population.num_clients, clients_per_round=drawn)
+    seed, num_clients = settings.run.seed, population.num_clients
+
+    def drawn(round: int, size: int) -> list[int]:
+        if settings.federation.sampling == "rows" and size < num_clients:
+            return sample_by_rows(seed, round, [population.num_rows[client] for client in range(num_clients)], size)
+        return sample_clients(seed, round, num_clients, size)
+
+    return cohorts(settings, population.clients_per_round, drawn)
+
+
+def cohorts(settings: Settings, size: int, drawn: Callable[[int, int], list[int]]) -> Callable[[int], list[int]]:
+    """Return the clients of a round by its number: as ``drawn`` by number and size, rounds of training count from 1.
+
+    A sketch is drawn as round 0: a start changes the cohort of no later round.
+    """
+
+    def cohort(round: int) -> list[int]:
+        trained = round - settings.start_rounds
+        return drawn(trained, size if trained > 0 else settings.sketch_cohort_size)
+
+    return cohort
 
 
 def robust_of(settings: Settings) -> RobustRule:
@@ -218,4 +237,5 @@ def training_of(settings: Settings) -> LocalTraining:
         label_smoothing=training.label_smoothing,
         proximal=training.proximal,
         token_budget=training.token_budget,
+        start_rounds=settings.start_rounds,
     )

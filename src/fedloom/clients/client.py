@@ -22,7 +22,7 @@ from fedloom.federation.blob import WireDtype
 from fedloom.federation.broadcasts import Received, decode_broadcast
 from fedloom.federation.buffers import Buffer
 from fedloom.federation.coding import rounded
-from fedloom.federation.messages import encode_failure, encode_update
+from fedloom.federation.messages import answer_dtype, encode_failure, encode_update
 from fedloom.lora.algebra import distance, slots_after, total, truncate
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, Work
@@ -102,7 +102,8 @@ class Client:
             start=start.with_factors(self.memory.own),
             optimiser_state=moments,
             trains=work.trains,
-            measures_gradient=work.payload is Payload.GRADIENT,
+            measures_gradient=work.is_gradient,
+            sketches=work.payload is Payload.SKETCH,
             keeps_moments=work.moments is Moments.OWN,
             shares_moments=shares,
             prior=_prior(received, whole, before, work.prior_steps) if shares else None,
@@ -113,7 +114,9 @@ class Client:
     def answer(self, assignment: Assignment, result: ClientResult, dtype: WireDtype) -> bytes:
         """Return an update in bytes, and keep what is this client's own."""
         outcome, tensors = self.conclude(assignment, result, dtype)
-        return encode_failure(outcome) if isinstance(outcome, Failure) else encode_update(outcome, tensors, dtype)
+        if isinstance(outcome, Failure):
+            return encode_failure(outcome)
+        return encode_update(outcome, tensors, answer_dtype(assignment.work, dtype))
 
     def conclude(
         self, assignment: Assignment, result: ClientResult, dtype: WireDtype
@@ -200,6 +203,6 @@ def _payload(work: Work, start: Adapter, result: ClientResult) -> dict[str, Tens
         case Payload.CHANGE:
             before, after = start.as_tensors(work.sends), result.adapter.as_tensors(work.sends)
             return {key: after[key] - before[key] for key in after}
-        case Payload.GRADIENT:
+        case Payload.GRADIENT | Payload.SKETCH:
             assert result.gradient is not None
             return result.gradient.as_tensors(work.sends)

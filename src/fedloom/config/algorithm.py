@@ -59,10 +59,13 @@ class Method(Table):
         "is asked to train on in the round, or `norm`, HetLoRA's, for methods that know it.",
         when=SENT,
     )
-    initialisation: Literal["independent", "shared"] = setting(
+    initialisation: Literal["independent", "shared", "gradient"] = setting(
         "independent",
-        "Whether each client of a round draws a fresh A of its own (as in FLoRA) or all draw the same.",
-        when={"method.name": having("starts_fresh")},
+        "Where A comes from. `independent`: a random draw, the same for all clients; with FLoRA each client of a "
+        "round draws its own. `shared`, for FLoRA: all clients of a round draw the same. `gradient`, for the others: "
+        "before the first round clients sketch the gradient of four rows at the base, and its largest directions are "
+        "the first A; that is one round more.",
+        when=AVERAGED,
     )
     broadcast: Literal["stack", "compressed"] = setting(
         "stack",

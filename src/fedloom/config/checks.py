@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from fedloom.config.problems import Problem
-from fedloom.config.round_checks import few_bits, robust, sampling, synchronised
+from fedloom.config.round_checks import few_bits, initialisation, robust, sampling, synchronised
 from fedloom.config.schema import PER_CLIENT, Settings, counted_by_data, every_setting
 from fedloom.config.setting import Values, conditions, in_words, shown, values_of
 from fedloom.methods import table
@@ -30,7 +30,19 @@ def problems(settings: Settings) -> list[Problem]:
     if beyond := list(sizes(settings)):
         return beyond  # other checks would count up to them
     checks = (
-        *(alternatives, applicability, lists, ranks, weighting, numbers, robust, synchronised, few_bits, sampling),
+        *(
+            alternatives,
+            applicability,
+            lists,
+            ranks,
+            weighting,
+            initialisation,
+            numbers,
+            robust,
+            synchronised,
+            few_bits,
+            sampling,
+        ),
         *(columns, batches, suites, cuts, devices, validation),
     )
     return [problem for check in checks for problem in check(settings)]

@@ -9,6 +9,7 @@ from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings, counted_by_data
 from fedloom.config.setting import shown
 from fedloom.methods import table
+from fedloom.methods.traits import GRADIENT
 from fedloom.wording import either
 
 
@@ -57,6 +58,29 @@ def synchronised(settings: Settings) -> Iterator[Problem]:
             shown(settings.value(f"training.{duration}")),
             "set training.local_steps = 1 and raise federation.num_rounds by as much, or choose another server.step",
             ("server.step", "training.local_steps", "training.local_epochs"),
+        )
+
+
+def initialisation(settings: Settings) -> Iterator[Problem]:
+    """Where A comes from is what the method can do; a sketched gradient has no product whose norm could weigh it."""
+    method, known = settings.method, settings.traits.initialisations
+    if known and method.initialisation not in known:
+        reason = " draws a fresh A every round" if settings.traits.starts_fresh else " draws no A but the first"
+        yield Problem(
+            "method.initialisation",
+            f"{either(known)} with method.name = {method.name}, which{reason}",
+            method.initialisation,
+            "choose one of those, or another method",
+            ("method.name",),
+        )
+    elif method.initialisation == GRADIENT and method.weighting == "norm":
+        yield Problem(
+            "method.weighting",
+            "rows, tokens, uniform or work with method.initialisation = gradient, whose sketches are no products with "
+            "a norm",
+            method.weighting,
+            "choose one of those, or another initialisation",
+            ("method.initialisation",),
         )
 
 

@@ -14,10 +14,12 @@ from fedloom.config.conduct import Devices, Engine, Evaluation, Run, Wire
 from fedloom.config.input_tables import Data, Model, Partition
 from fedloom.config.setting import Table
 from fedloom.methods.table import traits_of
-from fedloom.methods.traits import Traits
+from fedloom.methods.traits import GRADIENT, Traits
 from fedloom.names import name_order
 
 Number = TypeVar("Number", int, float)
+SKETCHING_CLIENTS = 32
+"""Clients that sketch the first gradient, where there are as many and no more are drawn in a round."""
 PER_CLIENT = (
     "method.ranks",
     "method.alpha",
@@ -93,6 +95,16 @@ class Settings(Table):
                 return drawn
             case float():
                 return max(math.floor(drawn * self.federation.num_clients + 1e-9), 1)
+
+    @property
+    def start_rounds(self) -> int:
+        """Rounds before the first of ``federation.num_rounds``: one where the first A comes from the gradient."""
+        return int(self.method.initialisation == GRADIENT)
+
+    @property
+    def sketch_cohort_size(self) -> int:
+        """Clients whose gradients the first A comes from: all, of a large population some."""
+        return min(self.federation.num_clients, max(self.cohort_size, SKETCHING_CLIENTS))
 
     def per_client(self, value: Number | tuple[Number, ...] | dict[str, Number]) -> tuple[Number, ...]:
         """Spread one value over all clients; a list is returned as it is, a table in order of its names.

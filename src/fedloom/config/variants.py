@@ -22,14 +22,17 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
 
     Methods that need one rank, alone or for the halves of a cut, get the mean of the list, so that a client trains and
     sends as much on average as with the list; alphas likewise. Settings that act only with the former method go back to
-    their defaults, and so do a weighting and a robust rule that the method does not know. Settings named in ``keep``
-    stay as they are, whether they fit or not.
+    their defaults, and so do a weighting, an initialisation and a robust rule that the method does not know. Settings
+    named in ``keep`` stay as they are, whether they fit or not.
     """
     changed = _with_own_defaults(_replaced(settings, "method.name", method), settings.traits.defaults, keep)
     if _knows_one_rank(changed):
         changed = _with_one_rank(changed, keep)
     if changed.method.weighting not in changed.traits.weightings and "method.weighting" not in keep:
         changed = _without(changed, "method.weighting")
+    known = changed.traits.initialisations
+    if known and changed.method.initialisation not in known and "method.initialisation" not in keep:
+        changed = _without(changed, "method.initialisation")
     if changed.server.robust == "cosine" and draws_apart(changed) and "server.robust" not in keep:
         changed = _without(changed, "server.robust")
     while names := [name for name, *_ in inapplicable(changed) if name not in keep]:

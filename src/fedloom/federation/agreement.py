@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fedloom.lora.algebra import inner_of_pairs
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Update
 from fedloom.methods.strategy import Weighting, weigh
 from fedloom.methods.sums import RunningFactors
@@ -92,7 +92,7 @@ class Agreements:
     @property
     def is_of_products(self) -> bool:
         """Whether the server knows the clients' products; else it is the factors that are compared."""
-        return self.work.payload is not Payload.GRADIENT and not self.work.keeps
+        return not self.work.is_gradient and not self.work.keeps
 
     def watched(self, updates: Iterable[Update]) -> Iterator[Update]:
         """Yield the updates as they are, each taken in first; of controls, which send nothing, none is."""
@@ -131,7 +131,7 @@ class Agreements:
             if self.is_of_products:
                 square, size = _square_of_change(pair, before)
             else:
-                change = changes[name] = pair if self.work.payload is Payload.GRADIENT else _less(pair, before)
+                change = changes[name] = pair if self.work.is_gradient else _less(pair, before)
                 square, size = _inner_of_factors(change, change), 0.0
             self.moved.setdefault(name, Moved()).add(square, weight, size)
             squares = squares[0] + max(square, 0.0), squares[1] + size

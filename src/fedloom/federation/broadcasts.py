@@ -48,6 +48,7 @@ MAX_PARTS = 1 << 16
 class _DrawHead(Head):
     name: tuple[str | int, ...]
     rank: Annotated[int, Ge(1)] | None
+    random: Literal["a", "b"] = "a"
 
 
 class _BroadcastHead(Head):
@@ -137,8 +138,8 @@ class Received:
         self.news, self.sent, self.start_rank, self.holds = news, start, head.start_rank, head.holds
         self.is_coded, self.moments = head.wire.is_coded, moments or {}
         self.is_kept = head.origin is not None or (head.wire.is_coded and head.draw is None)
-        self.draw = None if head.draw is None else Draw(head.draw.name, head.draw.rank)
-        self.origin = None if head.origin is None else Draw(head.origin.name, head.origin.rank)
+        self.draw = None if head.draw is None else _draw_of(head.draw)
+        self.origin = None if head.origin is None else _draw_of(head.origin)
 
 
 def decode_broadcast(message: Message, shapes: Shapes) -> Received:
@@ -199,7 +200,11 @@ def as_sent(broadcast: Broadcast) -> Received:
 
 
 def _draw_head(draw: Draw) -> _DrawHead:
-    return _DrawHead(name=draw.name, rank=draw.rank)
+    return _DrawHead(name=draw.name, rank=draw.rank, random=draw.random)
+
+
+def _draw_of(head: _DrawHead) -> Draw:
+    return Draw(head.name, head.rank, head.random)
 
 
 def _parts(tensors: Mapping[str, Tensor], head: Any, shapes: Shapes) -> tuple[Adapter, ...]:

@@ -87,6 +87,14 @@ _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
 )
 
 
+def answer_dtype(work: Work, wire: WireDtype) -> WireDtype:
+    """Return the type in which the factors of an answer cross: the wire's; a sketch in 16 bits, in fp32 on such a wire.
+
+    It is bf16, whose range is that of fp32: gradients are small.
+    """
+    return wire if work.payload is not Payload.SKETCH or wire is WireDtype.FP32 else WireDtype.BF16
+
+
 def encode_update(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtype) -> bytes:
     """Serialise an update: ``tensors`` are what the client half sends of it."""
     return b"".join(update_buffers(update, tensors, dtype))
@@ -143,10 +151,10 @@ def decode_answer(
 
     A factor that does not cross is the one that the client was sent; ``start_of`` draws a start that was named.
     """
-    client = broadcast.client
-    expected = expected_tensors(shapes, broadcast.rank, work.sends)
+    client, largest = broadcast.client, largest_answer(broadcast, work, shapes, dtype)
+    expected, dtype = expected_tensors(shapes, broadcast.rank, work.sends), answer_dtype(work, dtype)
     try:
-        check_size(message, largest_answer(broadcast, work, shapes, dtype))
+        check_size(message, largest)
         blob = blob_in(message)
         wanted = entries_of(expected, dtype)
         if work.moments is Moments.SHARED:
@@ -168,7 +176,7 @@ def decode_answer(
 
 def largest_answer(broadcast: Broadcast, work: Work, shapes: Shapes, dtype: WireDtype) -> int:
     """Return the most bytes that an answer to a broadcast can have: a transport need not take in more."""
-    expected = expected_tensors(shapes, broadcast.rank, work.sends)
+    expected, dtype = expected_tensors(shapes, broadcast.rank, work.sends), answer_dtype(work, dtype)
     extra = moments_entries(shapes, broadcast.rank, work.trains) if work.moments is Moments.SHARED else {}
     num_bytes = num_bytes_of(expected, dtype) + sum(2 * shape[0] for _, shape in extra.values())
     return largest_message(len(entries_of(expected, dtype)) + len(extra), num_bytes)
@@ -200,7 +208,7 @@ def _whole(
     """Complete what was sent: by the start, or by zeros where it is a gradient."""
     if work.payload is Payload.FACTORS and work.sends == BOTH:
         return Adapter.from_tensors(sent)
-    if work.payload is Payload.GRADIENT:
+    if work.is_gradient:
         zeros = {key: torch.zeros(size) for key, size in expected_tensors(shapes, rank, BOTH).items()}
         return Adapter.from_tensors({**zeros, **sent})
     whole = start_of(start) if isinstance(start, Draw) else start

@@ -27,7 +27,7 @@ from torch import Tensor
 from fedloom.lora.algebra import norm
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Update
 
 _ITERATIONS, _CLOSE = 200, 1e-6
@@ -73,6 +73,8 @@ def judge(
     trusted: Collection[int] = (),
 ) -> Verdict:
     """Return a round's updates as a rule lets them count; those of ``trusted`` ones are used as they are."""
+    if not updates:
+        return Verdict({}, {}, {})
     used = _clipped(updates, broadcasts, work, trusted)
     weights = {update.client: weigh(update) for update in used}
     gram_KK = gram([change_of(update, broadcasts[update.client], work) for update in used])
@@ -102,7 +104,7 @@ def change_of(update: Update, broadcast: Broadcast, work: Work) -> Adapter:
 
     Of a gradient it is the gradient itself, each factor beside an identity, cut or filled up to one rank.
     """
-    if work.payload is Payload.GRADIENT:
+    if work.is_gradient:
         return _gradient(update.adapter, work)
     began = broadcast.trained
     if isinstance(began, Draw):
@@ -147,7 +149,7 @@ def _moved(update: Update, broadcast: Broadcast, work: Work) -> dict[str, float]
     """Return the norms of a client's changes: of each factor where a mean may be taken of it, and of the product."""
     moved = {"a": 0.0, "b": 0.0, "product": norm(change_of(update, broadcast, work))}
     began = broadcast.trained
-    if work.payload is not Payload.GRADIENT and not isinstance(began, Draw):
+    if not work.is_gradient and not isinstance(began, Draw):
         for factor in "ab":
             before, after = (one.as_tensors(frozenset(factor)) for one in (began, update.adapter))
             moved[factor] = math.hypot(*(float((after[key].double() - before[key].double()).norm()) for key in before))
@@ -156,9 +158,9 @@ def _moved(update: Update, broadcast: Broadcast, work: Work) -> dict[str, float]
 
 def _scaled_down(update: Update, broadcast: Broadcast, work: Work, limits: Mapping[str, float]) -> Update:
     moved = _moved(update, broadcast, work)
-    if work.payload is Payload.GRADIENT or isinstance(broadcast.trained, Draw):
+    if work.is_gradient or isinstance(broadcast.trained, Draw):
         share = min(1.0, limits["product"] / moved["product"])
-        if work.payload is not Payload.GRADIENT:
+        if not work.is_gradient:
             return replace(update, adapter=update.adapter.scaled(share))
         tensors = {key: tensor * share for key, tensor in update.adapter.as_tensors().items()}
         return replace(update, adapter=Adapter.from_tensors(tensors))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from fedloom.federation.agreement import Agreements
@@ -24,6 +24,8 @@ from fedloom.federation.server import (
 )
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.pair import Adapter
+from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.server_steps import PlainStep
 from fedloom.methods.state import Broadcast, ServerState, Update
 from fedloom.methods.strategy import Strategy
 
@@ -68,6 +70,8 @@ class RoundPlan:
         shapes: (out, in) of every target module.
         ranks, scales: of every client.
         asked: what is known of a client's part before a round, by which its own counts are judged.
+        asked_to_sketch: likewise, of a round that sketches the first gradient; None: the same.
+        start_rounds: the first rounds, in which nothing is trained.
         min_clients: usable updates without which the run ends.
         max_norm_ratio: a change this many times the median norm is rejected.
         max_weight: largest share of one client.
@@ -88,10 +92,21 @@ class RoundPlan:
     max_weight: float = 1.0
     robust: RobustRule = field(default_factory=RobustRule)
     evaluate_every: int = 1
+    asked_to_sketch: Callable[[int], Asked] | None = None
+    start_rounds: int = 0
 
     def is_evaluated(self, round: int) -> bool:
-        """Tell whether the model is evaluated after a round."""
-        return round == self.num_rounds or (self.evaluate_every > 0 and round % self.evaluate_every == 0)
+        """Tell whether the model is evaluated after a round; one that trained nothing left the base as it was."""
+        trained = round - self.start_rounds
+        return round == self.num_rounds or (
+            self.evaluate_every > 0 and trained > 0 and trained % self.evaluate_every == 0
+        )
+
+    def of(self, work: Work) -> RoundPlan:
+        """Return the plan of a round of this work: where clients sketch, less is asked, and no server step is taken."""
+        if work.payload is not Payload.SKETCH:
+            return self
+        return replace(self, asked=self.asked_to_sketch or self.asked, rules=replace(self.rules, step=PlainStep()))
 
 
 def run_rounds(
@@ -114,14 +129,16 @@ def run_rounds(
         clients = plan.sample(state.round + 1)
         broadcasts = broadcasts_for(state, clients, plan.strategy, plan.ranks, plan.scales, plan.rules.wire)
         work = plan.strategy.client.work(state.round + 1)
-        intake = Intake(plan, work, state, broadcasts)
+        own = plan.of(work)
+        intake = Intake(own, work, state, broadcasts)
         agreements = Agreements(broadcasts, work, plan.strategy.weighting)
         updates = intake.usable(clock.timed("train", engine.train(broadcasts)), keep)
         aggregate = plan.strategy.aggregate(state, agreements.watched(updates))
         applied = as_applied(aggregate, plan.rules.wire)
         figures = round_figures(aggregate, applied, state.start, agreements)
         views = views_after(state, broadcasts, intake.began) if plan.rules.wire.is_coded else None
-        state = next_state(state, aggregate, plan.rules, intake.norms, intake.held, work.sends, views)
+        norms = () if work.payload is Payload.SKETCH else intake.norms
+        state = next_state(state, aggregate, own.rules, norms, intake.held, work.sends, views)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
         clock.lap("evaluate")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from statistics import median
@@ -14,6 +14,7 @@ from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import as_received, num_bytes_of, rounded
 from fedloom.federation.module_figures import Noise
 from fedloom.lora.algebra import compress, stack, total, truncate, truncate_pair
+from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
 from fedloom.methods.client_half import Moments
 from fedloom.methods.server_steps import ServerStep
@@ -65,20 +66,23 @@ def broadcasts_for(
     On a wire of few bits that is the difference to the start that the client holds.
     """
     sha256 = digest(state.side)
-    broadcasts = [
-        Broadcast(
-            round=state.round + 1,
-            client=client,
-            rank=rank_of[client],
-            scale=scale_of[client],
-            news=news_for(state, state.seen.get(client, 0), sha256),
-            start=strategy.start_for(state, client),
-            crossing=_crossing(state, strategy, client),
-            origin=strategy.origin,
-            moments=moments_for(rank_of[client], state, strategy),
+    broadcasts = []
+    for client in clients:
+        start = strategy.start_for(state, client)
+        sketch_rank = start.sketch_rank if isinstance(start, Draw) else None
+        broadcasts.append(
+            Broadcast(
+                round=state.round + 1,
+                client=client,
+                rank=sketch_rank or rank_of[client],
+                scale=scale_of[client],
+                news=news_for(state, state.seen.get(client, 0), sha256),
+                start=start,
+                crossing=_crossing(state, strategy, client),
+                origin=None if isinstance(start, Draw) else strategy.origin,
+                moments=moments_for(rank_of[client], state, strategy),
+            )
         )
-        for client in clients
-    ]
     if not wire.is_coded:
         return broadcasts
     views = {one.client: state.views.get(one.client) for one in broadcasts}
@@ -188,13 +192,14 @@ def next_state(
     state: ServerState,
     aggregate: Aggregate,
     rules: ServerRules,
-    norms: Iterable[float],
+    norms: Sequence[float],
     held: Mapping[int, int],
     sent: Factors = BOTH,
     views: Mapping[int, Adapter] | None = None,
 ) -> ServerState:
     """Return the state after a round: the server step taken, the addition in the form in which it is sent.
 
+    ``norms`` are those of the clients' changes, none where the next round's are not to be compared with them.
     ``held`` are the versions of the side that clients said they hold; nobody else is believed to be up to date.
     ``sent`` are the factors that this round's clients sent; a factor that never crosses is never rounded.
     ``views`` are the starts that clients hold, where they cross as differences.
@@ -218,7 +223,7 @@ def next_state(
         velocity=memory.velocity,
         moments=memory.moments,
         residual=residual,
-        typical_norm=median(norms),
+        typical_norm=median(norms) if norms else None,
         views={} if views is None else views,
         optimiser=aggregate.optimiser,
     )

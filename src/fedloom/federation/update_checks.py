@@ -13,7 +13,7 @@ from fedloom.lora.algebra import distance, norm
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import check_fits
 from fedloom.lora.pair import Adapter, rank_in
-from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.client_half import Work
 from fedloom.methods.state import Broadcast, Update
 from fedloom.training.stats import TrainingStats
 
@@ -80,7 +80,7 @@ def check_update(
 
 def factor_norms(update: Update, work: Work) -> dict[str, float]:
     """Return the norm over all modules of each factor that crosses; of gradients none, which are judged as they are."""
-    if work.payload is Payload.GRADIENT:
+    if work.is_gradient:
         return {}
     return {factor: _norm(update.adapter.as_tensors(frozenset(factor)).values()) for factor in sorted(work.sends)}
 
@@ -144,7 +144,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def _change(update: Update, broadcast: Broadcast, work: Work) -> float:
     if update.change_norm is not None:
         return update.change_norm
-    if work.payload is Payload.GRADIENT:
+    if work.is_gradient:
         return _norm(update.adapter.as_tensors(work.sends).values())
     if isinstance(broadcast.start, Draw):
         return norm(update.adapter)

@@ -135,6 +135,18 @@ def _rank_to_keep(sigma: Tensor, rounding: float, rank: int | None, tolerance: f
     return needed if rank is None else min(needed, rank)
 
 
+def right_space(matrix_NI: Tensor, rank: int) -> Tensor:
+    """Return the right singular vectors of the ``rank`` largest singular values as rows, fewer where fewer are not 0.
+
+    Zero is what rounding the matrix to fp32 can have made. Computed in float64; the sign of each row makes it unique.
+    """
+    _, sigma, vt = torch.linalg.svd(matrix_NI.to("cpu", torch.float64), full_matrices=False)
+    rounding = torch.finfo(torch.float32).eps * float(sigma[:1].sum())
+    kept = vt[: min(rank, int((sigma > rounding).sum()))]
+    signed: Tensor = _signs(kept.T)[:, None] * kept
+    return signed
+
+
 def _rounding_of(exact: Pair, sigma: Tensor, dtype: torch.dtype) -> float:
     """Return how far rounding its factors moves a balanced product, whose slots are orthogonal and of norm √σ."""
     moved_b = exact.b_OR - exact.b_OR.to(dtype)

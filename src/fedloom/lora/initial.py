@@ -1,10 +1,11 @@
-"""Where a fresh adapter starts: ``a`` random, ``b`` zero, so that it adds nothing yet."""
+"""Where a fresh adapter starts: ``a`` random, ``b`` zero, so that it adds nothing yet; for a sketch the other way."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -21,14 +22,22 @@ class Draw:
     Attributes:
         name: of the stream under ``init``.
         rank: drawn at this rank and cut to the first slots of whoever draws; None: at the drawer's own rank.
+        random: the factor that is random, the other is zero: ``a`` to train from, ``b`` to sketch a gradient with.
     """
 
     name: tuple[str | int, ...]
     rank: int | None = None
+    random: Literal["a", "b"] = "a"
+
+    @property
+    def sketch_rank(self) -> int | None:
+        """The rank at which every client sketches, whatever its own; None where it trains."""
+        return self.rank if self.random == "b" else None
 
     def adapter(self, shapes: Mapping[str, tuple[int, int]], rank: int, seed: int) -> Adapter:
-        """Return the drawn adapter at ``rank``; see :func:`fresh_adapter`."""
-        drawn = fresh_adapter(shapes, rank if self.rank is None else self.rank, seed, *self.name)
+        """Return the drawn adapter at ``rank``; see :func:`fresh_adapter` and :func:`sketching_adapter`."""
+        draw = fresh_adapter if self.random == "a" else sketching_adapter
+        drawn = draw(shapes, rank if self.rank is None else self.rank, seed, *self.name)
         return drawn if self.rank is None else truncate(drawn, rank)
 
 
@@ -51,6 +60,20 @@ def fresh_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, *
         bound = 1.0 / math.sqrt(num_in)
         a_RI.uniform_(-bound, bound, generator=torch_stream(seed, "init", *name, module))
         pairs[module] = Pair(torch.zeros(num_out, own), a_RI)
+    return Adapter(pairs)
+
+
+def sketching_adapter(shapes: Mapping[str, tuple[int, int]], rank: int, seed: int, *name: str | int) -> Adapter:
+    """Draw an adapter of zero product whose gradient at ``a`` sketches the weight's: ``b = Ω ~ N(0, 1)``, ``a = 0``.
+
+    With ``y = (W + b a) x`` the gradient of a loss with respect to ``a`` is ``Ωᵀ G``, where ``G`` is that with respect
+    to ``W``. No out × in matrix is formed. Streams and narrow modules as in :func:`fresh_adapter`.
+    """
+    pairs = {}
+    for module, shape in shapes.items():
+        (num_out, num_in), own = shape, rank_in(shape, rank)
+        b_OR = torch.randn(num_out, own, generator=torch_stream(seed, "init", *name, module))
+        pairs[module] = Pair(b_OR, torch.zeros(own, num_in))
     return Adapter(pairs)
 
 

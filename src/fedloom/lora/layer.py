@@ -82,6 +82,10 @@ class LoRAModel:
         """
         for slot in slots:
             self.check_rank(slot.rank)
+        self.open_narrow(slots)
+
+    def open_narrow(self, slots: Sequence[Slot]) -> None:
+        """Make room as :meth:`open` does, in every module for as much of a rank as it can hold."""
         self._route.slots = list(slots)
         self.route_all(None)
         for layer in self.layers.values():

@@ -12,20 +12,11 @@ from torch import Tensor, nn
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf, InFewBits, MeasuresGradient, Moments, WithMoments
-from fedloom.methods.options import MethodOptions, ServerAdamW
+from fedloom.methods.options import ServerAdamW
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy, Weighting, normalised, weigh
 from fedloom.methods.sums import RunningFactors
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, schedule
-
-
-def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bool) -> Strategy:
-    """Return a method's strategy with what the options put around it."""
-    if options.adamw is not None:
-        strategy = SynchronisedSteps(strategy, options.adamw)
-    if (moments := Moments(options.moments)) is not Moments.FRESH:
-        strategy = WithOtherMoments(strategy, moments, options.moments_prior)
-    return FewBits(strategy, not starts_fresh) if options.few_bits else strategy
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ class Payload(StrEnum):
     """The factors as training left them, less those it started from."""
     GRADIENT = "gradient"
     """The gradient of the mean loss of one batch at the start; the optimiser takes no step."""
+    SKETCH = "sketch"
+    """A gradient of a few rows at a start with a drawn B and A zero: Ωᵀ times the gradient of the weights."""
 
 
 class Moments(StrEnum):
@@ -67,6 +69,11 @@ class Work:
     prior_steps: int = 0
     rounding: Rounding = Rounding.DROPPED
 
+    @property
+    def is_gradient(self) -> bool:
+        """Whether a gradient is measured, and no step is taken."""
+        return self.payload in (Payload.GRADIENT, Payload.SKETCH)
+
     def __post_init__(self) -> None:
         if not (self.trains and self.trains <= BOTH and self.sends <= self.trains and self.keeps <= BOTH):
             raise ValueError(
@@ -79,6 +86,10 @@ class Work:
             raise ValueError(
                 "expected rounding to be owed on a change or a gradient, got whole factors; send the change"
             )
+
+
+SKETCH = Work(trains=frozenset("a"), sends=frozenset("a"), payload=Payload.SKETCH)
+"""Measure a sketch and send it; keep nothing."""
 
 
 class ClientHalf(Protocol):
@@ -130,6 +141,20 @@ class InFewBits:
         work = self.half.work(round)
         payload = Payload.CHANGE if work.payload is Payload.FACTORS else work.payload
         return replace(work, payload=payload, rounding=Rounding.OWED if self.owes else Rounding.DROPPED)
+
+
+@dataclass(frozen=True)
+class SketchesFirst:
+    """A client half that sketches the gradient of the weights in round 1; from round 2 on it is the method's.
+
+    The method's own rounds count from 1 there.
+    """
+
+    half: ClientHalf
+
+    def work(self, round: int) -> Work:
+        """Return a client's part of a round."""
+        return SKETCH if round == 1 else self.half.work(round - 1)
 
 
 @dataclass(frozen=True)

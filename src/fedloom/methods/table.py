@@ -129,7 +129,7 @@ def make(name: str, cohort: Any, options: MethodOptions | None = None) -> Any:
         wanted = ", ".join(names("runs_rounds"))
         raise MethodError(f"expected a method that runs in rounds of adapters ({wanted}), got {name!r}; name one")
     maker, options = _resolved(name, method.make), options or MethodOptions()
-    around = _resolved(name, "fedloom.methods.around:with_options")
+    around = _resolved(name, "fedloom.methods.optional_parts:with_options")
     return around(maker(cohort, options), options, starts_fresh=method.traits.starts_fresh)
 
 

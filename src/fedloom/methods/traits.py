@@ -14,6 +14,8 @@ from typing import Any
 from fedloom.errors import MethodError
 
 NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
+GRADIENT = "gradient"
+"""The value of ``method.initialisation`` with which the first A comes from the clients' gradients."""
 WEIGHTINGS = ("rows", "tokens", "uniform", "norm", "work")
 
 
@@ -146,6 +148,13 @@ class Traits:
     def continues(self) -> bool:
         """Whether clients go on in the next round from what the server made of the last one's factors."""
         return self.aggregates and not self.starts_fresh
+
+    @property
+    def initialisations(self) -> tuple[str, ...]:
+        """The values of ``method.initialisation`` that act, the default first."""
+        if not self.aggregates:
+            return ()
+        return ("independent", "shared") if self.starts_fresh else ("independent", GRADIENT)
 
     @property
     def is_cut(self) -> bool:

@@ -29,8 +29,9 @@ from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.preview.message_sizes import MessageSizes, message_sizes
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
+from fedloom.training.cohort_round import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
-from fedloom.wording import written_bytes
+from fedloom.wording import counted, written_bytes
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
@@ -51,7 +52,8 @@ ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
 class Description:
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
-    ``names`` are those of the clients, None where only the rows name them.
+    ``names`` are those of the clients, None where only the rows name them. ``start_bytes`` are up and down of each of
+    ``sketch_cohort_size`` clients where the first A comes from the gradient.
 
     A later download is exact where every client takes part in every round and no server step adds to it; for a
     compressed broadcast it is the most that can come.
@@ -72,6 +74,8 @@ class Description:
     cuts: CutTable | None = None
     schedules: tuple[Schedule, ...] = ()
     narrow_modules: Mapping[str, int] = field(default_factory=dict)
+    sketch_cohort_size: int = 0
+    start_bytes: tuple[int, int] = (0, 0)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
@@ -107,6 +111,12 @@ class Description:
             lines.append(f"{name:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
             lines.append("Which client has which of the named values is known once the rows are read.")
+        if self.sketch_cohort_size:
+            up, down = map(written_bytes, self.start_bytes)
+            lines.append(
+                f"before the first round {counted(self.sketch_cohort_size, 'client')} sketch the gradient of "
+                f"{SKETCH_ROWS} rows each: {up} up and {down} down a client, one round trip more"
+            )
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
             lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
@@ -124,7 +134,13 @@ class Description:
     @property
     def run_bytes(self) -> tuple[float, float]:
         """Bytes up and down of a run in which the cohort of every round is an average one that missed no round."""
-        sizes = MessageSizes(self.upload_bytes, self.first_download_bytes, self.download_bytes)
+        sizes = MessageSizes(
+            self.upload_bytes,
+            self.first_download_bytes,
+            self.download_bytes,
+            self.sketch_cohort_size,
+            self.start_bytes,
+        )
         return sizes.of_run(self.cohort_size, self.settings["federation"]["num_rounds"])
 
     @property
@@ -175,6 +191,8 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         names=None if names is None else tuple(names),
         schedules=proposed_schedules(settings, lora, num_rows),
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
+        sketch_cohort_size=sizes.sketch_cohort_size,
+        start_bytes=sizes.start,
     )
 
 

@@ -14,10 +14,12 @@ from fedloom.assembly.round_plan import rules_of, strategy_of
 from fedloom.config import Settings
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.broadcasts import encode_broadcast
-from fedloom.federation.messages import MOMENTS, encode_update, moments_entries
+from fedloom.federation.messages import MOMENTS, answer_dtype, encode_update, moments_entries
+from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
-from fedloom.methods.client_half import Moments, Work
+from fedloom.methods.client_half import SKETCH, Moments, Work
+from fedloom.methods.gradient_start import sketch_rank
 from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
 from fedloom.training.stats import TrainingStats
@@ -28,16 +30,22 @@ MEASURED_NUMBERS = 2**26
 
 @dataclass(frozen=True)
 class MessageSizes:
-    """Bytes of a client's messages, in the order of the clients: its update, its first broadcast and a later one."""
+    """Bytes of a client's messages, in the order of the clients: its update, its first broadcast and a later one.
+
+    ``start`` are up and down of each of ``sketch_cohort_size`` clients where the first A comes from the gradient.
+    """
 
     up: tuple[int, ...]
     first_down: tuple[int, ...]
     later_down: tuple[int, ...]
+    sketch_cohort_size: int = 0
+    start: tuple[int, int] = (0, 0)
 
     def of_run(self, cohort_size: int, num_rounds: int) -> tuple[float, float]:
         """Return bytes up and down of a run in which the cohort of every round is an average one that missed none."""
         up, first, later = map(fmean, (self.up, self.first_down, self.later_down))
-        return cohort_size * num_rounds * up, cohort_size * (first + (num_rounds - 1) * later)
+        start_up, start_down = (self.sketch_cohort_size * num_bytes for num_bytes in self.start)
+        return start_up + cohort_size * num_rounds * up, start_down + cohort_size * (first + (num_rounds - 1) * later)
 
 
 def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> MessageSizes:
@@ -50,10 +58,9 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
         return MessageSizes(nothing, nothing, nothing)
     wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
     strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
-    state, works = (
-        ServerState(start=_zeros(lora, max(ranks))),
-        [strategy.client.work(round) for round in (1, 2)],
-    )
+    state = ServerState(round=settings.start_rounds, start=_zeros(lora, max(ranks)))
+    works = [strategy.client.work(settings.start_rounds + round) for round in (1, 2)]
+    unknown = frozenset("a") if settings.start_rounds else frozenset()
     parts, beyond = _addition(settings, lora, ranks)
     later = News(1, 2, parts)
     for client, rank in enumerate(ranks):
@@ -64,11 +71,11 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
         start, origin = strategy.start_for(state, client), strategy.origin
         crossing = [BOTH if origin is None else work.sends for work in works]
-        first = Broadcast(1, client, rank, 1.0, News(), start, frozenset() if origin else BOTH, origin)
+        first = Broadcast(1, client, rank, 1.0, News(), start, unknown if origin else BOTH, origin)
         others = [Broadcast(3, client, rank, 1.0, later, start, factors, origin) for factors in crossing]
         if wire.is_coded and isinstance(start, Adapter):
             step = Difference("0" * 64, start, start)
-            first = replace(first, crossing=frozenset() if strategy.drawn else BOTH, origin=strategy.drawn)
+            first = replace(first, crossing=unknown if strategy.drawn else BOTH, origin=strategy.drawn)
             first = replace(first, difference=replace(step, since="") if strategy.drawn else None)
             others = [replace(one, difference=step, origin=strategy.drawn) for one in others]
         others = [
@@ -76,7 +83,20 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
         ]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
-    return MessageSizes(*(tuple(sizes[rank][kind] for rank in ranks) for kind in range(3)))
+    of_clients = [tuple(sizes[rank][kind] for rank in ranks) for kind in range(3)]
+    if not settings.start_rounds:
+        return MessageSizes(*of_clients)
+    start = _start_bytes(settings, lora, max(ranks))
+    return MessageSizes(*of_clients, sketch_cohort_size=settings.sketch_cohort_size, start=start)
+
+
+def _start_bytes(settings: Settings, lora: LoRAModel, max_rank: int) -> tuple[int, int]:
+    """Return the bytes of a sketch, and of the message that asks for it."""
+    rank, wire = sketch_rank(max_rank), WireDtype(settings.wire.dtype)
+    update = Update(1, 0, _zeros(lora, rank), TrainingStats(1))
+    sketch = encode_update(update, update.adapter.as_tensors(SKETCH.sends), answer_dtype(SKETCH, wire))
+    asking = Broadcast(1, 0, rank, 1.0, News(), Draw(("sketch",), rank, random="b"))
+    return len(sketch), len(encode_broadcast(asking, wire))
 
 
 def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tuple[tuple[Adapter, ...], int]:

@@ -25,6 +25,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import base_of, load_peft
 from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.state_codec import TENSORS, damage_named
+from fedloom.methods.traits import GRADIENT
 from fedloom.models.load import Base, load_base
 from fedloom.models.row_attention import choose_attention
 from fedloom.models.threads import compute_with
@@ -213,6 +214,8 @@ def wrap(found: Found, base: Base) -> LoRAModel:
 def unfinished_note(run: StoredRun) -> str:
     """Return how far a run is, and how to finish it."""
     planned = run.config.get("federation", {}).get("num_rounds", "?")
+    if isinstance(planned, int) and run.config.get("method", {}).get("initialisation") == GRADIENT:
+        planned += 1
     return (
         f"{run.path} has not finished (round {len(run.records)} of {planned}); finish it with: "
         f"fedloom run {run.path / 'config.json'} --out {run.path}"

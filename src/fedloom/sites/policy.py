@@ -91,12 +91,12 @@ def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
         return Refusal(code="labels")
     if policy.hide_row_count and training.steps is None:
         return Refusal(code="rows-hidden")
-    rounds, steps = training.total_rounds, training.steps or 0
+    rounds, steps = training.start_rounds + training.total_rounds, training.steps or 0
     budget = training.token_budget
     if split is not None:  # a round is a period, and a pass has the rows of a micro-batch: see of_inputs
         rounds, steps, budget = split.num_periods, split.aggregate_every, 0
     limits = (
-        ("rank", sheet.rank, policy.max_rank),
+        ("rank", max(sheet.rank, sheet.sketch_rank or 0), policy.max_rank),
         ("rounds", rounds, policy.max_rounds),
         ("steps", steps, policy.max_steps_per_round),
         ("tokens", max(budget, sheet.max_length or 0), policy.max_tokens_per_pass),

@@ -12,7 +12,7 @@ from typing import Any
 
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import check_folder, refuse_fewer_rounds
-from fedloom.assembly.round_plan import Population, plan_of
+from fedloom.assembly.round_plan import Population, cohorts, plan_of
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.sources import Rows
 from fedloom.data.tokenizer import fingerprint
@@ -258,13 +258,14 @@ def _run_id(out: Path, fresh: bool) -> str:
 
 def _plan_of(study: Study, population: Population, lora: LoRAModel) -> RoundPlan:
     """Return the plan of the rounds, whose clients are drawn from the sites that have not withdrawn."""
-    sites, seed, size = study.sites, study.settings.run.seed, study.cohort_size
+    sites, settings = study.sites, study.settings
     present = [client for client, name in enumerate(sites.names) if name not in sites.withdrawn]
 
-    def sample(round: int) -> list[int]:
-        return [present[place] for place in sample_clients(seed, round, len(present), size)]
+    def drawn(round: int, size: int) -> list[int]:
+        size = min(size, len(present))
+        return [present[place] for place in sample_clients(settings.run.seed, round, len(present), size)]
 
-    return replace(plan_of(study.settings, population, lora), sample=sample)
+    return replace(plan_of(settings, population, lora), sample=cohorts(settings, study.cohort_size, drawn))
 
 
 def _no_rows(client: int) -> TokenSet:

@@ -23,11 +23,12 @@ from fedloom.errors import UpdateError
 from fedloom.federation.blob import WireDtype
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
+from fedloom.methods.gradient_start import sketch_rank
 from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
-from fedloom.training.cohort_round import LocalTraining
+from fedloom.training.cohort_round import SKETCH_ROWS, LocalTraining
 
 _LARGEST = 10**9
 Number = Annotated[int, Ge(1), Le(_LARGEST)]
@@ -56,6 +57,7 @@ class SheetTraining(Part):
     label_smoothing: Share
     proximal: Rate = 0.0
     token_budget: Number
+    start_rounds: Annotated[int, Ge(0), Le(1)] = 0
 
 
 class SheetSplit(Part):
@@ -123,7 +125,7 @@ class Sheet(Part):
     scale: Rate
     method: Annotated[str, StringConstraints(pattern=r"^[a-z0-9]+(-[a-z0-9]+)*$", max_length=64)]
     weighting: Literal["rows", "tokens", "uniform", "work", "norm"]
-    initialisation: Literal["independent", "shared"]
+    initialisation: Literal["independent", "shared", "gradient"]
     training: SheetTraining
     wire: WireDtype
     seed: Annotated[int, Ge(0), Le(1 << 63)]
@@ -143,6 +145,11 @@ class Sheet(Part):
     sends_gradients: bool = False
     moments: Literal["fresh", "own", "shared"] = "fresh"
     moments_prior: Number = 2
+    sketch_rank: Annotated[int, Ge(1), Le(1 << 20)] | None = None
+
+    def rank_asked(self, round: int) -> int:
+        """Return the rank of a round's task: the client's own, but where it sketches a gradient."""
+        return self.sketch_rank if self.sketch_rank is not None and round <= self.training.start_rounds else self.rank
 
     @property
     def local_training(self) -> LocalTraining:
@@ -155,6 +162,8 @@ class Sheet(Part):
         training = self.training
         budget = f"{training.steps} steps" if training.steps is not None else f"{training.epochs:g} passes"
         rounds, cut = f"{training.total_rounds} rounds of {budget}", ""
+        if self.sketch_rank is not None:
+            rounds = f"a gradient of {SKETCH_ROWS} rows sketched in {self.sketch_rank} directions, then {rounds}"
         if self.split is not None:
             rounds = f"{self.split.num_periods} rounds of {self.split.aggregate_every} steps"
             labels = "cross" if self.split.tail_blocks is None else "stay"
@@ -222,6 +231,7 @@ def sheet_of(
         sends_gradients=settings.server.step == "adamw",
         moments=settings.training.moments,
         moments_prior=settings.training.moments_prior,
+        sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
     )
 
 

@@ -24,7 +24,7 @@ from fedloom.errors import BehindError, DataError, FedloomError, MethodError, Ru
 from fedloom.federation.blob import read_tensors
 from fedloom.federation.broadcasts import Received, decode_broadcast
 from fedloom.federation.buffers import Buffers
-from fedloom.federation.messages import update_buffers
+from fedloom.federation.messages import answer_dtype, update_buffers
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
@@ -166,7 +166,7 @@ class SiteTraining:
         outcome, tensors = client.conclude(assignment, replace(result, stats=stats), sheet.wire)
         if isinstance(outcome, Failure):
             raise RefusedError(Refusal(code="diverged"), outcome.reason)
-        answer = update_buffers(outcome, tensors, sheet.wire)
+        answer = update_buffers(outcome, tensors, answer_dtype(assignment.work, sheet.wire))
         recall = Recall(
             version=client.memory.version,
             side=assignment.side,
@@ -281,7 +281,7 @@ def check_asked(received: Received, sheet: Sheet, round: int) -> None:
     """
     for what in ("round", "client", "rank", "scale"):
         found = getattr(received, what)
-        expected = round if what == "round" else getattr(sheet, what)
+        expected = {"round": round, "rank": sheet.rank_asked(round)}.get(what) or getattr(sheet, what)
         if found != expected:
             raise UpdateError(f"expected a task for {what} {expected}, as the sheet says, got {found}; send that")
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import numpy as np
@@ -40,6 +40,9 @@ from fedloom.training.row_passes import Batch, RowPasses, row_passes
 from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
 from fedloom.training.stats import TrainingStats
 
+SKETCH_ROWS = 4
+"""Rows of a client on which the gradient of the weights is sketched, or all where it has fewer."""
+
 
 @dataclass(frozen=True)
 class LocalTraining:
@@ -47,7 +50,8 @@ class LocalTraining:
 
     A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
     tokens of all clients together; a batch beyond either is accumulated over several passes, which changes
-    the result by rounding only: a row's dropout mask is its own.
+    the result by rounding only: a row's dropout mask is its own. Draws and schedule count from the round after the
+    first ``start_rounds``, which train nothing.
     """
 
     learning_rate: float
@@ -66,6 +70,11 @@ class LocalTraining:
     label_smoothing: float = 0.0
     proximal: float = 0.0
     token_budget: int = 8192
+    start_rounds: int = 0
+
+    def for_sketch(self) -> LocalTraining:
+        """Return what a client does to sketch a gradient: one batch at the base, without dropout."""
+        return replace(self, batch_size=SKETCH_ROWS, steps=1, epochs=None, dropout=0.0, schedule_span="round")
 
     @property
     def adamw(self) -> AdamWSettings:
@@ -78,9 +87,9 @@ class ClientTask:
     """One client's part of a round: its rows, the rank and scale it trains at, and what it starts from.
 
     ``trains`` are the factors that the optimiser moves. With ``measures_gradient`` it moves none: the client reads one
-    batch and its result holds the gradient at the start. With ``keeps_moments`` the result holds the optimiser's state,
-    which is twice the adapter's size; with ``shares_moments`` the means of its second moments. A ``prior`` takes the
-    place of a state.
+    batch and its result holds the gradient at the start; where it ``sketches``, that of
+    :meth:`LocalTraining.for_sketch`, which is no step. With ``keeps_moments`` the result holds the optimiser's state,
+    twice the adapter's size; with ``shares_moments`` means of its second moments. A ``prior`` takes a state's place.
     """
 
     client: int
@@ -91,6 +100,7 @@ class ClientTask:
     optimiser_state: Mapping[str, Tensor] | None = None
     trains: Factors = BOTH
     measures_gradient: bool = False
+    sketches: bool = False
     keeps_moments: bool = False
     shares_moments: bool = False
     prior: Prior | None = None
@@ -142,13 +152,15 @@ def train_cohort(
 
     Law: ``loss_k = (1/S_k) Σ_s nll_s`` over the S_k targets of client k's batch; the pass minimises ``Σ_k loss_k``,
     whose gradient at client k's factors is that of ``loss_k`` alone. A client with fewer steps is not touched again
-    after its last. Rounds count from 1. Slots are opened for the cohort and freed at the end, also after an error.
+    after its last. Rounds count from 1; in one all clients sketch, or none. Slots are freed at the end in any case.
 
     Raises:
         ModelError: if the passes of the model are not its own forward.
         AdapterError: if a start does not fit the model or its task's rank.
     """
-    lora.open([Slot(task.rank, task.scale) for task in tasks])
+    sketch = any(task.sketches for task in tasks)
+    settings, make_room = (settings.for_sketch(), lora.open_narrow) if sketch else (settings, lora.open)
+    make_room([Slot(task.rank, task.scale) for task in tasks])
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head, passes = output_head(lora.model), row_passes(lora.model)
@@ -195,13 +207,13 @@ class _Client:
         number: int,
     ) -> None:
         self.slot, self.task, self._passes = slot, task, passes
-        self._lora, self._settings, self._seed, self._round = lora, settings, seed, number
+        self._lora, self._settings, self._seed, self._round = lora, settings, seed, number - settings.start_rounds
         lora.load(slot, task.start)
-        rng = stream(seed, "batches", number, task.client)
+        rng = stream(seed, "batches", self._round, task.client)
         steps, epochs = (1, None) if task.measures_gradient else (settings.steps, settings.epochs)
         self._batches = list(batches(len(task.rows), settings.batch_size, rng, steps=steps, epochs=epochs))
         steps_per_round = len(self._batches)
-        first, total = first_step(settings.schedule_span, number, settings.total_rounds, steps_per_round)
+        first, total = first_step(settings.schedule_span, self._round, settings.total_rounds, steps_per_round)
         factor = schedule(settings.schedule, settings.warmup_steps, total)
         self._factors = dict(zip(factor_names(lora), lora.parameters(slot), strict=True))
         trained = {name: factor for name, factor in self._factors.items() if factor_of(name) in task.trains}
@@ -282,7 +294,7 @@ class _Client:
                 num_rows=len(self.task.rows),
                 num_tokens=self._tokens,
                 num_loss_tokens=self._targets,
-                num_steps=self._step,
+                num_steps=0 if self.task.sketches else self._step,
                 loss_nats=self._nats / max(1, self._targets),
                 loss_last_nats=self._last_loss,
                 seconds=self._seconds,

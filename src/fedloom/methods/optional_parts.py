@@ -1,0 +1,21 @@
+"""What a run's settings put around a method's strategy."""
+
+from __future__ import annotations
+
+from fedloom.methods.around import FewBits, SynchronisedSteps, WithOtherMoments
+from fedloom.methods.client_half import Moments
+from fedloom.methods.gradient_start import GradientStart
+from fedloom.methods.options import MethodOptions
+from fedloom.methods.strategy import Strategy
+from fedloom.methods.traits import GRADIENT
+
+
+def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bool) -> Strategy:
+    """Return a method's strategy with what the options put around it."""
+    if options.adamw is not None:
+        strategy = SynchronisedSteps(strategy, options.adamw)
+    if (moments := Moments(options.moments)) is not Moments.FRESH:
+        strategy = WithOtherMoments(strategy, moments, options.moments_prior)
+    if options.few_bits:
+        strategy = FewBits(strategy, not starts_fresh)
+    return GradientStart(strategy) if options.initialisation == GRADIENT else strategy
