@@ -15,9 +15,10 @@ checking, making room for the adapter, writing, and at a site storing. Beside it
 site's own work, and with ``--kinds local-2 ray`` (or ``local-3 sites``) beyond a client's share of the round of one
 process. What the server does with the updates afterwards is the same everywhere and left out.
 
-Wanted are at most 0.1 s at 0.25 MB and twice bare gRPC at 8 and 100 MB. Met on Ray, and by sites beside their own work
-up to 8 MB; at 100 MB sites took 2.6 times on two busy cores, of which docs/log.md has the parts. All kinds at once at
-100 MB need 12 GB: name them one by one.
+Wanted are at most 0.1 s at 0.25 MB and twice bare gRPC at 8 and 100 MB. Met on Ray, and by sites beside their own
+work (1.7 to 1.8 times at both, on two busy cores with preference); not beyond the training steps alone, since an answer
+is synced to the disk before it leaves: docs/log.md has the parts. All kinds at once at 100 MB need 12 GB: name them one
+by one.
 
 ``memory`` serves a study to sites, all in processes of their own, once at rank 1 and once with messages of so many
 megabytes, and prints how many messages' size the peak of each process grows by.

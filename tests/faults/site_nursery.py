@@ -27,6 +27,8 @@ HELLO_SECONDS, ASK_AGAIN_SECONDS, AWAY_SECONDS, LONGEST_WAIT, WAIT_FOR_TWIN = 0.
 DROP_OUT = "FAULTS_DROP_OUT"
 """In a site's environment: its training fails in this share of the rounds."""
 SLOW_SECONDS = 1.0
+LARGE_BYTES = 256
+"""From here on a message is handed over like a large one."""
 _MESSAGE = 1 << 16
 _CRASHED = 70
 
@@ -184,11 +186,22 @@ def _child(acts: dict[str, Callable[..., Any]], asked: dict[str, Any], files: li
 def _imported(nursery: Path) -> dict[str, Callable[..., Any]]:
     """Import everything, shorten the waits, and return what can be asked for."""
     from fedloom.cli.app import exit_code
-    from fedloom.sites import grpc_link, serving, site_run, site_state, site_training, sites_engine, trainer
+    from fedloom.sites import (
+        frames,
+        grpc_link,
+        handover,
+        serving,
+        site_run,
+        site_state,
+        site_training,
+        sites_engine,
+        trainer,
+    )
     from fedloom.sites.site_worker import SiteWorker
 
     assert serving
     assert site_training
+    frames.LARGE_BYTES = handover.LARGE_BYTES = LARGE_BYTES  # the base is tiny
     sites_engine.ASK_AGAIN_SECONDS = ASK_AGAIN_SECONDS
     site_state.AWAY_SECONDS = AWAY_SECONDS
     grpc_link._LONGEST_WAIT, grpc_link._WAIT_FOR_TWIN = LONGEST_WAIT, WAIT_FOR_TWIN
@@ -200,7 +213,7 @@ def _imported(nursery: Path) -> dict[str, Callable[..., Any]]:
     def trained(_: list[str], files: list[int]) -> None:
         if DROP_OUT in os.environ:
             site_training.SiteTraining._trained = _dropping_out(float(os.environ[DROP_OUT]))  # type: ignore[method-assign]
-        trainer.main(files[0])
+        trainer.main(*files)
 
     return {"command": lambda arguments, _: exit_code(arguments), "trainer": trained}
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +19,7 @@ from faults.hostile_clients import powers
 from faults.mutated_inputs import Reader, readers, tried
 from faults.mutations import JSON
 from faults.site_bench import WITHOUT_MEMORY, Case, WrongError
+from faults.site_soak import Held
 
 from fedloom.errors import DataError
 
@@ -87,6 +90,28 @@ def test_an_adapter_that_a_replay_does_not_give_is_found(tmp_path: Path, monkeyp
     (tmp_path / "alone" / "adapter" / "adapter_model.safetensors").write_bytes(b"other")
     with pytest.raises(WrongError, match="oslo"):
         case._compare()
+
+
+def test_a_fork_grows_by_what_it_makes_and_not_by_what_it_touches_of_its_parents(tmp_path: Path) -> None:
+    size = 20 << 20
+    inherited = mmap.mmap(-1, size, mmap.MAP_PRIVATE)
+
+    def touch(memory: mmap.mmap) -> float:
+        for at in range(0, size, mmap.PAGESIZE):
+            memory[at] = 1
+        return Held.by(os.getpid()).memory_mb
+
+    def grow() -> None:
+        made = [mmap.mmap(-1, size, flags) for flags in (mmap.MAP_PRIVATE, mmap.MAP_SHARED)]
+        held = [Held.by(os.getpid()).memory_mb, *map(touch, (inherited, *made))]
+        (tmp_path / "held").write_text(json.dumps(held))
+
+    touch(inherited)
+    assert forked(tmp_path, grow).code == 0
+    begin, touched, private, shared = json.loads((tmp_path / "held").read_text())
+    assert touched - begin < 2
+    assert private - touched > 18
+    assert shared - private > 18
 
 
 def test_the_proxy_carries_holds_back_and_cuts() -> None:

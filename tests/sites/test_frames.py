@@ -11,6 +11,7 @@ from fedloom.sites.dropped import Dropped
 from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.frames import (
     FORMAT,
+    LARGE_BYTES,
     TO_SERVER,
     TO_SITE,
     End,
@@ -19,6 +20,7 @@ from fedloom.sites.frames import (
     Scored,
     SheetSent,
     Task,
+    compared,
     frame,
     framed,
     unframe,
@@ -129,3 +131,31 @@ def test_what_is_dropped_is_counted_by_sender_and_reason_without_growing_for_eve
     dropped.add("name-0", "foreign")
     assert dropped.counts["name-0", "foreign"] == 2
     assert len(dropped.counts) <= 1 << 10
+
+
+def test_a_large_frame_is_compared_where_it_comes_in_and_a_damaged_one_is_left_to_its_reader() -> None:
+    body = sealed(bytes(LARGE_BYTES))
+    whole = frame(RESULT, body)
+    assert compared(whole) == Checked(whole)
+    head, found = unframe(compared(whole), TO_SERVER, 2 * LARGE_BYTES)
+    assert (head, bytes(found)) == (RESULT, body)
+    for place in (2, 20, 40, LARGE_BYTES // 2, -1):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1
+        assert compared(damaged) is damaged
+        with pytest.raises(UpdateError):
+            unframe(compared(damaged), TO_SERVER, 2 * LARGE_BYTES)
+    small, unsealed = frame(HELLO), frame(SheetSent(run=RUN, format=FORMAT), bytes(LARGE_BYTES))
+    assert compared(small) is small
+    assert compared(unsealed) is unsealed
+    with pytest.raises(UpdateError, match="at most 5 bytes"):
+        unframe(compared(whole), TO_SERVER, 5)
+
+
+def test_a_frame_in_two_buffers_is_cut_where_its_head_ends() -> None:
+    beginning, *rest = framed(RESULT, [sealed(b"update")])
+    head, body = unframe_here([beginning, b"".join(rest)], TO_SERVER, 200)
+    assert (head, bytes(body)) == (RESULT, sealed(b"update"))
+    for first, second in ((bytes(beginning[:-1]), b"}" + b"".join(rest)), (bytes(beginning) + b"u", rest[0][1:])):
+        with pytest.raises(UpdateError, match="a whole frame"):
+            unframe_here([first, second], TO_SERVER, 200)

@@ -28,6 +28,7 @@ from fedloom.methods.strategy import Cohort
 from fedloom.models.load import load_base
 from fedloom.run_folder import durable
 from fedloom.sites.frames import FORMAT, TO_SERVER, Hello, Ready, Result, SheetSent, Task, frame, unframe
+from fedloom.sites.handover import Stored
 from fedloom.sites.link import SERVER
 from fedloom.sites.sheet import Sheet, SheetTemplate, sheet_of
 from fedloom.sites.site_settings import SiteSettings
@@ -246,6 +247,20 @@ def test_a_newer_round_stops_an_older_one_between_two_steps(
     trainer.handle(waiting)
     head, _ = unframe(replies[-1], TO_SERVER, 1 << 30)
     assert head.refusal.code == "superseded"
+
+
+def test_an_answer_is_handed_over_where_it_was_stored(sheet: Sheet, settings: SiteSettings, base_folder: Path) -> None:
+    replies: list[Any] = []
+    trainer, task = Trainer(settings, replies.append, lambda text: None), task_frame(sheet, shapes_of(base_folder))
+    for data in (sheet_frame(sheet), task):
+        trainer.handle(trainer.hear(data))
+    stored = replies[-1]
+    assert isinstance(stored, Stored)
+    body = b"".join(stored[1:])
+    assert os.pread(stored.descriptor, len(body) + 1, stored.offset) == body
+    trainer.handle(trainer.hear(task))
+    assert not isinstance(replies[-1], Stored)  # what is sent again was read
+    assert b"".join(replies[-1][1:]) == body
 
 
 def refuse_writes(patch: pytest.MonkeyPatch, *names: str) -> None:

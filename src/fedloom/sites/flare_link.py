@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fedloom.errors import MissingExtraError, RunError
-from fedloom.federation.buffers import Buffer
+from fedloom.federation.blob import Checked
 from fedloom.sites import link
 from fedloom.sites.flare_pipe import (
     CONNECTED,
@@ -72,7 +72,7 @@ class FlareLink:
             MissingExtraError: FLARE is not installed.
         """
         required_flare()
-        self.inbox: queue.Queue[tuple[str, Buffer]] = queue.Queue(maxsize=inbox_size)
+        self.inbox: queue.Queue[tuple[str, Frame | Checked]] = queue.Queue(maxsize=inbox_size)
         self.is_started = threading.Event()
         self.connected: set[str] = set()
         self.connections: Counter[str] = Counter()

@@ -30,6 +30,8 @@ FORMAT = 2
 """Version of the frames and of what they mean: both ends must have the same."""
 MAX_HEAD_BYTES = 1 << 16
 MAX_SHEET_BYTES = 1 << 20
+LARGE_BYTES = 1 << 20
+"""From this size on a frame is worth some care: it is neither hashed nor copied where that is not needed."""
 _LENGTH_BYTES, _DIGEST_BYTES = 4, 32
 PREFIX_BYTES = _LENGTH_BYTES + _DIGEST_BYTES
 
@@ -169,31 +171,44 @@ def framed(head: ToServer | ToSite, body: Buffers) -> Buffers:
     return [len(text).to_bytes(_LENGTH_BYTES, "little") + _digest(text, body) + text, *body]
 
 
-def unframe(data: Buffer, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, Body]:
+def unframe(data: Buffer | Buffers | Checked, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, Body]:
     """Return a message's head, and its body where it lies; ``kinds`` are those that the receiver takes.
 
     Raises:
         UpdateError: it is damaged, of no such kind, or longer than it can be.
     """
+    if isinstance(data, Checked):
+        return unframe_here(data.message, kinds, max_body)
     head, body = unframe_here(data, kinds, max_body)
     return head, checked(body.message) if isinstance(body, Checked) else body
 
 
-def unframe_here(data: Buffer, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, Body]:
-    """Do what :func:`unframe` does for a frame of another process of this machine, which has checked the body's hash.
+def compared(data: Buffer) -> Buffer | Checked:
+    """Compare a large frame with its hashes where it comes in, so that those of several senders are hashed at once.
+
+    Return it as checked where it fits; whatever else it is, its reader finds out.
+    """
+    if len(data) < LARGE_BYTES:
+        return data
+    try:
+        text, body = _parts(data, len(data))
+        if not text.startswith(_SEALED):
+            return data
+        checked(body)
+    except UpdateError:
+        return data
+    return Checked(data)
+
+
+def unframe_here(data: Buffer | Buffers, kinds: TypeAdapter[Any], max_body: int) -> tuple[Any, Body]:
+    """Do what :func:`unframe` does for a frame whose body's hash was compared before, in this process or another one.
+
+    Such a frame may lie in two buffers: all that is before the body, and the body.
 
     Raises:
         UpdateError: it is damaged elsewhere, of no such kind, or longer than it can be.
     """
-    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
-    end = PREFIX_BYTES + length
-    if length > MAX_HEAD_BYTES or len(data) < end or len(data) - end > max_body:
-        raise UpdateError(
-            f"expected a whole frame with at most {max_body} bytes of body, got {len(data)} bytes; send it again"
-        )
-    text, body = bytes(data[PREFIX_BYTES:end]), memoryview(data)[end:]
-    if _digest(text, [body]) != data[_LENGTH_BYTES:PREFIX_BYTES]:
-        raise UpdateError(f"expected a frame that fits its digest, got {len(data)} bytes that do not; send it again")
+    text, body = _parts(data, max_body)
     try:
         head = kinds.validate_json(text)
     except (ValidationError, RecursionError) as error:
@@ -203,6 +218,22 @@ def unframe_here(data: Buffer, kinds: TypeAdapter[Any], max_body: int) -> tuple[
     if body and head.kind not in _WITH_BODY:
         raise UpdateError(f"expected no body in a frame of kind {head.kind}, got {len(body)} bytes; leave it out")
     return head, Checked(body) if body and text.startswith(_SEALED) else body
+
+
+def _parts(data: Buffer | Buffers, max_body: int) -> tuple[bytes, memoryview]:
+    """Return a frame's head, as text that nobody has parsed, and its body, once they fit the digest."""
+    first, *others = data if isinstance(data, list) else [data]
+    size, length = len(first) + sum(map(len, others)), int.from_bytes(first[:_LENGTH_BYTES], "little")
+    end = PREFIX_BYTES + length
+    is_cut = len(first) != end if others else len(first) < end
+    if length > MAX_HEAD_BYTES or is_cut or size - end > max_body:
+        raise UpdateError(
+            f"expected a whole frame with at most {max_body} bytes of body, got {size} bytes; send it again"
+        )
+    text, body = bytes(first[PREFIX_BYTES:end]), memoryview(others[0]) if others else memoryview(first)[end:]
+    if _digest(text, [body]) != first[_LENGTH_BYTES:PREFIX_BYTES]:
+        raise UpdateError(f"expected a frame that fits its digest, got {size} bytes that do not; send it again")
+    return text, body
 
 
 def _digest(text: bytes, body: Buffers) -> bytes:

@@ -17,9 +17,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fedloom.errors import MissingExtraError, RunError
+from fedloom.federation.blob import Checked
 from fedloom.federation.buffers import Buffer, room_for
+from fedloom.sites.frames import compared
 from fedloom.sites.kit import Kit
-from fedloom.sites.link import CONNECTED, SERVER, Frame, cut, offered
+from fedloom.sites.link import CONNECTED, SERVER, Frame, cut, offered, size_of
 
 PIECE_BYTES = 2 << 20
 FRAMES_WAITING = 8
@@ -51,7 +53,7 @@ class GrpcServerLink:
             MissingExtraError: gRPC is not installed.
         """
         grpc = required_grpc()
-        self.inbox: queue.Queue[tuple[str, Buffer]] = queue.Queue(maxsize=64 * len(names))
+        self.inbox: queue.Queue[tuple[str, Frame | Checked]] = queue.Queue(maxsize=64 * len(names))
         self.connections: Counter[str] = Counter()
         self._names, self._largest, self._lock = frozenset(names), largest_frame, threading.Lock()
         self._out: dict[str, queue.Queue[Frame | None]] = {}
@@ -111,7 +113,7 @@ class GrpcServerLink:
     def _listen(self, name: str, requests: Iterator[bytes], out: queue.Queue[Frame | None], context: Any) -> None:
         try:
             for frame in _frames(requests, self._largest):
-                self.inbox.put((name, frame))
+                self.inbox.put((name, compared(frame)))
                 del frame  # while the next one is waited for, this one is not held
         except Exception:  # gRPC has one error for every way in which a stream ends, and no public name for it
             context.cancel()
@@ -122,18 +124,24 @@ class GrpcSiteLink:
     """A site's end: it dials, and dials again after every break."""
 
     def __init__(
-        self, address: str, kit: Kit, largest_frame: int, note: Callable[[str], None], refused: Callable[[str], None]
+        self,
+        address: str,
+        kit: Kit,
+        largest_frame: int,
+        note: Callable[[str], None],
+        refused: Callable[[str], None],
+        room: Callable[[int], memoryview] = room_for,
     ) -> None:
-        """Dial; ``refused`` is told where the server turns this site away for good.
+        """Dial; ``refused`` is told where the server turns this site away for good, ``room`` is where frames are put.
 
         Raises:
             MissingExtraError: gRPC is not installed.
         """
         self._grpc = required_grpc()
-        self.inbox: queue.Queue[tuple[str, Buffer]] = queue.Queue()
+        self.inbox: queue.Queue[tuple[str, Frame | Checked]] = queue.Queue()
         self.connections: Counter[str] = Counter()
         self._address, self._kit, self._largest = address, kit, largest_frame
-        self._note, self._refused = note, refused
+        self._note, self._refused, self._room = note, refused, room
         self._lock, self._out = threading.Lock(), None
         self._channel: Any = None
         self._is_closed = threading.Event()
@@ -193,7 +201,7 @@ class GrpcSiteLink:
                 self._out, self._channel = out, channel
             self.connections[SERVER] += 1
             self.inbox.put((SERVER, CONNECTED))
-            for frame in _frames(stream, self._largest):
+            for frame in _frames(stream, self._largest, self._room):
                 has_come = True
                 self.inbox.put((SERVER, frame))
                 del frame
@@ -281,16 +289,15 @@ def _end(out: queue.Queue[Frame | None]) -> None:
 
 def _outgoing(out: queue.Queue[Frame | None]) -> Iterator[bytes]:
     while (frame := out.get()) is not None:
-        size = sum(map(len, frame)) if isinstance(frame, list) else len(frame)
-        beginning = _FIRST + size.to_bytes(_LENGTH_BYTES, "little")
+        beginning = _FIRST + size_of(frame).to_bytes(_LENGTH_BYTES, "little")
         for piece, is_last in cut(frame, PIECE_BYTES):
             yield b"".join([_LAST if is_last else beginning, *piece])
             beginning = _MORE
         del frame  # nothing is held while there is nothing to send
 
 
-def _frames(stream: Iterator[bytes], largest: int) -> Iterator[Buffer]:
-    """Yield whole frames; the first of several pieces says how long they are together.
+def _frames(stream: Iterator[bytes], largest: int, room: Callable[[int], memoryview] = room_for) -> Iterator[Buffer]:
+    """Yield whole frames, in memory that ``room`` gives; the first of several pieces says how long they are together.
 
     Raises:
         ValueError: one is longer than the receiver takes in, or than it says.
@@ -302,9 +309,9 @@ def _frames(stream: Iterator[bytes], largest: int) -> Iterator[Buffer]:
             size, part = int.from_bytes(part[:_LENGTH_BYTES], "little"), part[_LENGTH_BYTES:]
             if size > largest or taken:
                 raise ValueError("a frame is too long, or begins within another")
-            frame = room_for(size)
+            frame = room(size)
         elif not taken:
-            frame = room_for(len(part) if len(part) <= largest else 0)
+            frame = room(len(part) if len(part) <= largest else 0)
         if taken + len(part) > len(frame):
             raise ValueError("a frame is too long")
         frame[taken : taken + len(part)] = part

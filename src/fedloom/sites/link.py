@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from queue import Full, Queue
 from typing import Protocol
 
-from fedloom.federation.buffers import Buffer, Buffers
+from fedloom.federation.blob import Checked
+from fedloom.federation.buffers import Buffer, Buffers, num_bytes
 
 SERVER = "server"
 """Name of the server, as a site's link sends to it and names it as the sender."""
@@ -30,11 +31,16 @@ Frame = Buffer | Buffers
 """A frame to be sent: in one place, or in several, so that a large body need not be copied behind its head."""
 
 
+def size_of(frame: Frame) -> int:
+    """Return how many bytes a frame has."""
+    return num_bytes(frame) if isinstance(frame, list) else len(frame)
+
+
 class Link(Protocol):
     """One end of the connections between the server and the sites."""
 
-    inbox: Queue[tuple[str, Buffer]]
-    """(proven name of the sender, frame); at a site the sender is :data:`SERVER`."""
+    inbox: Queue[tuple[str, Frame | Checked]]
+    """(proven name of the sender, frame); at a site the sender is :data:`SERVER`. Checked: its hashes fit."""
 
     connections: Counter[str]
     """How often each other end has connected; one that does so again and again may be two processes of one name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-from fedloom.federation.buffers import Buffer
+from fedloom.sites.link import Frame
 from fedloom.sites.split_frames import Begin, Updates
 
 _ANSWERS_KEPT = 4
@@ -27,9 +27,9 @@ class SitePeriod:
     next: int = 0
     is_at_work: bool = True
     heard: float = field(default_factory=time.monotonic)
-    _answers: dict[int, Buffer] = field(default_factory=dict)
+    _answers: dict[int, Frame] = field(default_factory=dict)
 
-    def take(self, number: int) -> tuple[bool, Buffer | None]:
+    def take(self, number: int) -> tuple[bool, Frame | None]:
         """Return whether a frame is to be done now, and the answer to send again where it was done before."""
         self.heard = time.monotonic()
         if number != self.next:
@@ -37,7 +37,7 @@ class SitePeriod:
         self.next += 1
         return True, None
 
-    def answered(self, number: int, data: Buffer) -> None:
+    def answered(self, number: int, data: Frame) -> None:
         """Keep an answer for a while."""
         self._answers[number] = data
         for oldest in sorted(self._answers)[:-_ANSWERS_KEPT]:

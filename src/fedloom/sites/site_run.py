@@ -17,11 +17,13 @@ from typing import Any
 
 from fedloom.data.tokenizer import fingerprint
 from fedloom.errors import RunError, UpdateError
+from fedloom.federation.buffers import room_for
 from fedloom.run_folder import claim, durable
 from fedloom.sites import policy
 from fedloom.sites.flare_link import FlareSiteLink
 from fedloom.sites.frames import FORMAT, MAX_HEAD_BYTES, TO_SITE, Hello, SheetSent, frame, unframe
 from fedloom.sites.grpc_link import GrpcSiteLink
+from fedloom.sites.handover import SharedRoom
 from fedloom.sites.kit import Kit, read_kit
 from fedloom.sites.kit_check import check_kit, is_flare_kit
 from fedloom.sites.link import SERVER, Link
@@ -51,10 +53,12 @@ def run_site(site: SiteSettings, note: Callable[[str], None]) -> None:
         stop.set()
 
     with _held(site), _left_between_tasks(stop, note):
-        link = _dialled(site, kit, note, refused)
+        room = SharedRoom()
+        link = _dialled(site, kit, note, refused, room)
         try:
             note(f"{site.site.name}: dialling {site.site.server}; ctrl-c leaves between tasks")
-            SiteWorker(site, link, lambda reply, ended: TrainerProcess(site, reply, ended), note).run(stop)
+            worker = SiteWorker(site, link, lambda reply, ended: TrainerProcess(site, reply, ended, room), note)
+            worker.run(stop)
         finally:
             link.close()
     if refusals:
@@ -142,12 +146,18 @@ def _turned_away(why: str) -> RunError:
     return RunError(f"{why}; ask the coordinator to add the site, or install the kit of this project")
 
 
-def _dialled(site: SiteSettings, kit: Kit, note: Callable[[str], None], refused: Callable[[str], None]) -> Link:
-    """Dial over what the kit is made for: FLARE, or with certificates alone gRPC."""
+def _dialled(
+    site: SiteSettings,
+    kit: Kit,
+    note: Callable[[str], None],
+    refused: Callable[[str], None],
+    room: Callable[[int], memoryview] = room_for,
+) -> Link:
+    """Dial over what the kit is made for: FLARE, or with certificates alone gRPC, which puts frames into ``room``."""
     largest = MAX_HEAD_BYTES + (site.policy.max_message_mib << 20)
     if is_flare_kit(site.site.kit, "client"):
         return FlareSiteLink(check_kit(site.site.kit, "client"), largest, note, refused)
-    return GrpcSiteLink(site.site.server, kit, largest, note, refused)
+    return GrpcSiteLink(site.site.server, kit, largest, note, refused, room)
 
 
 def _own_kit(site: SiteSettings) -> Kit:

@@ -73,6 +73,7 @@ class SiteTraining:
         self._newest, self._note = newest, note
         self._recall, self._rows_told, self._rows = Recall(), 0, TokenSet.from_rows([])
         self._held_out: TokenSet | None = None
+        self._is_stored = False
         try:
             self._open()
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
@@ -99,7 +100,7 @@ class SiteTraining:
 
     def answer(self, task: Task, take: Take) -> tuple[Result, Buffers]:
         """Train, or send the last answer again where this task is the one it answered."""
-        begun = time.perf_counter()
+        begun, self._is_stored = time.perf_counter(), False
         self._recall = self._recall.settled(task.counted)
         head = Result(run=task.run, round=task.round, task=task.task)
         if task.task == self._recall.task and self.refusal is None:
@@ -113,6 +114,10 @@ class SiteTraining:
         except (FedloomError, _SupersededError, torch.OutOfMemoryError, MemoryError) as error:
             return head.model_copy(update={"refusal": refusal_of(error, self._note)}), []
         return head.model_copy(update={"seconds": time.perf_counter() - begun}), answer
+
+    def stored(self) -> tuple[int, int] | None:
+        """Return the open file in which the last answer lies, and from where on; None where it was not written now."""
+        return self._store.opened() if self._is_stored else None
 
     def score(self, asked: Score, take: Take) -> Scored:
         """Score an adapter on the site's held-out rows: two sums and a count cross."""
@@ -176,7 +181,7 @@ class SiteTraining:
             task=task.task,
         )
         self._store.write(recall, answer)
-        self._recall = recall
+        self._recall, self._is_stored = recall, True
         return answer
 
     def _train(self, assignment: Assignment, round: int) -> ClientResult:

@@ -17,7 +17,7 @@ from importlib.metadata import version
 from typing import Any
 
 from fedloom.errors import RunError, UpdateError
-from fedloom.federation.buffers import Buffer
+from fedloom.federation.blob import Checked
 from fedloom.sites import policy
 from fedloom.sites.dropped import Dropped
 from fedloom.sites.frame_parts import Members, Refusal
@@ -38,7 +38,7 @@ from fedloom.sites.frames import (
     unframe_here,
 )
 from fedloom.sites.kit import read_kit
-from fedloom.sites.link import CONNECTED, SERVER, Link
+from fedloom.sites.link import CONNECTED, SERVER, Frame, Link, size_of
 from fedloom.sites.members import joined, keep_members, read_members, refusal_of, shown
 from fedloom.sites.sheet import Sheet, read_sheet
 from fedloom.sites.site_period import SitePeriod
@@ -52,7 +52,7 @@ _TRAINER, _ENDED = "(trainer)", "(trainer ended)"
 """Senders inside the site; a link's names have no brackets, and at a site it names the server alone."""
 _DEATHS_WHILE_LOADING = 3
 
-Start = Callable[[Callable[[Buffer], None], Callable[[int], None]], TrainerHandle]
+Start = Callable[[Callable[[Frame], None], Callable[[int], None]], TrainerHandle]
 """Starts a trainer, given what takes its frames and what is told its exit code."""
 
 
@@ -70,7 +70,7 @@ class SiteWorker:
     def __post_init__(self) -> None:
         self._ledger = Ledger(self.site.folder)
         self._trainer: TrainerHandle | None = None
-        self._sheet: tuple[str, SheetSent, Buffer] | None = None
+        self._sheet: tuple[str, SheetSent, Frame] | None = None
         self._ready: Ready | None = None
         self._is_asked, self._scoring, self._deaths = False, False, 0
         self._task: Task | None = None
@@ -116,9 +116,12 @@ class SiteWorker:
         period = {} if self._period is None else {"period": self._period.begin.period, "number": self._period.next}
         self._send(Hello(format=FORMAT, run=run, state=state, task=task, **period, **self._versions))  # type: ignore[arg-type]
 
-    def take(self, sender: str, data: Buffer) -> None:
+    def take(self, sender: str, data: Frame | Checked) -> None:
         """Take one event; what is not expected is dropped and counted."""
+        if isinstance(data, Checked):
+            data = data.message
         if sender == _ENDED:
+            assert isinstance(data, bytes)
             self._trainer_ended(int(data))
             return
         if sender == SERVER and data == CONNECTED:
@@ -137,7 +140,7 @@ class SiteWorker:
         elif sender != SERVER:
             self.dropped.add(sender, "stranger")
         elif isinstance(head, SheetSent):
-            self._take_sheet(head, bytes(body), data)
+            self._take_sheet(head, bytes(body))
         elif self._sheet is None or head.run != self._sheet[1].run or self._trainer is None:
             self.dropped.add(sender, "run")
             self.greet()
@@ -153,7 +156,7 @@ class SiteWorker:
             self._task = head
             self._trainer.send(data)
 
-    def _take_split(self, head: SplitToSite, data: Buffer) -> None:
+    def _take_split(self, head: SplitToSite, data: Frame) -> None:
         """Pass on what is next in the period under way; of another period nothing is known here."""
         assert self._trainer is not None
         if isinstance(head, Begin) and (self._period is None or self._period.begin.period != head.period):
@@ -167,12 +170,12 @@ class SiteWorker:
         elif again is not None:
             self.link.send(SERVER, again)
 
-    def _split_answered(self, head: SplitToServer, data: Buffer) -> None:
+    def _split_answered(self, head: SplitToServer, data: Frame) -> None:
         """Send an answer on, and keep it."""
         if self._period is None or head.period != self._period.begin.period:
             return
         if isinstance(head, Updates):
-            entry = self._period.book(head, len(data))
+            entry = self._period.book(head, size_of(data))
             self.note(f"round {self._period.begin.round}: trained in {head.seconds:.1f} s")
             if not self._enter(event="task", **entry, again=False):
                 unbooked = Refusal(code=policy.DISK)
@@ -185,7 +188,7 @@ class SiteWorker:
         self._period.answered(head.number, data)
         self.link.send(SERVER, data)
 
-    def _take_sheet(self, head: SheetSent, body: bytes, data: Buffer) -> None:
+    def _take_sheet(self, head: SheetSent, body: bytes) -> None:
         found = sha256(body).hexdigest()
         refusal = policy.of_format(head.format)
         if refusal is not None:
@@ -212,7 +215,7 @@ class SiteWorker:
             code = "sheet" if isinstance(error, UpdateError) else policy.DISK
             self._send(Ready(run=head.run, sheet=found, refusal=Refusal(code=code)))
             return
-        self._sheet, self._deaths = (found, head, data), 0
+        self._sheet, self._deaths = (found, head, frame(head, body)), 0
         if refusal is not None:
             self._close_trainer()
             self._take_ready(Ready(run=head.run, sheet=found, refusal=refusal))
@@ -254,7 +257,7 @@ class SiteWorker:
             self._trainer.close()
         self._trainer, self._ready, self._task, self._period, self._scoring = None, None, None, None, False
 
-    def _of_trainer(self, head: object, data: Buffer) -> None:
+    def _of_trainer(self, head: object, data: Frame) -> None:
         if self._sheet is None or getattr(head, "run", None) != self._sheet[1].run:
             return
         if isinstance(head, Ready):
@@ -263,7 +266,7 @@ class SiteWorker:
             if self._task is not None and head.task == self._task.task:
                 self._task = None
             unbooked = {"refusal": head.refusal or Refusal(code=policy.DISK), "again": False}
-            is_booked = self._book(head, len(data))
+            is_booked = self._book(head, size_of(data))
             self.link.send(SERVER, data if is_booked else frame(head.model_copy(update=unbooked)))
         elif isinstance(head, SplitToServer):
             self._split_answered(head, data)

@@ -11,6 +11,7 @@ The memory after an answer counts only once the server says that the answer did;
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -60,7 +61,7 @@ class Store:
     """One run's part of a site's folder."""
 
     def __init__(self, folder: Path, run: str) -> None:
-        self._folder = folder / "runs" / run
+        self._folder, self._answer_at = folder / "runs" / run, 0
         with durable.explained(str(self._folder), _RETRY):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -100,7 +101,16 @@ class Store:
         """
         with durable.explained(str(self._folder / _STATE), _RETRY):
             self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # its owner may have removed it meanwhile
-            durable.write_bytes(self._folder / _STATE, *_encode(recall, answer))
+            parts = _encode(recall, answer)
+            durable.write_bytes(self._folder / _STATE, *parts)
+        self._answer_at = num_bytes(parts) - num_bytes(answer)
+
+    def opened(self) -> tuple[int, int] | None:
+        """Return the file that was written last, open, and where the answer begins in it; None where it was removed."""
+        try:
+            return os.open(self._folder / _STATE, os.O_RDONLY), self._answer_at
+        except OSError:
+            return None
 
 
 def _encode(recall: Recall, answer: Buffers) -> Buffers:

@@ -1,33 +1,35 @@
 """The process that holds a site's base, and its parent's handle on it.
 
 The parent keeps the connection; a crash in here (of a driver, or for lack of memory) costs a task and not the
-membership. Frames go through two pipes, each behind its length; the first one holds the site's settings. Standard
-output is the log's, so nothing a library prints can be taken for a frame.
+membership. Frames go through two pipes, and large ones in shared memory (see ``handover``); the first one holds the
+site's settings. Standard output is the log's, so nothing a library prints can be taken for a frame.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import queue
+import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from hashlib import sha256
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from fedloom.errors import UpdateError
-from fedloom.federation.buffers import Buffer, num_bytes, room_for
+from fedloom.federation.buffers import Buffers
 from fedloom.sites.frame_parts import Refusal
-from fedloom.sites.frames import TO_SITE, Body, Ready, Score, SheetSent, Task, frame, framed, unframe_here
+from fedloom.sites.frames import TO_SITE, Body, Ready, Result, Score, SheetSent, Task, frame, framed, unframe_here
+from fedloom.sites.handover import Channel, SharedRoom, Stored
 from fedloom.sites.link import Frame
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 from fedloom.sites.split_frames import SplitToSite, Updates
 
-_LENGTH_BYTES, _PIPE_BYTES = 8, 1 << 20
+_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+"""A trainer asks the system for large pages: tensors in memory that is new are filled in a third of the time."""
 
 
 class Heard:
@@ -45,7 +47,7 @@ class Heard:
 class TrainerHandle(Protocol):
     """What a site's worker knows of the process that trains."""
 
-    def send(self, data: Buffer) -> None:
+    def send(self, data: Frame) -> None:
         """Give it a frame; what becomes of it comes back as a frame, or as the end of the process."""
         ...
 
@@ -63,7 +65,7 @@ class Trainer:
         self._max_body = site.policy.max_message_mib << 20
         self._run: object | None = None
 
-    def hear(self, data: Buffer) -> Heard:
+    def hear(self, data: Frame) -> Heard:
         """Read a frame that is to wait, from another thread: a newer round stops an older one between two steps."""
         head, body = unframe_here(data, TO_SITE, self._max_body)
         if isinstance(head, Task):
@@ -83,7 +85,7 @@ class Trainer:
             if isinstance(head, Task):
                 result, answer = self._run.answer(head, heard.take)
                 self._reply(frame(self._run.ready()))  # what it holds now, for whoever asks next
-                self._reply(framed(result, answer) if answer else frame(result))
+                self._reply(_answer(result, answer, self._run.stored()) if answer else frame(result))
             elif isinstance(head, Score):
                 self._reply(frame(self._run.score(head, heard.take)))
         elif isinstance(self._run, SplitTraining) and isinstance(head, SplitToSite):
@@ -108,24 +110,41 @@ class Trainer:
         return opened.ready()
 
 
+def _answer(result: Result, answer: Buffers, place: tuple[int, int] | None) -> Frame:
+    """Return an answer as a frame, with the place in a file where it lies too."""
+    found = framed(result, answer)
+    return found if place is None else Stored(found, *place)
+
+
 class TrainerProcess:
     """A trainer in a process of its own."""
 
-    def __init__(self, site: SiteSettings, reply: Callable[[Buffer], None], ended: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        site: SiteSettings,
+        reply: Callable[[Frame], None],
+        ended: Callable[[int], None],
+        room: SharedRoom | None = None,
+    ) -> None:
+        """Start it; what the link has put into ``room`` is handed over as it lies there."""
         read_end, write_end = os.pipe()
-        _widen(write_end)
+        ours, theirs = socket.socketpair()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fedloom.sites.trainer", str(write_end)],
+            [sys.executable, "-m", "fedloom.sites.trainer", str(write_end), str(theirs.fileno())],
             stdin=subprocess.PIPE,
             stdout=2,
-            pass_fds=(write_end,),
+            pass_fds=(write_end, theirs.fileno()),
+            env={**_LARGE_PAGES, **os.environ},
             start_new_session=True,  # ctrl-c is the parent's to answer
         )
         os.close(write_end)
+        theirs.close()
         assert self._process.stdin is not None
-        _widen(self._process.stdin.fileno())
-        self._to, self._from = self._process.stdin, os.fdopen(read_end, "rb")
+        self._from = os.fdopen(read_end, "rb")
+        self._channel, self._room = Channel(self._from, self._process.stdin, ours), room
         self._reply, self._ended, self._is_closed = reply, ended, False
+        if room is not None:
+            room.forget()  # another trainer may have ended while a frame in it was its own
         threading.Thread(target=self._listen, name="trainer", daemon=True).start()
         self.send(json.dumps(site.model_dump(mode="json")).encode())
 
@@ -134,10 +153,10 @@ class TrainerProcess:
         """The process."""
         return self._process.pid
 
-    def send(self, data: Buffer) -> None:
+    def send(self, data: Frame) -> None:
         """Give it a frame; one that its end makes impossible is told as its end."""
         try:
-            _write(self._to, data)
+            self._channel.put(data, self._room)
         except (OSError, ValueError):
             return
 
@@ -146,61 +165,35 @@ class TrainerProcess:
         self._is_closed = True
         self._process.kill()
         self._process.wait()
-        self._close_pipe()
+        self._channel.close()
 
     def _listen(self) -> None:
         with self._from:
-            while (data := _read(self._from)) is not None:
+            while (data := self._channel.get()) is not None:
                 self._reply(data)
                 del data  # while the next one is waited for, this one is not held
         code = self._process.wait()
-        self._close_pipe()
+        self._channel.close()
         if not self._is_closed:
             self._ended(code)
 
-    def _close_pipe(self) -> None:
-        with contextlib.suppress(OSError):  # what is left in its buffer has no reader any more
-            self._to.close()
 
-
-def _widen(pipe: int) -> None:
-    """Let a pipe hold as much as any process may ask for: a large frame changes hands less often."""
-    with contextlib.suppress(OSError, AttributeError):  # not every system can, nor lets everybody
-        fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
-
-
-def _write(stream: IO[bytes], data: Buffer | Frame) -> None:
-    parts = data if isinstance(data, list) else [data]
-    stream.write(num_bytes(parts).to_bytes(_LENGTH_BYTES, "little"))
-    for part in parts:
-        stream.write(part)
-    stream.flush()
-
-
-def _read(stream: Any) -> Buffer | None:
-    """Return the next frame; None at the end, within a frame too."""
-    length = stream.read(_LENGTH_BYTES)
-    if len(length) < _LENGTH_BYTES:
-        return None
-    data = room_for(int.from_bytes(length, "little"))
-    return data if stream.readinto(data) == len(data) else None
-
-
-def main(write_end: int) -> None:
+def main(write_end: int, descriptors: int) -> None:
     """Train until the parent ends or says so."""
-    source, replies = sys.stdin.buffer, os.fdopen(write_end, "wb")
-    given = _read(source)
+    channel = Channel(sys.stdin.buffer, os.fdopen(write_end, "wb"), socket.socket(fileno=descriptors))
+    given = channel.get()
     if given is None:
         return
+    assert not isinstance(given, list)
     site = resolve_site(json.loads(bytes(given)), "the site's settings")
     from fedloom.models.threads import compute_with
 
     compute_with(site.site.threads)
-    trainer = Trainer(site, lambda data: _write(replies, data), _log)
+    trainer = Trainer(site, channel.put, _log)
     waiting: queue.Queue[Heard] = queue.Queue()
 
     def listen() -> None:
-        while (data := _read(source)) is not None:
+        while (data := channel.get()) is not None:
             waiting.put(trainer.hear(data))
             del data
         os._exit(0)  # the parent is gone: nobody would be told what a step in progress comes to
@@ -216,4 +209,4 @@ def _log(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), int(sys.argv[2]))
