@@ -83,11 +83,11 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
         ]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
-    of_clients = [tuple(sizes[rank][kind] for rank in ranks) for kind in range(3)]
+    uploads, firsts, laters = (tuple(sizes[rank][kind] for rank in ranks) for kind in range(3))
     if not settings.start_rounds:
-        return MessageSizes(*of_clients)
-    start = _start_bytes(settings, lora, max(ranks))
-    return MessageSizes(*of_clients, sketch_cohort_size=settings.sketch_cohort_size, start=start)
+        return MessageSizes(uploads, firsts, laters)
+    sketch = _start_bytes(settings, lora, max(ranks))
+    return MessageSizes(uploads, firsts, laters, settings.sketch_cohort_size, sketch)
 
 
 def _start_bytes(settings: Settings, lora: LoRAModel, max_rank: int) -> tuple[int, int]:
