@@ -40,7 +40,7 @@ def test_the_numbers_of_a_figure_are_those_of_the_reports_curve(comparison: Path
     expected = [
         [curve.group.label, repr(x), repr(y)]
         for curve in map(loss_by_bytes, told.groups)
-        if len(curve.xs) > 1  # the base has one point: no curve
+        if len(curve.xs) > 1 and max(curve.xs) > 0.0  # one point is no curve, and controls send nothing
         for x, y in zip(curve.xs, curve.ys, strict=True)
     ]
     assert [row[:3] for row in rows] == expected

@@ -29,10 +29,11 @@ _FONT = {"font.size": 8, "legend.fontsize": 7, "svg.hashsalt": "fedloom", "pdf.f
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure: its name as a file, its axes, and what is drawn; ``points`` are final losses instead of curves."""
+    """A figure: its name as a file, x as a column and as an axis, and its curves, or ``points``: final losses."""
 
     name: str
-    x_title: str
+    x_name: str = ""
+    x_title: str = ""
     curves: tuple[Curve, ...] = ()
     is_logarithmic: bool = False
     points: tuple[tuple[str, tuple[float, ...]], ...] = ()
@@ -73,9 +74,9 @@ def figures_of(told: Collected) -> list[Figure]:
     by_round, by_bytes = (tuple(curve(group) for group in told.groups) for curve in (loss_by_round, loss_by_bytes))
     finals = tuple((group.label, _final_losses(group.runs)) for group in told.groups)
     found = [
-        Figure("loss-by-round", "round", _curves(by_round)),
-        Figure("loss-by-bytes", "bytes sent so far", _curves(by_bytes), is_logarithmic=True),
-        Figure("final-loss", "", points=tuple((label, losses) for label, losses in finals if losses)),
+        Figure("loss-by-round", "round", "round", _curves(by_round)),
+        Figure("loss-by-bytes", "bytes", "sent so far", _curves(by_bytes, beyond=0.0), is_logarithmic=True),
+        Figure("final-loss", points=tuple((label, losses) for label, losses in finals if losses)),
     ]
     return [one for one in found if one.curves or one.points]
 
@@ -84,9 +85,9 @@ def _final_losses(runs: Sequence[Any]) -> tuple[float, ...]:
     return tuple(value for run in runs if (value := results(run).get(LOSS.key)) is not None)
 
 
-def _curves(found: Sequence[Curve]) -> tuple[Curve, ...]:
-    """Return the curves with two points at least: one is a final loss."""
-    return tuple(one for one in found if len(one.xs) > 1)
+def _curves(found: Sequence[Curve], beyond: float = -1.0) -> tuple[Curve, ...]:
+    """Return the curves with two points at least, for one is a final loss, and one with an x above ``beyond``."""
+    return tuple(one for one in found if len(one.xs) > 1 and max(one.xs) > beyond)
 
 
 def numbers(figure: Figure) -> str:
@@ -97,7 +98,7 @@ def numbers(figure: Figure) -> str:
         lines.writerow(("method", "run", LOSS.key))
         lines.writerows((label, n, repr(loss)) for label, losses in figure.points for n, loss in enumerate(losses, 1))
         return out.getvalue()
-    lines.writerow(("method", figure.x_title, f"{LOSS.key} mean", "lowest", "highest"))
+    lines.writerow(("method", figure.x_name, f"{LOSS.key} mean", "lowest", "highest"))
     for one in figure.curves:
         low, high = one.low or one.ys, one.high or one.ys
         for row in zip(one.xs, one.ys, low, high, strict=True):
@@ -120,10 +121,21 @@ def _draw(axes: Any, figure: Figure) -> None:
         axes.plot(xs, ys, color=colour, linewidth=1.2, markersize=2.5, label=one.group.label, **style)
         if one.low:
             axes.fill_between(xs, [one.low[n] for n in shown], [one.high[n] for n in shown], color=colour, alpha=0.15)
-    axes.set_xscale("log" if figure.is_logarithmic else "linear")
+    if figure.is_logarithmic:
+        _set_bytes(axes)
     axes.set_xlabel(figure.x_title)
     axes.set_ylabel(LOSS.title)
     axes.legend(frameon=False)
+
+
+def _set_bytes(axes: Any) -> None:
+    """Make x a logarithmic axis of bytes, with labels that stay apart however few decades it spans."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=6))
+    axes.xaxis.set_major_formatter(EngFormatter(unit="B"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_points(axes: Any, figure: Figure) -> None:
