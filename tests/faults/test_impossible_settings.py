@@ -16,7 +16,7 @@ from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import PartitionError, SettingsError
 from fedloom.lora.pair import rank_in
-from fedloom.preview import description
+from fedloom.preview import description, message_sizes
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,8 @@ def test_the_largest_population_is_described_at_once_in_a_few_lines(monkeypatch:
         "data.max_rows=",
     ]
     with_many, calls = load_settings("demo", overrides), list[int]()
-    monkeypatch.setattr(description, "rank_in", lambda shape, rank: calls.append(rank) or rank_in(shape, rank))
+    for module in (description, message_sizes):
+        monkeypatch.setattr(module, "rank_in", lambda shape, rank: calls.append(rank) or rank_in(shape, rank))
     lines = description.describe(with_many).lines()
     assert len(calls) < 1000, "something is counted for each client and module"
     assert len(lines) < 40
@@ -64,7 +65,7 @@ def test_the_largest_population_is_described_at_once_in_a_few_lines(monkeypatch:
 def test_a_stack_that_is_measured_in_part_has_the_bytes_of_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = load_settings("demo", ["method.name=flora", "method.ranks=4"])
     whole = description.describe(settings).download_bytes
-    monkeypatch.setattr(description, "MEASURED_NUMBERS", 2**16)
+    monkeypatch.setattr(message_sizes, "MEASURED_NUMBERS", 2**16)
     in_part = description.describe(settings).download_bytes
     assert in_part == pytest.approx(whole, rel=1e-3)
 

@@ -91,7 +91,7 @@ def test_described_bytes_of_narrow_layers_are_the_bytes_that_cross(
     measured: int | None, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if measured is not None:  # the stack is larger than what is measured whole
-        monkeypatch.setattr("fedloom.preview.description.MEASURED_NUMBERS", measured)
+        monkeypatch.setattr("fedloom.preview.message_sizes.MEASURED_NUMBERS", measured)
     settings = make(method__name="flora", method__ranks=[RANK, 2, RANK])
     summary, described = fedloom.run(settings, tmp_path / "run"), describe(settings)
     whole = (summary.upload_bytes, summary.download_bytes)
