@@ -104,7 +104,7 @@ class FactorSum:
     def add(self, update: Update) -> None:
         """Take one update in."""
         weight = self.weights[update.client] = weigh(update, self._weighting)
-        self.factors.add(update.adapter, weight)
+        self.factors.add(self._whole(update.adapter), weight)
         self.products.add(update.adapter, weight)
         self._squares += weight * distance(update.adapter, self._start_for(update.client)) ** 2
 
@@ -114,6 +114,10 @@ class FactorSum:
         self.products.merge(other.products)
         self.weights |= other.weights
         self._squares += other._squares
+
+    def _whole(self, adapter: Adapter) -> Adapter:
+        """Return the factors whose mean is taken, by default those that the client sent."""
+        return adapter
 
     def mean_product(self) -> Adapter:
         """Return ``Σ p_k B_k A_k``, float64."""

@@ -13,15 +13,17 @@ Source: ours. FedEx-LoRA (arXiv 2410.09432) is the case of equal ranks without a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from fedloom.lora.algebra import distance, stack_pairs, truncate_pair
+from fedloom.lora.algebra import stack_pairs
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.fedex import FedEx
 from fedloom.methods.state import ServerState, Update
-from fedloom.methods.strategy import Weighting, weigh
+from fedloom.methods.strategy import Weighting
 from fedloom.methods.sums import FactorSum
 
 
@@ -39,7 +41,7 @@ class Weave(FedEx):
     def empty(self, state: ServerState) -> FactorSum:
         """Return empty sums of completed factors and of products."""
         assert state.start is not None
-        return CompletedSum(self.cohort.max_rank, self.weighting, state.start)
+        return CompletedSum(self.cohort.max_rank, self.weighting, partial(super().start_for, state), state.start)
 
 
 class CompletedSum(FactorSum):
@@ -49,21 +51,20 @@ class CompletedSum(FactorSum):
     of products grows with the clients' own slots alone.
     """
 
-    def __init__(self, rank: int, weighting: Weighting, start: Adapter) -> None:
-        super().__init__(rank, weighting, lambda client: start)
+    def __init__(self, rank: int, weighting: Weighting, trained_by: Callable[[int], Adapter], start: Adapter) -> None:
+        """``trained_by`` are a client's own slots of the ``start``."""
+        super().__init__(rank, weighting, trained_by)
         self._start = start
         self._carried = {name: torch.zeros(pair.rank, dtype=torch.float64) for name, pair in start.items()}
 
     def add(self, update: Update) -> None:
         """Take one update in."""
-        own = update.adapter
-        weight = self.weights[update.client] = weigh(update, self._weighting)
-        self.factors.add(completed(own, self._start), weight)
-        self.products.add(own, weight)
-        for name, pair in own.items():
-            self._carried[name][pair.rank :] += weight
-        began = Adapter({name: truncate_pair(self._start[name], pair.rank) for name, pair in own.items()})
-        self._squares += weight * distance(own, began) ** 2
+        super().add(update)
+        for name, pair in update.adapter.items():
+            self._carried[name][pair.rank :] += self.weights[update.client]
+
+    def _whole(self, adapter: Adapter) -> Adapter:
+        return completed(adapter, self._start)
 
     def merge(self, other: FactorSum) -> None:
         """Take another sum in."""
