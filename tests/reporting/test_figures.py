@@ -22,14 +22,14 @@ SIGNS = {"pdf": b"%PDF", "svg": b"<?xml", "png": b"\x89PNG"}
 def test_every_figure_is_written_in_every_format_with_its_numbers_and_to_the_same_bytes(
     comparison: Path, tmp_path: Path
 ) -> None:
-    written = write_figures([comparison], tmp_path / "one")
+    written = write_figures(collect([comparison]), tmp_path / "one")
     assert [path.name for path in written] == [
         f"{name}.{suffix}" for name in ("loss-by-round", "loss-by-bytes", "final-loss") for suffix in (*FORMATS, "csv")
     ]
     for path in written:
         if path.suffix != ".csv":
             assert path.read_bytes().startswith(SIGNS[path.suffix[1:]])
-    again = write_figures([comparison], tmp_path / "two")
+    again = write_figures(collect([comparison]), tmp_path / "two")
     assert [path.read_bytes() for path in again] == [path.read_bytes() for path in written]
 
 
@@ -51,5 +51,5 @@ def test_without_matplotlib_the_extra_is_named_and_nothing_is_written(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(MissingExtraError, match=r"fedloom\[figures\]"):
-        write_figures([comparison], tmp_path / "figures")
+        write_figures(collect([comparison]), tmp_path / "figures")
     assert not (tmp_path / "figures").exists()

@@ -24,7 +24,7 @@ def files(folder: Path) -> dict[str, Path]:
 
 
 def test_a_csv_file_has_every_figure_of_every_run_as_it_is(comparison: Path, tmp_path: Path) -> None:
-    write_tables([comparison], files(tmp_path))
+    write_tables(collect([comparison]), files(tmp_path))
     with (tmp_path / "table.csv").open(newline="") as file:
         found = {(row["method"], int(row["seed"]), row["figure"]): float(row["value"]) for row in csv.DictReader(file)}
     groups = collect([comparison]).groups
@@ -41,7 +41,7 @@ def test_the_tables_have_the_reports_cells_and_say_what_methods_were_tuned_to(co
     comparison = shutil.copytree(comparison, tmp_path / "comparison")  # the fixture is of all tests
     tuned = [TunedMethod(method="fedit", points=points, chosen=1)]
     Tuning(format_version=1, seed=3, fraction=0.1, num_rows=40, methods=tuned, skipped={}).write(comparison)
-    write_tables([comparison], files(tmp_path), reference="fedit")
+    write_tables(collect([comparison], "fedit"), files(tmp_path))
     table = result_table(collect([comparison]).groups, "fedit")
     in_latex = (tmp_path / "table.latex").read_text()
     in_markdown = (tmp_path / "table.markdown").read_text()
@@ -66,11 +66,11 @@ def test_latex_shows_any_text_as_it_is() -> None:
 @pytest.mark.parametrize("kind", ["csv", "latex", "markdown"])
 def test_a_table_replaces_an_earlier_table_and_nothing_else(make_run: MakeRun, tmp_path: Path, kind: str) -> None:
     run, file = make_run("fedit"), tmp_path / "mine"
-    write_tables([run], {kind: file})
+    write_tables(collect([run]), {kind: file})
     before = file.read_bytes()
-    write_tables([run], {kind: file})
+    write_tables(collect([run]), {kind: file})
     assert file.read_bytes() == before
     file.write_text("notes of mine")
     with pytest.raises(RunError, match="expected a new file or an earlier table"):
-        write_tables([run], {kind: file})
+        write_tables(collect([run]), {kind: file})
     assert file.read_text() == "notes of mine"

@@ -75,17 +75,18 @@ def report(
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page about runs: curves, tables, clients, costs, settings, hashes."""
+    from fedloom.reporting.collected import collect
     from fedloom.reporting.figures import write_figures
     from fedloom.reporting.paper import write_tables
-    from fedloom.reporting.report import write_report
+    from fedloom.reporting.report import write_page
 
     file = report_file(runs, out)
-    write_report(runs, file, reference)
+    told = collect(runs, reference)
+    write_page(told, file)
     wanted = {"csv": csv, "latex": latex, "markdown": markdown}
     tables = {kind: path for kind, path in wanted.items() if path is not None}
-    if tables:
-        write_tables(runs, tables, reference)
-    drawn = [] if figures is None else write_figures(runs, figures, reference)
+    write_tables(told, tables)
+    drawn = [] if figures is None else write_figures(told, figures)
     if as_json:
         others = [str(path) for path in (*tables.values(), *drawn)]
         print_json({"report": str(file), "files": others, "runs": [str(run) for run in runs]})

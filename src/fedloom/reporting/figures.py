@@ -7,13 +7,14 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from fedloom.errors import MissingExtraError, RunError
-from fedloom.reporting.collected import Collected, collect
+from fedloom.reporting.collected import Collected
 from fedloom.reporting.metrics import LOSS
 from fedloom.reporting.run_groups import Curve, loss_by_bytes, loss_by_round, results
-from fedloom.reporting.tables import student_t975
+from fedloom.reporting.tables import half_width_95
 from fedloom.run_folder import durable
 
 FORMATS = ("pdf", "svg", "png")
@@ -39,19 +40,18 @@ class Figure:
     points: tuple[tuple[str, tuple[float, ...]], ...] = ()
 
 
-def write_figures(runs: Sequence[Path], folder: Path, reference: str | None = None) -> list[Path]:
-    """Write held-out loss against rounds and bytes, and the final losses, of run folders or folders of them.
+def write_figures(told: Collected, folder: Path) -> list[Path]:
+    """Write held-out loss against rounds and bytes, and the final losses, of runs that were read.
 
     Every figure is a PDF, an SVG and a PNG file, one column wide, and a CSV file with its numbers. Bands are the range
     of the seeds. Files of these names are replaced. Returns what was written.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        RunError: no run can be read, none has a held-out loss, or a file cannot be written.
-        EvaluationError: ``reference`` is not among the methods.
+        RunError: no run has a held-out loss, or a file cannot be written.
     """
     figure_class, settings = _matplotlib()
-    drawn = figures_of(collect(runs, reference))
+    drawn = figures_of(told)
     if not drawn:
         raise RunError("expected a run with a held-out loss to draw, got none; set data.eval_rows or data.eval_path")
     written = []
@@ -141,13 +141,9 @@ def _set_bytes(axes: Any) -> None:
 def _draw_points(axes: Any, figure: Figure) -> None:
     """Draw every run, and the mean with its 95 % interval over seeds."""
     for place, (_, losses) in enumerate(reversed(figure.points)):
-        mean = sum(losses) / len(losses)
         axes.plot(losses, [place] * len(losses), linestyle="", marker="o", markersize=2.5, color="#8c8c8c")
-        spread = sum((loss - mean) ** 2 for loss in losses)
-        half = 0.0
-        if len(losses) > 1:
-            half = student_t975(len(losses) - 1) * (spread / (len(losses) - 1) / len(losses)) ** 0.5
-        axes.errorbar(mean, place, xerr=half or None, fmt="D", markersize=4, capsize=2, color=_COLOURS[0])
+        half = half_width_95(losses) if len(losses) > 1 else None
+        axes.errorbar(fmean(losses), place, xerr=half, fmt="D", markersize=4, capsize=2, color=_COLOURS[0])
     axes.set_yticks(range(len(figure.points)), [label for label, _ in reversed(figure.points)])
     axes.set_xlabel(LOSS.title)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from fedloom.errors import RunError
-from fedloom.reporting.collected import Collected, collect
+from fedloom.reporting.collected import Collected
 from fedloom.reporting.metrics import metrics_among
 from fedloom.reporting.run_groups import result_table, results
 from fedloom.reporting.tables import Comparison
@@ -31,16 +31,14 @@ _LATEX = {
 }
 
 
-def write_tables(runs: Sequence[Path], files: Mapping[str, Path], reference: str | None = None) -> None:
-    """Write the table of run folders, or of folders of them, as ``files`` say by format: csv, latex or markdown.
+def write_tables(told: Collected, files: Mapping[str, Path]) -> None:
+    """Write the table of runs that were read, as ``files`` say by format: csv, latex or markdown.
 
     Raises:
-        RunError: no run can be read or has a completed round, or a file is there that no earlier report wrote.
-        EvaluationError: ``reference`` is not among the methods.
+        RunError: a file is there that no earlier report wrote, or one cannot be written.
     """
     for kind, file in files.items():
         _check_ours(file, MARKS[kind])
-    told = collect(runs, reference)
     for kind, file in files.items():
         text = WRITERS[kind](told)
         with durable.explained(str(file), "choose another place for the table"):

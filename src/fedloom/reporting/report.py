@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedloom.reporting.collected import collect
+from fedloom.reporting.collected import Collected, collect
 from fedloom.reporting.metrics import DEVICE_PEAK, LOSS, PEAK, metric_of
 from fedloom.reporting.page import adapter, clients, costs, provenance, results, tuning
 from fedloom.reporting.page.document import page, scheme_button
@@ -26,7 +26,15 @@ def write_report(runs: Sequence[Path], out: Path, reference: str | None = None) 
         RunError: there is no run, none can be read or has a completed round yet, or ``out`` cannot be written.
         EvaluationError: ``reference`` is not among the methods.
     """
-    told = collect(runs, reference)
+    write_page(collect(runs, reference), out)
+
+
+def write_page(told: Collected, out: Path) -> None:
+    """Write the page ``out`` about runs that were read.
+
+    Raises:
+        RunError: it cannot be written.
+    """
     html = report_html(told.groups, told.reference, told.damaged, told.tunings)
     with durable.explained(str(out), "choose another place for the report"):
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -167,8 +167,13 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
     spread = statistics.stdev(differences)
     if mean != 0.0 and spread <= 1e-9 * abs(mean):
         return Difference(mean, None, "too few seeds")
-    half_width = student_t975(len(differences) - 1) * spread / math.sqrt(len(differences))
+    half_width = half_width_95(differences)
     return Difference(mean, half_width, _verdict(mean, half_width, better))
+
+
+def half_width_95(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of the mean of two values or more, by Student's t."""
+    return student_t975(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
 
 
 def student_t975(degrees: int) -> float:
