@@ -143,10 +143,12 @@ def _sample_of(settings: Settings, population: Population) -> Callable[[int], li
     if settings.federation.participation is not None:
         return participation_of(Path(settings.federation.participation), population.num_clients)
     seed, num_clients = settings.run.seed, population.num_clients
+    by_rows = settings.federation.sampling == "rows"
+    rows = [population.num_rows[client] for client in range(num_clients)] if by_rows else []
 
     def drawn(round: int, size: int) -> list[int]:
-        if settings.federation.sampling == "rows" and size < num_clients:
-            return sample_by_rows(seed, round, [population.num_rows[client] for client in range(num_clients)], size)
+        if by_rows and size < num_clients:
+            return sample_by_rows(seed, round, rows, size)
         return sample_clients(seed, round, num_clients, size)
 
     return cohorts(settings, population.clients_per_round, drawn)

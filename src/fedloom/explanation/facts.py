@@ -150,8 +150,9 @@ def round_facts(record: Mapping[str, Any], modules: Sequence[ModuleFacts], *, is
 def history_of(rounds: Sequence[Sequence[ModuleFacts]]) -> dict[str, dict[str, tuple[float | None, ...]]]:
     """Return by module, then by figure, its values in the rounds; of figures that any of them has."""
     found: dict[str, dict[str, tuple[float | None, ...]]] = {}
-    for name in dict.fromkeys(one.module for modules in rounds for one in modules):
-        ones = [next((one for one in modules if one.module == name), None) for modules in rounds]
+    by_name = [{one.module: one for one in modules} for modules in rounds]
+    for name in dict.fromkeys(name for modules in by_name for name in modules):
+        ones = [modules.get(name) for modules in by_name]
         for key in HISTORY:
             values = tuple(None if one is None else getattr(one, key) for one in ones)
             if any(value is not None for value in values):

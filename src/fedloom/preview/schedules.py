@@ -16,7 +16,7 @@ from fedloom.config.loading import check, replaced
 from fedloom.errors import SettingsError
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
-from fedloom.preview.message_sizes import message_sizes
+from fedloom.preview.message_sizes import MessageSizes, message_sizes
 from fedloom.wording import written_bytes
 
 DRAWN = 0.3
@@ -55,9 +55,12 @@ class Schedule:
         return {**self.__dict__, "settings": dict(self.settings), "num_rows": self.num_rows}
 
 
-def proposed_schedules(settings: Settings, lora: LoRAModel, num_rows: int | None = None) -> tuple[Schedule, ...]:
+def proposed_schedules(
+    settings: Settings, lora: LoRAModel, sizes: MessageSizes, num_rows: int | None = None
+) -> tuple[Schedule, ...]:
     """Return the recipe's schedule and others of as many rows, or of ``num_rows`` where it trains for epochs.
 
+    ``sizes`` are those of the recipe's own messages.
     There are none for what is not federated, and none where nobody says how many rows there are.
     """
     training, federation = settings.training, settings.federation
@@ -65,7 +68,7 @@ def proposed_schedules(settings: Settings, lora: LoRAModel, num_rows: int | None
         return ()
     found = []
     if training.local_steps is not None:
-        found.append(_schedule("as set", settings, {}, lora))
+        found.append(_schedule("as set", settings, {}, sizes))
         num_rows = num_rows or found[0].num_rows
     if num_rows is None:
         return ()
@@ -85,7 +88,7 @@ def proposed_schedules(settings: Settings, lora: LoRAModel, num_rows: int | None
             asked = {"method.name": method, **values}
             differing = {name: value for name, value in asked.items() if value != settings.value(name)}
             if differing:
-                found.append(_schedule(title, other, differing, lora))
+                found.append(_schedule(title, other, differing, message_sizes(other, lora, other.client_ranks)))
     return tuple(found)
 
 
@@ -104,9 +107,9 @@ def _with(settings: Settings, method: str, values: Mapping[str, Any]) -> Setting
     return changed
 
 
-def _schedule(title: str, settings: Settings, values: Mapping[str, Any], lora: LoRAModel) -> Schedule:
+def _schedule(title: str, settings: Settings, values: Mapping[str, Any], sizes: MessageSizes) -> Schedule:
     num_rounds, cohort, training = settings.federation.num_rounds, settings.cohort_size, settings.training
-    up, down = message_sizes(settings, lora, settings.client_ranks).of_run(cohort, num_rounds)
+    up, down = sizes.of_run(cohort, num_rounds)
     assert training.local_steps is not None
     return Schedule(title, values, num_rounds, cohort, training.local_steps, training.batch_size, up, down)
 
