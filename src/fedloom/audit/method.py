@@ -15,7 +15,6 @@ from fedloom.lora.algebra import pad, truncate
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import BOTH, Adapter, Factors, Pair, check_finite
 from fedloom.methods import table
-from fedloom.methods.client_half import Payload
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.methods.traits import Law
@@ -68,7 +67,7 @@ def method_subject(name: str) -> MethodSubject:
         wanted = ", ".join(table.names("aggregates"))
         raise MethodError(f"expected a method that aggregates ({wanted}) or module:function, got {name!r}; name one")
     work = asked(name, lambda: table.make(name, _ANYBODY).client.work(1))
-    if work.payload is Payload.GRADIENT:
+    if work.is_gradient:
         raise MethodError(f"method {name}: expected one that sends factors, this one sends gradients; name another")
     claims = frozenset(law for law in Law if law not in traits.unclaimed)
     return MethodSubject(name, lambda cohort: table.make(name, cohort), claims, traits.needs_one_rank)
