@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,8 @@ class Store:
         Raises:
             RunError: the disk refused.
         """
-        with durable.explained(str(self._folder / _STATE), _RETRY):
-            self._folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # its owner may have removed it meanwhile
-            parts = _encode(recall, answer)
-            durable.write_bytes(self._folder / _STATE, *parts)
+        parts = _encode(recall, answer)
+        _keep(self._folder / _STATE, lambda path: durable.write_bytes(path, *parts))
         self._answer_at = num_bytes(parts) - num_bytes(answer)
 
     def opened(self) -> tuple[int, int] | None:
@@ -111,6 +109,22 @@ class Store:
             return os.open(self._folder / _STATE, os.O_RDONLY), self._answer_at
         except OSError:
             return None
+
+
+def _keep(path: Path, write: Callable[[Path], None]) -> None:
+    """Write a file into a folder that is made for it, and that its owner may remove at any moment.
+
+    Raises:
+        RunError: the disk refused, or the folder was removed twice while the file was written.
+    """
+    with durable.explained(str(path), _RETRY):
+        for _ in range(2):
+            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            try:
+                return write(path)
+            except FileNotFoundError:
+                continue
+    raise RunError(f"cannot write {path}: its folder is removed while the site runs; leave it in place")
 
 
 def _encode(recall: Recall, answer: Buffers) -> Buffers:
@@ -162,9 +176,8 @@ class Ledger:
         Raises:
             RunError: the disk refused.
         """
-        with durable.explained(str(self.path), _RETRY):
-            self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            durable.append_line(self.path, {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry})
+        line = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **entry}
+        _keep(self.path, lambda path: durable.append_line(path, line))
 
     def entries(self) -> list[Mapping[str, Any]]:
         """Return every line, without one that was cut off.
@@ -198,10 +211,7 @@ def keep_asked(folder: Path, sheet_sha256: str, body: bytes) -> None:
     Raises:
         RunError: the disk refused.
     """
-    path = folder / "asked" / f"{sheet_sha256}.json"
-    with durable.explained(str(path), _RETRY):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        durable.write_bytes(path, body)
+    _keep(folder / "asked" / f"{sheet_sha256}.json", lambda path: durable.write_bytes(path, body))
 
 
 def unconfirmed(folder: Path) -> list[tuple[str, bytes]]:
@@ -216,10 +226,7 @@ def confirm(folder: Path, sheet_sha256: str) -> None:
     Raises:
         RunError: the disk refused.
     """
-    path = confirmation(folder, sheet_sha256)
-    with durable.explained(str(path), _RETRY):
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        durable.write_bytes(path, b"")
+    _keep(confirmation(folder, sheet_sha256), lambda path: durable.write_bytes(path, b""))
 
 
 def unconfirm(folder: Path, sheet_sha256: str) -> None:
