@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -129,5 +130,7 @@ def test_the_proxy_carries_holds_back_and_cuts() -> None:
             proxy.go_on()
             assert far.recv(10) == b"two"
             proxy.cut()
-            assert far.recv(10) == b""
+            # The end comes as a shutdown and then a reset: the reader may meet either.
+            with contextlib.suppress(ConnectionResetError):
+                assert far.recv(10) == b""
         proxy.close()
