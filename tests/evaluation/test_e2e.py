@@ -28,6 +28,7 @@ def official_scores(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_eight_systems_score_as_the_official_scorer_says(data_dir: Path) -> None:
     references = read_references(data_dir / "e2e" / "testset_w_refs.csv")
     assert (len(references), references.num_texts) == (630, 4693)

@@ -27,7 +27,7 @@ from fedloom.models.base_folder import first_line, read_config
 from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
-from fedloom.preview.message_sizes import MessageSizes, message_sizes
+from fedloom.preview.message_sizes import message_sizes
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
 from fedloom.training.cohort_round import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
@@ -70,6 +70,7 @@ class Description:
     memory_bytes: int
     cohort_size: int
     client_ranks: tuple[int, ...]
+    run_bytes: tuple[float, float]
     names: tuple[str, ...] | None = None
     cuts: CutTable | None = None
     schedules: tuple[Schedule, ...] = ()
@@ -87,8 +88,8 @@ class Description:
         share = 100 * max(self.num_trained_parameters) / self.num_base_parameters
         kinds = sorted({name.rpartition(".")[2] for name in self.target_modules})
         where = "a client" if self.cuts is None else "on a client's and the server's side of the cut together"
-        clients = self.names or [str(k) for k in range(len(self.client_ranks))]
-        width = max(6, *map(len, clients))
+        name_of = str if self.names is None else self.names.__getitem__
+        width = max(6, *map(len, self.names or [str(len(self.client_ranks) - 1)]))
         lines = [
             f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
@@ -107,7 +108,7 @@ class Description:
         for _, neighbours in alike:
             (k, (rank, trained, *of_messages)), *others = neighbours
             up, first, down = (written_bytes(size) if size else "–" for size in of_messages)
-            name = f"{clients[k]}–{clients[others[-1][0]]}" if others else clients[k]
+            name = f"{name_of(k)}–{name_of(others[-1][0])}" if others else name_of(k)
             lines.append(f"{name:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
         if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
             lines.append("Which client has which of the named values is known once the rows are read.")
@@ -130,18 +131,6 @@ class Description:
         taken = sorted({(name.rpartition(".")[2], rank) for name, rank in self.narrow_modules.items()})
         told = ", ".join(f"{name} (rank {rank})" for name, rank in taken)
         return [f"narrower than a rank, so adapted at what they can hold: {told}"] if taken else []
-
-    @property
-    def run_bytes(self) -> tuple[float, float]:
-        """Bytes up and down of a run in which the cohort of every round is an average one that missed no round."""
-        sizes = MessageSizes(
-            self.upload_bytes,
-            self.first_download_bytes,
-            self.download_bytes,
-            self.sketch_cohort_size,
-            self.start_bytes,
-        )
-        return sizes.of_run(self.cohort_size, self.settings["federation"]["num_rounds"])
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -182,12 +171,13 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         narrow_modules=lora.narrow(max(ranks)) if settings.traits.is_trained else {},
         num_base_parameters=num_parameters,
         num_trained_parameters=trained,
-        upload_bytes=sizes.up,
-        first_download_bytes=sizes.first_down,
-        download_bytes=sizes.later_down,
+        upload_bytes=sizes.of_clients("up"),
+        first_download_bytes=sizes.of_clients("first_down"),
+        download_bytes=sizes.of_clients("later_down"),
         memory_bytes=_memory(settings, model, num_parameters, max(trained)),
         cohort_size=settings.cohort_size,
         client_ranks=ranks,
+        run_bytes=sizes.of_run(settings.cohort_size, settings.federation.num_rounds),
         names=None if names is None else tuple(names),
         schedules=proposed_schedules(settings, lora, sizes, num_rows),
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,22 +29,35 @@ MEASURED_NUMBERS = 2**26
 """Numbers in a message that is written to be measured."""
 
 
+class OfClient(NamedTuple):
+    """Bytes of a client's messages: its update, its first broadcast and a later one."""
+
+    up: int = 0
+    first_down: int = 0
+    later_down: int = 0
+
+
 @dataclass(frozen=True)
 class MessageSizes:
-    """Bytes of a client's messages, in the order of the clients: its update, its first broadcast and a later one.
+    """Bytes of every client's messages, which depend on its rank alone.
 
     ``start`` are up and down of each of ``sketch_cohort_size`` clients where the first A comes from the gradient.
     """
 
-    up: tuple[int, ...]
-    first_down: tuple[int, ...]
-    later_down: tuple[int, ...]
+    ranks: tuple[int, ...]
+    by_rank: Mapping[int, OfClient]
     sketch_cohort_size: int = 0
     start: tuple[int, int] = (0, 0)
 
+    def of_clients(self, kind: str) -> tuple[int, ...]:
+        """Return one field of :class:`OfClient`, in the order of the clients."""
+        sizes = {rank: getattr(own, kind) for rank, own in self.by_rank.items()}
+        return tuple(map(sizes.__getitem__, self.ranks))
+
     def of_run(self, cohort_size: int, num_rounds: int) -> tuple[float, float]:
         """Return bytes up and down of a run in which the cohort of every round is an average one that missed none."""
-        up, first, later = map(fmean, (self.up, self.first_down, self.later_down))
+        shares = {rank: num / len(self.ranks) for rank, num in Counter(self.ranks).items()}
+        up, first, later = (sum(shares[rank] * own[kind] for rank, own in self.by_rank.items()) for kind in range(3))
         start_up, start_down = (self.sketch_cohort_size * num_bytes for num_bytes in self.start)
         return start_up + cohort_size * num_rounds * up, start_down + cohort_size * (first + (num_rounds - 1) * later)
 
@@ -54,18 +68,16 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
     Where a method's rounds differ, a later one is the mean of two.
     """
     if not settings.traits.aggregates:
-        nothing = (0,) * len(ranks)
-        return MessageSizes(nothing, nothing, nothing)
-    wire, sizes = WireDtype(settings.wire.dtype), dict[int, tuple[int, int, int]]()
+        return MessageSizes(ranks, dict.fromkeys(ranks, OfClient()))
+    wire, sizes = WireDtype(settings.wire.dtype), dict[int, OfClient]()
     strategy = strategy_of(settings, Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed))
     state = ServerState(round=settings.start_rounds, start=_zeros(lora, max(ranks)))
     works = [strategy.client.work(settings.start_rounds + round) for round in (1, 2)]
     unknown = frozenset("a") if settings.start_rounds else frozenset()
     parts, beyond = _addition(settings, lora, ranks)
     later = News(1, 2, parts)
-    for client, rank in enumerate(ranks):
-        if rank in sizes:
-            continue
+    for rank in dict.fromkeys(ranks):
+        client = ranks.index(rank)
         moments = _second_moments(lora, rank, works[0])
         update = Update(1, client, _zeros(lora, rank), TrainingStats(1), began_sha256="0" * 64, moments=moments)
         up = fmean(len(encode_update(update, update.adapter.as_tensors(work.sends), wire)) for work in works)
@@ -82,12 +94,10 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
             replace(one, moments=_second_moments(lora, rank, work)) for one, work in zip(others, works, strict=True)
         ]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
-        sizes[rank] = (round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
-    uploads, firsts, laters = (tuple(sizes[rank][kind] for rank in ranks) for kind in range(3))
+        sizes[rank] = OfClient(round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
     if not settings.start_rounds:
-        return MessageSizes(uploads, firsts, laters)
-    sketch = _start_bytes(settings, lora, max(ranks))
-    return MessageSizes(uploads, firsts, laters, settings.sketch_cohort_size, sketch)
+        return MessageSizes(ranks, sizes)
+    return MessageSizes(ranks, sizes, settings.sketch_cohort_size, _start_bytes(settings, lora, max(ranks)))
 
 
 def _start_bytes(settings: Settings, lora: LoRAModel, max_rank: int) -> tuple[int, int]:
