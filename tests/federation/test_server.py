@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
+from fedloom.federation import server
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import num_bytes_of
 from fedloom.federation.server import BroadcastForm, ServerRules, aggregation_noise, next_state, within
@@ -120,3 +121,24 @@ def test_what_a_limit_of_bytes_leaves_out_is_sent_in_later_rounds() -> None:
         state = next_state(state, aggregate, rules, [1.0], {})
         assert state.chain[-1].ranks == {"m": 1}
     assert distance(state.side, addition) < 1e-5 * norm(addition)
+
+
+@pytest.mark.parametrize("wire", WireDtype)
+def test_what_is_sent_and_what_is_held_back_are_the_addition(wire: WireDtype) -> None:
+    addition = Adapter({"wide": random_pair(24, 20, 8), "small": random_pair(8, 8, 3)})
+    limit = 5 * cost_of_a_direction(addition["wide"], wire)
+    rules = ServerRules(PlainStep(), BroadcastForm.COMPRESSED, tolerance=0.01, wire=wire, max_bytes=limit)
+    after = next_state(ServerState(), Aggregate(None, addition, addition, 0.0, {0: 1.0}), rules, [1.0], {})
+    assert norm(after.residual) > 0.1 * norm(addition)
+    assert distance(stack([after.side, after.residual], [1.0, 1.0]), addition) < 1e-5 * norm(addition)
+
+
+def test_a_residual_keeps_its_strongest_directions_up_to_its_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    addition = Adapter({"m": random_pair(24, 20, 8)})
+    limit = cost_of_a_direction(addition["m"], WireDtype.FP32)
+    rules = ServerRules(PlainStep(), BroadcastForm.COMPRESSED, max_bytes=limit)
+    monkeypatch.setattr(server, "RESIDUAL_RANK", 3)
+    after = next_state(ServerState(), Aggregate(None, addition, addition, 0.0, {0: 1.0}), rules, [1.0], {})
+    kept = stack([after.side, after.residual], [1.0, 1.0])
+    assert (after.side.ranks, after.residual.ranks) == ({"m": 1}, {"m": 3})
+    assert distance(kept, addition) == pytest.approx(compress(addition, rank=4).error, rel=1e-4)

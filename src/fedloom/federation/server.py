@@ -15,7 +15,7 @@ from fedloom.federation.coding import as_received, num_bytes_of, rounded
 from fedloom.federation.module_figures import Noise
 from fedloom.lora.algebra import compress, stack, total, truncate, truncate_pair
 from fedloom.lora.initial import Draw
-from fedloom.lora.pair import BOTH, Adapter, Factors, rank_in
+from fedloom.lora.pair import BOTH, Adapter, Factors, Pair, rank_in
 from fedloom.methods.client_half import Moments
 from fedloom.methods.server_steps import ServerStep
 from fedloom.methods.side import digest, grown
@@ -25,6 +25,9 @@ from fedloom.training.moments import ROWS
 
 VIEWS_KEPT = 1000
 """Clients of which the server remembers the start that they hold; one forgotten is sent the difference to the first."""
+
+RESIDUAL_RANK = 256
+"""Rank up to which a module's residual is kept: beyond it, what would wait for many rounds more is dropped."""
 
 
 class BroadcastForm(StrEnum):
@@ -250,18 +253,32 @@ def _joining(aggregate: Aggregate, change: Adapter, movement: Adapter) -> Adapte
 
 
 def _in_sending_form(addition: Adapter, rules: ServerRules) -> tuple[Adapter, Adapter]:
-    """Return what is sent and what is held back for the next round."""
+    """Return what is sent and what is held back for the next round.
+
+    One decomposition serves both: what is sent are its first directions, what is held back the others.
+    """
     if not addition:
         return addition, Adapter()
     if rules.form is BroadcastForm.STACK:
         return as_received(addition, rules.wire), Adapter()
-    smaller = compress(addition, tolerance=rules.tolerance).adapter
+    whole = compress(addition)
+    smaller = whole.within(rules.tolerance)
     if rules.max_bytes is not None:
         smaller = within(smaller, rules.max_bytes, rules.wire)
     sent = as_received(smaller, rules.wire)
-    if rules.tolerance == 0.0 and rules.wire is WireDtype.FP32 and rules.max_bytes is None:
-        return sent, Adapter()
-    return sent, compress(stack([addition, sent], [1.0, -1.0])).adapter if sent else addition
+    is_rounded = bool(smaller) and rules.wire is not WireDtype.FP32
+    rounded_off = stack([smaller, sent], [1.0, -1.0]) if is_rounded else Adapter()
+    return sent, total([rounded_off, _waiting(whole.adapter, smaller, rounded_off)])
+
+
+def _waiting(whole: Adapter, chosen: Adapter, rounded_off: Adapter) -> Adapter:
+    """Return the strongest of the directions that were not chosen, as many as there is room for beside the rounding."""
+    pairs = {}
+    for name, pair in whole.items():
+        first = chosen[name].rank if chosen else 0
+        last = first + max(0, RESIDUAL_RANK - (rounded_off[name].rank if rounded_off else 0))
+        pairs[name] = Pair(pair.b_OR[:, first:last], pair.a_RI[first:last])
+    return Adapter(pairs if any(pair.rank for pair in pairs.values()) else {})
 
 
 def within(addition: Adapter, max_bytes: int, wire: WireDtype) -> Adapter:

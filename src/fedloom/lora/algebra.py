@@ -256,6 +256,11 @@ class Compressed:
     spectrum: dict[str, Tensor]
     error: float
 
+    def within(self, tolerance: float) -> Adapter:
+        """Return the first directions of every module: those that :func:`compress` at this tolerance would keep."""
+        ranks = {name: _rank_to_keep(sigma, 0.0, None, tolerance) for name, sigma in self.spectrum.items()}
+        return Adapter({name: truncate_pair(pair, ranks[name]) for name, pair in self.adapter.items()})
+
 
 def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.0) -> Compressed:
     """Compress every pair; see :func:`compress_pair`. ``error`` is over all modules together.
