@@ -62,7 +62,6 @@ def test_a_list_per_client_is_as_long_as_there_are_clients(tables: dict[str, obj
     ("tables", "setting"),
     [
         ({"method": {"name": "flora", "weighting": "norm"}}, "method.weighting"),
-        ({"method": {"name": "splitlora", "weighting": "work"}}, "method.weighting"),
         ({"method": {"broadcast": "compressed"}}, "method.broadcast"),
         ({"method": {"name": "flora", "tolerance": 0.1}}, "method.tolerance"),
         ({"method": {"name": "centralised"}, "server": {"learning_rate": 2.0}}, "server.learning_rate"),
@@ -146,9 +145,9 @@ def test_a_method_keeps_what_it_can_use_and_drops_the_rest() -> None:
     assert centralised.server == Settings().server
 
 
-def test_norm_weights_fall_back_to_rows_outside_zero_padding() -> None:
+def test_norm_weights_fall_back_to_work_outside_zero_padding() -> None:
     padded = Settings.model_validate({**ENOUGH, "method": {"name": "zero-padding", "weighting": "norm"}})
-    assert with_method(padded, "flora").method.weighting == "rows"
+    assert with_method(padded, "flora").method.weighting == "work"
     assert with_method(padded, "zero-padding") == padded
 
 

@@ -72,5 +72,5 @@ def test_a_method_brings_its_own_defaults_and_keeps_what_was_named() -> None:
     named = config.resolve(recipe, "a test", ["method.name=weave", "wire.dtype=fp32"], also=())
     assert named.wire.dtype == "fp32"
     back = with_method(weave, "fedit")
-    assert (back.wire.dtype, back.method.weighting, back.server.step) == ("fp32", "rows", "plain")
+    assert (back.wire.dtype, back.method.weighting, back.server.step) == ("fp32", "work", "plain")
     assert config.resolve(weave.as_dict(), "config.json", also=()) == weave

@@ -93,7 +93,7 @@ def test_what_is_no_method_is_refused() -> None:
         ({"name": "My Method"}, "a name of small letters"),
         ({"title": " "}, "expected a title"),
         ({"weightings": ("rows", "luck")}, "weightings of rows, tokens, uniform, norm, work, got 'luck'"),
-        ({"weightings": ("norm",)}, "begin with rows"),
+        ({"weightings": ("rows",)}, "weightings with work, the default of method.weighting"),
         ({"pools_rows": True}, "pools_rows with kind = control only"),
         ({**CONTROL, "starts_fresh": True}, "starts_fresh with kind = federated only"),
         ({**CONTROL, "combines": True}, "combines with kind = federated only"),

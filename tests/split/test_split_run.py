@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import save_peft
 from fedloom.methods.flora import FLoRA
 from fedloom.methods.state import Failure
-from fedloom.methods.zero_padding import ZeroPadding
+from fedloom.methods.strategy import Weighting
+from fedloom.methods.zero_padding import ZeroPadding, fedit
 from fedloom.split.codecs import Encoded
 from fedloom.split.cut_messages import SplitMessage
 from fedloom.split.lockstep import SplitRecord, run_split
@@ -327,8 +329,11 @@ def holding(adapter: Adapter, parties: SplitParties) -> SplitState:
     return SplitState(0, segments, Adapter({name: adapter[name] for name in parties.server_shapes}))
 
 
-def test_deeper_clients_and_the_server_share_a_module_by_the_rows_they_stand_for(set_up: SetUp) -> None:
-    _, parties, _ = set_up(cut_layers=(1, 2, 3), num_rounds=1)
+@pytest.mark.parametrize("weighting", [Weighting.TOKENS, Weighting.ROWS, Weighting.WORK])
+def test_deeper_clients_and_the_server_share_a_module_by_what_they_stand_for(
+    set_up: SetUp, weighting: Weighting
+) -> None:
+    _, parties, _ = set_up(partial(fedit, weighting=weighting), cut_layers=(1, 1, 3), num_rounds=1)
     kept: dict[int, Adapter] = {}
     collect = parties.clients.end
 
@@ -340,11 +345,12 @@ def test_deeper_clients_and_the_server_share_a_module_by_the_rows_they_stand_for
     parties.clients.end = end
     record = run(parties)[-1]
     tokens = [client.stats.num_loss_tokens for client in record.clients]
+    counts = {Weighting.TOKENS: tokens, Weighting.ROWS: list(PLAN.num_rows), Weighting.WORK: [1, 1, 1]}[weighting]
     merged = record.state.global_adapter()
     module = "model.layers.1.self_attn.q_proj"
-    parts = [(-1, tokens[0]), (1, tokens[1]), (2, tokens[2])]
+    parts = [(-1, counts[0] + counts[1]), (2, counts[2])]
     for factor in ("b_OR", "a_RI"):
-        expected = sum(weight * getattr(kept[owner][module], factor) for owner, weight in parts) / sum(tokens)
+        expected = sum(weight * getattr(kept[owner][module], factor) for owner, weight in parts) / sum(counts)
         torch.testing.assert_close(getattr(merged[module], factor), expected, rtol=1e-6, atol=1e-7)
 
 

@@ -23,6 +23,7 @@ from fedloom.config.setting import (
     setting,
 )
 from fedloom.methods.table import BASELINE
+from fedloom.methods.traits import DEFAULT_WEIGHTING
 
 TRAINED = {"method.name": having("is_trained")}
 ROUNDS = {"method.name": having("runs_rounds")}
@@ -54,9 +55,10 @@ class Method(Table):
         "alpha/r", "Factor on B·A: alpha/r, or alpha/√r (rsLoRA).", when=TRAINED
     )
     weighting: Literal["rows", "tokens", "uniform", "work", "norm"] = setting(
-        "rows",
-        "Weight of a client in the mean: its rows (FedAvg), its supervised tokens, the same for all, the rows that it "
-        "is asked to train on in the round, or `norm`, HetLoRA's, for methods that know it.",
+        DEFAULT_WEIGHTING,
+        "Weight of a client in the mean: its rows (FedAvg), its supervised tokens, the same for all, `work`, the rows "
+        "that it is asked to train on in the round (with epochs the same as `rows`), or `norm`, HetLoRA's, for methods "
+        "that know it.",
         when=SENT,
     )
     initialisation: Literal["independent", "shared", "gradient"] = setting(

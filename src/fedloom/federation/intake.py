@@ -166,8 +166,8 @@ class Intake:
             self._factor_norms[outcome.client] = factor_norms(outcome, self.work)
             if outcome.moments:
                 self._moment_sizes[outcome.client] = math.sqrt(sum(float(t.sum()) for t in outcome.moments.values()))
-            if asked is not None and self.plan.strategy.weighting is Weighting.WORK:
-                self._by_work[outcome.client] = float(asked.work)
+            if self.plan.strategy.weighting is Weighting.WORK:
+                self._by_work[outcome.client] = float(self.plan.asked(outcome.client).work)
             self._weights[outcome.client] = weigh(self._weighed(outcome), self.plan.strategy.weighting)
         except UpdateError as error:
             reason = str(error)

@@ -5,7 +5,7 @@
 The global product is the clients' exact mean every round. The residual's rank is (K + 1) r before it is compressed.
 
 Source: FedEx-LoRA (arXiv 2410.09432), eq. 11–13. Deviations: the residual is kept in factored form beside the base
-instead of being added to it (exact for 16-bit and quantised bases too), and compressed without loss; weights by rows as
+instead of being added to it (exact for 16-bit and quantised bases too), and compressed without loss; weights by work as
 everywhere here, uniform in the paper (``method.weighting``).
 """
 

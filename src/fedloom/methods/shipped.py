@@ -63,7 +63,6 @@ SHIPPED: dict[str, Method] = {
                 averages_factors=True,
                 combines=False,
                 defaults={
-                    "method.weighting": "work",
                     "method.broadcast": "compressed",
                     "method.tolerance": 0.02,
                     "method.broadcast_max_bytes": 0.25,
@@ -98,7 +97,6 @@ SHIPPED: dict[str, Method] = {
                 "splitlora",
                 "the model cut between clients and server, the clients' half aggregated",
                 kind=Kind.SPLIT,
-                weightings=("rows", "tokens", "uniform"),
                 aggregates_split=False,
                 combines=False,
                 is_standard=True,

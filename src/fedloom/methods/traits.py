@@ -17,6 +17,8 @@ NAME = re.compile(r"[a-z0-9]+(-[a-z0-9]+)*")
 GRADIENT = "gradient"
 """The value of ``method.initialisation`` with which the first A comes from the clients' gradients."""
 WEIGHTINGS = ("rows", "tokens", "uniform", "norm", "work")
+DEFAULT_WEIGHTING = "work"
+"""With as many steps for every client, weights by rows let the largest speak for all; with epochs both are the same."""
 
 
 class Kind(StrEnum):
@@ -109,10 +111,11 @@ class Traits:
             raise MethodError(
                 f"method {self.name}: expected unclaimed laws of {', '.join(Law)}, got {unknown[0]!r}; correct it"
             )
-        if self.aggregates and self.weightings[:1] != ("rows",):
+        chosen = self.defaults.get("method.weighting", DEFAULT_WEIGHTING)
+        if self.aggregates and chosen not in self.weightings:
             raise MethodError(
-                f"method {self.name}: expected weightings that begin with rows, the default of method.weighting, "
-                f"got {self.weightings}; add it"
+                f"method {self.name}: expected weightings with {chosen}, the default of method.weighting, got "
+                f"{self.weightings}; add it, or name another in defaults"
             )
         for trait in ("starts_fresh", "grows_side", "averages_factors", "aggregates_split", "combines"):
             if getattr(self, trait) and not self.aggregates:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from fedloom.errors import TooFewClientsError
 from fedloom.federation.broadcasts import encode_broadcast
@@ -264,16 +265,16 @@ class Period:
             return []
         whole = self._parties.server.party.adapter()
         adapter = Adapter({module: whole[module] for module in segment.shapes})
-        rows, tokens = sum(self._plan.num_rows[c] for c in shallow), sum(self.loss_tokens[c] for c in shallow)
-        steps = len(self._plan.steps(self.round))
-        stats = TrainingStats(rows, tokens, tokens, steps)
+        asked, tokens = self._asked(segment, SERVER), sum(self.loss_tokens[c] for c in shallow)
+        stats = TrainingStats(asked.num_rows, tokens, tokens, asked.max_steps)
         return [Arrival(Update(self.round, SERVER, adapter, stats, self._state.round), 0, 0)]
 
-    def _asked(self, client: int) -> Asked:
-        """Return what the period asked of a client."""
-        steps = len(self._plan.steps(self.round))
-        longest = self._plan.training.batch_size * self._parties.server.max_length
-        return Asked(self._plan.num_rows[client], steps, steps * longest)
+    def _asked(self, segment: Segment, client: int) -> Asked:
+        """Return what the period asked of a client; of the server, the work of those it stands in for."""
+        of = [c for c in self.present if c not in segment.owners] if client == SERVER else [client]
+        num_rows, steps = sum(self._plan.num_rows[one] for one in of), len(self._plan.steps(self.round))
+        read = steps * self._plan.training.batch_size
+        return Asked(num_rows, steps, read * self._parties.server.max_length, read * len(of))
 
     def _counted(self, update: Update) -> Update:
         """Return an update with the server's own counts of its client's loss and supervised tokens."""
@@ -297,7 +298,7 @@ class Period:
             shapes=segment.shapes,
             ranks=parties.ranks,
             scales=parties.scales,
-            asked=self._asked,
+            asked=partial(self._asked, segment),
             max_norm_ratio=self._plan.max_norm_ratio,
             max_weight=self._plan.max_weight,
             robust=self._plan.robust,
