@@ -16,7 +16,8 @@ from fedloom.evaluation.decoding import GREEDY, decode
 from fedloom.experiment import run
 from fedloom.results.conversation import Sampling, generate
 from fedloom.results.exact_answers import exact_match
-from fedloom.results.export import export_adapter, export_merged
+from fedloom.results.export import export_adapter
+from fedloom.results.merged_export import export_merged
 from fedloom.results.opened_result import RESULT, open_result
 from fedloom.results.split_conversation import generate_cut
 from fedloom.results.suites import SuiteChoice

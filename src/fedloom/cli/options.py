@@ -68,3 +68,12 @@ OutOption = Annotated[
         "--out", metavar="FOLDER", help="Folder to write. Default: `runs/` and the recipe's name.", show_default=False
     ),
 ]
+RankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="N",
+        help="Compress every module to this rank. Default: keep the adapter's ranks.",
+        show_default=False,
+    ),
+]

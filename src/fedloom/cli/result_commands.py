@@ -12,7 +12,7 @@ import typer
 
 from fedloom import config, recipes
 from fedloom.cli.experiments import default_folder, is_file
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, SetOption
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, SetOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings, checks
 from fedloom.config.conduct import SuiteName
@@ -48,15 +48,6 @@ ClientOption = Annotated[
     int | None,
     typer.Option(
         "--client", metavar="K", help="Use this client's adapter, where each has its own.", show_default=False
-    ),
-]
-RankOption = Annotated[
-    int | None,
-    typer.Option(
-        "--rank",
-        metavar="N",
-        help="Compress every module to this rank. Default: keep the adapter's ranks.",
-        show_default=False,
     ),
 ]
 
@@ -275,11 +266,13 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
-    from fedloom.results.export import export_adapter, export_merged
-
     if merge:
+        from fedloom.results.merged_export import export_merged
+
         written = export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
     else:
+        from fedloom.results.export import export_adapter
+
         written = export_adapter(result, to, base=base, rank=rank, client=client, dtype=dtype or "float32")
     print_result(written, as_json=as_json)
 
