@@ -23,9 +23,10 @@ from fedloom.experiment import run
 from fedloom.lora.algebra import distance, norm
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.peft_files import base_of, load_peft, save_peft
+from fedloom.results.chosen_round import RESULT
 from fedloom.results.export import export_adapter
 from fedloom.results.merged_export import export_merged
-from fedloom.results.opened_result import RESULT, open_result
+from fedloom.results.opened_result import open_result
 from fedloom.run_folder.writer import RunFolder
 from fedloom.seeding import torch_stream
 

@@ -68,6 +68,16 @@ OutOption = Annotated[
         "--out", metavar="FOLDER", help="Folder to write. Default: `runs/` and the recipe's name.", show_default=False
     ),
 ]
+RoundOption = Annotated[
+    str | None,
+    typer.Option(
+        "--round",
+        metavar="N|best",
+        help="Use the model after this round of a run, where run.keep_states kept it; `best`: that of the lowest "
+        "held-out loss. Default: the run's result.",
+        show_default=False,
+    ),
+]
 RankOption = Annotated[
     int | None,
     typer.Option(

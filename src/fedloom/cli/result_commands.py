@@ -12,7 +12,7 @@ import typer
 
 from fedloom import config, recipes
 from fedloom.cli.experiments import default_folder, is_file
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, SetOption
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, RoundOption, SetOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings, checks
 from fedloom.config.conduct import SuiteName
@@ -67,6 +67,7 @@ def evaluate(
     base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     client: ClientOption = None,
+    round: RoundOption = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +167,7 @@ def evaluate(
         answering,
         max_new_tokens,
     )
-    opened = opened_result.open_result(result, base=base, tokenizer=tokenizer, client=client)
+    opened = opened_result.open_result(result, base=base, tokenizer=tokenizer, client=client, round=round)
     _say_all(opened.found.notes)
     if suite is not None or lm_eval is not None:
         print_result(suite_scores.score_result(opened, asked, say), as_json=as_json)
@@ -208,6 +209,7 @@ def generate(
     base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     client: ClientOption = None,
+    round: RoundOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the answer of a run or any adapter to a prompt, beside its base's."""
@@ -219,7 +221,7 @@ def generate(
     from fedloom.results.opened_result import open_result
 
     sampling = Sampling(max_new_tokens, temperature, seed)
-    opened = open_result(result, base=base, tokenizer=tokenizer, client=client)
+    opened = open_result(result, base=base, tokenizer=tokenizer, client=client, round=round)
     _say_all(opened.found.notes)
     if cut_layer is not None:
         from fedloom.results import split_conversation
@@ -262,6 +264,7 @@ def export(
         ),
     ] = None,
     client: ClientOption = None,
+    round: RoundOption = None,
     base: BaseOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -269,11 +272,11 @@ def export(
     if merge:
         from fedloom.results.merged_export import export_merged
 
-        written = export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
+        written = export_merged(result, to, base=base, rank=rank, client=client, round=round, dtype=dtype)
     else:
         from fedloom.results.export import export_adapter
 
-        written = export_adapter(result, to, base=base, rank=rank, client=client, dtype=dtype or "float32")
+        written = export_adapter(result, to, base=base, rank=rank, client=client, round=round, dtype=dtype or "float32")
     print_result(written, as_json=as_json)
 
 

@@ -27,6 +27,7 @@ from fedloom.methods.side import compacted
 from fedloom.models.base_folder import fetched
 from fedloom.names import looks_like_hub_name
 from fedloom.results.card import adapter_card
+from fedloom.results.chosen_round import RESULT
 from fedloom.results.exported import (
     CARD,
     Exported,
@@ -39,7 +40,7 @@ from fedloom.results.exported import (
     publish,
     refuse_files,
 )
-from fedloom.results.opened_result import RESULT, Found
+from fedloom.results.opened_result import Found
 from fedloom.results.peft_check import check_with_peft
 from fedloom.results.serving_files import copy_agreed_serving_files
 from fedloom.run_folder import durable

@@ -38,32 +38,33 @@ def export_adapter(
     base: str | Path | None = None,
     rank: int | None = None,
     client: int | None = None,
+    round: int | str | None = None,
     dtype: str = "float32",
 ) -> Exported:
     """Write a run's result as one PEFT adapter on the untouched base, with a model card.
 
     With ``rank`` every module gets exactly that rank: compressed by the best approximation there is (Eckart–Young), or
     padded with zeros, so the file needs no rank pattern and any server takes it. What is written is loaded with stock
-    peft on the base's configuration, which is looked for where the result says, or at ``base``.
+    peft on the base's configuration, which is looked for where the result says, or at ``base``. ``round`` chooses the
+    model after a round whose state the run keeps: its number, or ``best``.
 
     Raises:
         RunError: the run has not finished, has an adapter per client and none is chosen, or ``to`` holds files.
         AdapterError: there is nothing to export, or ``rank`` is not a whole number from 1 to the largest rank.
         ModelError: ``base`` is given and its configuration is not there.
     """
-    found, to = chosen_result(Path(source), client), Path(to)
+    found, to = chosen_result(Path(source), client, round), Path(to)
     adapter = only_adapter(found)
+    own = own_folder(found)
     kept, errors = at_rank(adapter, rank)
     cast = kept.to(dtype_named(dtype))
     cast_error = 0.0 if dtype == "float32" else distance(kept, cast.to(torch.float32))
     exported = Exported(to, "adapter", dtype, cast.ranks, norm(adapter), math.hypot(*errors.values()), cast_error)
 
-    own = own_folder(found)
-
     def write(folder: Path) -> None:
         nonlocal exported
-        base_name, parameters = found.reference or "", parameters_of(own)
-        save_peft(cast, folder, base_name=base_name, conv1d=is_conv1d(own), dropout=0.0, parameters=parameters)
+        reference, parameters = found.reference or "", parameters_of(own)
+        save_peft(cast, folder, base_name=reference, conv1d=is_conv1d(own), dropout=0.0, parameters=parameters)
         unread, unchecked = check_with_peft(found, folder, base)
         exported = replace(exported, unread=unread)
         copy_serving_files(own, folder)

@@ -12,7 +12,8 @@ import torch
 from fedloom.errors import AdapterError, ModelError, RunError
 from fedloom.lora.algebra import compress, pad
 from fedloom.lora.pair import Adapter
-from fedloom.results.opened_result import RESULT, Found, find_result, of_client, unfinished_note
+from fedloom.results.chosen_round import RESULT
+from fedloom.results.opened_result import Found, find_result, of_client, unfinished_note
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import ADAPTER
 
@@ -86,13 +87,13 @@ class Exported:
         return f"rounding to {self.dtype} loses {share:.3%} of it (‖error‖ {self.cast_error:.4g}){advice}"
 
 
-def chosen_result(source: Path, client: int | None) -> Found:
-    """Return a finished run's result or a PEFT folder's, of one client where one is chosen.
+def chosen_result(source: Path, client: int | None, round: int | str | None = None) -> Found:
+    """Return a finished run's result, after a round if one is chosen, or a PEFT folder's; of one client if chosen.
 
     Raises:
         RunError: the run has not finished, or that client has no adapter.
     """
-    found = find_result(source)
+    found = find_result(source, round)
     if found.run is not None and found.run.finished is None:
         raise RunError(f"{unfinished_note(found.run)}; then export it")
     return of_client(found, client)

@@ -40,6 +40,7 @@ def export_merged(
     base: str | Path | None = None,
     rank: int | None = None,
     client: int | None = None,
+    round: int | str | None = None,
     dtype: str | None = None,
 ) -> Exported:
     """Write base and result as one model in Hugging Face format, with tokenizer and model card.
@@ -53,7 +54,7 @@ def export_merged(
         ModelError: the base cannot be loaded, is quantized, ties a target's weights to another module's, or would be
             written as a kind that transformers does not load as a causal LM.
     """
-    found, to = chosen_result(Path(source), client), Path(to)
+    found, to = chosen_result(Path(source), client, round), Path(to)
     _refuse_quantized(found)
     adapter = only_adapter(found)
     kept, errors = at_rank(adapter, rank)
