@@ -78,6 +78,15 @@ RoundOption = Annotated[
         show_default=False,
     ),
 ]
+ToolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="TOOL",
+        help="Check the rules of peft, vllm or gguf (llama.cpp), write what it takes, and say what it needs.",
+        show_default=False,
+    ),
+]
 RankOption = Annotated[
     int | None,
     typer.Option(

@@ -12,7 +12,7 @@ import typer
 
 from fedloom import config, recipes
 from fedloom.cli.experiments import default_folder, is_file
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, RoundOption, SetOption
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, RoundOption, SetOption, ToolOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings, checks
 from fedloom.config.conduct import SuiteName
@@ -266,9 +266,12 @@ def export(
     client: ClientOption = None,
     round: RoundOption = None,
     base: BaseOption = None,
+    tool: ToolOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
+    if merge and tool is not None:
+        raise SettingsError(f"--for {tool}: expected an adapter to serve, got --merge; drop one of the two")
     if merge:
         from fedloom.results.merged_export import export_merged
 
@@ -276,7 +279,8 @@ def export(
     else:
         from fedloom.results.export import export_adapter
 
-        written = export_adapter(result, to, base=base, rank=rank, client=client, round=round, dtype=dtype or "float32")
+        kind = dtype or "float32"
+        written = export_adapter(result, to, base=base, rank=rank, client=client, round=round, dtype=kind, tool=tool)
     print_result(written, as_json=as_json)
 
 

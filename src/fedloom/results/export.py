@@ -26,6 +26,7 @@ from fedloom.results.exported import (
 from fedloom.results.opened_result import find_result
 from fedloom.results.peft_check import check_with_peft
 from fedloom.results.serving_files import copy_serving_files
+from fedloom.results.serving_tools import fitted, needs_of, refuse_unread, tool_named
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import read_object
 from fedloom.run_folder.manifest import read_manifest
@@ -40,32 +41,39 @@ def export_adapter(
     client: int | None = None,
     round: int | str | None = None,
     dtype: str = "float32",
+    tool: str | None = None,
 ) -> Exported:
     """Write a run's result as one PEFT adapter on the untouched base, with a model card.
 
     With ``rank`` every module gets exactly that rank: compressed by the best approximation there is (Eckart–Young), or
     padded with zeros, so the file needs no rank pattern and any server takes it. What is written is loaded with stock
     peft on the base's configuration, which is looked for where the result says, or at ``base``. ``round`` chooses the
-    model after a round whose state the run keeps: its number, or ``best``.
+    model after a round whose state the run keeps: its number, or ``best``. For a ``tool`` (``peft``, ``vllm``,
+    ``gguf``) its rules are checked, and what it needs is said.
 
     Raises:
         RunError: the run has not finished, has an adapter per client and none is chosen, or ``to`` holds files.
-        AdapterError: there is nothing to export, or ``rank`` is not a whole number from 1 to the largest rank.
+        AdapterError: there is nothing to export, ``rank`` is not a whole number from 1 to the largest rank, or the
+            tool does not take the adapter.
         ModelError: ``base`` is given and its configuration is not there.
     """
+    asked = tool_named(tool)
     found, to = chosen_result(Path(source), client, round), Path(to)
-    adapter = only_adapter(found)
-    own = own_folder(found)
+    adapter, own = only_adapter(found), own_folder(found)
     kept, errors = at_rank(adapter, rank)
+    kept = fitted(kept, asked, conv1d=is_conv1d(own))
     cast = kept.to(dtype_named(dtype))
     cast_error = 0.0 if dtype == "float32" else distance(kept, cast.to(torch.float32))
     exported = Exported(to, "adapter", dtype, cast.ranks, norm(adapter), math.hypot(*errors.values()), cast_error)
+    base_name = "BASE" if found.reference is None else found.reference.name
+    exported = replace(exported, needs=tuple(needs_of(asked, cast, to, base_name)))
 
     def write(folder: Path) -> None:
         nonlocal exported
         reference, parameters = found.reference or "", parameters_of(own)
         save_peft(cast, folder, base_name=reference, conv1d=is_conv1d(own), dropout=0.0, parameters=parameters)
         unread, unchecked = check_with_peft(found, folder, base)
+        refuse_unread(asked, unread)
         exported = replace(exported, unread=unread)
         copy_serving_files(own, folder)
         (folder / CARD).write_text(adapter_card(found, exported.lines(), exported.is_exact), encoding="utf-8")

@@ -38,6 +38,7 @@ class Exported:
         cast_error: Frobenius norm of what rounding to ``dtype`` loses of it.
         unread: which modules stock peft does not load on the base; None where it loads all, or was not asked.
         unchecked: why stock peft was not asked; None where it was.
+        needs: what the tool that it is for has to be told.
     """
 
     folder: Path
@@ -49,11 +50,13 @@ class Exported:
     cast_error: float
     unread: str | None = None
     unchecked: str | None = None
+    needs: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as plain values, relative errors included."""
         relative = {f"relative_{name}": self.share(getattr(self, name)) for name in ("rank_error", "cast_error")}
-        return {**self.__dict__, "folder": str(self.folder), "ranks": dict(self.ranks), **relative}
+        plain = {"folder": str(self.folder), "ranks": dict(self.ranks), "needs": list(self.needs)}
+        return {**self.__dict__, **plain, **relative}
 
     @property
     def is_exact(self) -> bool:
@@ -70,7 +73,7 @@ class Exported:
         ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
         lines = [f"{self.folder}: {self.form}, {len(self.ranks)} modules of {ranks}, {self.dtype}", self.rank_line()]
         lines += [self.cast_line()] if self.cast_error > 0.0 else []
-        return [*lines, *(line for line in (self.unread, self.unchecked) if line is not None)]
+        return [*lines, *(line for line in (self.unread, self.unchecked) if line is not None), *self.needs]
 
     def rank_line(self) -> str:
         """Return what the rank costs."""
