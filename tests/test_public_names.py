@@ -24,6 +24,7 @@ NAMES = {
     "Traits",
     "__version__",
     "aggregate",
+    "aggregate_adapters",
     "compare",
     "compress",
     "describe",

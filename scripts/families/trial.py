@@ -28,7 +28,8 @@ from fedloom.models.families import ALL_LINEAR, FAMILIES, resolve_targets
 from fedloom.models.load import load_base
 from fedloom.models.partial_load import load_bottom, load_top
 from fedloom.models.stock_peft import taken_for_experts
-from fedloom.results.export import export_adapter, export_merged
+from fedloom.results.export import export_adapter
+from fedloom.results.merged_export import export_merged
 from fedloom.seeding import stream, torch_stream
 from fedloom.split.split_step import run_part
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort

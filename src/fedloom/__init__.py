@@ -40,9 +40,11 @@ if TYPE_CHECKING:
     from fedloom.methods.traits import Traits
     from fedloom.models.load import load_base
     from fedloom.preview.description import describe
+    from fedloom.results.aggregation import aggregate_adapters
     from fedloom.results.conversation import Sampling, generate
-    from fedloom.results.export import export_adapter, export_merged
+    from fedloom.results.export import export_adapter
     from fedloom.results.held_out import RowChoice, evaluate
+    from fedloom.results.merged_export import export_merged
     from fedloom.results.opened_result import open_result
     from fedloom.results.suite_scores import score_suite
 
@@ -58,13 +60,14 @@ _HOMES = {
     "Sampling": "results.conversation",
     "Traits": "methods.traits",
     "aggregate": "methods.combination",
+    "aggregate_adapters": "results.aggregation",
     "compare": "experiment.comparison",
     "compress": "lora.algebra",
     "describe": "preview.description",
     "evaluate": "results.held_out",
     "explain": "explanation.explain",
     "export_adapter": "results.export",
-    "export_merged": "results.export",
+    "export_merged": "results.merged_export",
     "generate": "results.conversation",
     "load_base": "models.load",
     "load_peft": "lora.peft_files",
@@ -88,6 +91,7 @@ __all__ = [
     "Traits",
     "__version__",
     "aggregate",
+    "aggregate_adapters",
     "compare",
     "compress",
     "describe",

@@ -59,5 +59,6 @@ TUNING = FileFormat("file of tuned settings", 1, "choose another --out")
 PARTITION = FileFormat("partition", 1, "make a new partition")
 DECODED_OUTPUTS = FileFormat("file of decoded outputs", 3, "remove it to decode anew", oldest=3)
 """1: from prompts tokenised otherwise than in training; 2: lines without a hash; neither is read. 3: with it."""
+SOURCES = FileFormat("record of an aggregate's sources", 1, "aggregate again")
 VERDICT_CACHE = FileFormat("cache of verdicts", 2, "choose another file")
 """1: without a hash over each verdict; read, and given one. 2: with it."""

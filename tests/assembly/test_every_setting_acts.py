@@ -135,6 +135,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "devices.utilisation": (0.1, {}),
     "wire.dtype": ("bf16", {}),
     "evaluation.every": (2, {}),
+    "evaluation.patience": (3, {"data.validation_fraction": 0.1}),
     "evaluation.clients": (0.1, {}),
     "evaluation.batch_tokens": (100, {}),
     "evaluation.suites": (("exact-match",), {}),
@@ -155,8 +156,11 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "engine.threads": (2, {}),
     "run.seed": (2, {}),
     "run.keep_updates": (True, {}),
-    "run.keep_states": (True, {}),
+    "run.keep_states": ("all", {}),
     "run.trackers": (("wandb",), {}),
+    "run.project": ("lab", {"run.trackers": ("wandb",)}),
+    "run.group": ("ablation", {"run.trackers": ("wandb",)}),
+    "run.tags": (("first",), {"run.trackers": ("wandb",)}),
 }
 # The run's inputs are made alike for every method, those of the controls and of the base too: a run writes its
 # partition and holdings, its held-out rows and their groups depend on them, and target modules are looked for in every
@@ -175,10 +179,14 @@ READ_IN = {
     "engine.retries": ("assembly/engine_choice.py", "Crew(hiring, size, welcome, chosen.retries, around.note)"),
     "engine.threads": ("assembly/inputs.py", "compute_with(settings.engine.threads)"),
     "evaluation.clients": ("assembly/client_rows.py", "share, seed = settings.evaluation.clients, settings.run.seed"),
+    "evaluation.patience": ("experiment/session.py", "is_over(records, self.settings.evaluation.patience)"),
     "evaluation.suites": ("experiment/session.py", "chosen.suites"),
     "run.keep_updates": ("experiment/loop.py", "if settings.run.keep_updates"),
-    "run.keep_states": ("experiment/session.py", "if not self.settings.run.keep_states"),
-    "run.trackers": ("experiment/session.py", "self.settings.run.trackers"),
+    "run.keep_states": ("experiment/session.py", "keep = self.settings.run.keep_states"),
+    "run.trackers": ("experiment/session.py", "in chosen.trackers"),
+    "run.project": ("experiment/session.py", "project=chosen.project"),
+    "run.group": ("experiment/session.py", "group=chosen.group"),
+    "run.tags": ("experiment/session.py", "tags=chosen.tags"),
     "devices.server_flops": ("preview/cut_table.py", "settings.devices.server_flops"),
 }
 UNREAD_BY_A_CUT = {"steps": None, "epochs": None, "total_rounds": 1, "token_budget": 1, "micro_batch_size": None}

@@ -135,9 +135,9 @@ def test_seeds_without_rows_to_leave_out_are_refused(given: dict[str, Any], sett
 
 def test_a_tuning_run_scores_keeps_and_tracks_nothing_besides_its_loss_at_the_end(settings_for: Make) -> None:
     given = settings_for(
-        evaluation__suites=["exact-match"], run__keep_updates=True, run__keep_states=True, run__trackers=["mlflow"]
+        evaluation__suites=["exact-match"], run__keep_updates=True, run__keep_states="all", run__trackers=["mlflow"]
     )
     tuned = for_tuning(given, 5, 0.2, (3, 1))
     assert (tuned.run.seed, tuned.data.validation_fraction, tuned.data.scored_seeds) == (5, 0.2, (1, 3))
     assert (tuned.evaluation.suites, tuned.evaluation.every) == ((), 0)
-    assert not any((tuned.run.keep_updates, tuned.run.keep_states, tuned.run.trackers))
+    assert (tuned.run.keep_updates, tuned.run.keep_states, tuned.run.trackers) == (False, "last", ())

@@ -84,7 +84,7 @@ def test_a_server_step_takes_no_notice_of_the_sketch(settings_for: Make, tmp_pat
     """Its memory is of changes of the product; a sketch changes none, and is not what later norms are held against."""
     for step in ("fedadam", "fedexp", "momentum"):
         changes = {"method__name": "zero-padding", "server__step": step, "federation__max_norm_ratio": 5.0}
-        run(settings_for(**changes, method__initialisation="gradient", run__keep_states=True), tmp_path / step)
+        run(settings_for(**changes, method__initialisation="gradient", run__keep_states="all"), tmp_path / step)
         numbers = json.loads((tmp_path / step / "rounds" / "1" / "state" / "server.json").read_text())
         assert numbers["typical_norm"] is None
         records = records_of(tmp_path / step)

@@ -23,7 +23,7 @@ from fedloom.methods import table
 from fedloom.methods.table import traits_of
 from fedloom.run_folder.reader import read_run
 
-KEEP = {"run__keep_updates": True, "run__keep_states": True}
+KEEP = {"run__keep_updates": True, "run__keep_states": "all"}
 WEAVE_ROUNDS = {"server__step": "plain", "training__moments": "shared"}
 RUNS: dict[str, tuple[str, dict[str, object]]] = {
     **{name: (name, {}) for name in table.names("is_trained") if not traits_of(name).is_cut},
@@ -140,7 +140,7 @@ def test_moments_are_shown_where_there_are_any(run_of: Callable[[str], Path]) ->
 
 
 def test_a_split_run_is_explained_as_far_as_it_goes(settings_for: Callable[..., Settings], tmp_path: Path) -> None:
-    settings = settings_for(method__name="splitlora", split__cut_layer=1, method__ranks=2, run__keep_states=True)
+    settings = settings_for(method__name="splitlora", split__cut_layer=1, method__ranks=2, run__keep_states="all")
     run(settings, tmp_path / "cut")
     found = explain(tmp_path / "cut")
     assert all(one.shape is not None and one.agreement is None for one in found.modules)
@@ -160,7 +160,7 @@ def bare(settings_for: Callable[..., Settings], tmp_path: Path) -> Path:
 def test_what_is_not_kept_names_the_setting_that_keeps_it(bare: Path) -> None:
     found = explain(bare)
     assert [one.rpartition("; ")[2] for one in found.missing] == [
-        "set run.keep_states = true",
+        'set run.keep_states = "all"',
         "set run.keep_updates = true",
     ]
     assert [one.effective_rank is None for one in found.rounds] == [True, False, False]

@@ -14,10 +14,12 @@ from fedloom import config
 from fedloom.data import encode, load_rows, plain_frame, read_records, record_prompts, resolve_template
 from fedloom.evaluation.decoding import GREEDY, decode
 from fedloom.experiment import run
+from fedloom.results.chosen_round import RESULT
 from fedloom.results.conversation import Sampling, generate
 from fedloom.results.exact_answers import exact_match
-from fedloom.results.export import export_adapter, export_merged
-from fedloom.results.opened_result import RESULT, open_result
+from fedloom.results.export import export_adapter
+from fedloom.results.merged_export import export_merged
+from fedloom.results.opened_result import open_result
 from fedloom.results.split_conversation import generate_cut
 from fedloom.results.suites import SuiteChoice
 from tests.chat_families import FAMILIES, memorising_model, reciting_model

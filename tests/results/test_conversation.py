@@ -18,8 +18,9 @@ from fedloom.data.records import Turn
 from fedloom.errors import DataError, EvaluationError
 from fedloom.evaluation.decoding import GREEDY, decode
 from fedloom.experiment import run
+from fedloom.results.chosen_round import RESULT
 from fedloom.results.conversation import GumbelNoise, Sampling, converse, generate, wording_of
-from fedloom.results.opened_result import RESULT, OpenedResult, open_result
+from fedloom.results.opened_result import OpenedResult, open_result
 from fedloom.wording import printable
 
 Make = Callable[..., Settings]

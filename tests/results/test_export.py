@@ -23,8 +23,10 @@ from fedloom.experiment import run
 from fedloom.lora.algebra import distance, norm
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.peft_files import base_of, load_peft, save_peft
-from fedloom.results.export import export_adapter, export_merged
-from fedloom.results.opened_result import RESULT, open_result
+from fedloom.results.chosen_round import RESULT
+from fedloom.results.export import export_adapter
+from fedloom.results.merged_export import export_merged
+from fedloom.results.opened_result import open_result
 from fedloom.run_folder.writer import RunFolder
 from fedloom.seeding import torch_stream
 
@@ -366,7 +368,7 @@ def test_a_base_whose_configuration_cannot_be_read_is_named_as_the_reason(
 def test_a_text_part_that_does_not_load_alone_is_not_merged_into(flora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_result(flora)
     opened.base.model.config.model_type = "emu3_text_model"
-    monkeypatch.setattr("fedloom.results.export.load_base_of", lambda *_, **__: opened.base)
+    monkeypatch.setattr("fedloom.results.merged_export.load_base_of", lambda *_, **__: opened.base)
     with pytest.raises(ModelError, match=r"text part of another kind \('emu3_text_model'\).*export the adapter"):
         export_merged(flora, flora.parent / "merged")
     assert not (flora.parent / "merged").exists()

@@ -24,8 +24,9 @@ from fedloom.experiment import run
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.peft_files import save_peft
+from fedloom.results.chosen_round import RESULT
 from fedloom.results.held_out import RowChoice, evaluate, spelled_texts
-from fedloom.results.opened_result import RESULT, OpenedResult, find_result, open_result
+from fedloom.results.opened_result import OpenedResult, find_result, open_result
 
 Make = Callable[..., Settings]
 IDS = torch.tensor([[72, 101, 108, 108, 111, 33]])

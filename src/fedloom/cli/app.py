@@ -16,6 +16,7 @@ import typer
 
 from fedloom import __version__
 from fedloom.cli import (
+    aggregating,
     auditing,
     experiments,
     explaining,
@@ -64,6 +65,7 @@ app.command("serve")(sites.serve)
 app.command("evaluate")(result_commands.evaluate)
 app.command("generate")(result_commands.generate)
 app.command("export")(result_commands.export)
+app.command("aggregate")(aggregating.aggregate)
 app.command("doctor")(result_commands.doctor)
 app.command("explain")(explaining.explain)
 app.command("audit")(auditing.audit)

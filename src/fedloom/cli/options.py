@@ -68,3 +68,31 @@ OutOption = Annotated[
         "--out", metavar="FOLDER", help="Folder to write. Default: `runs/` and the recipe's name.", show_default=False
     ),
 ]
+RoundOption = Annotated[
+    str | None,
+    typer.Option(
+        "--round",
+        metavar="N|best",
+        help="Use the model after this round of a run, where run.keep_states kept it; `best`: that of the lowest "
+        "held-out loss. Default: the run's result.",
+        show_default=False,
+    ),
+]
+ToolOption = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="TOOL",
+        help="Check the rules of peft, vllm or gguf (llama.cpp), write what it takes, and say what it needs.",
+        show_default=False,
+    ),
+]
+RankOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rank",
+        metavar="N",
+        help="Compress every module to this rank. Default: keep the adapter's ranks.",
+        show_default=False,
+    ),
+]

@@ -12,7 +12,7 @@ import typer
 
 from fedloom import config, recipes
 from fedloom.cli.experiments import default_folder, is_file
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, SetOption
+from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, RoundOption, SetOption, ToolOption
 from fedloom.cli.output import print_json, print_result, say
 from fedloom.config import Settings, checks
 from fedloom.config.conduct import SuiteName
@@ -50,15 +50,6 @@ ClientOption = Annotated[
         "--client", metavar="K", help="Use this client's adapter, where each has its own.", show_default=False
     ),
 ]
-RankOption = Annotated[
-    int | None,
-    typer.Option(
-        "--rank",
-        metavar="N",
-        help="Compress every module to this rank. Default: keep the adapter's ranks.",
-        show_default=False,
-    ),
-]
 
 
 def evaluate(
@@ -76,6 +67,7 @@ def evaluate(
     base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     client: ClientOption = None,
+    round: RoundOption = None,
     shape: Annotated[
         str | None,
         typer.Option(
@@ -175,7 +167,7 @@ def evaluate(
         answering,
         max_new_tokens,
     )
-    opened = opened_result.open_result(result, base=base, tokenizer=tokenizer, client=client)
+    opened = opened_result.open_result(result, base=base, tokenizer=tokenizer, client=client, round=round)
     _say_all(opened.found.notes)
     if suite is not None or lm_eval is not None:
         print_result(suite_scores.score_result(opened, asked, say), as_json=as_json)
@@ -217,6 +209,7 @@ def generate(
     base: BaseOption = None,
     tokenizer: TokenizerOption = None,
     client: ClientOption = None,
+    round: RoundOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show the answer of a run or any adapter to a prompt, beside its base's."""
@@ -228,7 +221,7 @@ def generate(
     from fedloom.results.opened_result import open_result
 
     sampling = Sampling(max_new_tokens, temperature, seed)
-    opened = open_result(result, base=base, tokenizer=tokenizer, client=client)
+    opened = open_result(result, base=base, tokenizer=tokenizer, client=client, round=round)
     _say_all(opened.found.notes)
     if cut_layer is not None:
         from fedloom.results import split_conversation
@@ -271,16 +264,23 @@ def export(
         ),
     ] = None,
     client: ClientOption = None,
+    round: RoundOption = None,
     base: BaseOption = None,
+    tool: ToolOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
-    from fedloom.results.export import export_adapter, export_merged
-
+    if merge and tool is not None:
+        raise SettingsError(f"--for {tool}: expected an adapter to serve, got --merge; drop one of the two")
     if merge:
-        written = export_merged(result, to, base=base, rank=rank, client=client, dtype=dtype)
+        from fedloom.results.merged_export import export_merged
+
+        written = export_merged(result, to, base=base, rank=rank, client=client, round=round, dtype=dtype)
     else:
-        written = export_adapter(result, to, base=base, rank=rank, client=client, dtype=dtype or "float32")
+        from fedloom.results.export import export_adapter
+
+        kind = dtype or "float32"
+        written = export_adapter(result, to, base=base, rank=rank, client=client, round=round, dtype=kind, tool=tool)
     print_result(written, as_json=as_json)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from fedloom.cli.options import JsonOption
+from fedloom.cli.options import JsonOption, RoundOption
 from fedloom.cli.output import print_result, say
 from fedloom.errors import SettingsError
 
@@ -71,6 +71,7 @@ def judge(
         ),
     ] = 256,
     client: Annotated[int | None, typer.Option("--client", metavar="K", help="A client's own adapter.")] = None,
+    round: RoundOption = None,
     base: Annotated[str | None, typer.Option("--base", metavar="FOLDER", help="The base model.")] = None,
     out: Annotated[
         Path | None,
@@ -91,7 +92,7 @@ def judge(
     bench = judgement.Bench(questions, references, prompts, max_new_tokens, limit)
     asked = Endpoint(endpoint, judge_model)
     judgement.check(asked, bench)
-    opened = opened_result.open_result(result, base=base, client=client)
+    opened = opened_result.open_result(result, base=base, client=client, round=round)
     ours = judgement.only_adapter(opened)
     folder = out or default_folder(result)
     judgement.check_folder(folder)

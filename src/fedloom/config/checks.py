@@ -43,7 +43,7 @@ def problems(settings: Settings) -> list[Problem]:
             few_bits,
             sampling,
         ),
-        *(columns, batches, suites, cuts, devices, validation),
+        *(columns, batches, suites, cuts, devices, validation, stopping, tracking),
     )
     return [problem for check in checks for problem in check(settings)]
 
@@ -261,6 +261,40 @@ def validation(settings: Settings) -> Iterator[Problem]:
             "drop it (--set data.scored_seeds=)",
             ("data.validation_fraction", "data.eval_rows", "data.eval_fraction"),
         )
+
+
+def stopping(settings: Settings) -> Iterator[Problem]:
+    """A run stops early on rows that it is not scored on, and by looking at them now and then."""
+    patience, data = settings.evaluation.patience, settings.data
+    if patience is not None and data.validation_fraction is None:
+        yield Problem(
+            "evaluation.patience",
+            "evaluation.patience only with data.validation_fraction, rows to choose a round on that are not scored on",
+            shown(patience),
+            "set data.validation_fraction, e.g. 0.1, or drop it (--set evaluation.patience=)",
+            ("data.validation_fraction",),
+        )
+    if patience is not None and settings.evaluation.every == 0:
+        yield Problem(
+            "evaluation.every",
+            "evaluations between rounds for evaluation.patience to count",
+            "0",
+            "set evaluation.every to 1 or more, or drop evaluation.patience",
+            ("evaluation.patience",),
+        )
+
+
+def tracking(settings: Settings) -> Iterator[Problem]:
+    """TensorBoard's files know no project, group or tag: these are for the other trackers."""
+    for key in ("project", "group", "tags") if not settings.run.trackers else ():
+        if value := getattr(settings.run, key):
+            yield Problem(
+                f"run.{key}",
+                f"run.{key} only with run.trackers",
+                shown(value),
+                f"add a tracker to run.trackers, or drop it (--set run.{key}=)",
+                ("run.trackers",),
+            )
 
 
 def devices(settings: Settings) -> Iterator[Problem]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Le
+from pydantic import field_validator
 
 from fedloom.config.setting import (
     Count,
@@ -58,6 +59,12 @@ class Evaluation(Table):
     every: Natural = setting(
         1, "Rounds between evaluations; 0: only at the end. The end is always evaluated.", when=TRAINED
     )
+    patience: Count | None = setting(
+        None,
+        "Stop after that many evaluations without a lower loss on validation rows (`data.validation_fraction`), and "
+        "release the adapter of the round with the lowest; default: train all rounds, and release the last.",
+        when=TRAINED,
+    )
     clients: Decay = setting(
         0.0, "Share of every client's rows held out, on which each client is scored for itself; 0: none."
     )
@@ -98,13 +105,37 @@ class Engine(Table):
 class Run(Table):
     """The run itself."""
 
+    @field_validator("keep_states", mode="before")
+    @classmethod
+    def _read_earlier_form(cls, given: object) -> object:
+        """It was true or false once, as recipes and run folders of that time say."""
+        return {True: "all", False: "last"}[given] if isinstance(given, bool) else given
+
     seed: Natural = setting(1, "Seed of every random stream.")
     keep_updates: bool = setting(
         False,
         "Keep every client's upload as a PEFT folder.",
         when={"method.name": having("runs_rounds")},
     )
-    keep_states: bool = setting(False, "Keep the server's state of every round, not only of the last.", when=TRAINED)
+    keep_states: Literal["last", "best", "all"] = setting(
+        "last",
+        "Rounds whose state is kept: the last two, that of the lowest held-out loss too, or all. `--round` of "
+        "evaluate, generate, export and judge takes any of them.",
+        when=TRAINED,
+    )
     trackers: tuple[Literal["wandb", "mlflow"], ...] = setting(
         (), "Trackers besides TensorBoard, which is always written.", when=TRAINED
     )
+    project: Name | None = setting(
+        None,
+        "Project in Weights & Biases, experiment in MLflow; default: that of WANDB_PROJECT or MLFLOW_EXPERIMENT_NAME, "
+        "else `fedloom`.",
+        when=TRAINED,
+    )
+    group: Name | None = setting(
+        None,
+        "Group of the run at its trackers; default: WANDB_RUN_GROUP, or the folder that holds the run's, so that the "
+        "runs of a comparison are one.",
+        when=TRAINED,
+    )
+    tags: tuple[Name, ...] = setting((), "Tags of the run at its trackers; default: WANDB_TAGS.", when=TRAINED)

@@ -83,7 +83,8 @@ def for_tuning(settings: Settings, seed: int, fraction: float, scored_seeds: Seq
     changes |= {"evaluation.suites": (), "evaluation.paths": {}, "evaluation.every": 0, "evaluation.clients": 0.0}
     for name, value in changes.items():
         settings = _replaced(settings, name, value)
-    for name in ("run.keep_updates", "run.keep_states", "run.trackers"):
+    tracking = ("run.trackers", "run.project", "run.group", "run.tags")
+    for name in ("run.keep_updates", "run.keep_states", "evaluation.patience", *tracking):
         settings = _without(settings, name)
     return settings
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import Preparation
 from fedloom.assembly.round_plan import Population
+from fedloom.assembly.round_state import standing_in
 from fedloom.config import Settings
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.own_rows import OwnRows
@@ -25,22 +26,25 @@ from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
+from fedloom.methods.state_codec import damage_named
 from fedloom.models.load import Base
 from fedloom.models.stock_peft import not_read
 from fedloom.reporting.peak_memory import reset_device_peak
 from fedloom.reporting.progress import Progress, SilentProgress
-from fedloom.reporting.trackers import TRACKERS, AllTrackers, TensorBoardTracker, Tracker
+from fedloom.reporting.trackers import TRACKERS, AllTrackers, TensorBoardTracker, TrackedRun, Tracker
 from fedloom.results.client_scores import score_clients
 from fedloom.results.conversation import wording_of_rows
 from fedloom.results.export import write_cards
 from fedloom.results.serving_files import write_serving_files
 from fedloom.results.state_scores import Score, evaluate_state, score_here, score_state
 from fedloom.results.suites import suite_choice_of
+from fedloom.run_folder.best_round import Records, best_round, is_over
 from fedloom.run_folder.claim import EVALUATION
 from fedloom.run_folder.contents import ADAPTER, check_adapter
 from fedloom.run_folder.manifest import changed_threads
 from fedloom.run_folder.reader import missing_adapters
 from fedloom.run_folder.writer import RunFolder
+from fedloom.wording import counted
 
 NOTHING_HELD_OUT = (
     "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
@@ -135,15 +139,18 @@ class Session:
         loop = None if self.kind is None else self.kind.resume(self.folder, self._writer(), self.progress)
         state = Standing(0) if loop is None else loop.standing
         finished, left = self.folder.finished, 0 if loop is None else loop.num_rounds - state.round
-        if finished is None or left > 0:
+        if finished is None or (left > 0 and not self._is_over(self.folder.records())):
             base_eval = finished["base_eval"] if finished is not None else self._evaluate_base()
-            state = self._rounds(loop) if loop is not None else state
+            state = self._released(self._rounds(loop) if loop is not None else state)
             adapters = self._told_if_unread(self._write_adapter(state))
-            evaluation = self.folder.records()[-1]["eval"] if self.folder.records() else base_eval
+            records = self.folder.records()
+            evaluation = records[state.round - 1]["eval"] if records else base_eval
             record = {"method": self.settings.method.name, "base_eval": base_eval, "eval": evaluation}
-            self.folder.finish(record | {"adapters": adapters})
+            chosen = {"released_round": state.round} if self.settings.evaluation.patience is not None else {}
+            self.folder.finish(record | chosen | {"adapters": adapters})
         elif missing_adapters(self.folder.path, finished):
-            self.progress.note("the adapter is missing: writing it again from the state of the last round")
+            state = self._released(state)
+            self.progress.note(f"the adapter is missing: writing it again from the state of round {state.round}")
             self._write_adapter(state)
         else:
             for name in finished.get("adapters", ()):
@@ -162,18 +169,39 @@ class Session:
             stack.callback(trackers.close)
             reset_device_peak()
             # Closed and not left to the collector: an engine may hold processes, which end with the rounds.
-            for done in stack.enter_context(closing(loop.rounds(self.evaluate))):
+            rounds, records = stack.enter_context(closing(loop.rounds(self.evaluate))), self.folder.records()
+            while not self._is_over(records) and (done := next(rounds, None)) is not None:
                 self.folder.write_round(done.round, done.metrics, done.files, done.writers)
                 state = done.standing
+                records.append({**done.metrics, "round": done.round})
                 trackers.log(done.metrics)
                 self.progress.round_done(done.metrics)
-                self._prune()
-        self._prune()
+                self._prune(records)
+        self._prune(records)
         return state
 
-    def _prune(self) -> None:
-        if not self.settings.run.keep_states:
-            self.folder.prune(2)
+    def _is_over(self, records: Records) -> bool:
+        return is_over(records, self.settings.evaluation.patience)
+
+    def _prune(self, records: Records) -> None:
+        keep = self.settings.run.keep_states
+        if keep != "all":
+            keeps_best = keep == "best" or self.settings.evaluation.patience is not None
+            self.folder.prune(2, also=best_round(records) if keeps_best else None)
+
+    def _released(self, state: Standing) -> Standing:
+        """Return the model that is the result: that of the last round, or of the best where a run may stop early."""
+        records, patience = self.folder.records(), self.settings.evaluation.patience
+        best = best_round(records)
+        if patience is None or best is None or self.kind is None:
+            return state
+        stopped = f"stopped early: {counted(patience, 'evaluation')} without a lower validation loss; "
+        self.progress.note(f"{stopped if self._is_over(records) else ''}the result is that of round {best}")
+        if best == state.round:
+            return state
+        files = self.folder.round_files(best)
+        with damage_named(files.folder):
+            return standing_in(files)
 
     def _evaluate_base(self) -> dict[str, Any]:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
@@ -252,8 +280,17 @@ class Session:
 
     def _trackers(self, num_rounds_done: int) -> list[Tracker]:
         trackers: list[Tracker] = [TensorBoardTracker(self.folder.path / "tensorboard", num_rounds_done)]
-        named = ("fedloom", self.folder.path.name, self.settings.as_dict())
-        return trackers + [TRACKERS[name](*named) for name in self.settings.run.trackers]
+        path, chosen = self.folder.path, self.settings.run
+        tracked = TrackedRun(
+            id=self.folder.manifest["run"],
+            name=path.resolve().name,
+            folder=path,
+            config=self.settings.as_dict(),
+            project=chosen.project,
+            group=chosen.group,
+            tags=chosen.tags or None,
+        )
+        return trackers + [TRACKERS[name](tracked) for name in chosen.trackers]
 
     def _summary(self, state: Standing) -> RunSummary:
         records, finished = self.folder.records(), self.folder.finished or {}

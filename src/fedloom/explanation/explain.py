@@ -32,7 +32,7 @@ from fedloom.methods.strategy import Cohort
 from fedloom.results.opened_result import unfinished_note
 from fedloom.run_folder.reader import StoredRun, read_run
 
-UPDATES, STATES = "run.keep_updates", "run.keep_states"
+UPDATES, STATES = "run.keep_updates = true", 'run.keep_states = "all"'
 MAX_COMPARED = 32
 """Clients of which every two are compared; of more the first are."""
 
@@ -258,13 +258,13 @@ class Explainer:
             return None, ()
         uploads = uploads_of(self.run.round_files(n))
         if not uploads:
-            return None, (f"which clients agree with which; set {UPDATES} = true",)
+            return None, (f"which clients agree with which; set {UPDATES}",)
         ranks = dict(enumerate(self.settings.client_ranks))
         shapes = next(iter(uploads.values())).shapes
         strategy = strategy_of(self.settings, Cohort(shapes, max(ranks.values()), ranks.__getitem__, self.run.seed))
         before = strategy.initial() if n == 1 else getattr(self._state(n - 1), "server", None)
         if before is None:
-            return None, (f"what clients began round {n} with, so which of them agree; set {STATES} = true",)
+            return None, (f"what clients began round {n} with, so which of them agree; set {STATES}",)
         names = self._chosen(list(shapes))
         sent = {client: Adapter({n: own[n] for n in names}) for client, own in list(uploads.items())[:MAX_COMPARED]}
         return pairs_of(sent, before, strategy, ranks), ()
@@ -284,7 +284,7 @@ class Explainer:
 
     def _missing_states(self, modules: Sequence[ModuleFacts], rounds: Sequence[RoundFacts]) -> tuple[str, ...]:
         if any(one.shape is None for one in modules):
-            return (f"the state after round {self.n}, so ranks, spectrum and moments; set {STATES} = true",)
+            return (f"the state after round {self.n}, so ranks, spectrum and moments; set {STATES}",)
         if any(one.effective_rank is None for one in rounds):
-            return (f"the states after earlier rounds, so their ranks; set {STATES} = true",)
+            return (f"the states after earlier rounds, so their ranks; set {STATES}",)
         return ()

@@ -177,6 +177,17 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
     return Adapter({name: stack_pairs([adapter[name] for adapter in adapters], weights) for name in adapters[0]})
 
 
+def covering(adapters: Sequence[Adapter]) -> list[Adapter]:
+    """Return the adapters over the modules of all of them; one that lacked a module holds a pair of rank 0 there."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for adapter in adapters:
+        shapes |= {name: shape for name, shape in adapter.shapes.items() if name not in shapes}
+    nothing = {
+        name: Pair(torch.zeros(num_out, 0), torch.zeros(0, num_in)) for name, (num_out, num_in) in shapes.items()
+    }
+    return [Adapter({name: adapter.get(name, nothing[name]) for name in sorted(shapes)}) for adapter in adapters]
+
+
 def total(adapters: Iterable[Adapter]) -> Adapter:
     """Return the sum of what is there: nothing of nothing, one alone as it is, several stacked."""
     present = [adapter for adapter in adapters if adapter]
@@ -254,7 +265,12 @@ class Compressed:
 
     adapter: Adapter
     spectrum: dict[str, Tensor]
-    error: float
+    errors: dict[str, float]
+
+    @property
+    def error(self) -> float:
+        """The distance over all modules together."""
+        return math.hypot(*self.errors.values())
 
     def within(self, tolerance: float) -> Adapter:
         """Return the first directions of every module: those that :func:`compress` at this tolerance would keep."""
@@ -263,7 +279,7 @@ class Compressed:
 
 
 def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.0) -> Compressed:
-    """Compress every pair; see :func:`compress_pair`. ``error`` is over all modules together.
+    """Compress every pair; see :func:`compress_pair`. ``errors`` is by module, ``error`` over all together.
 
     Raises:
         AdapterError: as for :func:`compress_pair`, naming the module that is not finite.
@@ -273,5 +289,5 @@ def compress(adapter: Adapter, *, rank: int | None = None, tolerance: float = 0.
     return Compressed(
         Adapter({name: part.pair for name, part in parts.items()}),
         {name: part.singular_values for name, part in parts.items()},
-        math.hypot(*(part.error for part in parts.values())),
+        {name: part.error for name, part in parts.items()},
     )

@@ -21,7 +21,7 @@ from fedloom.errors import AdapterError
 from fedloom.lora.algebra import pad
 from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.pair import Adapter, Pair, check_finite
-from fedloom.lora.peft_settings import Scales, read_peft_settings, shortened
+from fedloom.lora.peft_settings import CONFIG_NAME, Scales, read_peft_settings, shortened
 
 PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -87,6 +87,7 @@ def save_peft(
     except (FileExistsError, NotADirectoryError) as error:
         raise AdapterError(f"{folder}: expected a folder to write to, found a file; choose another folder") from error
     config.save_pretrained(str(folder))
+    _order_targets(folder / CONFIG_NAME)
     (folder / WEIGHTS_NAME).write_bytes(_with_metadata(save(_peft_tensors(stored)), {"format": "pt"} | base.metadata))
 
 
@@ -148,6 +149,14 @@ def _peft_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
         tensors[f"{PREFIX}{name}.lora_A.weight"] = pair.a_RI.contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = pair.b_OR.contiguous()
     return tensors
+
+
+def _order_targets(path: Path) -> None:
+    """Sort the names of the targets: peft keeps them as a set, and writes it in another order in every process."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "target_parameters"):
+        written[key] = sorted(written[key]) if written.get(key) else written.get(key)
+    path.write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:

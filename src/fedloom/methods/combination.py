@@ -46,7 +46,7 @@ def aggregate(
 
     Source: FedIT (arXiv 2305.05644), section 3.2; FLoRA (arXiv 2409.05976), section 3.2; HetLoRA (arXiv 2401.06432).
     """
-    shares = _shares(len(adapters), weights)
+    shares = shares_of(len(adapters), weights)
     if not table.has(method, "combines"):
         known = table.names("combines")
         raise AdapterError(f"method: expected one of {', '.join(known)}, got {method!r}; {table.remedy(method, known)}")
@@ -108,7 +108,12 @@ def _nothing(like: Adapter, rank: int) -> Adapter:
     return Adapter({name: zeros(pair) for name, pair in like.items()})
 
 
-def _shares(num_adapters: int, weights: Sequence[float] | None) -> list[float]:
+def shares_of(num_adapters: int, weights: Sequence[float] | None) -> list[float]:
+    """Return the weights divided by their sum, equal ones where none are given.
+
+    Raises:
+        AdapterError: there is not one weight ≥ 0 for each adapter.
+    """
     given = [1.0] * num_adapters if weights is None else list(weights)
     try:
         total = math.fsum(given)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +37,27 @@ def resolve_folder(name_or_path: str, revision: str | None, trust_remote_code: b
         raise ModelError(
             f"model.base: expected a folder or a hub name, got {name_or_path!r}, which does not exist; check the path"
         )
+    wanted = [*_SNAPSHOT, *(_CODE if trust_remote_code else ())]
+    return fetched(name_or_path, revision, "model.base", wanted, [_ADAPTER_FILES])
+
+
+def fetched(name: str, revision: str | None, what: str, wanted: list[str], unwanted: Sequence[str] = ()) -> Path:
+    """Return the folder of a snapshot from the hub, out of the cache where it is there.
+
+    Raises:
+        ModelError: it could not be fetched.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        wanted = [*_SNAPSHOT, *(_CODE if trust_remote_code else ())]
-        fetched = snapshot_download(
-            name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=[_ADAPTER_FILES]
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=list(unwanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"model.base: {name_or_path!r} is not a folder and could not be fetched from the hub: {reason}; "
+            f"{what}: {name!r} is not a folder and could not be fetched from the hub: {reason}; "
             "check the name and the connection"
         ) from error
-    return Path(fetched)
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.errors import MissingExtraError
-from fedloom.reporting.metrics import FIGURES
+from fedloom.reporting.metrics import CLIENT_FIGURES, FIGURES
 from fedloom.run_folder.manifest import flatten
+
+MAX_CLIENTS = 100
+"""Clients, by number, that have series of their own: more are more than a tracker's pages show."""
+_RUN_TAG, _GROUP_TAG = "fedloom.run", "fedloom.group"
+_UNUSABLE = re.compile(r"[^A-Za-z0-9_\-. :/]")
+"""What MLflow takes in no name of a metric."""
 
 
 class Tracker(Protocol):
@@ -46,7 +56,7 @@ class TensorBoardTracker:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Write one scalar per number."""
-        for name, value in scalars(record):
+        for name, value in series(record).items():
             if name != "round":
                 self._writer.add_scalar(name, value, record["round"])
         self._writer.flush()
@@ -56,15 +66,74 @@ class TensorBoardTracker:
         self._writer.close()
 
 
+@dataclass(frozen=True)
+class TrackedRun:
+    """How a run is known to trackers.
+
+    Attributes:
+        id: the run's own, from its manifest: a resumed run continues under it, another run never does.
+        name: that of its folder.
+        project, group, tags: as the settings say; of what they leave out the environment decides, else a default.
+        folder: where it is; runs in one folder, as those of a comparison, are one group by default.
+        config: its settings.
+    """
+
+    id: str
+    name: str
+    folder: Path
+    config: Mapping[str, Any]
+    project: str | None = None
+    group: str | None = None
+    tags: tuple[str, ...] | None = None
+
+    def project_or(self, variable: str) -> str:
+        """Return the project: the settings', that of an environment variable, or ``fedloom``."""
+        return self.project or os.environ.get(variable) or "fedloom"
+
+    def group_or(self, variable: str | None = None) -> str:
+        """Return the group: the settings', that of an environment variable, or that of the folder that holds the run.
+
+        Folders of one name in two places are two groups; only a hash tells the place.
+        """
+        place = self.folder.resolve().parent
+        here = f"{place.name or 'root'}-{sha256(str(place).encode()).hexdigest()[:8]}"
+        return self.group or (variable and os.environ.get(variable)) or here
+
+
+def client_series(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield (name, number) for every figure of the first clients of a record: ``clients/0/loss_nats``."""
+    for entry in record.get("clients") or ():
+        client = entry.get("client")
+        if not isinstance(client, int) or client >= MAX_CLIENTS:
+            continue
+        name = str(entry.get("name", client)).replace("/", "_")
+        label = name if name == str(client) else f"{client}-{name}"
+        figures = {".".join(figure.path): entry.get(figure.path[0]) for figure in CLIENT_FIGURES}
+        yield from scalars(figures, f"clients/{label}/")
+
+
+def series(record: Mapping[str, Any]) -> dict[str, float]:
+    """Return every number of a record by name, those of its clients too."""
+    return {**dict(scalars(record)), **dict(client_series(record))}
+
+
 class WandbTracker:
-    """Log to Weights & Biases; the run's folder name identifies it, so that a resumed run continues there.
+    """Log to Weights & Biases.
 
     Of every declared figure its summary holds the best round beside the last.
     """
 
-    def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, tracked: TrackedRun) -> None:
         wandb = _module("wandb")
-        self._run = wandb.init(project=project, name=name, id=name, resume="allow", config=dict(config))
+        self._run = wandb.init(
+            project=tracked.project_or("WANDB_PROJECT"),
+            group=tracked.group_or("WANDB_RUN_GROUP"),
+            tags=tracked.tags,  # None: wandb itself reads WANDB_TAGS
+            name=tracked.name,
+            id=tracked.id,
+            resume="allow",
+            config=dict(tracked.config),
+        )
         for metric in FIGURES:
             if metric.over_rounds == "last" and metric.better != "neither":
                 best = "min" if metric.better == "lower" else "max"
@@ -72,45 +141,38 @@ class WandbTracker:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Log one step per round."""
-        self._run.log(dict(scalars(record)), step=record["round"])
+        self._run.log(series(record), step=record["round"])
 
     def close(self) -> None:
         """Finish the run there."""
         self._run.finish()
 
 
-_QUOTES = "'\"`\\"
-
-
 class MlflowTracker:
-    """Log to MLflow, to the server or folder its own environment names; a resumed run continues under its name."""
+    """Log to MLflow, to the server or folder its own environment names."""
 
-    def __init__(self, project: str, name: str, config: Mapping[str, Any]) -> None:
+    def __init__(self, tracked: TrackedRun) -> None:
         mlflow = _module("mlflow")
-        experiment = mlflow.set_experiment(project).experiment_id
+        experiment = mlflow.set_experiment(tracked.project_or("MLFLOW_EXPERIMENT_NAME")).experiment_id
         self._client = mlflow.MlflowClient()
-        named = self._client.search_runs([experiment], run_name_filter(name))
-        earlier = [run for run in named if run.info.run_name == name]
-        run = earlier[0] if earlier else self._client.create_run(experiment, run_name=name)
-        self._run_id = run.info.run_id
-        if not earlier:
-            for key, value in flatten(config).items():
-                self._client.log_param(self._run_id, key, value)
+        earlier = self._client.search_runs([experiment], f"tags.`{_RUN_TAG}` = '{tracked.id}'")
+        self._run_id = (earlier[0] if earlier else self._started(tracked, experiment)).info.run_id
+
+    def _started(self, tracked: TrackedRun, experiment: str) -> Any:
+        tags = dict.fromkeys(tracked.tags or (), "true") | {_RUN_TAG: tracked.id, _GROUP_TAG: tracked.group_or()}
+        run = self._client.create_run(experiment, run_name=tracked.name, tags=tags)
+        for key, value in flatten(tracked.config).items():
+            self._client.log_param(run.info.run_id, key, value)
+        return run
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Log one metric per number."""
-        for key, value in scalars(record):
-            self._client.log_metric(self._run_id, key, value, step=record["round"])
+        for key, value in series(record).items():
+            self._client.log_metric(self._run_id, _UNUSABLE.sub("_", key), value, step=record["round"])
 
     def close(self) -> None:
         """Mark the run as finished."""
         self._client.set_terminated(self._run_id)
-
-
-def run_name_filter(name: str) -> str:
-    """Return MLflow's filter for runs of this name; its language has no escape, so a quote is matched by any sign."""
-    wild = name.translate(dict.fromkeys(map(ord, _QUOTES), "_"))
-    return f"attributes.run_name {'=' if wild == name else 'LIKE'} '{wild}'"
 
 
 class AllTrackers:

@@ -25,6 +25,7 @@ from fedloom.run_folder.contents import read_file
 from fedloom.run_folder.durable import plain
 
 BASE = "base"
+VALIDATION = "validation"
 MOST_MODELS_BY_GROUP = 6
 TEXT = "text"
 """The shape of a file that is one text, every token of which is predicted."""
@@ -169,7 +170,7 @@ def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
     tokenizer = opened.base.tokenizer
     if choice.path is None:
         tokens, rows = _own_rows(opened)
-        return _held_out(opened, tokens, rows, "the run's held-out rows")
+        return _held_out(opened, tokens, rows, f"the run's {_own_name(opened)} rows")
     if choice.shape == TEXT:
         text = read_utf8(Path(choice.path))
         return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
@@ -215,8 +216,27 @@ def own_inputs(opened: OpenedResult) -> Inputs | None:
     return Workshop().inputs(opened.settings, opened.base, saved if saved.exists() else None)
 
 
+def scored_inputs(opened: OpenedResult) -> Inputs | None:
+    """Return a run's rows as :func:`own_inputs` does, but those held out besides validation rows where there are any.
+
+    Validation rows chose a round or settings: a result is scored on others.
+    """
+    settings = opened.settings
+    if settings is None or _own_name(opened) == VALIDATION or settings.data.validation_fraction is None:
+        return own_inputs(opened)
+    data = settings.data.model_copy(update={"validation_fraction": None, "scored_seeds": ()})
+    return Workshop().inputs(settings.model_copy(update={"data": data}), opened.base)
+
+
+def _own_name(opened: OpenedResult) -> str:
+    """Return what a run's own rows to score on are called: validation rows only where it holds out no others."""
+    data = Data() if opened.settings is None else opened.settings.data
+    holds_out = any(way is not None for way in (data.eval_path, data.eval_rows, data.eval_fraction))
+    return VALIDATION if data.validation_fraction is not None and not holds_out else "held-out"
+
+
 def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
-    inputs, path = own_inputs(opened), opened.found.path
+    inputs, path = scored_inputs(opened), opened.found.path
     if inputs is None:
         raise DataError(f"{path}: expected held-out rows, a PEFT folder has none; name some with --data FILE")
     if inputs.held_out is None or inputs.held_out_rows is None:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from fedloom import config
-from fedloom.assembly.round_state import read_round, standing_of
 from fedloom.config import Settings
 from fedloom.config.conduct import Engine
 from fedloom.data.own_code import TRUST_VARIABLE
@@ -24,18 +23,15 @@ from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import base_of, load_peft
 from fedloom.lora.peft_settings import CONFIG_NAME
-from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.methods.traits import GRADIENT
 from fedloom.models.load import Base, load_base
 from fedloom.models.row_attention import choose_attention
 from fedloom.models.threads import compute_with
+from fedloom.results.chosen_round import RESULT, adapters_after, run_until
 from fedloom.run_folder.contents import ADAPTER, check_in_run
 from fedloom.run_folder.reader import StoredRun, missing_adapters, read_run
 from fedloom.run_folder.run_date import date_of
 from fedloom.training.loss import obstacle
-
-RESULT = "result"
-"""Name of the shared adapter; if each client has its own, they are ``client-0``, ``client-1``, ..."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,35 +84,39 @@ def open_result(
     base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     client: int | None = None,
+    round: int | str | None = None,
     device: str | None = None,
 ) -> OpenedResult:
     """Open a run folder or a PEFT folder over its base.
 
     ``base`` and ``tokenizer`` take the place of those that the run's settings or the PEFT folder name. ``client``
-    chooses one client's adapter where each has its own.
+    chooses one client's adapter where each has its own, ``round`` the model after a round of a run whose state is kept:
+    its number, or ``best``.
 
     Raises:
         RunError: there is nothing of the kind, or the run has not completed a round.
         AdapterError: the adapter is corrupt, or for another base.
         ModelError: the base cannot be loaded, or is not the one that the run trained on.
     """
-    found = of_client(find_result(Path(path)), client)
+    found = of_client(find_result(Path(path), round), client)
     loaded = load_base_of(found, base, tokenizer, device)
     return OpenedResult(found, loaded, wrap(found, loaded))
 
 
-def find_result(path: Path) -> Found:
-    """Read the adapters of a run folder or a PEFT folder.
+def find_result(path: Path, round: int | str | None = None) -> Found:
+    """Read the adapters of a run folder, after a round if one is chosen, or of a PEFT folder.
 
     Raises:
-        RunError: it is neither, or a run without a completed round.
+        RunError: it is neither, or a run without a completed round, or without the one that is chosen.
         AdapterError: an adapter's files are corrupt.
     """
     if not path.is_dir():
         raise RunError(f"{path}: expected the folder of a run or of a PEFT adapter, found no folder; check the path")
     if (path / "manifest.json").exists():
-        return _find_run(path)
+        return _find_run(path, round)
     if (path / CONFIG_NAME).exists():
+        if round is not None:
+            raise RunError(f"--round {round}: expected a run, {path} is an adapter; drop --round")
         return _find_adapter(path)
     raise RunError(
         f"{path}: expected a run (manifest.json) or a PEFT adapter ({CONFIG_NAME}), found {_listed(path)}; "
@@ -238,10 +238,13 @@ def _is_elsewhere(found: Found) -> bool:
     return is_bare and not Path(str(found.base_name)).is_dir()
 
 
-def _find_run(path: Path) -> Found:
+def _find_run(path: Path, round: int | str | None) -> Found:
     run = read_run(path)
     settings = config.load(path / "config.json", also=()).on(date_of(run.manifest))
     reference = BaseReference.of(settings.model.base, run.manifest["identity"].get("base_sha256"))
+    if round is not None:
+        run = run_until(run, round)
+        return Found(path, adapters_after(run), settings.model.base, settings, run, (), reference)
     if run.finished is not None:
         if missing := missing_adapters(path, run.finished):
             raise RunError(
@@ -249,8 +252,9 @@ def _find_run(path: Path) -> Found:
                 f"fedloom run {path / 'config.json'} --out {path}"
             )
         return Found(path, _finished_adapters(run), settings.model.base, settings, run, (), reference)
-    adapters = _state_adapters(run)
-    return Found(path, adapters, settings.model.base, settings, run, (unfinished_note(run),), reference)
+    if not run.records:
+        raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
+    return Found(path, adapters_after(run), settings.model.base, settings, run, (unfinished_note(run),), reference)
 
 
 def _finished_adapters(run: StoredRun) -> dict[str, Adapter]:
@@ -259,19 +263,6 @@ def _finished_adapters(run: StoredRun) -> dict[str, Adapter]:
         run.check_adapter(name)
         found[RESULT if name == ADAPTER else Path(name).name] = load_peft(run.path / name)
     return found
-
-
-def _state_adapters(run: StoredRun) -> dict[str, Adapter]:
-    """Return the adapters after the last complete round."""
-    files = run.round_files(len(run.records)) if run.records else None
-    if files is None or TENSORS not in files.hashes:
-        raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
-    with damage_named(files.folder):
-        standing = standing_of(*read_round(files))
-    if len(standing.own) > 1:
-        return {f"client-{client}": adapter for client, adapter in sorted(standing.own.items())}
-    adapter = next(iter(standing.own.values()), standing.shared)
-    return {RESULT: adapter} if adapter else {}
 
 
 def _check_identity(found: Found, base: Base) -> None:

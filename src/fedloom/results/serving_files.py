@@ -44,6 +44,14 @@ def copy_serving_files(source: Path, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
 
 
+def copy_agreed_serving_files(sources: Sequence[Path], folder: Path) -> None:
+    """Take over what stands beside all of several adapters alike, or beside some where the others have none."""
+    for name in (GENERATION, CHAT_TEMPLATE):
+        contents = {(source / name).read_bytes() for source in sources if (source / name).is_file()}
+        if len(contents) == 1:
+            (folder / name).write_bytes(contents.pop())
+
+
 def generation_config(model: Any, stops: Sequence[int]) -> GenerationConfig:
     """Return the base's own with these tokens to stop at."""
     config = copy.deepcopy(causal_lm(model).generation_config)

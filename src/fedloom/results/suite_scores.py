@@ -17,7 +17,7 @@ from fedloom.evaluation.decoding import OnProgress
 from fedloom.evaluation.intervals import Difference, Estimate, paired_differences
 from fedloom.evaluation.lm_harness import run_harness_tasks
 from fedloom.evaluation.outputs_file import why_not_kept
-from fedloom.results.held_out import BASE, TEXT, own_inputs
+from fedloom.results.held_out import BASE, TEXT, scored_inputs
 from fedloom.results.judgement import model_identity
 from fedloom.results.opened_result import OpenedResult
 from fedloom.results.suite_runs import run_suite
@@ -238,7 +238,7 @@ def _choice(opened: OpenedResult, asked: Asked) -> SuiteChoice:
 
 
 def _held_out(opened: OpenedResult) -> Rows | None:
-    inputs = own_inputs(opened)
+    inputs = scored_inputs(opened)
     return None if inputs is None else inputs.held_out_rows
 
 

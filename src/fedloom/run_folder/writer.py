@@ -42,7 +42,8 @@ from fedloom.run_folder.contents import (
 )
 from fedloom.run_folder.manifest import MANIFEST, write_manifest
 
-MAY_CHANGE = ("federation.num_rounds", "engine", "run.keep_states", "run.trackers", "model.trust_remote_code")
+TRACKING = ("run.trackers", "run.project", "run.group", "run.tags")
+MAY_CHANGE = ("federation.num_rounds", "engine", "run.keep_states", *TRACKING, "model.trust_remote_code")
 _RETRY = "free space or mend the disk, then run the same command again"
 
 Writer = Callable[[Path], None]
@@ -172,12 +173,13 @@ class RunFolder:
         """Return the folder of round ``n``, to read from."""
         return self.path / ROUNDS / str(n)
 
-    def prune(self, keep: int, entry: str = STATE) -> None:
-        """Remove ``rounds/<n>/<entry>`` of all but the last ``keep`` (at least 1) rounds."""
+    def prune(self, keep: int, entry: str = STATE, also: int | None = None) -> None:
+        """Remove ``rounds/<n>/<entry>`` of all but the last ``keep`` (at least 1) rounds, and round ``also``."""
         if keep < 1:
             raise ValueError(f"expected to keep at least 1 round's {entry}, got {keep}")
         for n in self.rounds()[:-keep]:
-            claim.remove(self.path, self.round_path(n) / inside(entry))
+            if n != also:
+                claim.remove(self.path, self.round_path(n) / inside(entry))
 
     def records(self) -> list[dict[str, Any]]:
         """Return the records of the completed rounds, in order.

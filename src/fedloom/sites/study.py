@@ -186,6 +186,10 @@ def _rows_problems(merged: Mapping[str, Any], sites: Sites) -> list[Problem]:
         if key in data:
             name = f"data.{key}"
             found.append(Problem(name, f"a study without {name}", str(data[key]), "remove it: the rows are the sites'"))
+    evaluation = merged.get("evaluation", {})
+    if isinstance(evaluation, Mapping) and "patience" in evaluation:
+        wanted, action = "a study without evaluation.patience", "remove it: validation rows would be the sites'"
+        found.append(Problem("evaluation.patience", wanted, str(evaluation["patience"]), action))
     if sites.evaluate == "sites" and isinstance(data, Mapping) and "eval_path" in data:
         action = "remove it, or set sites.evaluate = server"
         found.append(Problem("data.eval_path", "none with sites.evaluate = sites", str(data["eval_path"]), action))
