@@ -8,7 +8,7 @@ sends anything, both keep their optimiser and follow the schedule once over the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -142,23 +142,26 @@ def _sample_of(settings: Settings, population: Population) -> Callable[[int], li
     """Return the clients of a round by its number: drawn, or those of a run that is replayed."""
     if settings.federation.participation is not None:
         return participation_of(Path(settings.federation.participation), population.num_clients)
-    seed, num_clients = settings.run.seed, population.num_clients
-    by_rows = settings.federation.sampling == "rows"
-    rows = [population.num_rows[client] for client in range(num_clients)] if by_rows else []
-
-    def drawn(round: int, size: int) -> list[int]:
-        if by_rows and size < num_clients:
-            return sample_by_rows(seed, round, rows, size)
-        return sample_clients(seed, round, num_clients, size)
-
-    return cohorts(settings, population.clients_per_round, drawn)
+    return cohorts(settings, population.clients_per_round, range(population.num_clients), population.num_rows)
 
 
-def cohorts(settings: Settings, size: int, drawn: Callable[[int, int], list[int]]) -> Callable[[int], list[int]]:
-    """Return the clients of a round by its number: as ``drawn`` by number and size, rounds of training count from 1.
+def cohorts(
+    settings: Settings, size: int, present: Sequence[int], num_rows: Mapping[int, int]
+) -> Callable[[int], list[int]]:
+    """Return the clients of a round by its number, drawn from those ``present``; rounds of training count from 1.
 
     A sketch is drawn as round 0: a start changes the cohort of no later round.
     """
+    seed, by_rows = settings.run.seed, settings.federation.sampling == "rows"
+    rows = [num_rows[client] for client in present] if by_rows else []
+
+    def drawn(round: int, size: int) -> list[int]:
+        size = min(size, len(present))
+        if by_rows and size < len(present):
+            places = sample_by_rows(seed, round, rows, size)
+        else:
+            places = sample_clients(seed, round, len(present), size)
+        return [present[place] for place in places]
 
     def cohort(round: int) -> list[int]:
         trained = round - settings.start_rounds

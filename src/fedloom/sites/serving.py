@@ -23,7 +23,6 @@ from fedloom.experiment.run_summary import RunSummary
 from fedloom.experiment.session import NOTHING_HELD_OUT, Session
 from fedloom.federation.blob import WireDtype, largest_message
 from fedloom.federation.rounds import RoundPlan, RoundRecord
-from fedloom.federation.sampling import sample_clients
 from fedloom.lora.layer import LoRAModel
 from fedloom.methods.state import Standing
 from fedloom.models.causal import longest_row
@@ -260,12 +259,8 @@ def _plan_of(study: Study, population: Population, lora: LoRAModel) -> RoundPlan
     """Return the plan of the rounds, whose clients are drawn from the sites that have not withdrawn."""
     sites, settings = study.sites, study.settings
     present = [client for client, name in enumerate(sites.names) if name not in sites.withdrawn]
-
-    def drawn(round: int, size: int) -> list[int]:
-        size = min(size, len(present))
-        return [present[place] for place in sample_clients(settings.run.seed, round, len(present), size)]
-
-    return replace(plan_of(settings, population, lora), sample=cohorts(settings, study.cohort_size, drawn))
+    sample = cohorts(settings, study.cohort_size, present, population.num_rows)
+    return replace(plan_of(settings, population, lora), sample=sample)
 
 
 def _no_rows(client: int) -> TokenSet:
