@@ -17,7 +17,7 @@ import typer
 
 from fedloom.cli import app
 from fedloom.config import tables
-from fedloom.config.setting import Table, conditions, expected, in_words, shown
+from fedloom.config.setting import Table, described
 from fedloom.sites.site_settings import site_tables
 from fedloom.sites.study import SITES, Sites
 
@@ -70,12 +70,7 @@ def table_section(name: str, kind: type[Table], level: str = "##", of: str = "")
     """Yield the section of one table."""
     yield f"{level} {of}[{name}]\n\n{kind.__doc__}\n"
     for key, field in kind.model_fields.items():
-        default = field.get_default()
-        acts = "; ".join(f"`{other}` = {in_words(values)}" for other, values in conditions(field).items())
-        says = f"{field.description} Only with {acts}." if acts else f"{field.description}"
-        given = "optional" if default is None else f"default `{shown(default)}`"
-        given = "required" if field.is_required() else given
-        yield item(f"`{name}.{key}` ({expected(field)}; {given}): {says}")
+        yield item(described(f"{name}.{key}", field))
     yield ""
 
 

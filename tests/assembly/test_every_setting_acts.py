@@ -42,6 +42,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "model.revision": ("main", {}),
     "model.trust_remote_code": (True, {}),
     "model.attention": ("padded", {}),
+    "model.adapter": ("an/adapter", {}),
+    "model.train_adapter": (True, {"model.adapter": "an/adapter"}),
     "model.target_modules": (("q_proj",), {}),
     "data.path": ("org/rows", {"data.template": "plain"}),
     "data.split": ("test", {}),
@@ -169,7 +171,7 @@ INPUTS = ("model.", "data.", "partition.")
 # Read where it is used instead of being handed over: the line that reads it.
 READ_IN = {
     "federation.participation": ("assembly/round_plan.py", "participation_of(Path(settings.federation.participation)"),
-    "federation.num_clients": ("assembly/divided_rows.py", "num_clients=wanted"),
+    "federation.num_clients": ("assembly/divided_rows.py", 'table.scheme == "natural" else wanted'),
     "run.seed": ("assembly/divided_rows.py", 'stream(settings.run.seed, "hold-out")'),
     "engine.name": ("assembly/engine_choice.py", 'if settings.engine.name == "ray"'),
     "engine.workers": ("assembly/engine_choice.py", "Resources(chosen.cpus_per_worker, gpus, chosen.workers)"),
@@ -278,6 +280,8 @@ class Recorder:
         found: dict[str, Any] = {
             "load_base": SimpleNamespace(model=SimpleNamespace(config=None), tokenizer=None, revision_hash=""),
             "resolve_targets": None,
+            "lay_start": None,
+            "targets_of": None,
             "LoRAModel": SimpleNamespace(close=lambda: None, set_side=lambda side: None, model=None),
             "output_head": None,
             "longest_row": 128,

@@ -19,7 +19,7 @@ sys.exit(code)
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["validate", "flora-hetero-dolly"], ["recipes"], ["run", "--help"]],
+    [["--help"], ["validate", "flora-hetero-dolly"], ["recipes"], ["run", "--help"], ["settings", "--schema"]],
     ids=" ".join,
 )
 def test_no_heavy_library_is_imported(arguments: list[str]) -> None:

@@ -17,6 +17,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.engines.ray_worker import Station
 from fedloom.federation.blob import WireDtype
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.side import digest
 from fedloom.methods.strategy import Cohort
 from fedloom.models.load import Base
 from fedloom.run_folder.manifest import versions
@@ -29,7 +30,11 @@ def document_of(settings: Settings) -> dict[str, Any]:
     """Return settings as a worker reads them: paths that lead to the same place from any folder, any of its GPUs."""
     model = settings.model
     document: dict[str, Any] = settings.as_dict()
-    paths = Model(base=_placed(model.base), tokenizer=model.tokenizer and _placed(model.tokenizer))
+    paths = Model(
+        base=_placed(model.base),
+        tokenizer=model.tokenizer and _placed(model.tokenizer),
+        adapter=model.adapter and _placed(model.adapter),
+    )
     own = {"device": model.device.partition(":")[0]}
     document["model"] |= paths.model_dump(mode="json", exclude_unset=True) | own
     return document
@@ -64,7 +69,12 @@ def proof_of(base: Base, lora: LoRAModel) -> dict[str, Any]:
     """Return what has to be the same for the results to be."""
     device = next(lora.model.parameters()).device.type
     known = versions()
-    return {"base_sha256": base.revision_hash, "device": device, **{name: known[name] for name in COMPARED}}
+    return {
+        "base_sha256": base.revision_hash,
+        "adapter_sha256": digest(lora.ground),
+        "device": device,
+        **{name: known[name] for name in COMPARED},
+    }
 
 
 def difference(here: Mapping[str, Any], there: Mapping[str, Any]) -> str | None:

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import Settings
+from fedloom.config.schema import PER_CLIENT
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
 from fedloom.data.partition import Partition
 from fedloom.data.sources import Rows
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import DataError
+from fedloom.errors import PartitionError
 from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
 
@@ -41,8 +42,8 @@ def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, 
     """Return who owns which row: as drawn, as a file says, or as a run has ``saved`` it.
 
     Raises:
-        DataError: the number of clients is another than the settings say.
-        PartitionError: rows cannot be divided as asked, or a saved partition is of other rows.
+        PartitionError: the number of clients is another than the settings say, rows cannot be divided as asked, or a
+            saved partition is of other rows.
     """
     wanted, table = settings.federation.num_clients, settings.partition
     if saved is not None:
@@ -53,7 +54,7 @@ def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, 
     else:
         division = Division(
             scheme=Scheme(table.scheme),
-            num_clients=wanted,
+            num_clients=None if table.scheme == "natural" else wanted,
             column=table.column,
             concentration=table.concentration,
             min_rows=table.min_rows,
@@ -63,8 +64,11 @@ def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, 
         )
         partition = divide(division, rows, tokens, seed=settings.run.seed)
     if partition.num_clients != wanted:
-        raise DataError(
-            f"federation.num_clients: expected {partition.num_clients}, as many as the partition has, got {wanted}; "
-            f"set federation.num_clients={partition.num_clients}"
+        lists = [name for name in PER_CLIENT if isinstance(settings.value(name), tuple)]
+        advice = f" and give {partition.num_clients} values in {', '.join(lists)}" if lists else ""
+        names = "the data name" if table.path is None else "the partition has"
+        raise PartitionError(
+            f"federation.num_clients: expected {partition.num_clients}, as many as {names}, got {wanted}; "
+            f"set it to {partition.num_clients}{advice}"
         )
     return partition

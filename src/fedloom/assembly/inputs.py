@@ -13,6 +13,7 @@ import numpy as np
 from fedloom.assembly.client_rows import own_rows
 from fedloom.assembly.divided_rows import divided, partition_of
 from fedloom.assembly.emptied_clients import emptied, without_emptied
+from fedloom.assembly.start_adapter import lay_start, targets_of
 from fedloom.assembly.validation_rows import set_aside, unvalidated
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
@@ -107,7 +108,9 @@ class Workshop:
                 trust_remote_code=model.trust_remote_code,
                 attention=model.attention,
             )
-            self._base, self._base_key = (base, lora_of(base.model, model.target_modules)), key
+            lora = lora_of(base.model, targets_of(model))
+            lay_start(model, base, lora)
+            self._base, self._base_key = (base, lora), key
         lora = self._base[1]
         lora.close()
         lora.set_side(None)

@@ -16,6 +16,7 @@ from fedloom.assembly.engine_choice import check_engine
 from fedloom.assembly.inputs import Inputs, Workshop
 from fedloom.assembly.round_plan import Population, plan_of, population_of, training_of
 from fedloom.assembly.split_run import checked_plan
+from fedloom.assembly.start_adapter import start_adapter
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names, without_clients
 from fedloom.data.sources import Split
@@ -23,6 +24,7 @@ from fedloom.errors import RunError
 from fedloom.evaluation.suite_files import check_suite
 from fedloom.federation.rounds import RoundPlan
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.side import digest
 from fedloom.methods.traits import Kind
 from fedloom.models.load import Base, check_quantization, choose_device
 from fedloom.reporting.trackers import check_trackers
@@ -172,6 +174,8 @@ class Preparation:
             "row_counts": inputs.counts.as_dict(),
             "held_out_row_counts": None if held is None else held.as_dict(),
         }
+        if (start := start_adapter(self.settings.model)) is not None:
+            found["adapter_sha256"] = digest(start)
         if not found["base_sha256"]:
             del found["base_sha256"]
         if is_begun(self.out) and not self.fresh:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.participation import participation_of
+from fedloom.assembly.start_adapter import start_adapter
 from fedloom.config import Settings
 from fedloom.data.batches import num_batches, num_rows_read
 from fedloom.data.tokens import TokenSet
@@ -30,6 +31,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH
 from fedloom.methods import table
 from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
+from fedloom.methods.continued import ContinuedFrom
 from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.strategy import Cohort, Strategy
@@ -77,6 +79,7 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
 
     Raises:
         MethodError: if the method does not run in rounds.
+        AdapterError: if the adapter that training continues does not fit.
     """
     method = settings.method
     options = MethodOptions(
@@ -88,7 +91,8 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
         moments_prior=settings.training.moments_prior,
     )
     strategy: Strategy = table.make(method.name, cohort, options)
-    return strategy
+    start = start_adapter(settings.model) if settings.model.train_adapter else None
+    return strategy if start is None else ContinuedFrom(strategy, start)
 
 
 def _adamw_of(settings: Settings) -> ServerAdamW:

@@ -18,10 +18,12 @@ from fedloom import __version__
 from fedloom.cli import (
     aggregating,
     auditing,
+    diagnosing,
     experiments,
     explaining,
     result_commands,
     score_commands,
+    settings_command,
     shipped,
     showing,
     sites,
@@ -58,6 +60,7 @@ def fedloom(
 
 
 app.command("validate")(experiments.validate)
+app.command("settings")(settings_command.settings)
 app.command("describe")(experiments.describe)
 app.command("run")(experiments.run)
 app.command("compare")(experiments.compare)
@@ -66,7 +69,7 @@ app.command("evaluate")(result_commands.evaluate)
 app.command("generate")(result_commands.generate)
 app.command("export")(result_commands.export)
 app.command("aggregate")(aggregating.aggregate)
-app.command("doctor")(result_commands.doctor)
+app.command("doctor")(diagnosing.doctor)
 app.command("explain")(explaining.explain)
 app.command("audit")(auditing.audit)
 app.command("judge")(score_commands.judge)

@@ -59,18 +59,49 @@ def default_folder(recipe: str) -> Path:
     return RUNS / Path(recipe).stem if is_file(recipe) else RUNS / recipe
 
 
-def validate(recipe: RecipeArgument, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Report every problem of a recipe at once, without loading a model."""
+def validate(
+    recipe: RecipeArgument,
+    overrides: SetOption = None,
+    data: Annotated[
+        bool, typer.Option("--data", help="Read the rows too, and say all that a run would refuse of them.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Report every problem of a recipe at once, without loading a model.
+
+    With --data all rows are read, made into tokens and dealt to the clients; nothing is fetched or written.
+    """
+    found: tuple[str, ...] = ()
     try:
         settings = load_settings(recipe, overrides)
+        if data:
+            found = _rows_found(settings, default_folder(recipe))
     except SettingsError as error:
         if as_json:
             print_json({"recipe": recipe, "valid": False, "problems": str(error).splitlines()})
         raise
     if as_json:
-        print_json({"recipe": recipe, "valid": True, "problems": [], "settings": settings.as_dict()})
+        rows = {"found": list(found)} if data else {}
+        print_json({"recipe": recipe, "valid": True, "problems": [], **rows, "settings": settings.as_dict()})
     else:
-        print_line(f"{recipe} is valid: {summary(settings)}")
+        for line in (f"{recipe} is valid: {summary(settings)}", *found):
+            print_line(line)
+
+
+def _rows_found(settings: Settings, folder: Path) -> tuple[str, ...]:
+    """Return what the rows hold; what could not be looked at is noted.
+
+    Raises:
+        SettingsError: a line per problem.
+    """
+    from fedloom.preview.row_check import check_rows
+
+    checked = check_rows(settings, folder)
+    for line in checked.unknown:
+        say(f"note: not looked at: {line}")
+    if checked.problems:
+        raise SettingsError("\n".join(checked.problems))
+    return checked.found
 
 
 def summary(settings: Settings) -> str:

@@ -9,7 +9,6 @@ import typer
 
 from fedloom.cli.options import JsonOption
 from fedloom.cli.output import print_result, say
-from fedloom.cli.showing import page_file
 
 
 def explain(
@@ -38,12 +37,15 @@ def explain(
     Nothing is trained or changed, and no base is loaded.
     """
     from fedloom.explanation.explain import explain as explained
+    from fedloom.reporting.page.document import beginning
+    from fedloom.run_folder.durable import refuse_other_file
 
-    file = None if html is None else page_file(html, b"<title>fedloom explain", "explanation", "--html")
+    if html is not None:
+        refuse_other_file(html, beginning("fedloom explain"), "explanation", "choose another --html")
     found = explained(run, round=round, module=module)
-    if file is not None:
+    if html is not None:
         from fedloom.explanation.page import write_page
 
-        write_page(found, file)
-        say(f"note: plots are in {file}")
+        write_page(found, html)
+        say(f"note: plots are in {html}")
     print_result(found, as_json=as_json)

@@ -1,4 +1,4 @@
-"""evaluate, generate, export, doctor: use the result of a run, or any adapter; see what would run here."""
+"""evaluate, generate, export: use the result of a run, or any adapter."""
 
 from __future__ import annotations
 
@@ -10,15 +10,10 @@ from typing import Annotated, get_args
 
 import typer
 
-from fedloom import config, recipes
-from fedloom.cli.experiments import default_folder, is_file
-from fedloom.cli.options import FreshOption, JsonOption, OutOption, RankOption, RoundOption, SetOption, ToolOption
-from fedloom.cli.output import print_json, print_result, say
-from fedloom.config import Settings, checks
+from fedloom.cli.options import JsonOption, RankOption, RoundOption, ToolOption
+from fedloom.cli.output import print_result, say
 from fedloom.config.conduct import SuiteName
 from fedloom.errors import SettingsError
-
-NOT_HERE = 2
 
 ResultArgument = Annotated[
     Path,
@@ -151,6 +146,7 @@ def evaluate(
 
     An option that would have no effect is rejected.
     """
+    _check_folder(result)
     from fedloom.results import held_out, opened_result, suite_scores
 
     asked = suite_scores.Asked(
@@ -217,6 +213,7 @@ def generate(
         raise SettingsError(
             f"expected either --prompt TEXT or --interactive, got {'both' if interactive else 'neither'}; give one"
         )
+    _check_folder(result)
     from fedloom.results.conversation import Sampling, converse
     from fedloom.results.opened_result import open_result
 
@@ -270,6 +267,7 @@ def export(
     as_json: JsonOption = False,
 ) -> None:
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
+    _check_folder(result)
     if merge and tool is not None:
         raise SettingsError(f"--for {tool}: expected an adapter to serve, got --merge; drop one of the two")
     if merge:
@@ -284,56 +282,11 @@ def export(
     print_result(written, as_json=as_json)
 
 
-def doctor(
-    recipe: Annotated[
-        str | None,
-        typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a TOML file to look at.", show_default=False),
-    ] = None,
-    overrides: SetOption = None,
-    out: OutOption = None,
-    fresh: FreshOption = False,
-    load: Annotated[bool, typer.Option("--load", help="Load the base too, and run it on some of the rows.")] = False,
-    as_json: JsonOption = False,
-) -> int:
-    """Show what this machine has, and whether a recipe would run here; if not, why.
+def _check_folder(result: Path) -> None:
+    """Say that there is no result before anything large is imported to read one."""
+    from fedloom.run_folder.reader import check_result_folder
 
-    All rows are read and made into tokens; nothing is fetched or written, and no weight is loaded without `--load`. The
-    exit code is 2 if the recipe would not run.
-    """
-    from fedloom.assembly.inputs import Workshop
-    from fedloom.preview.diagnosis import diagnose
-    from fedloom.preview.rehearsal import SketchWorkshop
-    from fedloom.reporting.progress import progress_for
-
-    if recipe is None:
-        diagnosis = diagnose()
-    else:
-        settings, origins = _settings_without_files(recipe, overrides or ())
-        folder = out or default_folder(recipe)
-        with progress_for() as progress:
-            workshop = Workshop(progress) if load else SketchWorkshop(progress)
-            diagnosis = diagnose(recipe, settings, origins=origins, out=folder, fresh=fresh, workshop=workshop)
-    if as_json:
-        print_json(diagnosis.as_dict())
-    else:
-        print_result(diagnosis, as_json=False)
-    return 0 if diagnosis.would_run else NOT_HERE
-
-
-def _settings_without_files(recipe: str, overrides: Sequence[str]) -> tuple[Settings, dict[str, str]]:
-    """Load a recipe without checking that its files exist: the doctor checks them itself.
-
-    Return where each setting was read too.
-
-    Raises:
-        SettingsError: a line per problem.
-    """
-    if is_file(recipe):
-        document, source = config.read(Path(recipe)), recipe
-    else:
-        document, source = config.parse(recipes.read(recipe), f"{recipe}.toml"), f"recipe {recipe}"
-    settings = config.resolve(document, source, overrides, also=(checks.problems,))
-    return settings, config.merge(document, source, overrides)[1]
+    check_result_folder(result)
 
 
 def _say_all(notes: Sequence[str]) -> None:

@@ -9,10 +9,8 @@ import typer
 
 from fedloom.cli.options import FreshOption, JsonOption, ReferenceOption
 from fedloom.cli.output import print_json, print_line, print_result
-from fedloom.errors import RunError
 
 REPORT = "report.html"
-_OURS = b"<title>fedloom report"
 
 
 def demo(
@@ -101,17 +99,10 @@ def report_file(runs: list[Path], out: Path | None) -> Path:
     Raises:
         RunError: the file exists and is not an earlier report.
     """
+    from fedloom.reporting.page.document import beginning
+    from fedloom.run_folder.durable import refuse_other_file
+
     place = out or (runs[0] if len(runs) == 1 else Path())
-    return page_file(place / REPORT if out is None or place.is_dir() else place, _OURS, "report", "--out")
-
-
-def page_file(file: Path, title: bytes, kind: str, option: str) -> Path:
-    """Return the file of a page to write, whose title begins so.
-
-    Raises:
-        RunError: the file exists and is not an earlier one of its kind.
-    """
-    if file.is_dir() or (file.is_file() and title not in file.read_bytes()[:4096]):
-        got = "a folder" if file.is_dir() else "another file"
-        raise RunError(f"{file}: expected a new file or an earlier {kind}, found {got}; choose another {option}")
+    file = place / REPORT if out is None or place.is_dir() else place
+    refuse_other_file(file, beginning("fedloom report"), "report", "choose another --out")
     return file

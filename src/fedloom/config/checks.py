@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 
 from fedloom.config.problems import Problem
-from fedloom.config.round_checks import few_bits, initialisation, robust, sampling, synchronised
+from fedloom.config.round_checks import continued, few_bits, initialisation, robust, sampling, synchronised
 from fedloom.config.schema import PER_CLIENT, Settings, counted_by_data, every_setting
 from fedloom.config.setting import Values, conditions, in_words, shown, values_of
 from fedloom.methods import table
@@ -43,7 +43,7 @@ def problems(settings: Settings) -> list[Problem]:
             few_bits,
             sampling,
         ),
-        *(columns, batches, suites, cuts, devices, validation, stopping, tracking),
+        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued),
     )
     return [problem for check in checks for problem in check(settings)]
 

@@ -36,7 +36,8 @@ class Shape:
 
 def problems(settings: Settings) -> list[Problem]:
     """Return every path that leads nowhere and every size the base does not have."""
-    found = [*base(settings), *stored(settings), *tokenizer(settings), *rows(settings), *clients(settings)]
+    found = [*base(settings), *stored(settings), *tokenizer(settings), *adapter(settings)]
+    found += [*rows(settings), *clients(settings)]
     config = base_config(settings.model.base)
     return found + (list(sizes(settings, read_shape(config, settings.model.target_modules))) if config else [])
 
@@ -103,6 +104,19 @@ def tokenizer(settings: Settings) -> Iterator[Problem]:
     if base_config(settings.model.base) and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         got = f"none, and {shown(settings.model.base)} has no tokenizer files"
         yield Problem("model.tokenizer", wanted, got, 'set model.tokenizer, e.g. "bytes"', ("model.base",))
+
+
+def adapter(settings: Settings) -> Iterator[Problem]:
+    """The adapter to start from is a PEFT folder."""
+    name = settings.model.adapter
+    if name is None:
+        return
+    wanted = "the folder of a PEFT adapter"
+    if not Path(name).expanduser().is_dir():
+        yield absent("model.adapter", name, wanted)
+    elif not (Path(name).expanduser() / "adapter_config.json").is_file():
+        got = f"{shown(name)}, which has no adapter_config.json"
+        yield Problem("model.adapter", wanted, got, "name the adapter's own folder, of a run its adapter/")
 
 
 def rows(settings: Settings) -> Iterator[Problem]:

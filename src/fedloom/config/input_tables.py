@@ -52,8 +52,19 @@ class Model(Table):
         "slower, for families that cannot be packed.",
         when={"method.name": having("is_uncut")},
     )
+    adapter: PathOrName | None = setting(
+        None,
+        "Start from this PEFT adapter: it stays frozen beside the base, and the result contains it.",
+        when={"method.name": having("is_uncut")},
+    )
+    train_adapter: bool = setting(
+        False,
+        "Continue the adapter instead: its factors are where training begins.",
+        when={"method.name": having("takes_start")},
+    )
     target_modules: tuple[Name, ...] | None = setting(
-        None, "Names or patterns of the adapted layers; default: those usual for the model's family."
+        None,
+        "Names or patterns of the adapted layers; default: those of `adapter`, or usual for the model's family.",
     )
 
 

@@ -61,6 +61,28 @@ def synchronised(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def continued(settings: Settings) -> Iterator[Problem]:
+    """An adapter that is trained is at hand, and takes the place of any other start."""
+    if not settings.model.train_adapter:
+        return
+    if settings.model.adapter is None:
+        yield Problem(
+            "model.train_adapter",
+            "model.train_adapter only with model.adapter",
+            "true",
+            "set model.adapter to a PEFT folder, or drop it (--set model.train_adapter=)",
+            ("model.adapter",),
+        )
+    if settings.traits.aggregates and settings.method.initialisation == GRADIENT:
+        yield Problem(
+            "method.initialisation",
+            "no start from the gradient with model.train_adapter, which is one",
+            settings.method.initialisation,
+            "drop it, or drop model.train_adapter",
+            ("model.train_adapter",),
+        )
+
+
 def initialisation(settings: Settings) -> Iterator[Problem]:
     """Where A comes from is what the method can do; a sketched gradient has no product whose norm could weigh it."""
     method, known = settings.method, settings.traits.initialisations

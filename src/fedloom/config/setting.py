@@ -153,6 +153,16 @@ def values_of(value: Any) -> tuple[Any, ...]:
     return value if isinstance(value, tuple) else () if value is None else (value,)
 
 
+def described(name: str, field: FieldInfo) -> str:
+    """Return a setting in one line: its name, what it takes, its default, its sentence, and when it acts."""
+    default = field.get_default()
+    acts = "; ".join(f"`{other}` = {in_words(values)}" for other, values in conditions(field).items())
+    says = f"{field.description} Only with {acts}." if acts else f"{field.description}"
+    given = "optional" if default is None else f"default `{shown(default)}`"
+    given = "required" if field.is_required() else given
+    return f"`{name}` ({expected(field)}; {given}): {says}"
+
+
 def shown(value: object) -> str:
     """Write ``value`` as a user would in TOML."""
     return json.dumps(value, ensure_ascii=False, default=str)

@@ -206,17 +206,15 @@ def resolve_template(
 
 
 def _answered(records: Records, policy: Unanswered, named: Callable[[str], str]) -> tuple[list[int], int]:
-    usable, num_trailing = [], 0
-    for index, record in enumerate(records.items):
-        if _has_answer(record):
-            usable.append(index)
-            num_trailing += _num_trailing_turns(record)
-        elif policy is Unanswered.ERROR:
-            raise DataError(
-                f"{records.rows.where(index)}: expected an answer, found none ({records.shape} shape); "
-                f"fill or remove the row, or set {named('unanswered')} to 'drop'"
-            )
-    return usable, num_trailing
+    usable = [index for index, record in enumerate(records.items) if _has_answer(record)]
+    lacking = sorted(set(range(len(records))) - set(usable))
+    if lacking and policy is Unanswered.ERROR:
+        more = f"; {len(lacking)} of {len(records)} rows have none" if len(lacking) > 1 else ""
+        raise DataError(
+            f"{records.rows.where(lacking[0])}: expected an answer, found none ({records.shape} shape{more}); "
+            f"fill or remove the row, or set {named('unanswered')} to 'drop'"
+        )
+    return usable, sum(_num_trailing_turns(records.items[index]) for index in usable)
 
 
 def _has_answer(record: Record) -> bool:
@@ -289,6 +287,8 @@ def _refuse_overlong(
         what, action = named("max_length"), f"set {named('overlong')} to 'drop' or 'truncate'"
         if limit == at_most:
             what = "the base's context"
+        elif at_most is not None and lengths.max() > at_most:
+            action = f"raise {named('max_length')}, to {at_most} at most (the base's context), and {action}"
         else:
             action = f"raise {named('max_length')}, or {action}"
         raise DataError(

@@ -21,7 +21,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.experiment.loop import Loop, LoopKind, loop_of
 from fedloom.experiment.round_records import holdings_of, peft_writer
 from fedloom.experiment.run_summary import RunSummary
-from fedloom.lora.algebra import compress
+from fedloom.lora.algebra import compress, united
 from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
@@ -244,10 +244,11 @@ class Session:
 
         Return the folders, relative to the run's; none where training added nothing.
         """
-        write_peft, scales, own = self._writer(), self.population.scales, dict(sorted(state.own.items()))
+        write_peft, scales, ground = self._writer(), self.population.scales, self.lora.ground
+        own = {client: united([ground, adapter]) for client, adapter in sorted(state.own.items())}
         rows, tokenizer = self.inputs.rows or self.inputs.held_out_rows, self.base.tokenizer
         wording = wording_of_rows(self.settings.data, rows, tokenizer)
-        result = compress(state.shared).adapter
+        result = compress(united([ground, state.shared])).adapter
 
         def write(adapter: Adapter, path: Path, scale: float) -> None:
             write_peft(adapter, path, scale)

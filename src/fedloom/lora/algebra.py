@@ -188,6 +188,12 @@ def covering(adapters: Sequence[Adapter]) -> list[Adapter]:
     return [Adapter({name: adapter.get(name, nothing[name]) for name in sorted(shapes)}) for adapter in adapters]
 
 
+def united(adapters: Iterable[Adapter]) -> Adapter:
+    """Return the sum of adapters whose modules may differ: nothing of nothing, one alone as it is."""
+    present = [adapter for adapter in adapters if adapter]
+    return total(covering(present) if len(present) > 1 else present)
+
+
 def total(adapters: Iterable[Adapter]) -> Adapter:
     """Return the sum of what is there: nothing of nothing, one alone as it is, several stacked."""
     present = [adapter for adapter in adapters if adapter]

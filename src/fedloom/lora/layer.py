@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import AdapterError, ModelError
+from fedloom.lora.algebra import united
 from fedloom.lora.dropout import Dropout
 from fedloom.lora.initial import check_rank
 from fedloom.lora.linear import LoRALinear
@@ -37,6 +38,7 @@ class LoRAModel:
         self._may_be_narrow = frozenset(may_be_narrow)
         self._route = Route()
         self.layers: dict[str, LoRALinear] = {}
+        self._ground, self._side = Adapter(), Adapter()
         for name in targets:
             self._wrap(name)
 
@@ -145,18 +147,34 @@ class LoRAModel:
             for whole in (layer.a_RI, layer.bt_RO):
                 whole.grad.zero_()  # type: ignore[union-attr]
 
+    @property
+    def ground(self) -> Adapter:
+        """What is added to the base under every side."""
+        return self._ground
+
+    def set_ground(self, ground: Adapter) -> None:
+        """Add a frozen adapter of any ranks to the base for good, whatever side comes and goes.
+
+        Raises:
+            AdapterError: if it covers a module that is not a target, or has another shape.
+        """
+        check_covers(ground, self.shapes)
+        self._ground = ground
+        self.set_side(self._side)
+
     def set_side(self, side: Adapter | None) -> None:
-        """Add a frozen adapter of any ranks to the base, replacing the previous one.
+        """Add a frozen adapter of any ranks to the base and its ground, replacing the previous one.
 
         A module that the adapter does not cover gets nothing.
 
         Raises:
             AdapterError: if it covers a module that is not a target, or has another shape.
         """
-        side = side or Adapter()
-        check_covers(side, self.shapes)
+        self._side = side or Adapter()
+        check_covers(self._side, self.shapes)
+        whole = united([self._ground, self._side])
         for name, layer in self.layers.items():
-            layer.set_side(side.get(name))
+            layer.set_side(whole.get(name))
 
     def route(
         self, segments: Sequence[tuple[int, int]], dropout: Dropout | None = None, lengths: Sequence[int] = ()

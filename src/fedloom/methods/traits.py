@@ -153,6 +153,11 @@ class Traits:
         return self.aggregates and not self.starts_fresh
 
     @property
+    def takes_start(self) -> bool:
+        """Whether training can begin with the factors of an adapter at hand."""
+        return self.continues or self.is_control
+
+    @property
     def initialisations(self) -> tuple[str, ...]:
         """The values of ``method.initialisation`` that act, the default first."""
         if not self.aggregates:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
 from fedloom.assembly.inputs import known_names, lora_of
+from fedloom.assembly.start_adapter import targets_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
@@ -156,7 +157,7 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
     model = skeleton(settings)
     check_passes(model, settings.model.attention)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    lora = lora_of(model, settings.model.target_modules)
+    lora = lora_of(model, targets_of(settings.model))
     ranks = settings.client_ranks
     of_rank = {}  # clients may be a million, their ranks are few
     for rank in set(ranks):

@@ -16,6 +16,7 @@ import torch
 from fedloom import embedded
 from fedloom.assembly.inputs import Workshop, lora_of
 from fedloom.assembly.preparation import Preparation
+from fedloom.assembly.start_adapter import lay_start, targets_of
 from fedloom.config import Settings
 from fedloom.data.tokenizer import BYTES
 from fedloom.errors import FedloomError, ModelError
@@ -69,13 +70,20 @@ class SketchWorkshop(Workshop):
         if isinstance(dtype := DTYPES[model.dtype], torch.dtype):
             shapes = shapes.to(dtype)
         base = Base(shapes, found.tokenizer, found.name, "", shapes.dtype, found.device)
-        return base, lora_of(shapes, model.target_modules)
+        lora = lora_of(shapes, targets_of(model))
+        lay_start(model.model_copy(update={"train_adapter": True}), base, lora)  # checked only: there are no numbers
+        return base, lora
 
 
 def rehearse(prepared: Preparation, absent: frozenset[str]) -> Iterator[Finding]:
     """Yield one finding per step of a run; ``absent`` are settings whose files are known to be missing."""
     for need, look in _ALONE.items():
         yield _looked(need.format(prepared), look, prepared)
+    yield from rehearse_rows(prepared, absent)
+
+
+def rehearse_rows(prepared: Preparation, absent: frozenset[str] = frozenset()) -> Iterator[Finding]:
+    """Yield one finding per step of a run that reads rows, or that needs them."""
     yield from _rows(prepared, absent)
     yield from _in_turn(prepared, absent)
 

@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedloom.errors import RunError
 from fedloom.reporting.collected import Collected
 from fedloom.reporting.metrics import metrics_among
 from fedloom.reporting.run_groups import result_table, results
@@ -38,19 +37,12 @@ def write_tables(told: Collected, files: Mapping[str, Path]) -> None:
         RunError: a file is there that no earlier report wrote, or one cannot be written.
     """
     for kind, file in files.items():
-        _check_ours(file, MARKS[kind])
+        durable.refuse_other_file(file, MARKS[kind], "table", "choose another place for the table")
     for kind, file in files.items():
         text = WRITERS[kind](told)
         with durable.explained(str(file), "choose another place for the table"):
             file.parent.mkdir(parents=True, exist_ok=True)
             durable.write_bytes(file, text.encode())
-
-
-def _check_ours(file: Path, mark: str) -> None:
-    if file.exists() and not (file.is_file() and file.read_bytes()[: len(mark)] == mark.encode()):
-        raise RunError(
-            f"{file}: expected a new file or an earlier table, found something else; choose another place for the table"
-        )
 
 
 def csv_table(told: Collected) -> str:

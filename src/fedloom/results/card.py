@@ -114,7 +114,9 @@ def _figures(found: Found, is_exact: bool) -> Iterator[tuple[str, object]]:
         loss = of_client.get(name.removeprefix("client-"), after["loss_nats"])
         whose = "" if is_exact else " of the run's own adapter, before compression or rounding"
         yield f"held-out loss{whose}", f"{loss:.4f} nats per token"
-        yield "held-out loss of the base", f"{before['loss_nats']:.4f} nats per token"
+        begun = found.settings is not None and found.settings.model.adapter is not None
+        first = "before training, of base and the adapter that it started from" if begun else "of the base"
+        yield f"held-out loss {first}", f"{before['loss_nats']:.4f} nats per token"
         yield "held-out", f"{after['num_rows']:,} rows, {after['num_loss_tokens']:,} tokens to predict"
     if len(of_client) > 1:
         losses = ", ".join(f"{client}: {loss:.4f}" for client, loss in of_client.items())

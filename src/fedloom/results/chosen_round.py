@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedloom.assembly.round_state import standing_in
+from fedloom.assembly.start_adapter import ground_of
+from fedloom.config.input_tables import Model
 from fedloom.errors import RunError
-from fedloom.lora.algebra import compress
+from fedloom.lora.algebra import compress, united
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Standing
 from fedloom.methods.state_codec import damage_named
@@ -38,20 +40,23 @@ def run_until(run: StoredRun, asked: int | str) -> StoredRun:
     return replace(run, records=run.records[:n], finished=end)
 
 
-def adapters_after(run: StoredRun) -> dict[str, Adapter]:
+def adapters_after(run: StoredRun, model: Model) -> dict[str, Adapter]:
     """Return the adapters after the last of a run's records, as its end would write them; none of the bare base.
 
     Raises:
         RunError: the state is missing or damaged.
+        AdapterError: the adapter that it started from (``model.adapter``) is not there.
     """
+    ground = ground_of(model, run.manifest["identity"].get("adapter_sha256"))
     files = run.round_files(len(run.records))
     with damage_named(files.folder):
         standing: Standing = standing_in(files)
-    if len(standing.own) > 1:
-        return {f"client-{client}": adapter for client, adapter in sorted(standing.own.items())}
-    if standing.own:
-        return {RESULT: next(iter(standing.own.values()))}
-    shared = compress(standing.shared).adapter
+    own = {client: united([ground, adapter]) for client, adapter in sorted(standing.own.items())}
+    if len(own) > 1:
+        return {f"client-{client}": adapter for client, adapter in own.items()}
+    if own:
+        return {RESULT: next(iter(own.values()))}
+    shared = compress(united([ground, standing.shared])).adapter
     return {RESULT: shared} if any(shared.ranks.values()) else {}
 
 

@@ -65,8 +65,7 @@ def export_adapter(
     cast = kept.to(dtype_named(dtype))
     cast_error = 0.0 if dtype == "float32" else distance(kept, cast.to(torch.float32))
     exported = Exported(to, "adapter", dtype, cast.ranks, norm(adapter), math.hypot(*errors.values()), cast_error)
-    base_name = "BASE" if found.reference is None else found.reference.name
-    exported = replace(exported, needs=tuple(needs_of(asked, cast, to, base_name)))
+    exported = replace(exported, needs=tuple(needs_of(asked, cast, to, found.reference)))
 
     def write(folder: Path) -> None:
         nonlocal exported

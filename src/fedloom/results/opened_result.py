@@ -8,7 +8,7 @@ them and removed again.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,14 @@ from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.layer import LoRAModel, check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import base_of, load_peft
-from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.traits import GRADIENT
 from fedloom.models.load import Base, load_base
 from fedloom.models.row_attention import choose_attention
 from fedloom.models.threads import compute_with
 from fedloom.results.chosen_round import RESULT, adapters_after, run_until
 from fedloom.run_folder.contents import ADAPTER, check_in_run
-from fedloom.run_folder.reader import StoredRun, missing_adapters, read_run
+from fedloom.run_folder.manifest import MANIFEST
+from fedloom.run_folder.reader import StoredRun, check_result_folder, missing_adapters, read_run
 from fedloom.run_folder.run_date import date_of
 from fedloom.training.loss import obstacle
 
@@ -110,18 +110,12 @@ def find_result(path: Path, round: int | str | None = None) -> Found:
         RunError: it is neither, or a run without a completed round, or without the one that is chosen.
         AdapterError: an adapter's files are corrupt.
     """
-    if not path.is_dir():
-        raise RunError(f"{path}: expected the folder of a run or of a PEFT adapter, found no folder; check the path")
-    if (path / "manifest.json").exists():
+    check_result_folder(path)
+    if (path / MANIFEST).exists():
         return _find_run(path, round)
-    if (path / CONFIG_NAME).exists():
-        if round is not None:
-            raise RunError(f"--round {round}: expected a run, {path} is an adapter; drop --round")
-        return _find_adapter(path)
-    raise RunError(
-        f"{path}: expected a run (manifest.json) or a PEFT adapter ({CONFIG_NAME}), found {_listed(path)}; "
-        "give the folder of the run or adapter itself"
-    )
+    if round is not None:
+        raise RunError(f"--round {round}: expected a run, {path} is an adapter; drop --round")
+    return _find_adapter(path)
 
 
 def of_client(found: Found, client: int | None) -> Found:
@@ -244,7 +238,7 @@ def _find_run(path: Path, round: int | str | None) -> Found:
     reference = BaseReference.of(settings.model.base, run.manifest["identity"].get("base_sha256"))
     if round is not None:
         run = run_until(run, round)
-        return Found(path, adapters_after(run), settings.model.base, settings, run, (), reference)
+        return Found(path, adapters_after(run, settings.model), settings.model.base, settings, run, (), reference)
     if run.finished is not None:
         if missing := missing_adapters(path, run.finished):
             raise RunError(
@@ -254,7 +248,8 @@ def _find_run(path: Path, round: int | str | None) -> Found:
         return Found(path, _finished_adapters(run), settings.model.base, settings, run, (), reference)
     if not run.records:
         raise RunError(f"{unfinished_note(run)}; there is no round to use yet")
-    return Found(path, adapters_after(run), settings.model.base, settings, run, (unfinished_note(run),), reference)
+    adapters, notes = adapters_after(run, settings.model), (unfinished_note(run),)
+    return Found(path, adapters, settings.model.base, settings, run, notes, reference)
 
 
 def _finished_adapters(run: StoredRun) -> dict[str, Adapter]:
@@ -272,8 +267,3 @@ def _check_identity(found: Found, base: Base) -> None:
             f"{found.path}: expected the base it was trained on (sha256 {trained_on[:12]}), got {base.name} "
             f"(sha256 {base.revision_hash[:12]}); give the right one with --base FOLDER"
         )
-
-
-def _listed(path: Path) -> str:
-    names: Iterable[str] = sorted(entry.name for entry in path.iterdir())
-    return ", ".join(list(names)[:5]) or "an empty folder"

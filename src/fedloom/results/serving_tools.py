@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fedloom.errors import AdapterError
 from fedloom.lora.algebra import pad
+from fedloom.lora.base_reference import BaseReference
 from fedloom.lora.pair import Adapter
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
@@ -77,21 +78,20 @@ def refuse_unread(tool: Tool | None, unread: str | None) -> None:
         )
 
 
-def needs_of(tool: Tool | None, adapter: Adapter, folder: Path, base: str) -> Sequence[str]:
+def needs_of(tool: Tool | None, adapter: Adapter, folder: Path, base: BaseReference | None) -> Sequence[str]:
     """Return what the tool has to be told to serve the adapter from ``folder``, in lines."""
     rank = max(adapter.ranks.values())
+    place = f"path/to/{'base' if base is None else base.name.rpartition('/')[2]}"
     match tool:
         case Tool.VLLM:
             largest = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
-            return (
-                f"vLLM: vllm serve {base} --enable-lora --max-lora-rank {largest} --lora-modules "
-                f"{folder.name}={folder.name}",
-            )
+            served = base.name if base is not None and base.is_public else place
+            adapter_name = f"--lora-modules {folder.name}={folder.name}"
+            return (f"vLLM: vllm serve {served} --enable-lora --max-lora-rank {largest} {adapter_name}",)
         case Tool.GGUF:
             return (
-                f"llama.cpp: python convert_lora_to_gguf.py --base FOLDER_OF_{base.rpartition('/')[2]} {folder.name} "
-                f"--outfile {folder.name}.gguf",
-                f"llama.cpp: llama-server -m BASE.gguf --lora {folder.name}.gguf",
+                f"llama.cpp: python convert_lora_to_gguf.py --base {place} {folder.name} --outfile {folder.name}.gguf",
+                f"llama.cpp: llama-server -m {place}.gguf --lora {folder.name}.gguf",
             )
         case _:
             return ()

@@ -142,6 +142,27 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def refuse_other_file(path: Path, beginning: str, kind: str, remedy: str) -> None:
+    """Reject a place that holds anything but an earlier file of a kind, which begins so.
+
+    Raises:
+        RunError: it does; the file would be lost.
+    """
+    mark = beginning.encode()
+    if path.is_dir():
+        found = "a folder"
+    elif path.exists() and not (path.is_file() and _beginning_of(path, len(mark)) == mark):
+        found = "another file"
+    else:
+        return
+    raise RunError(f"{path}: expected a new file or an earlier {kind}, found {found}; {remedy}")
+
+
+def _beginning_of(path: Path, num_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        return file.read(num_bytes)
+
+
 def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 

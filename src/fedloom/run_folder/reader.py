@@ -105,6 +105,22 @@ def read_run(path: Path) -> StoredRun:
     )
 
 
+def check_result_folder(path: Path) -> None:
+    """Check that a folder is there that may be a run or a PEFT adapter; nothing in it is read.
+
+    Raises:
+        RunError: it is neither.
+    """
+    if not path.is_dir():
+        raise RunError(f"{path}: expected the folder of a run or of a PEFT adapter, found no folder; check the path")
+    if not any((path / name).exists() for name in (MANIFEST, PEFT_FILES[0])):
+        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder"
+        raise RunError(
+            f"{path}: expected a run ({MANIFEST}) or a PEFT adapter ({PEFT_FILES[0]}), found {found}; "
+            "give the folder of the run or adapter itself"
+        )
+
+
 def missing_adapters(path: Path, finished: Mapping[str, Any]) -> list[Path]:
     """Return the adapters' folders that the finished run in ``path`` wrote and that are no longer there as a whole."""
     names = finished.get("adapters", ())

@@ -186,6 +186,13 @@ def _rows_problems(merged: Mapping[str, Any], sites: Sites) -> list[Problem]:
         if key in data:
             name = f"data.{key}"
             found.append(Problem(name, f"a study without {name}", str(data[key]), "remove it: the rows are the sites'"))
+    model = merged.get("model", {})
+    if isinstance(model, Mapping) and "adapter" in model:
+        wanted, action = (
+            "a study without model.adapter",
+            "merge it into the base: fedloom export ADAPTER --merge --to DIR",
+        )
+        found.append(Problem("model.adapter", wanted, str(model["adapter"]), action))
     evaluation = merged.get("evaluation", {})
     if isinstance(evaluation, Mapping) and "patience" in evaluation:
         wanted, action = "a study without evaluation.patience", "remove it: validation rows would be the sites'"

@@ -24,6 +24,11 @@ def page(title: str, body: str) -> str:
     return f'<!doctype html>\n<html lang="en">{head}{element("body", body, script)}</html>\n'
 
 
+def beginning(title: str) -> str:
+    """Return how every page begins whose title begins so."""
+    return page(title, "").partition("</title>")[0]
+
+
 def _asset(name: str) -> str:
     return resources.files("fedloom.reporting.page").joinpath(name).read_text(encoding="utf-8")
 
