@@ -1,12 +1,19 @@
-"""Time a round of ten clients on stories3M over Dolly against the same work with peft and a plain loop.
+"""Time a round of clients over Dolly against the same work with peft: in a plain loop, and in the best from parts.
 
     FEDLOOM_DATA=../shared/data python benchmarks/round.py
     FEDLOOM_DATA=../shared/data python benchmarks/round.py --batch-size 8 --steps 1 --repeats 7 --threads 1
+    FEDLOOM_DATA=../shared/data python benchmarks/round.py --shape gpt2 --ranks 8 --batch-size 8 --steps 1 --threads 1
 
-Both sides train the same adapters (q and v, ranks 64 to 4, alpha = 2r) from the same start on the same batches of real
-rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. The baseline is a lean
-loop: one base in memory, `peft` injected once per client, batches padded to their longest row, SDPA attention, the
-model's own loss, fused AdamW. It has no Trainer, no copies, no tokenising inside the timed part.
+All sides train the same adapters (q and v, ranks 64 to 4, alpha = 2r) from the same start on the same batches of real
+rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. Both baselines are lean
+loops: one base in memory, `peft` injected once per client, SDPA attention, fused AdamW; no Trainer, no copies, no
+tokenising inside the timed part.
+
+* ``peft`` pads a batch to its longest row and takes the model's own loss;
+* ``parts`` is the best loop from parts that others ship: transformers' packing (one row, positions that restart, which
+  its mask keeps apart) and its ``logits_to_keep``, by which logits are computed only in front of a label.
+
+TRL's trainer is not among them; it pads or packs by the same means, beside what a Trainer costs.
 
 The sides run in turn in one process; reported are medians, and the median of the paired ratios, in wall time and in
 CPU time. Peak memory is what a process of its own per side needs beyond base, rows and libraries (Linux).
@@ -26,17 +33,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from shapes import SHAPES, load_clients, load_shape
+from torch.nn.functional import cross_entropy
 
 from fedloom.data.batches import batches
-from fedloom.data.encoding import encode
-from fedloom.data.records import read_records
-from fedloom.data.sources import load_rows
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
 from fedloom.models.families import resolve_targets
-from fedloom.models.load import load_base
 from fedloom.seeding import stream
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 
@@ -44,6 +49,8 @@ RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
 SCALE = 2.0
 SEED = 1
 CLOCKS = ("seconds", "cpu_seconds")
+LossOf = Callable[[Any, list[Any]], tuple[torch.Tensor, int]]
+"""A baseline's mean loss of some rows, and its number of targets."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,7 @@ class Work:
     """What both sides do in a round."""
 
     rows: list[TokenSet]
+    ranks: list[int]
     training: LocalTraining
 
 
@@ -73,26 +81,12 @@ class Clock:
         return Side(time.perf_counter() - self._wall, time.process_time() - self._cpu, losses)
 
 
-def load_clients(data: Path, tokenizer: Any) -> list[TokenSet]:
-    """Return the tokens of Dolly's ten clients, rows above 512 tokens left out."""
-    folder = data / "instruct" / "dolly15k_10clients"
-    files = [folder / f"local_training_{i}.json" for i in range(len(RANKS))]
-    return [
-        encode(read_records(load_rows(str(f))), tokenizer, max_length=512, overlong="drop", unanswered="drop").tokens
-        for f in files
-    ]
-
-
-def load_model(data: Path, dtype: str) -> Any:
-    return load_base(data / "models" / "stories3M", dtype=dtype, device="cpu")
-
-
 def run_fedloom(model: Any, work: Work) -> Side:
     lora = LoRAModel(model, resolve_targets(model))
     clock = Clock()
     tasks = [
         ClientTask(k, rows, rank, SCALE, start_of(lora.shapes, rank, k))
-        for k, (rows, rank) in enumerate(zip(work.rows, RANKS, strict=True))
+        for k, (rows, rank) in enumerate(zip(work.rows, work.ranks, strict=True))
     ]
     results = train_cohort(lora, tasks, work.training, seed=SEED, round=1)
     side = clock.side([result.stats.loss_nats for result in results])
@@ -100,26 +94,32 @@ def run_fedloom(model: Any, work: Work) -> Side:
     return side
 
 
-def run_peft(model: Any, work: Work) -> Side:
-    shapes = {name: _shape(model.get_submodule(name)) for name in resolve_targets(model)}
+def run_peft(model: Any, work: Work, loss_of: LossOf | None = None) -> Side:
+    names = resolve_targets(model)
+    lora = LoRAModel(model, names)
+    shapes = lora.shapes
+    lora.unwrap()
     clock = Clock()
-    losses = [_train_with_peft(model, work, k, start_of(shapes, rank, k)) for k, rank in enumerate(RANKS)]
+    losses = [
+        _train_with_peft(model, work, k, start_of(shapes, rank, k), loss_of or _padded_loss)
+        for k, rank in enumerate(work.ranks)
+    ]
     return clock.side(losses)
+
+
+def run_parts(model: Any, work: Work) -> Side:
+    return run_peft(model, work, _packed_loss)
 
 
 def start_of(shapes: dict[str, tuple[int, int]], rank: int, client: int) -> Adapter:
     return fresh_adapter(shapes, rank, SEED, 1, client)
 
 
-def _shape(module: Any) -> tuple[int, int]:
-    return module.out_features, module.in_features
-
-
-def _train_with_peft(base: Any, work: Work, client: int, start: Adapter) -> float:
+def _train_with_peft(base: Any, work: Work, client: int, start: Adapter, loss_of: LossOf) -> float:
     """Train one client and return its mean loss over the round."""
     from peft import LoraConfig, get_peft_model
 
-    rank, training = RANKS[client], work.training
+    rank, training = work.ranks[client], work.training
     targets = [name.rpartition(".")[2] for name in start]
     config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=sorted(set(targets)), task_type="CAUSAL_LM")
     model: Any = get_peft_model(base, config)
@@ -130,7 +130,7 @@ def _train_with_peft(base: Any, work: Work, client: int, start: Adapter) -> floa
     rng = stream(SEED, "batches", 1, client)
     total, count = 0.0, 0
     for indices in batches(len(work.rows[client]), training.batch_size, rng, steps=training.steps):
-        loss, num_targets = _padded_loss(model, [work.rows[client].row(int(i)) for i in indices])
+        loss, num_targets = loss_of(model, [work.rows[client].row(int(i)) for i in indices])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
         adamw.step()
@@ -153,13 +153,25 @@ def _padded_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
     return loss, int((labels_BT[:, 1:] >= 0).sum())
 
 
-SIDES: dict[str, Callable[[Any, Work], Side]] = {"fedloom": run_fedloom, "peft": run_peft}
+def _packed_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
+    ids_T = torch.from_numpy(np.concatenate([ids for ids, _ in rows]).astype(np.int64))
+    positions_T = torch.cat([torch.arange(len(ids)) for ids, _ in rows])
+    learned_T = torch.from_numpy(np.concatenate([supervised for _, supervised in rows])) & (positions_T > 0)
+    (target_S,) = learned_T.nonzero(as_tuple=True)
+    outputs = model(input_ids=ids_T[None], position_ids=positions_T[None], logits_to_keep=target_S - 1, use_cache=False)
+    return cross_entropy(outputs.logits[0].float(), ids_T[target_S]), len(target_S)
+
+
+SIDES: dict[str, Callable[[Any, Work], Side]] = {"fedloom": run_fedloom, "peft": run_peft, "parts": run_parts}
+
+BASELINES = ("peft", "parts")
 
 
 def peak_memory_mib(side: str, dtype: str, arguments: argparse.Namespace) -> float:
     """Run one side once in its own process; return the most memory it needed beyond what was resident before."""
     command = [sys.executable, __file__, "--only", side, "--dtypes", dtype, "--repeats", "1"]
     command += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
+    command += ["--shape", arguments.shape, "--ranks", *map(str, arguments.ranks)]
     command += ["--threads", str(arguments.threads), "--budget", str(arguments.budget)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
@@ -173,7 +185,7 @@ def work_of(rows: list[TokenSet], arguments: argparse.Namespace) -> Work:
         max_grad_norm=1.0,
         token_budget=arguments.budget,
     )
-    return Work(rows, training)
+    return Work(rows, arguments.ranks, training)
 
 
 def num_tokens(work: Work) -> tuple[int, int]:
@@ -189,34 +201,41 @@ def num_tokens(work: Work) -> tuple[int, int]:
 
 def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     """Run both sides in turn and print medians."""
-    base = load_model(data, dtype)
-    work = work_of(load_clients(data, base.tokenizer), arguments)
+    model, tokenizer = load_shape(arguments.shape, data, dtype)
+    work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
     real, padded = num_tokens(work)
     runs: dict[str, list[Side]] = {name: [] for name in SIDES}
     for _ in range(arguments.repeats + 1):
         for name, run in SIDES.items():
-            runs[name].append(run(base.model, work))
-    difference = max(abs(a - b) for a, b in zip(runs["fedloom"][0].losses, runs["peft"][0].losses, strict=True))
-    print(f"{dtype}: {real} real tokens, {padded} padded ({padded / real:.2f}x), losses within {difference:.1e} nats")
+            runs[name].append(run(model, work))
+    ours = runs["fedloom"][0].losses
+    difference = max(abs(a - b) for name in BASELINES for a, b in zip(ours, runs[name][0].losses, strict=True))
+    print(
+        f"{arguments.shape}, {dtype}: {real} real tokens, {padded} padded ({padded / real:.2f}x), losses within "
+        f"{difference:.1e} nats"
+    )
     for name, sides in runs.items():
         wall, cpu = (float(np.median([getattr(side, clock) for side in sides[1:]])) for clock in CLOCKS)
         print(f"  {name:12s} {wall:.2f} s, {cpu:.2f} CPU s, {real / wall:.0f} real tokens/s")
-    for clock in CLOCKS:
-        pairs = zip(runs["peft"][1:], runs["fedloom"][1:], strict=True)
-        ratios = np.array([getattr(theirs, clock) / getattr(ours, clock) for theirs, ours in pairs])
-        spread = f"{ratios.min():.2f} to {ratios.max():.2f}, n = {len(ratios)}"
-        print(f"  {clock:12s} ratio {np.median(ratios):.2f} ({spread})", flush=True)
+    for name in BASELINES:
+        for clock in CLOCKS:
+            pairs = zip(runs[name][1:], runs["fedloom"][1:], strict=True)
+            ratios = np.array([getattr(theirs, clock) / getattr(ours, clock) for theirs, ours in pairs])
+            spread = f"{ratios.min():.2f} to {ratios.max():.2f}, n = {len(ratios)}"
+            print(f"  {name} / fedloom, {clock}: {np.median(ratios):.2f} ({spread})", flush=True)
+    if not arguments.memory:
+        return
     for name in SIDES:
         print(f"  {name:12s} peak {peak_memory_mib(name, dtype, arguments):.0f} MiB above base and rows", flush=True)
 
 
 def run_one(data: Path, side: str, arguments: argparse.Namespace) -> None:
     """Run one side once and print the growth of this process's resident memory at its peak, in MiB."""
-    base = load_model(data, arguments.dtypes[0])
-    work = work_of(load_clients(data, base.tokenizer), arguments)
+    model, tokenizer = load_shape(arguments.shape, data, arguments.dtypes[0])
+    work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from what is resident now
     before = _memory_mib("VmRSS")
-    SIDES[side](base.model, work)
+    SIDES[side](model, work)
     print(_memory_mib("VmHWM") - before)
 
 
@@ -227,6 +246,9 @@ def _memory_mib(field: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="stories3M")
+    parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="one client each, ten at most")
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks too")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=4, help="steps per client")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per step")

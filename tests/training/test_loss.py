@@ -36,6 +36,7 @@ def test_loss_and_gradient_equal_torchs_cross_entropy(
     head: OutputHead, smoothing: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_module, "CHUNK_LOGITS", {"cpu": 16 * VOCABULARY})
+    monkeypatch.setattr(loss_module, "CHUNK_ROWS", 0)
     hidden_SD = draw(NUM_TARGETS, WIDTH, seed=3).requires_grad_()
     targets_S = torch.arange(NUM_TARGETS) % VOCABULARY
     weights_S = draw(NUM_TARGETS, seed=4).abs()

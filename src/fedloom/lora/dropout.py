@@ -48,6 +48,10 @@ class Dropout:
             mask_TI[part] = _lanes(self.words_T[part], feature_words_J)[:, :num_features] >= dropped - _LEVELS // 2
         return mask_TI.mul_(_LEVELS / (_LEVELS - dropped))
 
+    def at(self, rows_K: Tensor) -> Dropout:
+        """Return the dropout of some of the pass's tokens."""
+        return Dropout(self.rate, self.words_T.index_select(0, rows_K))
+
 
 def dropout_of(
     rate: float, keys: Sequence[NDArray[np.uint64]], lengths: Sequence[int], device: torch.device | str

@@ -159,7 +159,7 @@ class LoRALinear(nn.Module):
 
     def _mask(self, x_TI: Tensor) -> Tensor | None:
         """Return the dropout mask of a pass; none without gradients."""
-        dropout = self.route.dropout
+        dropout = self.route.owners(len(x_TI)).dropout
         if dropout is None or not torch.is_grad_enabled():
             return None
         if self._feature_words_J is None or self._feature_words_J.device != x_TI.device:

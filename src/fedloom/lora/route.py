@@ -6,8 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import Dropout
+
+FEWEST_ROWS = 4
+"""Rows of a matrix product at least, so that a row's result does not depend on how many there are."""
 
 
 @dataclass(frozen=True)
@@ -30,18 +36,38 @@ class Block(NamedTuple):
     samples: list[slice]
 
 
-@dataclass
-class Route:
-    """Which token rows belong to which slot in the passes that follow; shared by all modules of a model.
+@dataclass(frozen=True)
+class Owners:
+    """Whose the token rows of a pass are: ``[(slot, rows), ...]`` in order.
 
     ``samples`` are those of each segment, as in :class:`Block`.
     """
 
-    slots: list[Slot] = field(default_factory=list)
     segments: list[tuple[int, int]] = field(default_factory=list)
-    everything_to: int | None = None
-    dropout: Dropout | None = None
     samples: list[list[slice]] = field(default_factory=list)
+    dropout: Dropout | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the pass."""
+        return sum(count for _, count in self.segments)
+
+
+@dataclass
+class Route:
+    """Which token rows belong to which slot in the passes that follow; shared by all modules of a model.
+
+    Some modules see only chosen rows of the pass: ``chosen`` are the owners of these, told by how many rows arrive.
+    """
+
+    slots: list[Slot] = field(default_factory=list)
+    everything_to: int | None = None
+    whole: Owners = field(default_factory=Owners)
+    chosen: Owners | None = None
+
+    def owners(self, num_rows: int) -> Owners:
+        """Return whose the rows are that arrive at a module, by how many they are."""
+        return self.chosen if self.chosen is not None and num_rows == self.chosen.num_rows else self.whole
 
     def total_rank(self, most: int) -> int:
         """Sum of the slots' ranks in a module that holds ``most`` of each: rows of ``a_RI`` and ``bt_RO``."""
@@ -58,11 +84,12 @@ class Route:
         Raises:
             ModelError: if the segments do not add up to the tokens that arrived.
         """
-        if not self.segments:
+        owners = self.owners(num_tokens)
+        if not owners.segments:
             slot = self.everything_to
             return [] if slot is None else [Block(slot, slice(0, num_tokens), self.rows_of(slot, most), [])]
         blocks, start = [], 0
-        for (slot, count), samples in zip(self.segments, self.samples, strict=True):
+        for (slot, count), samples in zip(owners.segments, owners.samples, strict=True):
             blocks.append(Block(slot, slice(start, start + count), self.rows_of(slot, most), samples))
             start += count
         if start != num_tokens:
@@ -70,6 +97,22 @@ class Route:
                 f"expected {start} token rows as routed to the slots, got {num_tokens}; call route() again"
             )
         return blocks
+
+
+def chosen_of(whole: Owners, lengths: Sequence[int], chosen_K: Tensor) -> Owners:
+    """Return the owners of these rows of a pass, ascending."""
+    ends_N = torch.tensor(lengths).cumsum(0)
+    sample_of_row_K = torch.searchsorted(ends_N, chosen_K.cpu(), right=True)
+    left = iter(torch.bincount(sample_of_row_K, minlength=len(lengths)).tolist())
+    segments, samples = [], []
+    for (slot, _), of_segment in zip(whole.segments, whole.samples, strict=True):
+        own, end = list[slice](), 0
+        for _ in of_segment:
+            start, end = end, end + next(left)
+            own.append(slice(start, end))
+        segments.append((slot, end))
+        samples.append(own)
+    return Owners(segments, samples, whole.dropout and whole.dropout.at(chosen_K))
 
 
 def samples_of(counts: Sequence[int], lengths: Sequence[int]) -> list[list[slice]]:

@@ -331,18 +331,17 @@ def _run_pass(
     lengths = iter(batch.lengths)
     tokens = [sum(islice(lengths, len(part.rows))) for part in parts]
     dropout = dropout_of(settings.dropout, [part.keys for part in parts], batch.lengths, device)
-    lora.route([(part.owner.slot, count) for part, count in zip(parts, tokens, strict=True)], dropout, batch.lengths)
-    hidden_SD = passes.hidden_states(lora.model, batch).index_select(0, batch.target_index_S)
+    segments = [(part.owner.slot, count) for part, count in zip(parts, tokens, strict=True)]
+    lora.route(segments, dropout, batch.lengths, batch.needed_index_K)
+    hidden_SD = passes.target_states(lora.model, batch)
     if not hidden_SD.requires_grad:
         raise ModelError(
             f"model.target_modules: expected adapted modules whose gradient reaches the loss of "
             f"{model_type(lora.model)!r}, none does; choose others, or another base"
         )
-    counts = [part.num_targets for part in parts]
+    counts, smoothing = [part.num_targets for part in parts], settings.label_smoothing
     weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)
-    loss, nats_S = supervised_cross_entropy(
-        hidden_SD, head, batch.targets_S, weights_S, label_smoothing=settings.label_smoothing
-    )
+    loss, nats_S = supervised_cross_entropy(hidden_SD, head, batch.targets_S, weights_S, label_smoothing=smoothing)
     torch.autograd.backward(loss)
     sums = [float(part.sum()) for part in torch.split(nats_S.double().cpu(), counts)]
     per_token = (time.perf_counter() - begun) / batch.num_tokens

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fedloom.errors import ModelError
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Pair
+from fedloom.lora.route import FEWEST_ROWS
 from fedloom.models.families import model_type
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.models.quantized_layers import is_quantized
@@ -29,10 +30,13 @@ from fedloom.models.row_attention import Attention, attention_of, choose_attenti
 from fedloom.training.row_passes import row_passes
 
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
-"""Logits held at a time: what stays in a CPU's cache; what keeps a GPU busy."""
+"""Logits held at a time, if so many rows of them suffice: what stays in a CPU's cache; what keeps a GPU busy."""
 
-FEWEST_ROWS = 4
-"""Rows of a product with the output head at least, so that a target's loss does not depend on how many there are."""
+CHUNK_ROWS, MOST_LOGITS = 192, 1 << 24
+"""Rows held at a time at least, as far as so many logits allow: a chunk reads the head's weight twice."""
+
+ROW_STRIDE = {"cpu": 64}
+"""Rows of logits begin at multiples of this many numbers: products that write rows of an odd length are slow."""
 
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two rows with which a pass is compared with the model's own forward of each row alone."""
@@ -83,7 +87,15 @@ def _linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Te
     num_rows = x_SX.shape[0]
     if num_rows < FEWEST_ROWS:
         x_SX = torch.cat([x_SX, x_SX.new_zeros(FEWEST_ROWS - num_rows, x_SX.shape[1])])
-    return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
+    width, multiple = weight_YX.shape[0], ROW_STRIDE.get(x_SX.device.type, 1)
+    if width % multiple == 0 or (torch.is_grad_enabled() and (x_SX.requires_grad or weight_YX.requires_grad)):
+        return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
+    y_SY = x_SX.new_empty(len(x_SX), width + -width % multiple)[:, :width]
+    if bias_Y is None:
+        torch.mm(x_SX, weight_YX.T, out=y_SY)
+    else:
+        torch.addmm(bias_Y, x_SX, weight_YX.T, out=y_SY)
+    return y_SY[:num_rows]
 
 
 def supervised_cross_entropy(
@@ -170,8 +182,9 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(hidden_SD: Tensor, head: OutputHead) -> Iterator[slice]:
-    logits_at_a_time = CHUNK_LOGITS.get(hidden_SD.device.type, 1 << 24)
-    size = max(16, logits_at_a_time // head.weight_VD.shape[0])
+    vocabulary = head.weight_VD.shape[0]
+    held = CHUNK_LOGITS.get(hidden_SD.device.type, MOST_LOGITS)
+    size = max(16, held // vocabulary, min(CHUNK_ROWS, MOST_LOGITS // vocabulary))
     return (slice(start, start + size) for start in range(0, hidden_SD.shape[0], size))
 
 
@@ -278,6 +291,7 @@ def _verify(model: Any, head: OutputHead) -> None:
                 f"{error:.1e}, expected at most {tolerance:.0e}: {type(model).__name__} has unknown layers or an "
                 f"unknown head; {passes.advice}"
             )
+    passes.prepare(model, tolerance)
 
 
 def probe_tolerance(model: Any) -> float:

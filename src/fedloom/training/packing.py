@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -23,6 +24,7 @@ from fedloom.models.families import body_of
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.models.row_attention import USE_PADDED
 from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
+from fedloom.training.last_block import needed_rows, targets_alone
 
 Row = tuple[NDArray[np.int32], NDArray[np.bool_]]
 """A sample's token ids and which of them are supervised."""
@@ -50,6 +52,11 @@ class PackedBatch:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each sample, in order."""
         return self.layout.lengths
+
+    @cached_property
+    def needed_index_K(self) -> Tensor:
+        """Places of the pass that its last block computes."""
+        return needed_rows(self.target_index_S, self.lengths)
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +123,16 @@ def hidden_states(model: Any, batch: PackedBatch) -> Tensor:
         )
         hidden_TD: Tensor = outputs.last_hidden_state[0]
     return hidden_TD
+
+
+def target_states(model: Any, batch: PackedBatch) -> Tensor:
+    """Return the last hidden states (S, D) from which the targets are predicted, with no more work than they need.
+
+    Raises:
+        ModelError: as for :func:`hidden_states`.
+    """
+    with targets_alone(model, batch.needed_index_K):
+        return hidden_states(model, batch).index_select(0, batch.target_index_S)
 
 
 def split_by_tokens(lengths: Iterable[int], token_budget: int, most: int | None = None) -> list[list[int]]:

@@ -45,6 +45,10 @@ class PaddedBatch:
         return (longest,) * num_rows
 
     @property
+    def needed_index_K(self) -> None:
+        """The last block computes all places."""
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of the pass, padding included."""
         return self.input_ids_BT.numel()

@@ -51,7 +51,7 @@ def rotated_apart(model: Any, lengths: Sequence[int]) -> Iterator[None]:
     with ExitStack() as stack:
         for name, switch in switching_rotaries(model).items():
             rotary = model.get_submodule(name)
-            stack.enter_context(_replaced_forward(rotary, partial(_by_length, rotary, switch, lengths)))
+            stack.enter_context(replaced_forward(rotary, partial(_by_length, rotary, switch, lengths)))
         yield
 
 
@@ -100,7 +100,8 @@ def _by_length(
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let ``forward(original, ...)`` run in place of a module's own."""
     before, original = module.__dict__.get("forward"), module.forward
     module.forward = partial(forward, original)
     try:

@@ -101,7 +101,7 @@ def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -
     causal_lm = model.model if isinstance(model, LoRAModel) else model
     head, passes = output_head(causal_lm), row_passes(causal_lm)
     batch: Batch = passes.batch([rows.row(index) for index in members], head.weight_VD.device)
-    nats_S = target_nats(passes.hidden_states(causal_lm, batch)[batch.target_index_S], head, batch.targets_S)
+    nats_S = target_nats(passes.target_states(causal_lm, batch), head, batch.targets_S)
     row_of_target_S = batch.row_of_target_S.cpu().numpy()
     counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
     sum_nats = np.bincount(row_of_target_S, weights=nats_S.double().cpu().numpy(), minlength=len(members))

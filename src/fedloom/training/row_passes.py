@@ -9,14 +9,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, assert_never
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedloom.models.causal import causal_lm
 from fedloom.models.row_attention import USE_PADDED, attention_of
-from fedloom.training.packing import PackedBatch, Row, hidden_states, pack, split_by_tokens
+from fedloom.training.last_block import try_targets_alone
+from fedloom.training.packing import PackedBatch, Row, hidden_states, pack, split_by_tokens, target_states
 from fedloom.training.padding import PaddedBatch, pad, padded_hidden_states, split_by_padded_tokens
 from fedloom.training.rotation import check_rotated_apart, shortest_switch
+
+_PROBE_LENGTHS = (8, 5)
+"""Tokens of the rows with which is tried what can be left out."""
 
 
 class Batch(Protocol):
@@ -29,6 +34,10 @@ class Batch(Protocol):
     @property
     def num_tokens(self) -> int:
         """Tokens of the pass, any padding included."""
+
+    @property
+    def needed_index_K(self) -> Tensor | None:
+        """Places of the pass that its last block may compute alone; None: all."""
 
     @property
     def target_index_S(self) -> Tensor:
@@ -71,6 +80,9 @@ class RowPasses(Protocol):
     def hidden_states(self, model: Any, batch: Any) -> Tensor:
         """Return the last hidden states (N, D) of all tokens of a batch."""
 
+    def target_states(self, model: Any, batch: Any) -> Tensor:
+        """Return the last hidden states (S, D) from which the targets are predicted."""
+
     def by_row(self, batch: Any, values_N: Tensor) -> list[Tensor]:
         """Return values at the tokens of a batch row by row, without those of the padding."""
 
@@ -80,6 +92,9 @@ class RowPasses(Protocol):
         Raises:
             ModelError: naming what it has.
         """
+
+    def prepare(self, model: Any, tolerance: float) -> None:
+        """Find out what work the targets' hidden states do not need; no adapter may be routed."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,10 @@ class PackedPasses:
         """Run the model with our attention in place of its own."""
         return hidden_states(model, batch)
 
+    def target_states(self, model: Any, batch: PackedBatch) -> Tensor:
+        """Let the last block compute the targets alone, where it can."""
+        return target_states(model, batch)
+
     def by_row(self, batch: PackedBatch, values_N: Tensor) -> list[Tensor]:
         """Cut at the rows' ends."""
         return list(torch.split(values_N, list(batch.lengths)))
@@ -109,6 +128,14 @@ class PackedPasses:
     def check(self, model: Any) -> None:
         """Compare the rotation of a row beside a long one with its own."""
         check_rotated_apart(model)
+
+    def prepare(self, model: Any, tolerance: float) -> None:
+        """Try the last block."""
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = [np.arange(1, n + 1, dtype=np.int32) % vocabulary for n in _PROBE_LENGTHS]
+        batch = pack([(row, np.arange(len(row)) > len(row) // 2) for row in ids], model.device)
+        hidden_states(model, batch)
+        try_targets_alone(model, batch.layout.attended, lambda: target_states(model, batch), tolerance)
 
 
 @dataclass(frozen=True)
@@ -135,6 +162,10 @@ class PaddedPasses:
         """Run the model as it is."""
         return padded_hidden_states(model, batch)
 
+    def target_states(self, model: Any, batch: PaddedBatch) -> Tensor:
+        """Take them from those of all tokens."""
+        return padded_hidden_states(model, batch).index_select(0, batch.target_index_S)
+
     def by_row(self, batch: PaddedBatch, values_N: Tensor) -> list[Tensor]:
         """Drop the padding."""
         whole = torch.split(values_N, list(batch.lengths))
@@ -142,6 +173,9 @@ class PaddedPasses:
 
     def check(self, model: Any) -> None:
         """Nothing is to be seen without a pass: the model is used as it is."""
+
+    def prepare(self, model: Any, tolerance: float) -> None:
+        """Nothing is left out."""
 
 
 def row_passes(model: Any) -> RowPasses:

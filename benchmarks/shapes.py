@@ -1,0 +1,62 @@
+"""The three shapes on which training is timed, and real rows for each: what ``round.py`` and ``levers.py`` share.
+
+Shapes: stories3M as it is; a Llama of 8 layers, width 512 and vocabulary 32,000 and a GPT-2 small, both with random
+weights. Rows are Dolly's ten clients by the shape's own tokenizer, those of more than 512 tokens left out.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fedloom.data.encoding import encode
+from fedloom.data.records import read_records
+from fedloom.data.sources import load_rows
+from fedloom.data.tokenizer import load_tokenizer
+from fedloom.data.tokens import TokenSet
+from fedloom.models.load import DTYPES, load_base
+
+SHAPES = ("stories3M", "llama", "gpt2")
+LONGEST = 512
+
+
+def load_shape(shape: str, data: Path, dtype: str = "float32") -> tuple[Any, Any]:
+    """Return a shape's frozen model and its tokenizer."""
+    if shape == "stories3M":
+        base = load_base(data / "models" / shape, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        return base.model, base.tokenizer
+    tokenizer = load_tokenizer(data / "tokenizers" / shape)
+    if shape == "gpt2":
+        model: Any = GPT2LMHeadModel(GPT2Config())
+    else:
+        sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=32_000, **sizes))
+    generator = torch.Generator().manual_seed(1)
+    for weight in model.parameters():
+        if weight.dim() > 1:
+            weight.data.normal_(0.0, 0.02, generator=generator)
+    return model.to(DTYPES[dtype]).requires_grad_(False).eval(), tokenizer
+
+
+def load_clients(data: Path, tokenizer: Any, num_clients: int = 10) -> list[TokenSet]:
+    """Return the tokens of Dolly's clients."""
+    folder = data / "instruct" / "dolly15k_10clients"
+    files = [folder / f"local_training_{i}.json" for i in range(num_clients)]
+    return [
+        encode(
+            read_records(load_rows(str(f))), tokenizer, max_length=LONGEST, overlong="drop", unanswered="drop"
+        ).tokens
+        for f in files
+    ]
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """Return the CPU time of a call, which other work on the machine disturbs little."""
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun

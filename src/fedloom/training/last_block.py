@@ -1,0 +1,141 @@
+"""Behind the last block only the targets' hidden states are read: the block computes the others no further than needed.
+
+Keys and values are needed of every token; queries, the attention's output and all that follows of the targets alone.
+The family's own code runs: the block gets the targets' rows as its input, its first norm all rows in their place, and
+the projection behind the attention the targets' rows of what it would have got. Whether a model's block is made so is
+found by trying: a probe has to give the same hidden states, else every row is computed.
+
+Letters: T tokens, S targets, K rows that are computed, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fedloom.errors import ModelError
+from fedloom.lora.linear import LoRALinear
+from fedloom.lora.route import FEWEST_ROWS
+from fedloom.models.families import decoder_blocks
+from fedloom.training.rotation import replaced_forward
+
+_QUERIES = "q_proj"
+"""The projection in front of the attention that is needed of the targets alone, where it is one of its own."""
+
+
+@dataclass(frozen=True)
+class LastBlock:
+    """The names of a model's last block and of the attention in it."""
+
+    block: str
+    attention: str
+
+
+_FOUND: WeakKeyDictionary[nn.Module, LastBlock] = WeakKeyDictionary()
+
+
+def needed_rows(target_index_S: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Return the rows (K,) of a pass that its last block has to compute: the targets' places, ascending.
+
+    A sample of very few gets its last rows too, of which nothing is read: who else is in the pass then changes no bit.
+    """
+    needed_T = torch.zeros(sum(lengths), dtype=torch.bool, device=target_index_S.device)
+    needed_T[target_index_S] = True
+    ends_N = np.cumsum(lengths)
+    counts_N = np.bincount(np.searchsorted(ends_N, target_index_S.cpu().numpy(), "right"), minlength=len(lengths))
+    for i in np.flatnonzero(counts_N < FEWEST_ROWS).tolist():
+        needed_T[ends_N[i] - min(lengths[i], FEWEST_ROWS) : ends_N[i]] = True
+    return needed_T.nonzero()[:, 0]
+
+
+def targets_alone(model: nn.Module, rows_K: Tensor) -> AbstractContextManager[None]:
+    """Let the last block compute these rows of the next pass alone, where it can; the others come out as zeros."""
+    found = _FOUND.get(model)
+    return nullcontext() if found is None else _narrowed(model, found, rows_K)
+
+
+def try_targets_alone(
+    model: nn.Module, attended: Collection[nn.Module], states: Callable[[], Tensor], tolerance: float
+) -> None:
+    """Find out whether a model's last block can compute the targets' rows alone, and use it from now on if so.
+
+    ``states`` runs a probe and returns the targets' hidden states, ``attended`` are the modules that attend in it.
+    """
+    _FOUND.pop(model, None)
+    try:
+        blocks = decoder_blocks(model).blocks
+    except ModelError:
+        return
+    block = f"{blocks}.{len(model.get_submodule(blocks)) - 1}"  # type: ignore[arg-type]
+    names = [name for name, module in model.named_modules() if module in attended and name.startswith(f"{block}.")]
+    expected_SD = states()
+    if len(names) != 1:
+        return
+    _FOUND[model] = LastBlock(block, names[0])
+    try:
+        error = (states() - expected_SD).norm() / expected_SD.norm()
+    except ModelError:  # its block is made in another way
+        error = torch.tensor(torch.inf)
+    if not error <= tolerance:
+        del _FOUND[model]
+
+
+@contextmanager
+def _narrowed(model: nn.Module, found: LastBlock, rows_K: Tensor) -> Iterator[None]:
+    forwards = _Forwards(rows_K)
+    block, attention = model.get_submodule(found.block), model.get_submodule(found.attention)
+    with ExitStack() as stack:
+        stack.enter_context(replaced_forward(block, forwards.block))
+        for child in block.children():
+            if child is not attention:
+                stack.enter_context(replaced_forward(child, forwards.child))
+        for name, child in attention.named_children():
+            if isinstance(child, nn.Linear | Conv1D | LoRALinear):
+                projected = forwards.queries if name == _QUERIES else forwards.projection
+                stack.enter_context(replaced_forward(child, projected))
+        yield
+
+
+class _Forwards:
+    """What the block's modules do in one pass in place of their own forwards, which come as ``original``."""
+
+    def __init__(self, rows_K: Tensor) -> None:
+        self._rows_K = rows_K
+        self._all: Tensor | None = None
+        self._chosen: Tensor | None = None
+        self._normed: Tensor | None = None
+
+    def block(self, original: Callable[..., Any], hidden_1TD: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the block on the rows that count, and put zeros in the places of the others."""
+        self._all, self._chosen = hidden_1TD, hidden_1TD.index_select(1, self._rows_K)
+        outputs = original(self._chosen, *args, **kwargs)
+        first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
+        if first.shape != self._chosen.shape:
+            raise ModelError(f"expected {tuple(self._chosen.shape)} behind the last block, got {tuple(first.shape)}")
+        whole_1TD = first.new_zeros(hidden_1TD.shape).index_copy(1, self._rows_K, first)
+        return (whole_1TD, *others) if isinstance(outputs, tuple) else whole_1TD
+
+    def child(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Give all rows to the first module that asks for the block's input: the norm in front of the attention."""
+        if self._normed is None and self._all is not None and args and args[0] is self._chosen:
+            self._normed = original(self._all, *args[1:], **kwargs)
+            return self._normed
+        return original(*args, **kwargs)
+
+    def queries(self, original: Callable[..., Any], x_1TD: Tensor) -> Tensor:
+        """Project the rows that count."""
+        y_1KD: Tensor = original(x_1TD.index_select(1, self._rows_K))
+        whole_1TD = y_1KD.new_zeros(*x_1TD.shape[:2], y_1KD.shape[2])
+        return whole_1TD.index_copy(1, self._rows_K, y_1KD)
+
+    def projection(self, original: Callable[..., Any], x_1TD: Tensor) -> Any:
+        """Project all rows in front of the attention, and behind it those that count."""
+        return original(x_1TD if x_1TD is self._normed else x_1TD.index_select(1, self._rows_K))
