@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
@@ -255,7 +256,9 @@ class ShownEngine:
             self.progress.round_started(broadcasts[0].round, len(broadcasts))
         for arrival in self.engine.train(broadcasts):
             outcome = arrival.outcome
-            loss = outcome.stats.loss_nats if isinstance(outcome, Update) else None
+            loss = None
+            if isinstance(outcome, Update):
+                loss = outcome.stats.loss_nats if outcome.stats.tells_loss else math.nan
             self.progress.client_done(outcome.client, loss)
             yield arrival
 

@@ -29,6 +29,7 @@ from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
 from fedloom.training.cohort_round import SKETCH_ROWS, LocalTraining
+from fedloom.training.private_rows import RowPrivacy
 
 _LARGEST = 10**9
 Number = Annotated[int, Ge(1), Le(_LARGEST)]
@@ -36,6 +37,13 @@ Block = Annotated[int, Ge(1), Le(1 << 16)]
 Rate = Annotated[float, Ge(0), Le(1e9)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class SheetPrivacy(Part):
+    """How the site hides its rows: ``RowPrivacy``, bounded."""
+
+    clip: Annotated[float, Gt(0), Le(1e9)]
+    noise_multiplier: Annotated[float, Gt(0), Le(1e9)]
 
 
 class SheetTraining(Part):
@@ -58,6 +66,7 @@ class SheetTraining(Part):
     proximal: Rate = 0.0
     token_budget: Number
     start_rounds: Annotated[int, Ge(0), Le(1)] = 0
+    privacy: SheetPrivacy | None = None
 
 
 class SheetSplit(Part):
@@ -154,7 +163,8 @@ class Sheet(Part):
     @property
     def local_training(self) -> LocalTraining:
         """What the client does in a round."""
-        return LocalTraining(**dict(self.training))
+        privacy = None if self.training.privacy is None else RowPrivacy(**dict(self.training.privacy))
+        return LocalTraining(**{**dict(self.training), "privacy": privacy})
 
     @property
     def line(self) -> str:

@@ -31,6 +31,7 @@ from fedloom.methods.state import Failure
 from fedloom.models.causal import context_of, longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.models.row_attention import choose_attention
+from fedloom.privacy.draws import SystemDraws
 from fedloom.seeding import stream
 from fedloom.sites import policy
 from fedloom.sites.frame_parts import Refusal
@@ -191,9 +192,8 @@ class SiteTraining:
 
         self._lora.set_side(assignment.side)
         training, seed = self.sheet.local_training, self.sheet.seed
-        (result,) = train_cohort(
-            self._lora, [assignment.task], training, seed=seed, round=round, on_step=stop_between_steps
-        )
+        told = {"seed": seed, "round": round, "on_step": stop_between_steps}
+        (result,) = train_cohort(self._lora, [assignment.task], training, **told, draws=SystemDraws)  # type: ignore[arg-type]
         return result
 
 

@@ -112,7 +112,8 @@ class SitesRound:
         outcome = arrival.outcome
         site.posted, site.seconds = None, head.seconds
         if isinstance(outcome, Update):
-            site.last_loss, site.held = outcome.stats.loss_nats, outcome.held
+            stats, site.held = outcome.stats, outcome.held
+            site.last_loss = stats.loss_nats if stats.tells_loss else None
             assert site.ready is not None
             site.ready = site.ready.model_copy(
                 update={"last_round": head.round, "last_version": outcome.held, "kept_version": self._kept(site)}

@@ -1,0 +1,76 @@
+"""A run whose rows are hidden: with every kind of method, resumed anywhere, and nothing is told of a row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedloom.assembly import engine_choice
+from fedloom.config import Settings
+from fedloom.errors import SettingsError
+from fedloom.experiment import run
+
+Make = Callable[..., Settings]
+PRIVATE: dict[str, Any] = {"privacy__unit": "row", "privacy__noise_multiplier": 0.8}
+
+
+def private(make: Make, method: str = "flora", **overrides: object) -> Settings:
+    ranks: object = [4, 2, 1] if method in ("flora", "weave") else 2
+    return make(**{"method__name": method, "method__ranks": ranks, **PRIVATE, **overrides})
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adapter(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "adapter").rglob("*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides"),
+    [
+        ("flora", {"training__dropout": 0.1, "training__proximal": 0.1}),
+        ("weave", {"training__local_steps": 1}),
+        ("fedsa-lora", {}),
+        ("rolora", {"wire__dtype": "int4", "training__moments": "shared"}),
+        ("standalone", {}),
+    ],
+)
+def test_every_kind_of_method_hides_rows(
+    method: str, overrides: dict[str, Any], settings_for: Make, tmp_path: Path
+) -> None:
+    run(private(settings_for, method, **overrides), tmp_path / "run")
+    for record in records(tmp_path / "run"):
+        assert record["train_loss_nats"] is None
+        assert record["num_tokens"] == record["num_loss_tokens"] == 0
+        assert all(client["loss_nats"] is None and client["reason"] is None for client in record["clients"])
+    assert adapter(tmp_path / "run")
+
+
+def test_clients_at_once_and_a_resumption_change_no_bit(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(private(settings_for), tmp_path / "one")
+    monkeypatch.setitem(engine_choice.CLIENTS_AT_ONCE, "cpu", 3)
+    run(private(settings_for, federation__num_rounds=1), tmp_path / "many")
+    run(private(settings_for), tmp_path / "many")
+    assert adapter(tmp_path / "many") == adapter(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"method__weighting": "tokens"}, "method.weighting = tokens"),
+        ({"method__initialisation": "gradient", "method__name": "fedit"}, "method.initialisation = gradient"),
+        ({"method__name": "splitlora"}, "privacy.unit only with method.name = any but splitlora or base"),
+        ({"privacy__unit": "none"}, "privacy.noise_multiplier only with privacy.unit = row"),
+    ],
+)
+def test_what_would_tell_of_rows_is_refused(overrides: dict[str, Any], words: str, settings_for: Make) -> None:
+    with pytest.raises(SettingsError, match=words):
+        private(settings_for, **({"method": "flora"} | overrides))
