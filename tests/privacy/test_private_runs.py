@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 
 from fedloom.assembly import engine_choice
 from fedloom.config import Settings
-from fedloom.errors import SettingsError
+from fedloom.errors import MissingExtraError, SettingsError
 from fedloom.experiment import run
+from fedloom.privacy.ledger import LEDGER
 
 Make = Callable[..., Settings]
 PRIVATE: dict[str, Any] = {"privacy__unit": "row", "privacy__noise_multiplier": 0.8}
@@ -31,6 +33,7 @@ def adapter(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted((folder / "adapter").rglob("*.safetensors"))}
 
 
+@pytest.mark.extra("privacy")
 @pytest.mark.parametrize(
     ("method", "overrides"),
     [
@@ -52,6 +55,7 @@ def test_every_kind_of_method_hides_rows(
     assert adapter(tmp_path / "run")
 
 
+@pytest.mark.extra("privacy")
 def test_clients_at_once_and_a_resumption_change_no_bit(
     settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +64,57 @@ def test_clients_at_once_and_a_resumption_change_no_bit(
     run(private(settings_for, federation__num_rounds=1), tmp_path / "many")
     run(private(settings_for), tmp_path / "many")
     assert adapter(tmp_path / "many") == adapter(tmp_path / "one")
+    costs = [
+        [(record["privacy"], [client["epsilon"] for client in record["clients"]]) for record in records(folder)]
+        for folder in (tmp_path / "one", tmp_path / "many")
+    ]
+    assert costs[0] == costs[1]
+    assert 0.0 < costs[0][0][0]["epsilon"] < costs[0][1][0]["epsilon"]
+
+
+@pytest.mark.extra("privacy")
+def test_a_client_stops_at_its_budget_and_the_run_goes_on(settings_for: Make, tmp_path: Path) -> None:
+    run(private(settings_for, federation__num_rounds=1), tmp_path / "short")
+    costs = {client["client"]: client["epsilon"] for client in records(tmp_path / "short")[0]["clients"]}
+    first, *_, last = sorted(set(costs.values()))
+    assert first < last, "fewer rows are drawn more often"
+    limit = (first + last) / 2
+    allowed = {client for client, cost in costs.items() if cost <= limit}
+    run(private(settings_for, privacy__max_epsilon=limit, federation__num_rounds=1), tmp_path / "run")
+    (record,) = records(tmp_path / "run")
+    for client in record["clients"]:
+        is_allowed = client["client"] in allowed
+        assert (client["reason"] is None) is is_allowed
+        assert is_allowed or "expected at most privacy.max_epsilon" in client["reason"]
+        assert client["epsilon"] == (costs[client["client"]] if is_allowed else 0.0)
+    assert max(one["epsilon"] for one in record["clients"]) <= limit
+
+
+@pytest.mark.extra("privacy")
+def test_steps_are_booked_before_they_are_taken(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fedloom.clients.shared_base.train_cohort", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(private(settings_for), tmp_path / "run")
+    lines = (tmp_path / "run" / LEDGER).read_text().splitlines()
+    assert [json.loads(line)["client"] for line in lines] == [0, 1, 2]
+    run(private(settings_for), tmp_path / "run")
+    booked = [json.loads(line) for line in (tmp_path / "run" / LEDGER).read_text().splitlines()]
+    assert [(one["client"], one["round"]) for one in booked] == [(c, r) for r in (1, 2) for c in (0, 1, 2)]
+
+
+def test_a_missing_accountant_is_named_before_anything_is_made(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "dp_accounting", None)
+    with pytest.raises(MissingExtraError, match=r"privacy.unit needs the extra 'privacy'"):
+        run(private(settings_for), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

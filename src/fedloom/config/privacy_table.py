@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.config.setting import Positive, Table, having, setting
+from fedloom.config.setting import OpenFraction, Positive, Table, having, setting
 
 PRIVATE = {"privacy.unit": ("row",)}
 
@@ -23,4 +23,13 @@ class Privacy(Table):
     )
     noise_multiplier: Positive = setting(
         1.0, "Standard deviation of the noise on the clipped sum, in multiples of `privacy.clip`.", when=PRIVATE
+    )
+    delta: OpenFraction = setting(
+        1e-5, "The δ at which ε is counted; keep it well below one by a client's number of rows.", when=PRIVATE
+    )
+    max_epsilon: Positive | None = setting(
+        None,
+        "Most that a client may spend: before a round that would pass it the client stops taking part, and its record "
+        "says so; default: no limit, ε is counted all the same.",
+        when=PRIVATE,
     )
