@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from fedloom.assembly.round_plan import Population, training_of
 from fedloom.config import Settings
@@ -17,7 +17,9 @@ from fedloom.methods.state import Broadcast, Failure
 from fedloom.privacy.ledger import LEDGER, Booking, Budget, Ledger
 from fedloom.training.private_rows import private_steps_of, sampling_rate
 
-SIMULATED = "the run's seed: a simulation"
+SEED: Final = "seed"
+SYSTEM: Final = "system"
+"""Where draws come from: from the run's seed it is a simulation, from each site's operating system it is not."""
 
 
 @dataclass
@@ -72,7 +74,7 @@ def booking_of(settings: Settings, num_units: int, client: int, round: int) -> B
         steps=private_steps_of(num_units, training.batch_size, training.steps, training.epochs),
         rate=sampling_rate(num_units, training.batch_size),
         noise_multiplier=privacy.noise_multiplier,
-        draws="seed",
+        draws=SEED,
     )
 
 
@@ -105,5 +107,11 @@ def with_privacy(metrics: Mapping[str, Any], books: PrivacyBooks | None) -> dict
         return dict(metrics)
     ledger = books.ledger
     clients = [{**client, "epsilon": ledger.epsilon(client["client"])} for client in metrics["clients"]]
-    privacy = {"unit": "row", "epsilon": ledger.most(), "delta": ledger.budget.delta, "draws": SIMULATED}
+    privacy = privacy_record([ledger.most()], ledger.budget.delta, SEED)
     return {**metrics, "clients": clients, "privacy": privacy}
+
+
+def privacy_record(spent: Sequence[float | None], delta: float, draws: str) -> dict[str, Any]:
+    """Return a round's record of privacy: what whoever spent most has spent so far, as far as it is known."""
+    known = [cost for cost in spent if cost is not None]
+    return {"unit": "row", "epsilon": max(known, default=None), "delta": delta, "draws": draws}

@@ -18,6 +18,7 @@ from fedloom.data.sources import Rows
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
+from fedloom.experiment.booked_engine import SYSTEM, privacy_record
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
 from fedloom.experiment.run_summary import RunSummary
 from fedloom.experiment.session import NOTHING_HELD_OUT, Session
@@ -219,6 +220,11 @@ class SitesRounds(AdapterRounds):
                 self.sites.sites[self.sites.names[client.client]].left_out = client.reason
         self.sites.catch_up()
         metrics["sites"] = self.sites.report()
+        if (privacy := self.kind.settings.privacy).unit != "none":
+            told = {client: self.sites.sites[name].epsilon for client, name in enumerate(self.sites.names)}
+            for one in metrics["clients"]:
+                one["epsilon"] = told[one["client"]]
+            metrics["privacy"] = privacy_record([*told.values()], privacy.delta, SYSTEM)
         for line in self.sites.lines():
             self.progress.note(f"  {line}")
         write_holdings(self.folder, self.kind.population)

@@ -92,7 +92,7 @@ class SitesRound:
         return self.engine.is_lost(site.posted, site.posted_bytes if is_same else 0)
 
     def _take_result(self, site: SiteState, head: Result, body: Body) -> None:
-        client, refusal = site.client, head.refusal
+        client, refusal, site.epsilon = site.client, head.refusal, head.epsilon
         if refusal is not None and refusal.code == policy.BEHIND and not site.is_whole_sent:
             site.is_whole_sent = True
             self.engine.note(f"{site.name} needs the whole side")
