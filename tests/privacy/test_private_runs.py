@@ -13,8 +13,9 @@ import pytest
 from fedloom.assembly import engine_choice
 from fedloom.config import Settings
 from fedloom.errors import MissingExtraError, SettingsError
-from fedloom.experiment import run
+from fedloom.experiment import describe, run
 from fedloom.privacy.ledger import LEDGER
+from fedloom.reporting.report import write_report
 
 Make = Callable[..., Settings]
 PRIVATE: dict[str, Any] = {"privacy__unit": "row", "privacy__noise_multiplier": 0.8}
@@ -106,6 +107,33 @@ def test_steps_are_booked_before_they_are_taken(
     run(private(settings_for), tmp_path / "run")
     booked = [json.loads(line) for line in (tmp_path / "run" / LEDGER).read_text().splitlines()]
     assert [(one["client"], one["round"]) for one in booked] == [(c, r) for r in (1, 2) for c in (0, 1, 2)]
+
+
+@pytest.mark.extra("privacy")
+def test_describe_says_before_a_run_what_summary_and_report_say_after_it(settings_for: Make, tmp_path: Path) -> None:
+    drawn = {"federation__clients_per_round": 2, "federation__num_rounds": 3}
+    planned = describe(private(settings_for, **drawn, privacy__max_epsilon=2.0))
+    assert planned.privacy is not None
+    summary = run(private(settings_for, **drawn), tmp_path / "run")
+    spent = {c["name"]: c["epsilon"] for record in records(tmp_path / "run") for c in record["clients"]}
+    told = {one.name: one.epsilon for one in planned.privacy.clients if one.rounds}
+    assert told == {name: pytest.approx(cost, rel=2e-3) for name, cost in spent.items()}
+    assert all(told[name] >= cost for name, cost in spent.items())
+    assert summary.privacy is not None
+    assert summary.privacy["epsilon"] == max(spent.values())
+    assert f"at most ε = {max(spent.values()):.3f} at δ = 1e-05; a simulation" in summary.lines()[-1]
+    write_report([tmp_path / "run"], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert f"ε = {max(spent.values()):.3f} at δ = 1e-05; a simulation" in page
+    assert "ε spent" in page
+    enough = planned.privacy.enough_noise
+    assert enough is not None
+    lines = planned.lines()
+    assert any(f"privacy.noise_multiplier = {enough:g} none would stop" in line for line in lines)
+    quiet = describe(private(settings_for, **drawn, privacy__max_epsilon=2.0, privacy__noise_multiplier=enough))
+    assert quiet.privacy is not None
+    assert 1.9 < max(one.epsilon for one in quiet.privacy.clients) <= 2.0
+    assert quiet.privacy.enough_noise is None
 
 
 def test_a_missing_accountant_is_named_before_anything_is_made(

@@ -10,7 +10,7 @@ PRIVATE = {"privacy.unit": ("row",)}
 
 
 class Privacy(Table):
-    """What is hidden, and how well: differential privacy."""
+    """What is hidden, and how well: differential privacy. It needs the extra `privacy`; [what it means](privacy.md)."""
 
     unit: Literal["none", "row"] = setting(
         "none",

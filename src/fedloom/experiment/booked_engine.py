@@ -5,21 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-from fedloom.assembly.round_plan import Population, training_of
+from fedloom.assembly.private_rounds import SEED, booking_of, budget_of, num_units_of
+from fedloom.assembly.round_plan import Population
 from fedloom.config import Settings
-from fedloom.data.tokens import TokenSet
 from fedloom.errors import PrivacyError
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import Engine
 from fedloom.methods.state import Broadcast, Failure
-from fedloom.privacy.ledger import LEDGER, Booking, Budget, Ledger
-from fedloom.training.private_rows import private_steps_of, sampling_rate
-
-SEED: Final = "seed"
-SYSTEM: Final = "system"
-"""Where draws come from: from the run's seed it is a simulation, from each site's operating system it is not."""
+from fedloom.privacy.ledger import LEDGER, Booking, Ledger
 
 
 @dataclass
@@ -59,25 +54,6 @@ class BookedEngine:
             yield from self.engine.train(allowed)
 
 
-def budget_of(settings: Settings) -> Budget:
-    """Return what a client may spend."""
-    return Budget(settings.privacy.delta, settings.privacy.max_epsilon)
-
-
-def booking_of(settings: Settings, num_units: int, client: int, round: int) -> Booking:
-    """Return what a client of so many units spends in a round of a run in one process or on a cluster."""
-    training, privacy = training_of(settings), settings.privacy
-    return Booking(
-        run="",
-        client=client,
-        round=round,
-        steps=private_steps_of(num_units, training.batch_size, training.steps, training.epochs),
-        rate=sampling_rate(num_units, training.batch_size),
-        noise_multiplier=privacy.noise_multiplier,
-        draws=SEED,
-    )
-
-
 def books_of(settings: Settings, population: Population, folder: Path) -> PrivacyBooks | None:
     """Return a run's books, as far as they were kept; None where rows are not hidden.
 
@@ -94,11 +70,6 @@ def books_of(settings: Settings, population: Population, folder: Path) -> Privac
         return booking_of(settings, units[client], client, round)
 
     return PrivacyBooks(Ledger(folder / LEDGER, budget_of(settings)), booking)
-
-
-def num_units_of(rows: TokenSet) -> int:
-    """Return how many units a client's rows are of."""
-    return len(rows.by_unit())
 
 
 def with_privacy(metrics: Mapping[str, Any], books: PrivacyBooks | None) -> dict[str, Any]:

@@ -17,8 +17,10 @@ from typing import Any
 
 from fedloom.errors import MissingExtraError
 
-_INTERVAL = 1e-4
-"""Discretisation of the privacy loss; dp-accounting's own default. What it rounds, it rounds up."""
+_INTERVAL, _COARSE = 1e-4, 1e-3
+"""Discretisation of the privacy loss: dp-accounting's own default, and one ten times cheaper, for plans. What either
+rounds, it rounds up."""
+_MOST_NOISE = 1e4
 
 
 @dataclass(frozen=True, order=True)
@@ -48,6 +50,33 @@ def epsilon(steps: Mapping[PrivateStep, int], delta: float) -> float:
     return _epsilon(taken, delta) if taken else 0.0
 
 
+def epsilon_at_most(step: PrivateStep, count: int, delta: float) -> float:
+    """Return a little more than ε at δ of so many equal steps: about a thousandth too much, in a tenth of the time.
+
+    Raises:
+        MissingExtraError: dp-accounting is not installed.
+    """
+    if count == 0:
+        return 0.0
+    return float(_loss_of(step, _COARSE).self_compose(count).get_epsilon_for_delta(delta))
+
+
+def noise_multiplier_for(rate: float, count: int, delta: float, max_epsilon: float) -> float:
+    """Return the least noise, in hundredths of the clip, with which so many steps cost at most ``max_epsilon``.
+
+    Raises:
+        MissingExtraError: dp-accounting is not installed.
+    """
+    low, high = 0.0, 1.0
+    while epsilon_at_most(PrivateStep(rate, high), count, delta) > max_epsilon and high < _MOST_NOISE:
+        low, high = high, 2.0 * high
+    while high - low > 0.01 + 1e-9:
+        middle = round((low + high) / 2, 2)
+        enough = epsilon_at_most(PrivateStep(rate, middle), count, delta) <= max_epsilon
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
 @lru_cache(maxsize=4096)
 def _epsilon(taken: tuple[tuple[PrivateStep, int], ...], delta: float) -> float:
     if any(step.noise_multiplier == 0.0 for step, _ in taken):
@@ -60,12 +89,12 @@ def _epsilon(taken: tuple[tuple[PrivateStep, int], ...], delta: float) -> float:
 
 
 @lru_cache(maxsize=64)
-def _loss_of(step: PrivateStep) -> Any:
+def _loss_of(step: PrivateStep, interval: float = _INTERVAL) -> Any:
     """Return the privacy loss distribution of one step."""
     dp = _dp_accounting()
     return dp.pld.privacy_loss_distribution.from_gaussian_mechanism(
         standard_deviation=step.noise_multiplier,
-        value_discretization_interval=_INTERVAL,
+        value_discretization_interval=interval,
         sampling_prob=step.rate,
         neighboring_relation=dp.NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
