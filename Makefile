@@ -11,7 +11,7 @@ PYTEST_FLAGS ?=
 export OMP_NUM_THREADS ?= 1
 
 # The extras that users may install; `[dev]` and `[docs]` are ours.
-EXTRAS := cluster,figures,lm-eval,meteor,mlflow,quantized,sentencepiece,sites,wandb
+EXTRAS := cluster,figures,lm-eval,meteor,mlflow,privacy,quantized,sentencepiece,sites,wandb
 EXTRAS_READY := $(VENV)/.extras-ready
 
 .PHONY: setup test test-slow faults test-extras check format demo docs families clean

@@ -150,7 +150,7 @@ def site_of(name: str, rows: Path, folder: Path, base: Path, **policy: Any) -> S
 def study_of(settings: Settings, names: list[str], *, held_out_at: str = "server", **sites: Any) -> Study:
     """Return the study that trains as the settings of one process do."""
     document = settings.as_dict()
-    kept = ("model", "method", "server", "training", "split", "wire", "evaluation", "run")
+    kept = ("model", "method", "server", "training", "privacy", "split", "wire", "evaluation", "run")
     data = {key: document["data"][key] for key in ("shape", "template", "overlong", "max_length", "loss_on")}
     sites["evaluate"] = held_out_at
     if held_out_at == "server":

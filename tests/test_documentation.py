@@ -114,7 +114,7 @@ def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     settings = {name for name, _ in config.every_setting()}
     tables = {name.partition(".")[0] for name in settings}
     for name in re.findall(rf"`((?:{'|'.join(sorted(tables))})\.[a-z_0-9]+)\b", prose_of(page)):
-        assert name in settings or name.endswith((".json", ".toml")), name
+        assert name in settings or name.endswith((".json", ".jsonl", ".toml")), name
 
 
 def test_the_map_of_the_design_holds_every_package() -> None:

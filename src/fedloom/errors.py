@@ -12,6 +12,7 @@
     │   └── BehindError      news that do not continue the side a client holds  (ValueError)
     ├── RunError             a run folder that cannot be created or resumed     (RuntimeError)
     │   └── TooFewClientsError   fewer usable updates than the set minimum      (RuntimeError)
+    ├── PrivacyError         steps that would pass privacy.max_epsilon          (RuntimeError)
     ├── EvaluationError      outputs, references or questions that do not fit   (ValueError)
     │   └── EndpointError    a judge's endpoint that is down, slow or rejects   (ConnectionError)
     └── MissingExtraError    an optional dependency that is not installed       (ImportError)
@@ -79,6 +80,10 @@ class RunError(FedloomError, RuntimeError):
 
 class TooFewClientsError(RunError):
     """Fewer usable updates arrived than the minimum."""
+
+
+class PrivacyError(FedloomError, RuntimeError):
+    """Steps that would cost more privacy than may be spent."""
 
 
 class EvaluationError(FedloomError, ValueError):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from fedloom.assembly.inputs import Inputs, Workshop
@@ -47,14 +48,15 @@ def _placed(name: str) -> str:
 def arrays_of(inputs: Inputs) -> list[NDArray[Any]]:
     """Return the rows and their owners as arrays."""
     tokens, partition = inputs.tokens, inputs.partition
-    return [tokens.input_ids, tokens.supervised, tokens.starts, partition.rows, partition.starts]
+    units = np.arange(len(tokens)) if tokens.units is None else tokens.units
+    return [tokens.input_ids, tokens.supervised, tokens.starts, units, partition.rows, partition.starts]
 
 
 def furnish(document: dict[str, Any], arrays: Sequence[NDArray[Any]]) -> Station:
     """Load the base and make the clients of a worker; rows stay where they are, in the machine's shared memory."""
     settings = resolve(document, "the driver's settings", also=())
     base, lora = Workshop().base(settings)
-    tokens, (rows, starts) = TokenSet(*arrays[:3]), arrays[3:]
+    tokens, (rows, starts) = TokenSet(*arrays[:4]), arrays[4:]
 
     def rows_of(client: int) -> TokenSet:
         return tokens.select(rows[starts[client] : starts[client + 1]])

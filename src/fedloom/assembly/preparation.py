@@ -27,6 +27,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.methods.side import digest
 from fedloom.methods.traits import Kind
 from fedloom.models.load import Base, check_quantization, choose_device
+from fedloom.privacy.accountant import check_accountant
 from fedloom.reporting.trackers import check_trackers
 from fedloom.run_folder.claim import (
     is_begun,
@@ -44,7 +45,7 @@ from fedloom.split.plan import SplitPlan
 from fedloom.training.row_losses import check_finite
 from fedloom.wording import counted
 
-ALONE = ("folder", "device", "engine", "trackers", "quantization", "suites", "rows", "held_out_rows")
+ALONE = ("folder", "device", "engine", "accountant", "trackers", "quantization", "suites", "rows", "held_out_rows")
 """Steps that need no other."""
 IN_TURN = ("loaded", "inputs", "placed", "plan", "identity", "numbers")
 """Steps of which each needs those before it."""
@@ -78,6 +79,12 @@ class Preparation:
     def engine(self) -> None:
         """What the engine needs is installed."""
         check_engine(self.settings)
+
+    @cached_property
+    def accountant(self) -> None:
+        """What counts the cost of privacy is installed."""
+        if self.settings.privacy.unit != "none":
+            check_accountant()
 
     @cached_property
     def trackers(self) -> None:

@@ -37,6 +37,7 @@ from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, Se
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.causal import context_of
 from fedloom.training.cohort_round import LocalTraining
+from fedloom.training.private_rows import RowPrivacy
 
 _ENDLESS = 1 << 20
 """Tokens of a row where neither the recipe nor the base states a limit."""
@@ -247,4 +248,11 @@ def training_of(settings: Settings) -> LocalTraining:
         proximal=training.proximal,
         token_budget=training.token_budget,
         start_rounds=settings.start_rounds,
+        privacy=privacy_of(settings),
     )
+
+
+def privacy_of(settings: Settings) -> RowPrivacy | None:
+    """Return how clients hide their rows; None where they do not."""
+    privacy = settings.privacy
+    return RowPrivacy(privacy.clip, privacy.noise_multiplier) if privacy.unit == "row" else None

@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 from fedloom.config.algorithm import Federation, Method, Server, Split, Training
 from fedloom.config.conduct import Devices, Engine, Evaluation, Run, Wire
 from fedloom.config.input_tables import Data, Model, Partition
+from fedloom.config.privacy_table import Privacy
 from fedloom.config.setting import Table
 from fedloom.methods.table import traits_of
 from fedloom.methods.traits import GRADIENT, Traits
@@ -44,6 +45,7 @@ class Settings(Table):
     server: Server = Field(default_factory=Server)
     federation: Federation = Field(default_factory=Federation)
     training: Training = Field(default_factory=Training)
+    privacy: Privacy = Field(default_factory=Privacy)
     split: Split = Field(default_factory=Split)
     devices: Devices = Field(default_factory=Devices)
     wire: Wire = Field(default_factory=Wire)

@@ -177,7 +177,8 @@ def encode(
         remedy = longer if answered else "check the rows and their shape"
         raise DataError(f"expected at least one usable row, got none in {len(records)} ({counts.told}); {remedy}")
     tokens = TokenSet.from_rows((row.ids, _supervised(row, loss_on)) for _, row in kept)
-    return Encoded(tokens, np.array([index for index, _ in kept], np.int64), counts)
+    indices = np.array([index for index, _ in kept], np.int64)
+    return Encoded(replace(tokens, units=indices), indices, counts)
 
 
 def resolve_template(

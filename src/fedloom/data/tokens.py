@@ -18,18 +18,22 @@ class TokenSet:
 
     ``input_ids`` (T,) int32 and ``supervised`` (T,) bool are flat; row i is the range ``starts[i]:starts[i+1]`` of
     both, with ``starts`` (N+1,) int64. A supervised token is a target: the model predicts it from those before it in
-    its row, so a row's first token never is one. The arrays are read-only.
+    its row, so a row's first token never is one. ``units`` (N,) int64 are equal for rows that come from one row of a
+    file, and None where each is a row of its own. The arrays are read-only.
     """
 
     input_ids: npt.NDArray[np.int32]
     supervised: npt.NDArray[np.bool_]
     starts: IntArray
+    units: IntArray | None = None
 
     def __post_init__(self) -> None:
         if len(self.starts) == 0 or self.starts[0] != 0 or self.starts[-1] != len(self.input_ids):
             raise ValueError("starts must run from 0 to the number of tokens")
         if len(self.supervised) != len(self.input_ids) or (np.diff(self.starts) < 0).any():
             raise ValueError("input_ids and supervised must have one length, and starts must not fall")
+        if self.units is not None and len(self.units) != len(self):
+            raise ValueError("units must have one entry per row")
         for array in (self.input_ids, self.supervised, self.starts):
             array.setflags(write=False)
 
@@ -45,7 +49,7 @@ class TokenSet:
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenSet]) -> TokenSet:
-        """Join the rows of several sets, in order."""
+        """Join the rows of several sets, in order; each is a row of its own."""
         if not parts:
             return cls.from_rows([])
         lengths = np.concatenate([part.lengths for part in parts])
@@ -73,7 +77,16 @@ class TokenSet:
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths[chosen])])
         shift = self.starts[:-1][chosen] - starts[:-1]
         tokens = np.arange(starts[-1]) + np.repeat(shift, np.diff(starts))
-        return TokenSet(self.input_ids[tokens], self.supervised[tokens], starts)
+        units = None if self.units is None else self.units[chosen]
+        return TokenSet(self.input_ids[tokens], self.supervised[tokens], starts, units)
+
+    def by_unit(self) -> list[IntArray]:
+        """Return the positions of the rows of each unit, in the order of the units' first rows."""
+        if self.units is None:
+            return list(np.arange(len(self))[:, None])
+        _, first, unit_of_row = np.unique(self.units, return_index=True, return_inverse=True)
+        parts = np.split(np.argsort(unit_of_row, kind="stable"), np.cumsum(np.bincount(unit_of_row))[:-1])
+        return [parts[unit] for unit in np.argsort(first)] if len(self) else []
 
     @property
     def lengths(self) -> IntArray:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from fedloom.assembly.split_run import (
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.engines.running import RunningEngine
+from fedloom.experiment.booked_engine import BookedEngine, PrivacyBooks, books_of, with_privacy
 from fedloom.experiment.round_records import UpdateKeeper, metrics_of, update_keeper
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import Engine, RoundPlan, RoundRecord, run_rounds
@@ -165,7 +167,7 @@ class AdapterRounds:
         settings, population = self.kind.settings, self.kind.population
         with ExitStack() as stack:
             engine = stack.enter_context(self.engine())
-            shown = ShownEngine(engine, self.progress)
+            shown = ShownEngine(engine if self.books is None else BookedEngine(engine, self.books), self.progress)
             keeper = None
             if settings.run.keep_updates:
                 scales = population.scales
@@ -189,7 +191,14 @@ class AdapterRounds:
 
     def metrics(self, record: RoundRecord) -> dict[str, Any]:
         """Return a round's record; called once a round, before the next one begins."""
-        return metrics_of(record, self.kind.settings.method.name, self.kind.population.names)
+        metrics = metrics_of(record, self.kind.settings.method.name, self.kind.population.names)
+        return with_privacy(metrics, self.books)
+
+    @cached_property
+    def books(self) -> PrivacyBooks | None:
+        """What clients have spent of their privacy; None where rows are not hidden, or each site keeps its own."""
+        kind = self.kind
+        return None if kind.inputs is None else books_of(kind.settings, kind.population, self.path)
 
     def _writers(self, record: RoundRecord, keeper: UpdateKeeper | None) -> dict[str, Writer]:
         if keeper is None:
@@ -255,7 +264,9 @@ class ShownEngine:
             self.progress.round_started(broadcasts[0].round, len(broadcasts))
         for arrival in self.engine.train(broadcasts):
             outcome = arrival.outcome
-            loss = outcome.stats.loss_nats if isinstance(outcome, Update) else None
+            loss = None
+            if isinstance(outcome, Update):
+                loss = outcome.stats.loss_nats if outcome.stats.tells_loss else math.nan
             self.progress.client_done(outcome.client, loss)
             yield arrival
 

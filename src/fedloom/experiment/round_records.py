@@ -35,11 +35,12 @@ def metrics_of(record: RoundRecord, method: str, names: Sequence[str]) -> dict[s
     used = [client for client in record.clients if client.reason is None]
     counted = [client.stats for client in used if client.stats is not None]
     tokens = sum(stats.num_loss_tokens for stats in counted)
+    nats = sum(stats.loss_nats * stats.num_loss_tokens for stats in counted)
     figures, agreement = record.figures, record.figures.agreement
     return {
         "round": record.round,
         "method": method,
-        "train_loss_nats": sum(stats.loss_nats * stats.num_loss_tokens for stats in counted) / max(tokens, 1),
+        "train_loss_nats": nats / tokens if tokens else None,
         "eval": record.evaluation or None,
         "aggregation_noise": figures.aggregation_noise,
         "change_norm": figures.change_norm,

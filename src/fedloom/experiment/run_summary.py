@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedloom.reporting.privacy import privacy_line
 from fedloom.wording import counted, written_bytes
 
 
@@ -27,6 +28,7 @@ class RunSummary:
     peak_device_memory_bytes: int | None
     aggregation_noise: float | None
     rank: int
+    privacy: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as plain values."""
@@ -56,4 +58,6 @@ class RunSummary:
         lines.append(f"bytes up {up}, down {down}; peak memory {written_bytes(self.peak_memory_bytes)}{of_device}")
         if self.aggregation_noise is not None:
             lines.append(f"aggregation noise of the last round {self.aggregation_noise:.3g}")
+        if self.privacy is not None:
+            lines.append(privacy_line(self.privacy))
         return lines

@@ -309,4 +309,5 @@ class Session:
             peak_device_memory_bytes=max((r.get("peak_device_memory_bytes") or 0 for r in records), default=0) or None,
             aggregation_noise=records[-1]["aggregation_noise"] if records else None,
             rank=max(state.shared.ranks.values(), default=0),
+            privacy=records[-1].get("privacy") if records else None,
         )

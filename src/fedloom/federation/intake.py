@@ -20,7 +20,8 @@ from fedloom.methods.state import Broadcast, Failure, ServerState, Update
 from fedloom.methods.strategy import Strategy, Weighting, weigh
 from fedloom.training.stats import TrainingStats
 
-_NO_STATS = asdict(TrainingStats(0)) | {"loss_nats": None, "loss_last_nats": None}
+_NO_LOSS = {"loss_nats": None, "loss_last_nats": None}
+_NO_STATS = asdict(TrainingStats(0)) | _NO_LOSS
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +87,9 @@ class ClientRecord:
     def as_dict(self) -> dict[str, Any]:
         """Return the record as plain values, the client's counts beside the others."""
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "stats"}
-        return own | (asdict(self.stats) if self.stats is not None else _NO_STATS)
+        if self.stats is None:
+            return own | _NO_STATS
+        return own | asdict(self.stats) | ({} if self.stats.tells_loss else _NO_LOSS)
 
 
 @dataclass

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -33,6 +33,9 @@ from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lin
 from fedloom.training.cohort_round import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
 from fedloom.wording import counted, written_bytes
+
+if TYPE_CHECKING:
+    from fedloom.preview.privacy_costs import PlannedPrivacy
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
@@ -78,11 +81,14 @@ class Description:
     narrow_modules: Mapping[str, int] = field(default_factory=dict)
     sketch_cohort_size: int = 0
     start_bytes: tuple[int, int] = (0, 0)
+    privacy: PlannedPrivacy | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
         cuts = None if self.cuts is None else self.cuts.as_dict()
-        return {**self.__dict__, "cuts": cuts, "schedules": [one.as_dict() for one in self.schedules]}
+        schedules = [one.as_dict() for one in self.schedules]
+        privacy = None if self.privacy is None else self.privacy.as_dict()
+        return {**self.__dict__, "cuts": cuts, "schedules": schedules, "privacy": privacy}
 
     def lines(self) -> list[str]:
         """Return the description for people."""
@@ -125,7 +131,16 @@ class Description:
         cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
         schedules = ["", *schedule_lines(self.schedules)] if self.schedules else []
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
-        return [*lines, *cuts, *schedules, "", *chosen, "Settings not shown have their defaults; --json prints all."]
+        privacy = ["", *self.privacy.lines()] if self.privacy is not None else []
+        return [
+            *lines,
+            *cuts,
+            *privacy,
+            *schedules,
+            "",
+            *chosen,
+            "Settings not shown have their defaults; --json prints all.",
+        ]
 
     def _narrow_lines(self) -> list[str]:
         """Return which modules are narrower than a client's rank, by their last names."""
@@ -184,7 +199,14 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         cuts=cut_table(settings, model, lora.shapes) if settings.traits.is_cut else None,
         sketch_cohort_size=sizes.sketch_cohort_size,
         start_bytes=sizes.start,
+        privacy=_privacy(written),
     )
+
+
+def _privacy(settings: Settings) -> PlannedPrivacy | None:
+    from fedloom.preview.privacy_costs import planned_privacy  # it prepares a run over the skeleton that is made here
+
+    return planned_privacy(settings)
 
 
 def num_trained(lora: LoRAModel, rank: int) -> int:

@@ -97,6 +97,7 @@ FIGURES = (
     NOISE,
     Metric("upload_bytes", "bytes up", unit="B", path=("upload_bytes",), over_rounds="sum"),
     Metric("download_bytes", "bytes down", unit="B", path=("download_bytes",), over_rounds="sum"),
+    Metric("epsilon", "ε", path=("privacy", "epsilon")),
     ROWS_TRAINED,
     Metric("num_rounds", "rounds", "neither", digits=0, path=("round",)),
     DEVICE_PEAK,
@@ -107,6 +108,7 @@ FIGURES = (
 CLIENT_FIGURES = (
     Metric("loss_nats", "training loss [nats]", path=("loss_nats",)),
     Metric("num_rows", "rows", "neither", digits=0, path=("num_rows",)),
+    Metric("epsilon", "ε spent", path=("epsilon",)),
     Metric("norm", "norm of the update", "neither", path=("norm",)),
     Metric("seconds", "seconds", unit="s", path=("seconds",)),
     Metric("upload_bytes", "bytes sent up", unit="B", path=("upload_bytes",)),

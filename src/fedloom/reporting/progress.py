@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -41,7 +42,7 @@ class Progress(Protocol):
         """Say that one client finished its optimiser step ``step`` of ``num_steps`` (from 1)."""
 
     def client_done(self, client: int, loss_nats: float | None) -> None:
-        """Say that one client finished, or failed (None)."""
+        """Say that one client finished, without telling a loss (NaN), or failed (None)."""
 
     def round_done(self, record: Mapping[str, Any]) -> None:
         """Say what came of the round: the record of metrics.jsonl."""
@@ -174,7 +175,8 @@ class LiveProgress(SilentProgress):
 
     def client_done(self, client: int, loss_nats: float | None) -> None:
         """Advance the bar of clients."""
-        outcome = f"client {client} dropped" if loss_nats is None else f"client {client}  loss {loss_nats:.3f}"
+        told = " dropped" if loss_nats is None else "" if math.isnan(loss_nats) else f"  loss {loss_nats:.3f}"
+        outcome = f"client {client}{told}"
         self._bars.update(self._clients, advance=1, detail=outcome)
 
     def round_done(self, record: Mapping[str, Any]) -> None:

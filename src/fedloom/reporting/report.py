@@ -10,6 +10,7 @@ from fedloom.reporting.metrics import DEVICE_PEAK, LOSS, PEAK, metric_of
 from fedloom.reporting.page import adapter, clients, costs, provenance, results, tuning
 from fedloom.reporting.page.document import page, scheme_button
 from fedloom.reporting.page.parts import key, section
+from fedloom.reporting.privacy import privacy_line
 from fedloom.reporting.run_groups import RunGroup, result_table
 from fedloom.reporting.svg import element
 from fedloom.reporting.tuned import Tuning
@@ -87,7 +88,19 @@ def _header(groups: Sequence[RunGroup], damaged: Sequence[str]) -> str:
     head = element("div", element("h1", text=_heading(groups)), scheme_button())
     about = element("p", text=_about(groups), class_="lead")
     shown = [element("p", text=warning, class_="warning") for warning in warnings]
+    shown += [element("p", text=line) for line in _privacy(groups)]
     return element("header", head, about, *shown, _tiles(groups))
+
+
+def _privacy(groups: Sequence[RunGroup]) -> list[str]:
+    """Return a line per group whose runs hide something: of the run that it cost most."""
+    lines = []
+    for group in groups:
+        told = [run.records[-1]["privacy"] for run in group.runs if run.records and run.records[-1].get("privacy")]
+        if told:
+            most = max(told, key=lambda privacy: privacy.get("epsilon") or 0.0)
+            lines.append(f"{group.label}: {privacy_line(most)}.")
+    return lines
 
 
 def _heading(groups: Sequence[RunGroup]) -> str:

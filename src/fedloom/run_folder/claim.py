@@ -31,6 +31,7 @@ ENTRIES = (
     "finished.json",
     "rounds",
     "metrics.jsonl",
+    "privacy.jsonl",
     "tensorboard",
     ADAPTER,
     EVALUATION,

@@ -72,7 +72,10 @@ class Ready(Part):
 
 
 class Result(Part):
-    """Site: the answer to a task; without a body where it has no update, and then with the reason."""
+    """Site: the answer to a task; without a body where it has no update, and then with the reason.
+
+    ``epsilon`` is what the study has cost its rows so far, where they are hidden.
+    """
 
     kind: Literal["result"] = "result"
     run: RunId
@@ -81,6 +84,7 @@ class Result(Part):
     refusal: Refusal | None = None
     again: bool = False
     seconds: Annotated[float, Ge(0)] = 0.0
+    epsilon: Annotated[float, Ge(0)] | None = None
 
 
 class Scored(Part):

@@ -20,6 +20,7 @@ SUPERSEDED = "superseded"
 ENDED = "trainer-ended"
 LOST = "period-lost"
 DISK = "disk"
+BUDGET = "budget"
 
 _WORDS: Mapping[str, str] = {
     "method": "its policy (policy.methods) does not allow the study's method",
@@ -32,6 +33,9 @@ _WORDS: Mapping[str, str] = {
     "base-not-allowed": "its policy (policy.bases) does not list the study's base {asked}",
     "rows": "its policy (policy.min_rows) takes part from {allowed} rows on, it has {rows}",
     "rows-hidden": "its policy (policy.hide_row_count) wants training.local_steps: epochs would tell its rows",
+    "unhidden": "its policy (policy.max_epsilon) wants its rows hidden (privacy.unit = row)",
+    BUDGET: "its rows have cost what they may (privacy.max_epsilon, or policy.max_epsilon of the site)",
+    "extra": "fedloom lacks an extra there that the study needs; its own log says which",
     UNCONFIRMED: "its owner has not agreed to this run yet (fedloom site confirm)",
     "base-differs": "expected base {study}, it has {site}",
     "tokenizer-differs": "expected tokenizer {study}, it has {site}",
@@ -91,6 +95,8 @@ def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
         return Refusal(code="labels")
     if policy.hide_row_count and training.steps is None:
         return Refusal(code="rows-hidden")
+    if policy.max_epsilon is not None and training.privacy is None:
+        return Refusal(code="unhidden")
     rounds, steps = training.start_rounds + training.total_rounds, training.steps or 0
     budget = training.token_budget
     if split is not None:  # a round is a period, and a pass has the rows of a micro-batch: see of_inputs

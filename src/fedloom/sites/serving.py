@@ -12,12 +12,14 @@ from typing import Any
 
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import check_folder, refuse_fewer_rounds
+from fedloom.assembly.private_rounds import SYSTEM
 from fedloom.assembly.round_plan import Population, cohorts, plan_of
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.sources import Rows
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
+from fedloom.experiment.booked_engine import privacy_record
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
 from fedloom.experiment.run_summary import RunSummary
 from fedloom.experiment.session import NOTHING_HELD_OUT, Session
@@ -218,6 +220,11 @@ class SitesRounds(AdapterRounds):
                 self.sites.sites[self.sites.names[client.client]].left_out = client.reason
         self.sites.catch_up()
         metrics["sites"] = self.sites.report()
+        if (privacy := self.kind.settings.privacy).unit != "none":
+            told = {client: self.sites.sites[name].epsilon for client, name in enumerate(self.sites.names)}
+            for one in metrics["clients"]:
+                one["epsilon"] = told[one["client"]]
+            metrics["privacy"] = privacy_record([*told.values()], privacy.delta, SYSTEM)
         for line in self.sites.lines():
             self.progress.note(f"  {line}")
         write_holdings(self.folder, self.kind.population)

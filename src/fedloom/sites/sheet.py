@@ -29,6 +29,7 @@ from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
 from fedloom.training.cohort_round import SKETCH_ROWS, LocalTraining
+from fedloom.training.private_rows import RowPrivacy
 
 _LARGEST = 10**9
 Number = Annotated[int, Ge(1), Le(_LARGEST)]
@@ -36,6 +37,20 @@ Block = Annotated[int, Ge(1), Le(1 << 16)]
 Rate = Annotated[float, Ge(0), Le(1e9)]
 Share = Annotated[float, Ge(0), Lt(1)]
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class SheetPrivacy(Part):
+    """How the site hides its rows: ``RowPrivacy``, bounded."""
+
+    clip: Annotated[float, Gt(0), Le(1e9)]
+    noise_multiplier: Annotated[float, Gt(0), Le(1e9)]
+
+
+class SheetBudget(Part):
+    """What a site may spend on a study by the study's own word; its policy may allow less."""
+
+    delta: Annotated[float, Gt(0), Lt(1)]
+    max_epsilon: Annotated[float, Gt(0), Le(1e9)] | None = None
 
 
 class SheetTraining(Part):
@@ -58,6 +73,7 @@ class SheetTraining(Part):
     proximal: Rate = 0.0
     token_budget: Number
     start_rounds: Annotated[int, Ge(0), Le(1)] = 0
+    privacy: SheetPrivacy | None = None
 
 
 class SheetSplit(Part):
@@ -146,6 +162,7 @@ class Sheet(Part):
     moments: Literal["fresh", "own", "shared"] = "fresh"
     moments_prior: Number = 2
     sketch_rank: Annotated[int, Ge(1), Le(1 << 20)] | None = None
+    budget: SheetBudget | None = None
 
     def rank_asked(self, round: int) -> int:
         """Return the rank of a round's task: the client's own, but where it sketches a gradient."""
@@ -154,7 +171,8 @@ class Sheet(Part):
     @property
     def local_training(self) -> LocalTraining:
         """What the client does in a round."""
-        return LocalTraining(**dict(self.training))
+        privacy = None if self.training.privacy is None else RowPrivacy(**dict(self.training.privacy))
+        return LocalTraining(**{**dict(self.training), "privacy": privacy})
 
     @property
     def line(self) -> str:
@@ -168,7 +186,10 @@ class Sheet(Part):
             rounds = f"{self.split.num_periods} rounds of {self.split.aggregate_every} steps"
             labels = "cross" if self.split.tail_blocks is None else "stay"
             cut = f", the model cut after block {self.split.cut_layer}: activations cross, labels {labels}"
-        return f"run {self.run}: {self.method}, rank {self.rank}, {rounds}, base {self.base_sha256[:12]}{cut}"
+        hidden = ""
+        if (privacy := training.privacy) is not None:
+            hidden = f", rows hidden by noise of {privacy.noise_multiplier:g} times the clip"
+        return f"run {self.run}: {self.method}, rank {self.rank}, {rounds}, base {self.base_sha256[:12]}{cut}{hidden}"
 
     def half(self, shapes: dict[str, tuple[int, int]]) -> ClientHalf:
         """Return what the method's client trains, sends and keeps.
@@ -232,7 +253,13 @@ def sheet_of(
         moments=settings.training.moments,
         moments_prior=settings.training.moments_prior,
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
+        budget=_budget_of(settings),
     )
+
+
+def _budget_of(settings: Settings) -> SheetBudget | None:
+    privacy = settings.privacy
+    return None if privacy.unit == "none" else SheetBudget(delta=privacy.delta, max_epsilon=privacy.max_epsilon)
 
 
 def read_sheet(body: bytes, run: str | None = None) -> Sheet:

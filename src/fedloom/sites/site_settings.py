@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, ValidationError
 
 from fedloom.config.loading import frozen, read
 from fedloom.config.problems import Problem, refuse, schema_problems
-from fedloom.config.setting import Count, Name, OpenFraction, PathOrName, Table, having, setting
+from fedloom.config.setting import Count, Name, OpenFraction, PathOrName, Positive, Table, having, setting
 
 
 def _address(text: str) -> str:
@@ -77,6 +77,12 @@ class Policy(Table):
         "Training of a model that is cut, in which activations of the rows cross: `no`, `yes`, or `labels-stay`: only "
         "where the last blocks and the labels stay here (`split.labels = client`).",
     )
+    max_epsilon: Positive | None = setting(
+        None,
+        "Most that all studies together may spend on the site's rows: ε at `delta`. A round that would pass it is "
+        "refused, and so is a study that does not hide rows (`privacy.unit = row`); default: what a study says itself.",
+    )
+    delta: OpenFraction = setting(1e-5, "The δ at which ε is counted, or the study's where that is smaller.")
     confirm: Literal["first", "always", "never"] = setting(
         "first",
         "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes or a "

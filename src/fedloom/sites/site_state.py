@@ -33,6 +33,7 @@ class SiteState:
     held: int = 0
     last_loss: float | None = None
     seconds: float | None = None
+    epsilon: float | None = None
     left_out: str | None = None
     memory_lost: bool = False
     versions: str = ""
@@ -94,6 +95,8 @@ class SiteState:
             parts.append(f"seen {now - self.last_seen:.0f} s ago")
         if self.last_loss is not None:
             parts.append(f"loss {self.last_loss:.4f}")
+        if self.epsilon is not None:
+            parts.append(f"ε {self.epsilon:.2f}")
         if self.seconds is not None:
             parts.append(f"{self.seconds:.1f} s")
         if self.memory_lost:

@@ -20,7 +20,15 @@ from fedloom.data.records import read_records
 from fedloom.data.sources import load_rows
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import BehindError, DataError, FedloomError, MethodError, RunError, UpdateError
+from fedloom.errors import (
+    BehindError,
+    DataError,
+    FedloomError,
+    MethodError,
+    MissingExtraError,
+    RunError,
+    UpdateError,
+)
 from fedloom.federation.blob import read_tensors
 from fedloom.federation.broadcasts import Received, decode_broadcast
 from fedloom.federation.buffers import Buffers
@@ -31,11 +39,13 @@ from fedloom.methods.state import Failure
 from fedloom.models.causal import context_of, longest_row
 from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.models.row_attention import choose_attention
+from fedloom.privacy.draws import SystemDraws
 from fedloom.seeding import stream
 from fedloom.sites import policy
 from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.frames import Body, Ready, Result, Score, Scored, Task
 from fedloom.sites.sheet import Sheet
+from fedloom.sites.site_books import SiteBooks
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.store import Recall, Store, confirmation
 from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
@@ -74,6 +84,7 @@ class SiteTraining:
         self._recall, self._rows_told, self._rows = Recall(), 0, TokenSet.from_rows([])
         self._held_out: TokenSet | None = None
         self._is_stored = False
+        self._books: SiteBooks | None = None
         try:
             self._open()
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
@@ -102,7 +113,7 @@ class SiteTraining:
         """Train, or send the last answer again where this task is the one it answered."""
         begun, self._is_stored = time.perf_counter(), False
         self._recall = self._recall.settled(task.counted)
-        head = Result(run=task.run, round=task.round, task=task.task)
+        head = Result(run=task.run, round=task.round, task=task.task, epsilon=self._epsilon())
         if task.task == self._recall.task and self.refusal is None:
             kept = self._store.answer(task.task)
             if kept is not None:
@@ -113,7 +124,12 @@ class SiteTraining:
             answer = self._trained(task, take)
         except (FedloomError, _SupersededError, torch.OutOfMemoryError, MemoryError) as error:
             return head.model_copy(update={"refusal": refusal_of(error, self._note)}), []
-        return head.model_copy(update={"seconds": time.perf_counter() - begun}), answer
+        told = {"seconds": time.perf_counter() - begun, "epsilon": self._epsilon()}
+        return head.model_copy(update=told), answer
+
+    def _epsilon(self) -> float | None:
+        """Return what the study has cost the site's rows, where it hides them."""
+        return None if self._books is None else self._books.of_study
 
     def stored(self) -> tuple[int, int] | None:
         """Return the open file in which the last answer lies, and from where on; None where it was not written now."""
@@ -153,6 +169,7 @@ class SiteTraining:
         if (refusal := policy.of_inputs(own, sheet, len(self._rows), longest)) is not None:
             raise RefusedError(refusal)
         self._rows_told = policy.told_rows(own, len(self._rows))
+        self._books = SiteBooks.of(self.site, sheet, self._rows)
         self._half = sheet.half(dict(self._lora.shapes))
         self._store = Store(self.site.folder, sheet.run)
         self._recall = self._store.read()
@@ -166,6 +183,8 @@ class SiteTraining:
             sheet.client, self._half, self._lora.shapes, sheet.seed, lambda: self._rows, self._sides, self._recall.kept
         )
         assignment = client.prepare(received)
+        if self._books is not None and (refusal := self._books.book(task.round)) is not None:
+            raise RefusedError(refusal)
         result = self._train(assignment, task.round)
         stats = replace(result.stats, num_rows=self._rows_told)
         outcome, tensors = client.conclude(assignment, replace(result, stats=stats), sheet.wire)
@@ -191,9 +210,8 @@ class SiteTraining:
 
         self._lora.set_side(assignment.side)
         training, seed = self.sheet.local_training, self.sheet.seed
-        (result,) = train_cohort(
-            self._lora, [assignment.task], training, seed=seed, round=round, on_step=stop_between_steps
-        )
+        told = {"seed": seed, "round": round, "on_step": stop_between_steps}
+        (result,) = train_cohort(self._lora, [assignment.task], training, **told, draws=SystemDraws)  # type: ignore[arg-type]
         return result
 
 
@@ -301,6 +319,8 @@ def _code_of(error: Any) -> str:
             return "message"
         case MethodError():
             return "method-missing"
+        case MissingExtraError():
+            return "extra"
         case DataError():
             return "data"
         case RunError():

@@ -92,7 +92,7 @@ class SitesRound:
         return self.engine.is_lost(site.posted, site.posted_bytes if is_same else 0)
 
     def _take_result(self, site: SiteState, head: Result, body: Body) -> None:
-        client, refusal = site.client, head.refusal
+        client, refusal, site.epsilon = site.client, head.refusal, head.epsilon
         if refusal is not None and refusal.code == policy.BEHIND and not site.is_whole_sent:
             site.is_whole_sent = True
             self.engine.note(f"{site.name} needs the whole side")
@@ -112,7 +112,8 @@ class SitesRound:
         outcome = arrival.outcome
         site.posted, site.seconds = None, head.seconds
         if isinstance(outcome, Update):
-            site.last_loss, site.held = outcome.stats.loss_nats, outcome.held
+            stats, site.held = outcome.stats, outcome.held
+            site.last_loss = stats.loss_nats if stats.tells_loss else None
             assert site.ready is not None
             site.ready = site.ready.model_copy(
                 update={"last_round": head.round, "last_version": outcome.held, "kept_version": self._kept(site)}

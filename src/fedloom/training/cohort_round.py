@@ -14,29 +14,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.data.batches import batches
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import ModelError
-from fedloom.lora.dropout import dropout_of, row_keys
+from fedloom.lora.dropout import row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import BOTH, Adapter, Factors
-from fedloom.models.families import model_type
+from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
-from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy
+from fedloom.training.client_passes import MicroBatch, Passes
+from fedloom.training.loss import output_head
 from fedloom.training.moments import Prior, means_of, state_of
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
-from fedloom.training.packing import Row, num_targets
+from fedloom.training.packing import num_targets
+from fedloom.training.private_rows import UNITS_AT_ONCE, PrivateSteps, RowPrivacy, Unit
 from fedloom.training.proximal import pull_to_start
-from fedloom.training.row_passes import Batch, RowPasses, row_passes
+from fedloom.training.row_passes import RowPasses, row_passes
 from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
 from fedloom.training.stats import TrainingStats
 
@@ -51,7 +49,7 @@ class LocalTraining:
     A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
     tokens of all clients together; a batch beyond either is accumulated over several passes, which changes
     the result by rounding only: a row's dropout mask is its own. Draws and schedule count from the round after the
-    first ``start_rounds``, which train nothing.
+    first ``start_rounds``, which train nothing. With ``privacy`` no single row shows in what a client trains.
     """
 
     learning_rate: float
@@ -71,6 +69,17 @@ class LocalTraining:
     proximal: float = 0.0
     token_budget: int = 8192
     start_rounds: int = 0
+    privacy: RowPrivacy | None = None
+
+    @property
+    def num_unit_slots(self) -> int:
+        """Slots that a client needs beside its own: one for each unit of a private pass."""
+        return 0 if self.privacy is None else min(self.micro_batch_size or UNITS_AT_ONCE, self.batch_size)
+
+    @property
+    def most_at_once(self) -> int | None:
+        """Rows, or units of private steps, that a pass holds of a client at most."""
+        return self.micro_batch_size if self.privacy is None else self.num_unit_slots
 
     def for_sketch(self) -> LocalTraining:
         """Return what a client does to sketch a gradient: one batch at the base, without dropout."""
@@ -147,26 +156,34 @@ def train_cohort(
     seed: int,
     round: int,
     on_step: Callable[[StepReport], None] | None = None,
+    draws: Callable[[int, int, int], Draws] = SeededDraws,
 ) -> list[ClientResult]:
     """Train every task's adapter from its start for one round and return the results in the tasks' order.
 
     Law: ``loss_k = (1/S_k) Σ_s nll_s`` over the S_k targets of client k's batch; the pass minimises ``Σ_k loss_k``,
     whose gradient at client k's factors is that of ``loss_k`` alone. A client with fewer steps is not touched again
     after its last. Rounds count from 1; in one all clients sketch, or none. Slots are freed at the end in any case.
+    With ``settings.privacy`` steps are private (:mod:`fedloom.training.private_rows`); ``draws`` makes the draws of
+    one client from seed, round and client. What is counted of such steps is their number alone.
 
     Raises:
         ModelError: if the passes of the model are not its own forward.
         AdapterError: if a start does not fit the model or its task's rank.
     """
+    if settings.privacy is not None and len(tasks) > 1:  # a unit of a private client has a slot: one client at a time
+        told = {"seed": seed, "round": round, "on_step": on_step, "draws": draws}
+        return [one for task in tasks for one in train_cohort(lora, [task], settings, **told)]  # type: ignore[arg-type]
     sketch = any(task.sketches for task in tasks)
     settings, make_room = (settings.for_sketch(), lora.open_narrow) if sketch else (settings, lora.open)
-    make_room([Slot(task.rank, task.scale) for task in tasks])
+    make_room([Slot(task.rank, task.scale) for task in tasks for _ in range(1 + settings.num_unit_slots)])
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
-        head, passes = output_head(lora.model), row_passes(lora.model)
-        clients = [_Client(lora, passes, slot, task, settings, seed, round) for slot, task in enumerate(tasks)]
+        head, rows = output_head(lora.model), row_passes(lora.model)
+        passes = Passes(lora, rows, head, settings.token_budget, settings.dropout, settings.label_smoothing)
+        chance = _Chance(seed, round, draws)
+        clients = [_Client(lora, rows, slot, task, settings, chance) for slot, task in enumerate(tasks)]
         while active := [client for client in clients if not client.is_done]:
-            _train_step(lora, passes, head, active, settings)
+            passes.gather([client.micro_batches() for client in active])
             for client in active:
                 report = client.update()
                 if on_step is not None:
@@ -177,20 +194,13 @@ def train_cohort(
         lora.close()
 
 
-@dataclass(frozen=True, eq=False)
-class _MicroBatch:
-    """Rows of one client's batch that go through in one pass; every target weighs ``1 / S`` of the whole batch."""
+@dataclass(frozen=True)
+class _Chance:
+    """What a round's draws are named by, and where those of private steps come from."""
 
-    owner: _Client
-    rows: list[Row]
-    keys: NDArray[np.uint64]
-    num_targets: int
-    weight: float
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [len(ids) for ids, _ in self.rows]
+    seed: int
+    round: int
+    draws: Callable[[int, int, int], Draws]
 
 
 class _Client:
@@ -203,20 +213,26 @@ class _Client:
         slot: int,
         task: ClientTask,
         settings: LocalTraining,
-        seed: int,
-        number: int,
+        chance: _Chance,
     ) -> None:
-        self.slot, self.task, self._passes = slot, task, passes
-        self._lora, self._settings, self._seed, self._round = lora, settings, seed, number - settings.start_rounds
+        self.slot, self.task, self._passes, self._lora, self._settings = slot, task, passes, lora, settings
+        self._seed, self._round = chance.seed, chance.round - settings.start_rounds
         lora.load(slot, task.start)
-        rng = stream(seed, "batches", self._round, task.client)
-        steps, epochs = (1, None) if task.measures_gradient else (settings.steps, settings.epochs)
-        self._batches = list(batches(len(task.rows), settings.batch_size, rng, steps=steps, epochs=epochs))
-        steps_per_round = len(self._batches)
-        first, total = first_step(settings.schedule_span, self._round, settings.total_rounds, steps_per_round)
-        factor = schedule(settings.schedule, settings.warmup_steps, total)
         self._factors = dict(zip(factor_names(lora), lora.parameters(slot), strict=True))
         trained = {name: factor for name, factor in self._factors.items() if factor_of(name) in task.trains}
+        steps, epochs = (1, None) if task.measures_gradient else (settings.steps, settings.epochs)
+        self._private: PrivateSteps | None = None
+        self._batches: Iterator[list[Unit]]
+        if settings.privacy is None:
+            rng = stream(chance.seed, "batches", self._round, task.client)
+            order = list(batches(len(task.rows), settings.batch_size, rng, steps=steps, epochs=epochs))
+            self._batches, self._num_steps = iter(list(batch[:, None]) for batch in order), len(order)
+        else:
+            draws, size = chance.draws(chance.seed, chance.round, task.client), settings.batch_size
+            self._private = PrivateSteps.of(lora, task.rows, trained, settings.privacy, size, draws)
+            self._batches, self._num_steps = self._private.batches(), self._private.num_steps(steps, epochs)
+        first, total = first_step(settings.schedule_span, self._round, settings.total_rounds, self._num_steps)
+        factor = schedule(settings.schedule, settings.warmup_steps, total)
         self._pull = pull_to_start(settings.proximal, self._factors, task.scale, trained)
         state = self._state_to_begin_with()
         if state is not None and trained.keys() != self._factors.keys():
@@ -233,39 +249,55 @@ class _Client:
         task, settings = self.task, self._settings
         if task.prior is None:
             return task.optimiser_state
-        rate, steps, ranks = settings.learning_rate, len(self._batches), task.start.ranks
+        rate, steps, ranks = settings.learning_rate, self._num_steps, task.start.ranks
         return state_of(task.prior, ranks, task.scale, betas=settings.betas, learning_rate=rate, num_steps=steps)
 
     @property
     def is_done(self) -> bool:
         """Whether all steps are taken, or a loss was not finite."""
-        return self._broken or self._step == len(self._batches)
+        return self._broken or self._step == self._num_steps
 
-    def micro_batches(self) -> list[_MicroBatch]:
+    def micro_batches(self) -> list[MicroBatch]:
         """Cut the next batch into what goes through in one pass each; decided from this client alone."""
-        rows = [self.task.rows.row(int(index)) for index in self._batches[self._step]]
-        lengths = [len(ids) for ids, _ in rows]
-        groups, settings = [[length] for length in lengths], self._settings
-        parts = self._passes.split(groups, settings.token_budget, settings.micro_batch_size)
-        learnt = sum(num_targets(supervised) for _, supervised in rows)
-        self._batch_tokens, self._batch_targets, self._batch_nats = sum(lengths), learnt, 0.0
-        self._examples += len(rows)
-        places = self._examples - len(rows) + np.arange(len(rows))
-        keys = row_keys(self._seed, self._round, self.task.client, places)
-        return [self._micro_batch([rows[i] for i in part], keys[part], learnt) for part in parts]
+        units, settings = next(self._batches), self._settings
+        rows = [[self.task.rows.row(int(index)) for index in unit] for unit in units]
+        lengths = [[len(ids) for ids, _ in unit] for unit in rows]
+        parts = self._passes.split(lengths, settings.token_budget, settings.most_at_once)
+        targets = [sum(num_targets(supervised) for _, supervised in unit) for unit in rows]
+        count, learnt = sum(map(len, units)), sum(targets)
+        self._batch_tokens, self._batch_targets, self._batch_nats = sum(map(sum, lengths)), learnt, 0.0
+        self._examples += count
+        found = []
+        for part in parts:
+            if self._private is None:
+                # A row's mask is that of its place in the order in which rows are read.
+                places = self._examples - count + np.array(part)
+                slots, weighed, weights = (
+                    [(self.slot, len(part))],
+                    [sum(targets[i] for i in part)],
+                    [1 / max(1, learnt)],
+                )
+            else:
+                # Of its place among the client's: whether another row was drawn changes no mask.
+                places = self._step * len(self.task.rows) + np.concatenate([units[i] for i in part])
+                slots = [(self.slot + 1 + place, len(units[i])) for place, i in enumerate(part)]
+                weighed, weights = [targets[i] for i in part], [1 / (targets[i] or 1) for i in part]
+            keys = row_keys(self._seed, self._round, self.task.client, places)
+            found.append(MicroBatch(self, [row for i in part for row in rows[i]], keys, slots, weighed, weights))
+        return found
 
-    def _micro_batch(self, rows: list[Row], keys: NDArray[np.uint64], targets_of_batch: int) -> _MicroBatch:
-        targets = sum(num_targets(supervised) for _, supervised in rows)
-        return _MicroBatch(self, rows, keys, targets, 1.0 / max(1, targets_of_batch))
-
-    def add(self, sum_nats: float, seconds: float) -> None:
-        """Record the loss and the time of one of this client's micro-batches."""
+    def add(self, micro_batch: MicroBatch, sum_nats: float, seconds: float) -> None:
+        """Record the loss and the time of one of this client's micro-batches, and take its units' gradients."""
         self._batch_nats += sum_nats
         self._seconds += seconds
+        if self._private is not None:
+            self._private.gather(len(micro_batch.slots))
 
     def update(self) -> StepReport:
         """Take the optimiser's step on the gradients that have gathered."""
         begun = time.perf_counter()
+        if self._private is not None:
+            self._private.release()
         if self.task.measures_gradient:
             self._gradient, learning_rate = gradient_of(self._factors, self.task.scale), 0.0
         else:
@@ -276,74 +308,32 @@ class _Client:
         self._targets += self._batch_targets
         self._nats += self._batch_nats
         self._last_loss = self._batch_nats / max(1, self._batch_targets)
-        self._broken = not math.isfinite(self._last_loss)
+        # Of private steps the loss is nobody's to see: where training blew up, the adapter tells.
+        self._broken = self._private is None and not math.isfinite(self._last_loss)
         self._seconds += time.perf_counter() - begun
-        return StepReport(
-            self.task.client, self._step, len(self._batches), self._last_loss, learning_rate, self._batch_tokens
-        )
+        tokens = self._batch_tokens
+        return StepReport(self.task.client, self._step, self._num_steps, self._last_loss, learning_rate, tokens)
 
     def result(self) -> ClientResult:
         """Read the slot and what was counted."""
         state = self._optimiser.export_state() if self.task.keeps_moments or self.task.shares_moments else {}
         kept = {**(self.task.optimiser_state or {}), **state} if self.task.keeps_moments else None
         shared = means_of(state, self.task.scale, self._settings.betas[1]) if self.task.shares_moments else {}
+        stats = TrainingStats(
+            num_rows=len(self.task.rows),
+            num_tokens=self._tokens,
+            num_loss_tokens=self._targets,
+            num_steps=0 if self.task.sketches else self._step,
+            loss_nats=self._nats / max(1, self._targets),
+            loss_last_nats=self._last_loss,
+            seconds=self._seconds,
+        )
         return ClientResult(
             client=self.task.client,
             adapter=self._lora.adapter(self.slot),
-            stats=TrainingStats(
-                num_rows=len(self.task.rows),
-                num_tokens=self._tokens,
-                num_loss_tokens=self._targets,
-                num_steps=0 if self.task.sketches else self._step,
-                loss_nats=self._nats / max(1, self._targets),
-                loss_last_nats=self._last_loss,
-                seconds=self._seconds,
-            ),
+            stats=stats if self._private is None else stats.without_rows(),
             num_examples_seen=self._examples,
             optimiser_state=kept,
             gradient=self._gradient,
             moments=shared,
         )
-
-
-def _train_step(
-    lora: LoRAModel, passes: RowPasses, head: OutputHead, active: Sequence[_Client], settings: LocalTraining
-) -> None:
-    """Gather the gradients of every active client's next batch.
-
-    The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one micro-batch
-    of a client at most.
-    """
-    waiting = [client.micro_batches() for client in active]
-    for turn in range(max(len(parts) for parts in waiting)):
-        ready = [parts[turn] for parts in waiting if turn < len(parts) and parts[turn].num_targets]
-        for members in passes.split([part.lengths for part in ready], settings.token_budget):
-            _run_pass(lora, passes, head, [ready[i] for i in members], settings)
-
-
-def _run_pass(
-    lora: LoRAModel, passes: RowPasses, head: OutputHead, parts: Sequence[_MicroBatch], settings: LocalTraining
-) -> None:
-    """Run forward and backward over several clients' micro-batches, and record each one's losses and time."""
-    begun = time.perf_counter()
-    device = head.weight_VD.device
-    batch: Batch = passes.batch([row for part in parts for row in part.rows], device)
-    lengths = iter(batch.lengths)
-    tokens = [sum(islice(lengths, len(part.rows))) for part in parts]
-    dropout = dropout_of(settings.dropout, [part.keys for part in parts], batch.lengths, device)
-    segments = [(part.owner.slot, count) for part, count in zip(parts, tokens, strict=True)]
-    lora.route(segments, dropout, batch.lengths, batch.needed_index_K)
-    hidden_SD = passes.target_states(lora.model, batch)
-    if not hidden_SD.requires_grad:
-        raise ModelError(
-            f"model.target_modules: expected adapted modules whose gradient reaches the loss of "
-            f"{model_type(lora.model)!r}, none does; choose others, or another base"
-        )
-    counts, smoothing = [part.num_targets for part in parts], settings.label_smoothing
-    weights_S = torch.from_numpy(np.repeat([part.weight for part in parts], counts)).to(device)
-    loss, nats_S = supervised_cross_entropy(hidden_SD, head, batch.targets_S, weights_S, label_smoothing=smoothing)
-    torch.autograd.backward(loss)
-    sums = [float(part.sum()) for part in torch.split(nats_S.double().cpu(), counts)]
-    per_token = (time.perf_counter() - begun) / batch.num_tokens
-    for part, sum_nats, count in zip(parts, sums, tokens, strict=True):
-        part.owner.add(sum_nats, per_token * count)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -26,3 +26,12 @@ class TrainingStats:
     def is_finite(self) -> bool:
         """Whether both losses are finite."""
         return math.isfinite(self.loss_nats) and math.isfinite(self.loss_last_nats)
+
+    @property
+    def tells_loss(self) -> bool:
+        """Whether the losses are of any target: of private steps they are not told."""
+        return self.num_loss_tokens > 0
+
+    def without_rows(self) -> TrainingStats:
+        """Return what says nothing of single rows: the client's rows in all, its steps and its time."""
+        return replace(self, num_tokens=0, num_loss_tokens=0, loss_nats=0.0, loss_last_nats=0.0)

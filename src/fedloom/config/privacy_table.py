@@ -1,0 +1,35 @@
+"""The table that says what differential privacy a run has, and what it may cost."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from fedloom.config.setting import OpenFraction, Positive, Table, having, setting
+
+PRIVATE = {"privacy.unit": ("row",)}
+
+
+class Privacy(Table):
+    """What is hidden, and how well: differential privacy. It needs the extra `privacy`; [what it means](privacy.md)."""
+
+    unit: Literal["none", "row"] = setting(
+        "none",
+        "What is hidden. `row`: a row of a client's file; clients take Poisson batches, clip each row's gradient, add "
+        "noise to the sum, and send no losses and no counts of a batch.",
+        when={"method.name": having("runs_rounds")},
+    )
+    clip: Positive = setting(
+        1.0, "Largest norm of one unit's gradient over all modules; a larger one is scaled down to it.", when=PRIVATE
+    )
+    noise_multiplier: Positive = setting(
+        1.0, "Standard deviation of the noise on the clipped sum, in multiples of `privacy.clip`.", when=PRIVATE
+    )
+    delta: OpenFraction = setting(
+        1e-5, "The δ at which ε is counted; keep it well below one by a client's number of rows.", when=PRIVATE
+    )
+    max_epsilon: Positive | None = setting(
+        None,
+        "Most that a client may spend: before a round that would pass it the client stops taking part, and its record "
+        "says so; default: no limit, ε is counted all the same.",
+        when=PRIVATE,
+    )

@@ -1,0 +1,126 @@
+"""The ledger of what was spent on whom: steps are booked before they are taken, so no crash forgets one.
+
+Each line of ``privacy.jsonl`` is a round of one client: how many steps, of which rate and noise. Steps drawn from a
+run's seed are the same when a round is repeated after a crash, and count once; those of a site never are, and count as
+often as they were begun.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from fedloom.errors import PrivacyError, RunError
+from fedloom.privacy.accountant import PrivateStep, epsilon
+from fedloom.run_folder import durable
+
+LEDGER = "privacy.jsonl"
+_RETRY = "free space or mend the disk; no step is taken that is not booked"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be spent: at most ``max_epsilon`` at ``delta``, or without a limit."""
+
+    delta: float
+    max_epsilon: float | None = None
+
+
+@dataclass(frozen=True)
+class Booking:
+    """A round's steps of a client in a run; ``draws`` says whether a repetition would draw the same."""
+
+    run: str
+    client: int
+    round: int
+    steps: int
+    rate: float
+    noise_multiplier: float
+    draws: Literal["seed", "system"]
+
+    @property
+    def step(self) -> PrivateStep:
+        """One of the steps."""
+        return PrivateStep(self.rate, self.noise_multiplier)
+
+
+class Ledger:
+    """A file of bookings, and what they come to; ``budget`` is each client's.
+
+    Raises:
+        RunError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, budget: Budget) -> None:
+        self._path, self.budget = path, budget
+        self._booked: set[Booking] = set()
+        self._spent: dict[tuple[int, str], Counter[PrivateStep]] = {}
+        for one in _read(path):
+            self._count(one)
+
+    def book(self, one: Booking) -> float:
+        """Book steps that are about to be taken, durably, and return ε with them.
+
+        Raises:
+            PrivacyError: they would pass the budget; nothing was booked.
+            RunError: the disk refused.
+        """
+        if one.draws == "seed" and one in self._booked:
+            return self.epsilon(one.client)
+        after = self._spent_by(one.client)
+        after[one.step] += one.steps
+        cost, limit = epsilon(after, self.budget.delta), self.budget.max_epsilon
+        if limit is not None and cost > limit:
+            spent = self.epsilon(one.client)
+            raise PrivacyError(
+                f"client {one.client}: expected at most privacy.max_epsilon = {limit:g} at delta = "
+                f"{self.budget.delta:g}, got {cost:.4g} with the {one.steps} steps of round {one.round} after "
+                f"{spent:.4g} so far; its rows take no further part: raise max_epsilon or noise_multiplier in a new run"
+            )
+        with durable.explained(str(self._path), _RETRY):
+            durable.append_line(self._path, asdict(one))
+        self._count(one)
+        return cost
+
+    def epsilon(self, client: int, run: str | None = None) -> float:
+        """Return what a client has spent so far, in all or in one run."""
+        return epsilon(self._spent_by(client, run), self.budget.delta)
+
+    def most(self) -> float:
+        """Return what the client has spent that spent most."""
+        return max((self.epsilon(client) for client in {client for client, _ in self._spent}), default=0.0)
+
+    def _spent_by(self, client: int, run: str | None = None) -> Counter[PrivateStep]:
+        found = [spent for (who, where), spent in self._spent.items() if who == client and run in (None, where)]
+        return sum(found, Counter())
+
+    def _count(self, one: Booking) -> None:
+        self._booked.add(one)
+        self._spent.setdefault((one.client, one.run), Counter())[one.step] += one.steps
+
+
+def _read(path: Path) -> list[Booking]:
+    """Return what was booked; a line that a crash cut off was of steps that were never taken."""
+    try:
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    except OSError as error:
+        raise RunError(f"{path}: expected the ledger of privacy, got {error.strerror}; check its rights") from error
+    found = []
+    for line in lines:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        found.append(_booking(path, entry))
+    return found
+
+
+def _booking(path: Path, entry: Mapping[str, object]) -> Booking:
+    try:
+        return Booking(**entry)  # type: ignore[arg-type]
+    except TypeError as error:
+        raise RunError(f"{path}: expected bookings of this version, got another line; restore the file") from error

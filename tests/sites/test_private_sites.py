@@ -1,0 +1,68 @@
+"""Sites that hide their rows: each draws for itself, books before it trains, and stops at its own budget."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from memory_link import NAMES, Hub, SiteThread, adapter_of, served, study_of
+
+from fedloom.config import Settings
+from fedloom.privacy.accountant import PrivateStep, epsilon
+from fedloom.privacy.ledger import LEDGER
+from fedloom.reporting.report import write_report
+
+pytestmark = pytest.mark.extra("privacy")
+ROWS = (20, 12, 16)
+PRIVATE = {"privacy__unit": "row", "privacy__noise_multiplier": 2.0, "training__dropout": 0.0}
+
+
+def cost(rows: int, rounds: int, delta: float = 1e-5) -> float:
+    return epsilon({PrivateStep(4 / rows, 2.0): 2 * rounds}, delta)
+
+
+def test_each_site_counts_its_own_cost_and_stops_at_its_own_budget(
+    recipe: Callable[..., Settings], sites: Callable[..., list[SiteThread]], tmp_path: Path
+) -> None:
+    hub = Hub()
+    limit = (cost(12, 1) + cost(16, 1)) / 2
+    assert cost(20, 2) < limit < min(cost(12, 1), cost(16, 2))
+    started = sites(hub, max_epsilon=limit)
+    settings = recipe(**PRIVATE, federation__num_rounds=1)
+    served(study_of(settings, NAMES, quorum=2, grace_s=1.0), tmp_path / "served", hub)
+    (record,) = [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").read_text().splitlines()]
+    assert record["privacy"] == {"unit": "row", "epsilon": cost(16, 1), "delta": 1e-5, "draws": "system"}
+    for client, rows in zip(record["clients"], ROWS, strict=True):
+        assert client["loss_nats"] is None
+        assert client["epsilon"] == (0.0 if rows == 12 else cost(rows, 1))
+        assert (client["reason"] is None) is (rows != 12)
+        assert rows != 12 or "policy.max_epsilon" in client["reason"]
+    ledgers = [tmp_path / "state" / name / LEDGER for name in NAMES]
+    assert [ledger.exists() for ledger in ledgers] == [True, False, True]
+    write_report([tmp_path / "served"], tmp_path / "report.html")
+    assert "policy.max_epsilon" in (tmp_path / "report.html").read_text()
+    for site in started:
+        site.end()
+    another = Hub()  # the sites have restarted, and another study begins: what was spent is spent
+    sites(another, max_epsilon=limit)
+    served(study_of(settings, NAMES, quorum=2, grace_s=1.0), tmp_path / "again", another)
+    (record,) = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    assert [client["reason"] is None for client in record["clients"]] == [True, False, False]
+    assert [client["epsilon"] for client in record["clients"]] == [cost(20, 1), 0.0, 0.0], "what this study cost"
+    assert [len(ledger.read_text().splitlines()) for ledger in (ledgers[0], ledgers[2])] == [2, 1]
+
+
+def test_nobody_can_repeat_what_a_site_drew(
+    recipe: Callable[..., Settings], sites: Callable[..., list[SiteThread]], tmp_path: Path
+) -> None:
+    adapters = []
+    for place in ("one", "other"):
+        hub = Hub()
+        started = sites(hub)
+        served(study_of(recipe(**PRIVATE, federation__num_rounds=1), NAMES, quorum=3), tmp_path / place, hub)
+        adapters.append(adapter_of(tmp_path / place))
+        for site in started:
+            site.end()
+    assert adapters[0] != adapters[1]
