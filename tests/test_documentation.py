@@ -150,7 +150,7 @@ def test_every_recipe_and_override_of_a_command_is_valid(
         (tmp_path / "mine.toml").write_text(recipe, encoding="utf-8")
         assert position == 0
     for words in commands(page):
-        if words[:1] in (["run"], ["describe"], ["validate"], ["compare"]) and "path/to/model" not in " ".join(words):
+        if words[:1] in (["run"], ["describe"], ["validate"], ["compare"]) and "path/to/" not in " ".join(words):
             given = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
             overrides, own = split_overrides(given)
             grid = [words[i + 1] for i, word in enumerate(words) if word == "--grid"]

@@ -59,7 +59,7 @@ def lay_start(model: Model, base: Base, lora: LoRAModel) -> None:
     try:
         check_covers(adapter, lora.shapes)
     except AdapterError as error:
-        raise AdapterError(f"model.adapter: {error}") from error
+        raise AdapterError(f"model.adapter: {error}; set model.base to that base") from error
     if not model.train_adapter:
         lora.set_ground(adapter)
 

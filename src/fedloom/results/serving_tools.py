@@ -5,7 +5,7 @@ takes its largest rank from a short list. llama.cpp keeps one alpha and divides 
 module of half the rank would count twice. A file of one rank means the same to all of them.
 
 Source: ``vllm/lora/peft_helper.py`` and ``vllm/config/lora.py`` of vLLM (0.10 to 0.26); ``convert_lora_to_gguf.py`` and
-``src/llama-adapter.h`` (``get_scale``) of llama.cpp.
+``llama-adapter.h`` (``get_scale``) of llama.cpp.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def refuse_unread(tool: Tool | None, unread: str | None) -> None:
 def needs_of(tool: Tool | None, adapter: Adapter, folder: Path, base: BaseReference | None) -> Sequence[str]:
     """Return what the tool has to be told to serve the adapter from ``folder``, in lines."""
     rank = max(adapter.ranks.values())
-    place = f"path/to/{'base' if base is None else base.name.rpartition('/')[2]}"
+    place = f"path/to/{'its-base' if base is None else base.name.rpartition('/')[2]}"
     match tool:
         case Tool.VLLM:
             largest = next(allowed for allowed in VLLM_RANKS if allowed >= rank)
