@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from shapes import SHAPES, load_clients, load_shape
+from shapes import SHAPES, cpu_seconds, load_clients, load_shape
 from torch.nn.functional import cross_entropy
 
 from fedloom.data.batches import batches
@@ -199,15 +199,48 @@ def num_tokens(work: Work) -> tuple[int, int]:
     return real, padded
 
 
+def floor_flops(model: Any, work: Work) -> float:
+    """Return the operations that no way of training these batches saves: 4·N·T and 4·V·d in front of each label.
+
+    Forward and the gradient at the activations of N weights of the blocks, on T real tokens; attention and adapters are
+    left out, the last block is counted whole.
+    """
+    head = model.get_output_embeddings().weight
+    others = {id(head), id(model.get_input_embeddings().weight)}
+    names = ("wpe.", "embed")
+    body = sum(
+        weight.numel()
+        for name, weight in model.named_parameters()
+        if weight.dim() == 2 and id(weight) not in others and not any(part in name for part in names)
+    )
+    tokens, targets = 0, 0
+    for client, rows in enumerate(work.rows):
+        rng = stream(SEED, "batches", 1, client)
+        for indices in batches(len(rows), work.training.batch_size, rng, steps=work.training.steps):
+            own = [rows.row(int(index)) for index in indices]
+            tokens += sum(len(ids) for ids, _ in own)
+            targets += sum(int(supervised[1:].sum()) for _, supervised in own)
+    return 4.0 * body * tokens + 4.0 * head.numel() * targets
+
+
+def matmul_rate(dtype: torch.dtype) -> float:
+    """Return the operations per CPU second of a large matrix product."""
+    x, weight = torch.ones(2048, 768, dtype=dtype), torch.ones(3072, 768, dtype=dtype)
+    seconds = [cpu_seconds(lambda: x @ weight.T) for _ in range(9)]
+    return 2.0 * x.shape[0] * weight.numel() / float(np.median(seconds))
+
+
 def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     """Run both sides in turn and print medians."""
     model, tokenizer = load_shape(arguments.shape, data, dtype)
     work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
     real, padded = num_tokens(work)
     runs: dict[str, list[Side]] = {name: [] for name in SIDES}
+    rates = []
     for _ in range(arguments.repeats + 1):
         for name, run in SIDES.items():
             runs[name].append(run(model, work))
+        rates.append(matmul_rate(model.dtype))
     ours = runs["fedloom"][0].losses
     difference = max(abs(a - b) for name in BASELINES for a, b in zip(ours, runs[name][0].losses, strict=True))
     print(
@@ -217,6 +250,9 @@ def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     for name, sides in runs.items():
         wall, cpu = (float(np.median([getattr(side, clock) for side in sides[1:]])) for clock in CLOCKS)
         print(f"  {name:12s} {wall:.2f} s, {cpu:.2f} CPU s, {real / wall:.0f} real tokens/s")
+    floor, rate = floor_flops(model, work), float(np.median(rates[1:]))
+    share = floor / rate / float(np.median([side.cpu_seconds for side in runs["fedloom"][1:]]))
+    print(f"  floor {floor:.2e} operations, {rate / 1e9:.0f} GFLOP/s: the floor is {share:.0%} of fedloom's CPU time")
     for name in BASELINES:
         for clock in CLOCKS:
             pairs = zip(runs[name][1:], runs["fedloom"][1:], strict=True)

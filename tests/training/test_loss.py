@@ -54,6 +54,12 @@ def test_loss_and_gradient_equal_torchs_cross_entropy(
     assert not nats_S.requires_grad
 
 
+@pytest.mark.parametrize(("vocabulary", "num_rows"), [(1_000, 1048), (50_257, 192), (256_000, 65)])
+def test_a_chunk_is_large_enough_for_the_product_and_small_enough_for_memory(vocabulary: int, num_rows: int) -> None:
+    first = next(iter(loss_module._chunks(torch.empty(3_000, 1), OutputHead(torch.empty(vocabulary, 1)))))
+    assert first == slice(0, num_rows)
+
+
 def test_scoring_gives_the_losses_of_training(head: OutputHead) -> None:
     hidden_SD, targets_S = draw(NUM_TARGETS, WIDTH, seed=3), torch.arange(NUM_TARGETS) % VOCABULARY
     _, nats_S = supervised_cross_entropy(hidden_SD, head, targets_S, torch.ones(NUM_TARGETS))
