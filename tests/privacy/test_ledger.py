@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from fedloom.errors import PrivacyError
+from fedloom.errors import PrivacyError, RunError
 from fedloom.privacy.accountant import PrivateStep, epsilon
 from fedloom.privacy.ledger import LEDGER, Booking, Budget, Ledger
+from fedloom.run_folder import durable
 
 DELTA = 1e-5
 KINDS = [(0.02, 1.5), (0.1, 2.0), (1.0, 20.0), (0.02, 3.0)]
 SCHEDULES = [(*KINDS[n % 4], steps) for n, steps in enumerate([40, 7, 3, 100, 1, 12, 2, 9, 60, 5])]
 ONE = Booking("r", 3, 1, 10, 0.02, 2.0, "seed")
+LINE = durable.encode_json(asdict(ONE)).encode()
 
 
 def ledger(tmp_path: Path, max_epsilon: float | None = None) -> Ledger:
@@ -80,3 +82,19 @@ def test_what_one_run_cost_is_told_apart_from_what_all_did(tmp_path: Path) -> No
 def test_nothing_costs_nothing_and_steps_without_noise_cost_everything() -> None:
     assert epsilon({}, DELTA) == epsilon({PrivateStep(0.1, 0.0): 0}, DELTA) == 0.0
     assert epsilon({PrivateStep(0.1, 0.0): 1}, DELTA) == float("inf")
+
+
+def test_a_line_that_a_crash_cut_off_was_of_steps_never_taken(tmp_path: Path) -> None:
+    for cut in range(len(LINE)):
+        (tmp_path / LEDGER).write_bytes(LINE + b"\n" + LINE[:cut])
+        durable.append_line(tmp_path / LEDGER, asdict(replace(ONE, round=2)))
+        assert ledger(tmp_path)._spent_by(3) == {ONE.step: 20}
+
+
+@pytest.mark.parametrize(
+    "line", [LINE[1:], LINE.replace(b"10", b"0"), LINE.replace(b"10", b'"10"'), LINE[:20] + b"\x00" + LINE[21:], b"{}"]
+)
+def test_a_damaged_line_is_refused_since_what_was_spent_would_be_forgotten(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / LEDGER).write_bytes(LINE + b"\n" + line + b"\n")
+    with pytest.raises(RunError, match=r"line 2: expected a booking of this version"):
+        ledger(tmp_path)

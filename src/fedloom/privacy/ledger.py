@@ -7,18 +7,19 @@ often as they were begun.
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fedloom.errors import PrivacyError, RunError
 from fedloom.privacy.accountant import PrivateStep, epsilon
 from fedloom.run_folder import durable
 
 LEDGER = "privacy.jsonl"
+_BEGIN = b'{"run":'
 _RETRY = "free space or mend the disk; no step is taken that is not booked"
 
 
@@ -37,15 +38,18 @@ class Booking:
     run: str
     client: int
     round: int
-    steps: int
-    rate: float
-    noise_multiplier: float
+    steps: Annotated[int, Field(ge=1)]
+    rate: Annotated[float, Field(gt=0.0, le=1.0)]
+    noise_multiplier: Annotated[float, Field(ge=0.0)]
     draws: Literal["seed", "system"]
 
     @property
     def step(self) -> PrivateStep:
         """One of the steps."""
         return PrivateStep(self.rate, self.noise_multiplier)
+
+
+_BOOKING = TypeAdapter(Booking)
 
 
 class Ledger:
@@ -109,18 +113,23 @@ def _read(path: Path) -> list[Booking]:
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     except OSError as error:
         raise RunError(f"{path}: expected the ledger of privacy, got {error.strerror}; check its rights") from error
-    found = []
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        found.append(_booking(path, entry))
-    return found
+    return [_booking(path, number, line) for number, line in enumerate(lines, 1) if line and not _is_cut_off(line)]
 
 
-def _booking(path: Path, entry: Mapping[str, object]) -> Booking:
+def _is_cut_off(line: bytes) -> bool:
+    """Tell whether a line is the beginning of a booking; whatever else cannot be read is damage."""
+    return _BEGIN.startswith(line[: len(_BEGIN)]) and not line.endswith(b"}")
+
+
+def _booking(path: Path, number: int, line: bytes) -> Booking:
+    """Return a line's booking.
+
+    Raises:
+        RunError: it is none. A ledger that is read in part would forget what was spent.
+    """
     try:
-        return Booking(**entry)  # type: ignore[arg-type]
-    except TypeError as error:
-        raise RunError(f"{path}: expected bookings of this version, got another line; restore the file") from error
+        return _BOOKING.validate_json(line, strict=True)
+    except ValidationError as error:
+        raise RunError(
+            f"{path}, line {number}: expected a booking of this version, got another line; restore the file"
+        ) from error

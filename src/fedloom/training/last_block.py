@@ -119,7 +119,10 @@ class _Forwards:
         outputs = original(self._chosen, *args, **kwargs)
         first, *others = outputs if isinstance(outputs, tuple) else (outputs,)
         if first.shape != self._chosen.shape:
-            raise ModelError(f"expected {tuple(self._chosen.shape)} behind the last block, got {tuple(first.shape)}")
+            raise ModelError(
+                f"expected {tuple(self._chosen.shape)} behind the last block, got {tuple(first.shape)}; set "
+                "model.attention = padded"
+            )
         whole_1TD = first.new_zeros(hidden_1TD.shape).index_copy(1, self._rows_K, first)
         return (whole_1TD, *others) if isinstance(outputs, tuple) else whole_1TD
 
