@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import jsonschema
 import pytest
 
 from fedloom import config, recipes
 from fedloom.cli.app import exit_code
 from fedloom.config.json_schema import json_schema
 from fedloom.methods import table
-
-jsonschema = pytest.importorskip("jsonschema")
 
 
 def declared(name: str) -> dict[str, Any]:
