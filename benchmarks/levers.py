@@ -9,7 +9,6 @@ process. Printed are the median and the range of (CPU time without / CPU time wi
 losses. Everything else is as it ships. Levers that ship:
 
 * ``chunk``: the loss goes through at least 192 targets at a time, instead of as many as 2^20 logits hold;
-* ``stride``: rows of logits begin at aligned places (nothing changes where the vocabulary is a multiple of 64);
 * ``targets``: the last block computes the targets' rows alone.
 
 Levers that were tried and do not ship, switched on here from outside:
@@ -47,10 +46,6 @@ Switch = Callable[[Any, bool], None]
 
 def chunk(_: Any, on: bool) -> None:
     loss.CHUNK_ROWS = 192 if on else 0
-
-
-def stride(_: Any, on: bool) -> None:
-    loss.ROW_STRIDE = {"cpu": 64} if on else {}
 
 
 def targets(model: Any, on: bool) -> None:
@@ -106,9 +101,9 @@ def norm(model: Any, on: bool) -> None:
                 module.forward = lambda x, own=module: RMSNorm.apply(x, own.weight, own.variance_epsilon)
 
 
-LEVERS: dict[str, Switch] = {f.__name__: f for f in (chunk, stride, targets, malloc, gelu, norm)}
-SHIPPED = ("chunk", "stride", "targets")
-ABSENT = {("stories3M", "gelu"), ("llama", "gelu"), ("gpt2", "norm"), ("stories3M", "stride"), ("llama", "stride")}
+LEVERS: dict[str, Switch] = {f.__name__: f for f in (chunk, targets, malloc, gelu, norm)}
+SHIPPED = ("chunk", "targets")
+ABSENT = {("stories3M", "gelu"), ("llama", "gelu"), ("gpt2", "norm")}
 """Levers that change nothing on a shape."""
 
 

@@ -35,9 +35,6 @@ CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
 CHUNK_ROWS, MOST_LOGITS = 192, 1 << 24
 """Rows held at a time at least, as far as so many logits allow: a chunk reads the head's weight twice."""
 
-ROW_STRIDE = {"cpu": 64}
-"""Rows of logits begin at multiples of this many numbers: products that write rows of an odd length are slow."""
-
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two rows with which a pass is compared with the model's own forward of each row alone."""
 
@@ -87,15 +84,7 @@ def _linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Te
     num_rows = x_SX.shape[0]
     if num_rows < FEWEST_ROWS:
         x_SX = torch.cat([x_SX, x_SX.new_zeros(FEWEST_ROWS - num_rows, x_SX.shape[1])])
-    width, multiple = weight_YX.shape[0], ROW_STRIDE.get(x_SX.device.type, 1)
-    if width % multiple == 0 or (torch.is_grad_enabled() and (x_SX.requires_grad or weight_YX.requires_grad)):
-        return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
-    y_SY = x_SX.new_empty(len(x_SX), width + -width % multiple)[:, :width]
-    if bias_Y is None:
-        torch.mm(x_SX, weight_YX.T, out=y_SY)
-    else:
-        torch.addmm(bias_Y, x_SX, weight_YX.T, out=y_SY)
-    return y_SY[:num_rows]
+    return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
 
 
 def supervised_cross_entropy(
