@@ -61,7 +61,7 @@ def test_a_method_of_the_page_trains_to_the_shipped_ones_adapter(
     mine: str, shipped: str, plain: str, ranks: object, own: Path, settings_for: Make
 ) -> None:
     for name in (mine, shipped, plain):
-        fedloom.run(settings_for(method__name=name, method__ranks=ranks), own / name)
+        fedloom.run(settings_for(method__name=name, method__ranks=ranks, method__weighting="rows"), own / name)
     assert equal(tensors(own / mine), tensors(own / shipped))
     assert not equal(tensors(own / mine), tensors(own / plain))
 

@@ -95,7 +95,7 @@ def test_a_killed_run_goes_on_to_the_same_bits(settings_for: Make, tmp_path: Pat
 
 
 def test_anybody_can_recompute_floras_aggregate_from_the_kept_updates(settings_for: Make, tmp_path: Path) -> None:
-    run(settings_for(run__keep_updates=True), tmp_path / "run")
+    run(settings_for(run__keep_updates=True, method__weighting="rows"), tmp_path / "run")
     folder = tmp_path / "run/rounds/2"
 
     def deltas(adapter: Path) -> dict[str, np.ndarray]:

@@ -165,9 +165,9 @@ def test_what_the_command_line_leaves_out_is_as_in_the_run(
     ],
 )
 def test_an_option_that_would_change_nothing_is_refused_before_anything_is_opened(
-    arguments: str, message: str, capsys: pytest.CaptureFixture[str]
+    arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exit_code(["evaluate", "no-such-run", *arguments.split()]) == 2
+    assert exit_code(["evaluate", str(tmp_path), *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
     assert error.count("\n") == 1
