@@ -167,6 +167,7 @@ def test_what_the_command_line_leaves_out_is_as_in_the_run(
 def test_an_option_that_would_change_nothing_is_refused_before_anything_is_opened(
     arguments: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "manifest.json").touch()
     assert exit_code(["evaluate", str(tmp_path), *arguments.split()]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error)
