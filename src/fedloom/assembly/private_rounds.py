@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Literal
 
-from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.data.tokens import TokenSet
 from fedloom.privacy.ledger import Booking, Budget
+from fedloom.training.cohort_round import LocalTraining
 from fedloom.training.private_rows import private_steps_of, sampling_rate
 
 SEED: Final = "seed"
@@ -20,17 +20,28 @@ def budget_of(settings: Settings) -> Budget:
     return Budget(settings.privacy.delta, settings.privacy.max_epsilon)
 
 
-def booking_of(settings: Settings, num_units: int, client: int, round: int) -> Booking:
-    """Return what a client of so many units spends in a round of a run in one process or on a cluster."""
-    training, privacy = training_of(settings), settings.privacy
+def booking_of(
+    training: LocalTraining,
+    num_units: int,
+    client: int,
+    round: int,
+    *,
+    run: str = "",
+    draws: Literal["seed", "system"] = SEED,
+) -> Booking:
+    """Return what a client of so many units spends in a round of private training.
+
+    A run in one process or on a cluster keeps a ledger of its own, so it needs no name in it.
+    """
+    assert training.privacy is not None
     return Booking(
-        run="",
+        run=run,
         client=client,
         round=round,
         steps=private_steps_of(num_units, training.batch_size, training.steps, training.epochs),
         rate=sampling_rate(num_units, training.batch_size),
-        noise_multiplier=privacy.noise_multiplier,
-        draws=SEED,
+        noise_multiplier=training.privacy.noise_multiplier,
+        draws=draws,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.assembly.private_rounds import SEED, booking_of, budget_of, num_units_of
-from fedloom.assembly.round_plan import Population
+from fedloom.assembly.round_plan import Population, training_of
 from fedloom.config import Settings
 from fedloom.errors import PrivacyError
 from fedloom.federation.intake import Arrival
@@ -62,12 +62,12 @@ def books_of(settings: Settings, population: Population, folder: Path) -> Privac
     """
     if settings.privacy.unit != "row":
         return None
-    units: dict[int, int] = {}
+    training, units = training_of(settings), dict[int, int]()
 
     def booking(client: int, round: int) -> Booking:
         if client not in units:
             units[client] = num_units_of(population.rows_of(client))
-        return booking_of(settings, units[client], client, round)
+        return booking_of(training, units[client], client, round)
 
     return PrivacyBooks(Ledger(folder / LEDGER, budget_of(settings)), booking)
 

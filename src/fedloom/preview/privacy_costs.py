@@ -10,11 +10,13 @@ from typing import Any
 
 from fedloom.assembly.preparation import Preparation
 from fedloom.assembly.private_rounds import booking_of, num_units_of
+from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.errors import FedloomError
 from fedloom.federation.rounds import RoundPlan
 from fedloom.preview.rehearsal import SketchWorkshop
 from fedloom.privacy.accountant import PrivateStep, epsilon_at_most, noise_multiplier_for
+from fedloom.training.private_rows import sampling_rate
 
 LISTED = 100
 """Clients that have a line each."""
@@ -84,7 +86,7 @@ def planned_privacy(settings: Settings) -> PlannedPrivacy | None:
         most = max(clients, key=lambda one: one.epsilon)
         enough = None
         if privacy.max_epsilon is not None and most.epsilon > privacy.max_epsilon:
-            rate = booking_of(settings, most.num_units, 0, 1).rate
+            rate = sampling_rate(most.num_units, settings.training.batch_size)
             enough = noise_multiplier_for(rate, most.steps, privacy.delta, privacy.max_epsilon)
     except FedloomError as error:
         return PlannedPrivacy(privacy.delta, privacy.max_epsilon, unknown=str(error))
@@ -94,11 +96,12 @@ def planned_privacy(settings: Settings) -> PlannedPrivacy | None:
 def _costs(prepared: Preparation) -> list[ClientCost]:
     plan, population, settings = prepared.plan, prepared.population, prepared.placed
     assert isinstance(plan, RoundPlan)
+    training = training_of(settings)
     drawn = Counter(client for round in range(1, plan.num_rounds + 1) for client in plan.sample(round))
     found = []
     for client, name in enumerate(population.names):
         units = num_units_of(population.rows_of(client))
-        one = booking_of(settings, units, client, 1)
+        one = booking_of(training, units, client, 1)
         steps = one.steps * drawn[client]
         cost = epsilon_at_most(PrivateStep(one.rate, one.noise_multiplier), steps, settings.privacy.delta)
         found.append(ClientCost(name, units, drawn[client], steps, math.ceil(cost * 1e6) / 1e6))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from fedloom.assembly.private_rounds import SYSTEM, booking_of, num_units_of
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import PrivacyError
 from fedloom.privacy.accountant import check_accountant
-from fedloom.privacy.ledger import LEDGER, Booking, Budget, Ledger
+from fedloom.privacy.ledger import LEDGER, Budget, Ledger
 from fedloom.sites import policy
 from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.training.private_rows import private_steps_of, sampling_rate
 
 _ITSELF = 0
 """The site in its own ledger: it may be another client in every study."""
@@ -41,7 +41,7 @@ class SiteBooks:
         if sheet.budget is not None:
             deltas, limits = [*deltas, sheet.budget.delta], [*limits, sheet.budget.max_epsilon]
         budget = Budget(min(deltas), min((limit for limit in limits if limit is not None), default=None))
-        return cls(Ledger(site.folder / LEDGER, budget), sheet, len(rows.by_unit()))
+        return cls(Ledger(site.folder / LEDGER, budget), sheet, num_units_of(rows))
 
     def book(self, round: int) -> Refusal | None:
         """Book a round before its first step, or return why it may not be taken.
@@ -49,19 +49,10 @@ class SiteBooks:
         Raises:
             RunError: the disk refused.
         """
-        training = self.sheet.training
-        assert training.privacy is not None
-        units, size = self.num_units, training.batch_size
-        steps = private_steps_of(units, size, 1 if self.sheet.sends_gradients else training.steps, training.epochs)
-        one = Booking(
-            run=self.sheet.run,
-            client=_ITSELF,
-            round=round,
-            steps=steps,
-            rate=sampling_rate(units, size),
-            noise_multiplier=training.privacy.noise_multiplier,
-            draws="system",
-        )
+        training = self.sheet.local_training
+        if self.sheet.sends_gradients:
+            training = replace(training, steps=1, epochs=None)
+        one = booking_of(training, self.num_units, _ITSELF, round, run=self.sheet.run, draws=SYSTEM)
         try:
             self.ledger.book(one)
         except PrivacyError:
