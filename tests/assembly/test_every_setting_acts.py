@@ -114,6 +114,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.dropout": (0.1, {}),
     "training.label_smoothing": (0.1, {}),
     "training.proximal": (0.1, {}),
+    "training.control_variates": (True, {}),
     "training.token_budget": (100, {}),
     "privacy.unit": ("row", {}),
     "privacy.clip": (0.5, {"privacy.unit": "row"}),

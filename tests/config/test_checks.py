@@ -191,6 +191,17 @@ def test_of_many_clients_some_sketch_the_gradient(clients: int, drawn: int | Non
     assert Settings.model_validate({**ENOUGH, "federation": federation}).sketch_cohort_size == asked
 
 
+def test_control_variates_need_a_second_step_and_slots_that_all_clients_move() -> None:
+    drift = {"local_steps": 4, "control_variates": True}
+    assert found(training={**drift, "local_steps": 1}) == ["training.control_variates"]
+    mixed = {"name": "zero-padding", "ranks": (4, 2, 2)}
+    clients = {"num_clients": 3}
+    assert found(training=drift, method=mixed, federation=clients) == ["training.control_variates"]
+    short = {"name": "weave", "ranks": (4, 2, 2)}
+    assert found(training=drift, method=short, federation=clients, server={"step": "plain"}) == []
+    assert found(training=drift, method={"name": "flora", "ranks": 4}) == ["training.control_variates"]
+
+
 def test_a_proximal_term_needs_a_second_step() -> None:
     once = {"local_steps": 1, "proximal": 0.1}
     assert found(training=once) == ["training.proximal"]

@@ -187,7 +187,7 @@ def _messages() -> list[Reader]:
 
 
 def _in_few_bits(honest: Any) -> tuple[Callable[[bytes], None], bytes, bytes]:
-    """Return a reader of answers in 4 bits with second moments, and a valid broadcast and answer of that kind."""
+    """Return a reader of answers in 4 bits with second moments, a valid broadcast with control variates, an answer."""
     import torch
 
     from fedloom.errors import UpdateError
@@ -201,10 +201,12 @@ def _in_few_bits(honest: Any) -> tuple[Callable[[bytes], None], bytes, bytes]:
     from fedloom.methods.options import MethodOptions
     from fedloom.methods.state import Failure
 
-    strategy = table.make("zero-padding", honest.COHORT, MethodOptions(few_bits=True, moments="shared"))
+    options = MethodOptions(few_bits=True, moments="shared", control_clients=3)
+    strategy = table.make("zero-padding", honest.COHORT, options)
     entries = moments_entries(honest.SHAPES, 2, BOTH)
     moments = {key.removeprefix("moments/"): torch.ones(shape) for key, (_, shape) in entries.items()}
     state = honest.replace(strategy.initial(), round=1, start=honest.update().adapter, optimiser=moments)
+    state = honest.replace(state, control=honest.update().adapter.as_tensors())
     (broadcast,), work = (
         broadcasts_for(state, [1], strategy, {1: 2}, {1: 2.0}, WireDtype.INT4),
         strategy.client.work(2),

@@ -102,3 +102,21 @@ def test_second_moments_are_averaged_by_slot_and_one_that_nobody_has_keeps_what_
     parts[1].merge(parts[0])
     merged = strategy.finish(replace(state, optimiser=before), parts[1]).optimiser["m.a.rows"]
     assert merged.tolist() == found.tolist()
+
+
+def test_the_mean_of_all_moves_is_that_of_the_clients_and_shared_with_those_that_were_away() -> None:
+    strategy = table.make("fedit", COHORT, MethodOptions(weighting="uniform", control_clients=4))
+    state = strategy.initial()
+    assert state.start is not None
+    assert strategy.client.work(1).corrects
+    moved = {client: gradient(3, client) for client in (0, 1)}
+    sent = [
+        update(1, client, Adapter({n: Pair(p.b_OR + by[n].b_OR, p.a_RI + by[n].a_RI) for n, p in state.start.items()}))
+        for client, by in moved.items()
+    ]
+    control = strategy.aggregate(state, sent).control
+    for name in SHAPES:
+        half = -0.5 * (moved[0][name].a_RI + moved[1][name].a_RI) * 0.5  # two of four clients
+        assert torch.allclose(control[f"{name}.a"], half, atol=1e-6)
+    again = strategy.aggregate(replace(state, round=1, control=control), sent).control
+    assert all(torch.allclose(again[key], 1.5 * control[key], atol=1e-6) for key in control)

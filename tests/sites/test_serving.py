@@ -23,11 +23,19 @@ from fedloom.reporting.report import write_report
 
 METHODS = [
     ({"method__name": "flora"}, "fp32"),
-    ({"method__name": "fedit", "method__ranks": 4}, "fp32"),
+    ({"method__name": "fedit", "method__ranks": 4, "training__control_variates": True}, "fp32"),
     ({"method__name": "rolora", "method__ranks": 4}, "bf16"),
     ({"method__name": "ffa-lora", "federation__clients_per_round": 2}, "fp32"),
     ({"method__name": "flora", "federation__clients_per_round": 2, "federation__num_rounds": 5}, "bf16"),
-    ({"method__name": "weave", "training__moments": "shared", "federation__clients_per_round": 2}, "int4"),
+    (
+        {
+            "method__name": "weave",
+            "training__moments": "shared",
+            "training__control_variates": True,
+            "federation__clients_per_round": 2,
+        },
+        "int4",
+    ),
     ({"method__name": "weave", "method__initialisation": "gradient", "federation__clients_per_round": 2}, "int4"),
     ({"method__name": "ffa-lora", "method__initialisation": "gradient", "training__schedule_span": "run"}, "bf16"),
     ({"method__name": "fedit", "method__ranks": 4, "server__step": "adamw", "training__local_steps": 1}, "int2"),

@@ -90,6 +90,7 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
         few_bits=WireDtype(settings.wire.dtype).is_coded and not settings.traits.is_control,
         moments=settings.training.moments,
         moments_prior=settings.training.moments_prior,
+        control_clients=settings.federation.num_clients if settings.training.control_variates else 0,
     )
     strategy: Strategy = table.make(method.name, cohort, options)
     start = start_adapter(settings.model) if settings.model.train_adapter else None

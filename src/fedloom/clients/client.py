@@ -29,6 +29,7 @@ from fedloom.methods.client_half import ClientHalf, Moments, Payload, Rounding, 
 from fedloom.methods.side import digest
 from fedloom.methods.state import Failure, Update
 from fedloom.training.cohort_round import ClientResult, ClientTask
+from fedloom.training.control_variates import carried, correction_of
 from fedloom.training.moments import Prior, moved_by
 
 DIVERGED = "expected finite numbers, got NaN or infinity; lower training.learning_rate"
@@ -107,6 +108,7 @@ class Client:
             keeps_moments=work.moments is Moments.OWN,
             shares_moments=shares,
             prior=_prior(received, whole, before, work.prior_steps) if shares else None,
+            correction=correction_of(received.control, before.control) if work.corrects else {},
         )
         began = digest(whole) if received.is_coded and received.is_kept else ""
         return Assignment(task, total([side, beyond]) if beyond else side, work, received.round, began)
@@ -136,6 +138,7 @@ class Client:
             own=result.adapter.as_tensors(work.keeps),
             moments=self.memory.moments if work.moments is Moments.SHARED else result.optimiser_state or {},
             owed=owed,
+            control=_control(work, assignment.task, result),
         )
         moved = None if work.sends else distance(result.adapter, start)
         update = Update(
@@ -193,6 +196,14 @@ def _prior(received: Received, start: Adapter, before: Memory, num_steps: int) -
         return Prior(received.moments, None, num_steps)
     old = truncate(Adapter.from_tensors(before.start), rank)
     return Prior(received.moments, moved_by(truncate(start, rank), old, received.round - int(last)), num_steps)
+
+
+def _control(work: Work, task: ClientTask, result: ClientResult) -> dict[str, Tensor]:
+    """Return what corrects this client's steps the next time."""
+    if not work.corrects:
+        return {}
+    start, end = (adapter.as_tensors(work.sends) for adapter in (task.start, result.adapter))
+    return carried(start, end, task.correction)
 
 
 def _payload(work: Work, start: Adapter, result: ClientResult) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ class Memory:
         own: its own factors, where the method leaves some with the client.
         moments: of its optimiser, where they are its own.
         owed: what the wire rounded off its last update, where it owes that.
+        control: how far its own steps carried it the last time, where that corrects the next.
     """
 
     version: int = 0
@@ -31,6 +32,7 @@ class Memory:
     own: Tensors = field(default_factory=dict)
     moments: Tensors = field(default_factory=dict)
     owed: Tensors = field(default_factory=dict)
+    control: Tensors = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -38,7 +40,7 @@ class Memory:
         return not any(getattr(self, part) for part in _PARTS)
 
 
-_PARTS = ("start", "own", "moments", "owed")
+_PARTS = ("start", "own", "moments", "owed", "control")
 
 
 def own_adapters(memories: Mapping[int, Memory], shared: Adapter | None = None) -> dict[int, Adapter]:

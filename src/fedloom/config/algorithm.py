@@ -205,6 +205,11 @@ class Training(Table):
         "FedProx's weight μ of half the squared distance of a client's product from its start; 0: no such term.",
         when=AVERAGED,
     )
+    control_variates: bool = setting(
+        False,
+        "SCAFFOLD: correct a client's steps by how its moves differ from the mean of all clients'.",
+        when={"method.name": having("averages_factors"), "server.step": LOCAL_STEPS},
+    )
     token_budget: Count = setting(
         8192,
         "Tokens per pass over all clients trained together. Changes memory and speed, and the result by rounding only.",

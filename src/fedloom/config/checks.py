@@ -11,7 +11,15 @@ from collections.abc import Iterator
 
 from fedloom.config.privacy_checks import private_rows
 from fedloom.config.problems import Problem
-from fedloom.config.round_checks import continued, few_bits, initialisation, robust, sampling, synchronised
+from fedloom.config.round_checks import (
+    continued,
+    control_variates,
+    few_bits,
+    initialisation,
+    robust,
+    sampling,
+    synchronised,
+)
 from fedloom.config.schema import PER_CLIENT, Settings, counted_by_data, every_setting
 from fedloom.config.setting import Values, conditions, in_words, shown, values_of
 from fedloom.methods import table
@@ -41,6 +49,7 @@ def problems(settings: Settings) -> list[Problem]:
             numbers,
             robust,
             synchronised,
+            control_variates,
             few_bits,
             sampling,
         ),

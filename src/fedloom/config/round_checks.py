@@ -9,7 +9,7 @@ from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings, counted_by_data
 from fedloom.config.setting import shown
 from fedloom.methods import table
-from fedloom.methods.traits import GRADIENT
+from fedloom.methods.traits import GRADIENT, Law
 from fedloom.wording import either
 
 
@@ -80,6 +80,28 @@ def continued(settings: Settings) -> Iterator[Problem]:
             settings.method.initialisation,
             "drop it, or drop model.train_adapter",
             ("model.train_adapter",),
+        )
+
+
+def control_variates(settings: Settings) -> Iterator[Problem]:
+    """Moves add up slot by slot where every client moves every slot, or those that it has not keep their numbers."""
+    if not settings.training.control_variates:
+        return
+    if settings.training.local_steps == 1:
+        yield Problem(
+            "training.control_variates",
+            "more steps a round than training.local_steps = 1, with whose one step no client drifts",
+            "true",
+            "drop it (--set training.control_variates=) or raise training.local_steps",
+            ("training.local_steps",),
+        )
+    if len(set(settings.client_ranks)) > 1 and Law.NO_OP_RANKS in settings.traits.unclaimed:
+        yield Problem(
+            "training.control_variates",
+            f"clients of one rank with method.name = {settings.method.name}, which counts missing slots as zero",
+            f"ranks {min(settings.client_ranks)} to {max(settings.client_ranks)}",
+            "drop it (--set training.control_variates=), or set one method.ranks for all",
+            ("method.ranks", "method.name"),
         )
 
 

@@ -27,11 +27,15 @@ from fedloom.federation.blob import (
 from fedloom.federation.buffers import Buffer, Buffers
 from fedloom.federation.coding import SCALE, entries_of, read, read_exactly, written, written_exactly
 from fedloom.federation.messages import (
+    CONTROL,
     MAX_COUNT,
     MOMENTS,
     Count,
     Head,
     Shapes,
+    control_dtype,
+    control_entries,
+    control_read,
     expected_tensors,
     moments_entries,
     moments_read,
@@ -69,6 +73,7 @@ class _BroadcastHead(Head):
     wire: WireDtype
     holds: Annotated[str, MaxLen(64)] | None
     moments: Literal["", "a", "b", "ab"] = ""
+    control: Literal["", "a", "b", "ab"] = ""
 
 
 _ENTRY_BESIDE_NAME, _PARTS_WITHOUT_BYTES = 160, 8
@@ -94,6 +99,7 @@ def _sent_of(broadcast: Broadcast, dtype: WireDtype) -> tuple[dict[str, Tensor],
     if isinstance(start, Adapter):
         tensors |= {f"start/{key}": tensor for key, tensor in _start_sent(broadcast, start, dtype).items()}
     tensors |= moments_written(broadcast.moments)
+    tensors |= {f"{CONTROL}{key}": one for key, one in written(broadcast.control, control_dtype(dtype)).items()}
     head = _BroadcastHead(
         round=broadcast.round,
         client=broadcast.client,
@@ -111,6 +117,7 @@ def _sent_of(broadcast: Broadcast, dtype: WireDtype) -> tuple[dict[str, Tensor],
         wire=dtype,
         holds=None if broadcast.difference is None else broadcast.difference.since,
         moments="".join(sorted({key.rpartition(".")[0][-1] for key in broadcast.moments})),  # type: ignore[arg-type]
+        control="".join(sorted({key[-1] for key in broadcast.control})),  # type: ignore[arg-type]
     )
     return tensors, head
 
@@ -132,11 +139,16 @@ class Received:
     """What a client knows of a broadcast: no more than what its bytes say."""
 
     def __init__(
-        self, head: Any, news: News, start: Mapping[str, Tensor], moments: Mapping[str, Tensor] | None = None
+        self,
+        head: Any,
+        news: News,
+        start: Mapping[str, Tensor],
+        moments: Mapping[str, Tensor] | None = None,
+        control: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.round, self.client, self.rank, self.scale = head.round, head.client, head.rank, head.scale
         self.news, self.sent, self.start_rank, self.holds = news, start, head.start_rank, head.holds
-        self.is_coded, self.moments = head.wire.is_coded, moments or {}
+        self.is_coded, self.moments, self.control = head.wire.is_coded, moments or {}, control or {}
         self.is_kept = head.origin is not None or (head.wire.is_coded and head.draw is None)
         self.draw = None if head.draw is None else _draw_of(head.draw)
         self.origin = None if head.origin is None else _draw_of(head.origin)
@@ -162,10 +174,13 @@ def decode_broadcast(message: Message, shapes: Shapes) -> Received:
     wanted = moments_entries(shapes, head.rank, frozenset(head.moments)) if head.moments else {}
     if {key: entry for key, entry in entries.items() if key.startswith(MOMENTS)} != wanted:
         raise UpdateError("expected second moments of this client's slots, got others; use the run's own base")
-    moments = moments_read(tensors)
-    others = {key: tensor for key, tensor in tensors.items() if key not in wanted}
+    variates = control_entries(shapes, head.rank, frozenset(head.control), head.wire) if head.control else {}
+    if {key: entry for key, entry in entries.items() if key.startswith(CONTROL)} != variates:
+        raise UpdateError("expected control variates of this client's slots, got others; use the run's own base")
+    moments, control = moments_read(tensors), control_read(tensors)
+    others = {key: tensor for key, tensor in tensors.items() if key not in wanted and key not in variates}
     parts = _parts(others, head, shapes)
-    return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start, moments)
+    return Received(head, News(head.since, head.version, parts, head.is_whole, head.sha256), start, moments, control)
 
 
 def _room_for_entries(blob: Buffer, shapes: Shapes) -> int:
@@ -196,7 +211,7 @@ def as_sent(broadcast: Broadcast) -> Received:
         origin=None if broadcast.origin is None else _draw_head(broadcast.origin),
     )
     sent = start.as_tensors(broadcast.crossing) if isinstance(start, Adapter) else {}
-    return Received(head, broadcast.news, sent, broadcast.moments)
+    return Received(head, broadcast.news, sent, broadcast.moments, broadcast.control)
 
 
 def _draw_head(draw: Draw) -> _DrawHead:

@@ -80,8 +80,8 @@ class _FailureHead(Head):
     held: Count | None
 
 
-MOMENTS = "moments/"
-"""Begins the name of second moments in a message."""
+MOMENTS, CONTROL = "moments/", "control/"
+"""Begin the names of second moments and of control variates in a message."""
 _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
     Annotated[_UpdateHead | _FailureHead, Field(discriminator="kind")]
 )
@@ -131,6 +131,30 @@ def moments_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for key, tensor in found.items():
         if not bool((torch.isfinite(tensor) & (tensor >= 0)).all()):
             raise UpdateError(f"{key}: expected finite second moments of 0 or more, got others; check the client")
+    return found
+
+
+def control_dtype(wire: WireDtype) -> WireDtype:
+    """Return the type in which control variates cross: fp32 on such a wire, else bf16, whose range is that of fp32."""
+    return wire if wire is WireDtype.FP32 else WireDtype.BF16
+
+
+def control_entries(shapes: Shapes, rank: int, factors: Factors, wire: WireDtype) -> Entries:
+    """Return (dtype, shape) of every tensor that stands for control variates of so many slots."""
+    expected = {f"{CONTROL}{key}": size for key, size in expected_tensors(shapes, rank, factors).items()}
+    return entries_of(expected, control_dtype(wire))
+
+
+def control_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the control variates of a message, whose entries have been checked.
+
+    Raises:
+        UpdateError: one is not finite.
+    """
+    found = {key.removeprefix(CONTROL): t.float() for key, t in tensors.items() if key.startswith(CONTROL)}
+    for key, tensor in found.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UpdateError(f"{key}: expected finite control variates, got others; check the server")
     return found
 
 

@@ -84,6 +84,7 @@ def broadcasts_for(
                 crossing=_crossing(state, strategy, client),
                 origin=None if isinstance(start, Draw) else strategy.origin,
                 moments=moments_for(rank_of[client], state, strategy),
+                control=control_for(rank_of[client], state, strategy),
             )
         )
     if not wire.is_coded:
@@ -128,6 +129,13 @@ def moments_for(rank: int, state: ServerState, strategy: Strategy) -> dict[str, 
         slots = torch.nn.functional.pad(tensor[:own], (0, max(0, own - len(tensor))))
         found[key] = slots if key.endswith(ROWS) else tensor
     return found
+
+
+def control_for(rank: int, state: ServerState, strategy: Strategy) -> dict[str, Tensor]:
+    """Return how far a round carries all clients on average, of a client's first slots; nothing before it is known."""
+    if not strategy.client.work(state.round + 1).corrects:
+        return {}
+    return {key: tensor[:rank] if key.endswith(".a") else tensor[:, :rank] for key, tensor in state.control.items()}
 
 
 def in_few_bits(
@@ -229,6 +237,7 @@ def next_state(
         typical_norm=median(norms) if norms else None,
         views={} if views is None else views,
         optimiser=aggregate.optimiser,
+        control=aggregate.control,
     )
 
 

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter
-from fedloom.methods.client_half import ClientHalf, InFewBits, MeasuresGradient, Moments, WithMoments
+from fedloom.methods.client_half import ClientHalf, InFewBits, MeasuresGradient, Moments, WithControl, WithMoments
 from fedloom.methods.options import ServerAdamW
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy, Weighting, normalised, weigh
 from fedloom.methods.sums import RunningFactors
+from fedloom.training.control_variates import mean_after
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, schedule
 
 
@@ -151,6 +152,28 @@ class WithOtherMoments(Around):
         if self.moments is not Moments.SHARED:
             return self.inner.finish(state, sums)
         return replace(self.inner.finish(state, sums.inner), optimiser=sums.means(state.optimiser))
+
+
+@dataclass(frozen=True)
+class WithControlVariates(Around):
+    """A mean of factors whose clients' steps are corrected (:mod:`fedloom.training.control_variates`)."""
+
+    num_clients: int
+
+    @property
+    def client(self) -> ClientHalf:
+        """Do the method's part with corrected steps."""
+        return WithControl(self.inner.client)
+
+    def finish(self, state: ServerState, sums: Any) -> Aggregate:
+        """Do what the method does, and take the clients' mean move into that of all."""
+        found = self.inner.finish(state, sums)
+        assert state.start is not None
+        assert found.start is not None
+        before, after = (one.as_tensors(self.client.work(state.round + 1).sends) for one in (state.start, found.start))
+        moved = {key: tensor - after[key] for key, tensor in before.items()}
+        share = len(found.weights) / self.num_clients
+        return replace(found, control=mean_after(state.control, moved, share))
 
 
 @dataclass

@@ -56,6 +56,7 @@ class Work:
         moments: where the optimiser's moments come from.
         prior_steps: steps that shared moments count for.
         rounding: what becomes of what the wire rounds off.
+        corrects: whether control variates correct the steps.
 
     Raises:
         ValueError: if a factor is sent that is not trained, or kept and sent, or rounding is owed on whole factors.
@@ -68,6 +69,7 @@ class Work:
     moments: Moments = Moments.FRESH
     prior_steps: int = 0
     rounding: Rounding = Rounding.DROPPED
+    corrects: bool = False
 
     @property
     def is_gradient(self) -> bool:
@@ -123,6 +125,17 @@ class WithMoments:
     def work(self, round: int) -> Work:
         """Return a client's part of a round."""
         return replace(self.half.work(round), moments=self.moments, prior_steps=self.prior_steps)
+
+
+@dataclass(frozen=True)
+class WithControl:
+    """A client half whose steps are corrected by control variates."""
+
+    half: ClientHalf
+
+    def work(self, round: int) -> Work:
+        """Return a client's part of a round."""
+        return replace(self.half.work(round), corrects=True)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fedloom.methods.around import FewBits, SynchronisedSteps, WithOtherMoments
+from fedloom.methods.around import FewBits, SynchronisedSteps, WithControlVariates, WithOtherMoments
 from fedloom.methods.client_half import Moments
 from fedloom.methods.gradient_start import GradientStart
 from fedloom.methods.options import MethodOptions
@@ -16,6 +16,8 @@ def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bo
         strategy = SynchronisedSteps(strategy, options.adamw)
     if (moments := Moments(options.moments)) is not Moments.FRESH:
         strategy = WithOtherMoments(strategy, moments, options.moments_prior)
+    if options.control_clients:
+        strategy = WithControlVariates(strategy, options.control_clients)
     if options.few_bits:
         strategy = FewBits(strategy, not starts_fresh)
     return GradientStart(strategy) if options.initialisation == GRADIENT else strategy

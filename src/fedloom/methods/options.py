@@ -35,6 +35,7 @@ class MethodOptions:
         adamw: the server's optimiser where clients send gradients (``server.step = adamw``).
         few_bits: whether updates cross as codes of few bits.
         moments, moments_prior: ``training.moments`` and ``training.moments_prior``.
+        control_clients: clients of the population, where ``training.control_variates`` is on; 0: it is not.
     """
 
     weighting: str = "rows"
@@ -43,3 +44,4 @@ class MethodOptions:
     few_bits: bool = False
     moments: str = "fresh"
     moments_prior: int = 2
+    control_clients: int = 0

@@ -53,7 +53,8 @@ class Broadcast:
     ``start`` is what it trains from: an adapter, or the name of a fresh draw. It may have slots beyond the client's
     ``rank``; those it leaves as they are. Of an adapter the factors in ``crossing`` cross; the others the client holds
     already, or draws from ``origin`` where it holds none. With a ``difference`` that is what crosses in the start's
-    place, and the client trains from where it leads. ``moments`` are those that clients share, of the client's slots.
+    place, and the client trains from where it leads. ``moments`` are those that clients share, of the client's slots;
+    ``control`` says how far a round carries all clients on average, where that corrects their steps.
     """
 
     round: int
@@ -66,6 +67,7 @@ class Broadcast:
     origin: Draw | None = None
     difference: Difference | None = None
     moments: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def trained(self) -> Adapter | Draw:
@@ -137,6 +139,7 @@ class ServerState:
         views: the start that each client holds, of those of which it is known; where starts cross as differences.
         optimiser: what the server's optimiser keeps (``ClientOptimiser.export_state``), where it has one, or the second
             moments that clients share.
+        control: how far a round carries all clients on average (``training.control_variates``).
     """
 
     round: int = 0
@@ -150,6 +153,7 @@ class ServerState:
     typical_norm: float | None = None
     views: Mapping[int, Adapter] = field(default_factory=dict)
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
 
     def global_adapter(self) -> Adapter:
         """Return all that training has added to the base, as one adapter."""
@@ -169,7 +173,7 @@ class Aggregate:
         ideal: ``Σ p_k s_k B_k A_k``, what the clients' products come to without noise.
         mean_squared_norm: ``Σ p_k ‖change of client k‖²``.
         weights: p_k of every client, summing to one.
-        optimiser: the next ``ServerState.optimiser``.
+        optimiser, control: the next state's.
     """
 
     start: Adapter | None
@@ -178,6 +182,7 @@ class Aggregate:
     mean_squared_norm: float
     weights: Mapping[int, float]
     optimiser: Mapping[str, Tensor] = field(default_factory=dict)
+    control: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def applied(self) -> Adapter:

@@ -20,7 +20,7 @@ from fedloom.methods.state import ServerState
 
 TENSORS, NUMBERS = "state/server.safetensors", "state/server.json"
 _ADAPTERS = ("side", "start", "velocity", "residual")
-_MOMENTS, _OPTIMISER = "moments", "optimiser"
+_NAMED = ("moments", "optimiser", "control")
 
 _MAX_CHAIN = 1 << 16
 """The latest additions that a state can hold: more would be made before it is seen that they are not there."""
@@ -47,7 +47,7 @@ def state_tensors(state: ServerState) -> dict[str, Tensor]:
     parts |= {f"chain/{position}": part for position, part in enumerate(state.chain)}
     parts |= {f"views/{client}": view for client, view in state.views.items()}
     tensors = {f"{p}/{key}": t.clone() for p, adapter in parts.items() for key, t in adapter.as_tensors().items()}
-    kept = {_MOMENTS: state.moments, _OPTIMISER: state.optimiser}
+    kept = {part: getattr(state, part) for part in _NAMED}
     return tensors | {f"{part}/{key}": tensor.clone() for part, own in kept.items() for key, tensor in own.items()}
 
 
@@ -74,7 +74,7 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
     for key, tensor in tensors.items():
         part, _, name = key.rpartition("/")
         grouped.setdefault(part, {})[name] = tensor
-    moments, optimiser = grouped.pop(_MOMENTS, {}), grouped.pop(_OPTIMISER, {})
+    named = {part: grouped.pop(part, {}) for part in _NAMED}
     parts = {part: Adapter.from_tensors(found) for part, found in grouped.items()}
     nothing = Adapter()
     return ServerState(
@@ -84,11 +84,10 @@ def state_from(tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]) -> Ser
         chain=tuple(parts.get(f"chain/{position}", nothing) for position in range(read.chain)),
         seen={int(client): version for client, version in read.seen.items()},
         velocity=parts.get("velocity", nothing),
-        moments=moments,
         residual=parts.get("residual", nothing),
         typical_norm=read.typical_norm,
         views={client: parts[f"views/{client}"] for client in read.views},
-        optimiser=optimiser,
+        **named,
     )
 
 

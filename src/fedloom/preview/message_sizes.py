@@ -91,7 +91,8 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
             first = replace(first, difference=replace(step, since="") if strategy.drawn else None)
             others = [replace(one, difference=step, origin=strategy.drawn) for one in others]
         others = [
-            replace(one, moments=_second_moments(lora, rank, work)) for one, work in zip(others, works, strict=True)
+            replace(one, moments=_second_moments(lora, rank, work), control=_variates(lora, rank, work))
+            for one, work in zip(others, works, strict=True)
         ]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = OfClient(round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
@@ -142,6 +143,11 @@ def _second_moments(lora: LoRAModel, rank: int, work: Work) -> dict[str, Tensor]
         return {}
     entries = moments_entries(lora.shapes, rank, work.trains)
     return {key.removeprefix(MOMENTS): torch.zeros(shape) for key, (_, shape) in entries.items()}
+
+
+def _variates(lora: LoRAModel, rank: int, work: Work) -> dict[str, Tensor]:
+    """Return control variates of the size in which they cross, where they correct clients' steps."""
+    return _zeros(lora, rank).as_tensors(work.sends) if work.corrects else {}
 
 
 def _zeros(lora: LoRAModel, rank: int) -> Adapter:

@@ -161,6 +161,7 @@ class Sheet(Part):
     sends_gradients: bool = False
     moments: Literal["fresh", "own", "shared"] = "fresh"
     moments_prior: Number = 2
+    corrects: bool = False
     sketch_rank: Annotated[int, Ge(1), Le(1 << 20)] | None = None
     budget: SheetBudget | None = None
 
@@ -205,6 +206,7 @@ class Sheet(Part):
             few_bits=self.wire.is_coded,
             moments=self.moments,
             moments_prior=self.moments_prior,
+            control_clients=1 if self.corrects else 0,  # the number stays at the server
         )
         strategy: Strategy = table.make(self.method, cohort, options)
         return strategy.client
@@ -252,6 +254,7 @@ def sheet_of(
         sends_gradients=settings.server.step == "adamw",
         moments=settings.training.moments,
         moments_prior=settings.training.moments_prior,
+        corrects=settings.training.control_variates,
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
         budget=_budget_of(settings),
     )

@@ -28,6 +28,7 @@ from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
 from fedloom.training.client_passes import MicroBatch, Passes
+from fedloom.training.control_variates import Variates, corrected_steps
 from fedloom.training.loss import output_head
 from fedloom.training.moments import Prior, means_of, state_of
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
@@ -99,6 +100,7 @@ class ClientTask:
     batch and its result holds the gradient at the start; where it ``sketches``, that of
     :meth:`LocalTraining.for_sketch`, which is no step. With ``keeps_moments`` the result holds the optimiser's state,
     twice the adapter's size; with ``shares_moments`` means of its second moments. A ``prior`` takes a state's place.
+    The ``correction`` is spread over the steps.
     """
 
     client: int
@@ -113,6 +115,7 @@ class ClientTask:
     keeps_moments: bool = False
     shares_moments: bool = False
     prior: Prior | None = None
+    correction: Variates = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -234,6 +237,8 @@ class _Client:
         first, total = first_step(settings.schedule_span, self._round, settings.total_rounds, self._num_steps)
         factor = schedule(settings.schedule, settings.warmup_steps, total)
         self._pull = pull_to_start(settings.proximal, self._factors, task.scale, trained)
+        rates = [settings.learning_rate * factor(first + step) for step in range(self._num_steps)]
+        self._correct = corrected_steps(task.correction, trained, task.scale, rates)
         state = self._state_to_begin_with()
         if state is not None and trained.keys() != self._factors.keys():
             state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in trained} or None
@@ -303,6 +308,7 @@ class _Client:
         else:
             self._pull()
             learning_rate = self._optimiser.step()
+            self._correct(learning_rate)
         self._step += 1
         self._tokens += self._batch_tokens
         self._targets += self._batch_targets
