@@ -21,6 +21,7 @@ def loaded(name: str, *overrides: str) -> config.Settings:
 
 def test_the_shipped_recipes_are_these() -> None:
     assert NAMES == [
+        "default",
         "demo",
         "e2e-dirichlet",
         "fedit-dolly",
@@ -78,6 +79,7 @@ def test_bytes_in_the_headers_follow_from_the_shapes() -> None:
     tinyllama = (22, [(2048, 2048), (256, 2048)])
     llama = [(128, 128), (64, 128), (64, 128), (128, 128), (384, 128), (384, 128), (128, 384)]
     claims = {
+        "default": [adapter_bytes(4, [(128, 128), (64, 128)], 16)],
         "demo": [adapter_bytes(4, llama, 96)],
         "fedit-dolly": [adapter_bytes(32, [(4096, 4096)] * 4, 8)],
         "fedit-natural": [adapter_bytes(32, [(4096, 4096)] * 4, 8)],

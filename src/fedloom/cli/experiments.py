@@ -10,6 +10,7 @@ import typer
 
 from fedloom import config, recipes
 from fedloom.cli.options import (
+    DEFAULT_RECIPE,
     ComparisonOption,
     FreshOption,
     GridOption,
@@ -60,7 +61,7 @@ def default_folder(recipe: str) -> Path:
 
 
 def validate(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = DEFAULT_RECIPE,
     overrides: SetOption = None,
     data: Annotated[
         bool, typer.Option("--data", help="Read the rows too, and say all that a run would refuse of them.")
@@ -116,7 +117,7 @@ def summary(settings: Settings) -> str:
 
 
 def describe(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = DEFAULT_RECIPE,
     overrides: SetOption = None,
     num_rows: Annotated[
         int | None,
@@ -138,7 +139,7 @@ def describe(
 
 
 def run(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = DEFAULT_RECIPE,
     overrides: SetOption = None,
     out: OutOption = None,
     fresh: FreshOption = False,
@@ -157,7 +158,7 @@ def run(
 
 
 def compare(
-    recipe: RecipeArgument,
+    recipe: RecipeArgument = DEFAULT_RECIPE,
     methods: Annotated[
         str,
         typer.Option(

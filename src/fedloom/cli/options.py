@@ -11,8 +11,10 @@ from fedloom.methods.table import BASELINE
 
 RecipeArgument = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A shipped recipe (`fedloom recipes`) or a TOML file.", show_default=False),
+    typer.Argument(metavar="[RECIPE]", help="A shipped recipe (`fedloom recipes`) or a TOML file."),
 ]
+DEFAULT_RECIPE = "default"
+"""What a command takes where no recipe is named."""
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
