@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from fedloom.config.privacy_checks import private_rows
+from fedloom.config.privacy_checks import private_clients, private_rows
 from fedloom.config.problems import Problem
 from fedloom.config.round_checks import continued, few_bits, initialisation, robust, sampling, synchronised
 from fedloom.config.schema import PER_CLIENT, Settings, counted_by_data, every_setting
@@ -44,7 +44,8 @@ def problems(settings: Settings) -> list[Problem]:
             few_bits,
             sampling,
         ),
-        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued, private_rows),
+        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued),
+        *(private_rows, private_clients),
     )
     return [problem for check in checks for problem in check(settings)]
 

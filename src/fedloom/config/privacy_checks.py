@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from fedloom.config.problems import Problem
-from fedloom.config.schema import Settings
+from fedloom.config.schema import Settings, every_setting
+from fedloom.config.setting import shown
+from fedloom.methods import table
 from fedloom.methods.traits import GRADIENT
+from fedloom.wording import either
 
 
 def private_rows(settings: Settings) -> Iterator[Problem]:
@@ -29,3 +33,74 @@ def private_rows(settings: Settings) -> Iterator[Problem]:
             "choose another method.initialisation",
             ("method.initialisation",),
         )
+
+
+_ONLY_WITH: dict[str, tuple[tuple[Any, ...], str]] = {
+    "method.weighting": (("uniform",), "since rows, tokens and norms are counts of a client's data"),
+    "method.initialisation": (
+        ("independent",),
+        "since a sketch of gradients is neither clipped nor noised",
+    ),
+    "server.step": (
+        ("plain", "momentum", "fedadam", "fedyogi", "fedadagrad"),
+        "since fedexp reads the norm of each client's change, and adamw gradients that nobody clips",
+    ),
+    "server.robust": (("none",), "since by such a rule one client decides how others count; the clip bounds each"),
+    "federation.sampling": (("uniform", "poisson"), "since who is drawn may not depend on a client's rows"),
+    "federation.participation": ((None,), "since the number that is expected in a round must be known"),
+    "federation.max_norm_ratio": ((100.0,), "since what is far off is clipped, and nobody is held against others"),
+    "federation.max_weight": ((1.0,), "since all weigh the same"),
+    "federation.min_clients": ((1,), "since a round goes on whoever came: their number would tell of each"),
+    "training.moments": (("fresh", "own"), "since the mean of second moments is neither clipped nor noised"),
+    "evaluation.patience": ((None,), "since the validation rows by which it chooses a round are the clients' own"),
+    "run.keep_updates": ((False,), "since the folder would hold every client's update as it was"),
+}
+"""With whole clients hidden: the values that a setting may have, and why no other."""
+
+
+def private_clients(settings: Settings) -> Iterator[Problem]:
+    """Whole clients are hidden by one noised sum over a shared A, and by nothing else being released."""
+    if settings.privacy.unit != "client":
+        if settings.federation.sampling == "poisson" and settings.traits.runs_rounds:
+            yield Problem(
+                "federation.sampling",
+                "poisson only with privacy.unit = client, whose rounds may have nobody in them",
+                f"poisson with privacy.unit = {settings.privacy.unit}",
+                "choose uniform or rows",
+                ("privacy.unit",),
+            )
+        return
+    if not settings.traits.freezes_a:
+        yield Problem(
+            "privacy.unit",
+            f"client only with method.name = {either(table.names('freezes_a'))}, whose clients train B over one A that "
+            "all share: noise on A and B both is no noise of a known size on their product",
+            f"client with method.name = {settings.method.name}",
+            "choose that method, or privacy.unit = row",
+            ("method.name",),
+        )
+        return
+    of_name = dict(every_setting())
+    for name, (allowed, reason) in _ONLY_WITH.items():
+        if (value := settings.value(name)) not in allowed:
+            default = of_name[name].get_default()
+            action = f"leave it out (--set {name}=)" if default in allowed else f"set {name} = {allowed[0]}"
+            yield Problem(
+                name,
+                f"{either(map(_written, allowed))} with privacy.unit = client, {reason}",
+                shown(value),
+                action,
+                ("privacy.unit",),
+            )
+    if settings.federation.sampling == "poisson" and settings.sampling_rate >= 1.0:
+        yield Problem(
+            "federation.sampling",
+            "poisson only with fewer clients per round than there are",
+            f"poisson with all {settings.federation.num_clients}",
+            "set federation.clients_per_round, or leave sampling out",
+            ("federation.clients_per_round", "federation.num_clients"),
+        )
+
+
+def _written(value: Any) -> str:
+    return "none" if value is None else value if isinstance(value, str) else shown(value)

@@ -6,12 +6,15 @@ from fedloom.methods.around import FewBits, SynchronisedSteps, WithOtherMoments
 from fedloom.methods.client_half import Moments
 from fedloom.methods.gradient_start import GradientStart
 from fedloom.methods.options import MethodOptions
+from fedloom.methods.private_clients import PrivateClients
 from fedloom.methods.strategy import Strategy
 from fedloom.methods.traits import GRADIENT
 
 
 def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bool) -> Strategy:
     """Return a method's strategy with what the options put around it."""
+    if options.client_privacy is not None:
+        strategy = PrivateClients(strategy, options.client_privacy)
     if options.adamw is not None:
         strategy = SynchronisedSteps(strategy, options.adamw)
     if (moments := Moments(options.moments)) is not Moments.FRESH:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,23 @@ class ServerAdamW:
 
 
 @dataclass(frozen=True)
+class ClientPrivacy:
+    """How a server hides whole clients.
+
+    Attributes:
+        clip: largest norm of one client's change of the product, over all modules.
+        noise_multiplier: standard deviation of the noise, in multiples of the clip.
+        expected_clients: what the noised sum is divided by, whoever came.
+        draws: where the noise comes from: the run's seed (a simulation), or the operating system.
+    """
+
+    clip: float
+    noise_multiplier: float
+    expected_clients: float
+    draws: Literal["seed", "system"] = "seed"
+
+
+@dataclass(frozen=True)
 class MethodOptions:
     """What of a run's settings makes a strategy.
 
@@ -35,6 +53,7 @@ class MethodOptions:
         adamw: the server's optimiser where clients send gradients (``server.step = adamw``).
         few_bits: whether updates cross as codes of few bits.
         moments, moments_prior: ``training.moments`` and ``training.moments_prior``.
+        client_privacy: how the server hides whole clients (``privacy.unit = client``).
     """
 
     weighting: str = "rows"
@@ -43,3 +62,4 @@ class MethodOptions:
     few_bits: bool = False
     moments: str = "fresh"
     moments_prior: int = 2
+    client_privacy: ClientPrivacy | None = None

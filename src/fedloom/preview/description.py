@@ -35,6 +35,7 @@ from fedloom.training.skeleton import check_passes
 from fedloom.wording import counted, written_bytes
 
 if TYPE_CHECKING:
+    from fedloom.preview.client_privacy import PlannedClients
     from fedloom.preview.privacy_costs import PlannedPrivacy
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -81,7 +82,7 @@ class Description:
     narrow_modules: Mapping[str, int] = field(default_factory=dict)
     sketch_cohort_size: int = 0
     start_bytes: tuple[int, int] = (0, 0)
-    privacy: PlannedPrivacy | None = None
+    privacy: PlannedPrivacy | PlannedClients | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
@@ -203,7 +204,7 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
     )
 
 
-def _privacy(settings: Settings) -> PlannedPrivacy | None:
+def _privacy(settings: Settings) -> PlannedPrivacy | PlannedClients | None:
     from fedloom.preview.privacy_costs import planned_privacy  # it prepares a run over the skeleton that is made here
 
     return planned_privacy(settings)

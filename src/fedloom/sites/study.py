@@ -217,6 +217,9 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     found += _present_problems(settings, sites)
     if settings.federation.participation is not None:
         found.append(Problem("federation.participation", "none in a study", "one", "remove it: sites take part or not"))
+    if settings.federation.sampling == "poisson":
+        wanted = "uniform in a study: a site knows whether it was asked, so the draw is no secret"
+        found.append(Problem("federation.sampling", wanted, "poisson", "remove it: ε is counted without a draw"))
     if settings.evaluation.clients > 0.0:
         wanted = "0 in a study: its sites hold rows out themselves (sites.evaluate = sites)"
         found.append(Problem("evaluation.clients", wanted, str(settings.evaluation.clients), "remove it"))
