@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Final, Literal
@@ -22,6 +22,7 @@ from fedloom.data.batches import num_batches, num_rows_read
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import num_bytes_of
+from fedloom.federation.masked_round import Masking
 from fedloom.federation.messages import expected_tensors
 from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
@@ -33,6 +34,7 @@ from fedloom.lora.pair import BOTH
 from fedloom.methods import table
 from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
 from fedloom.methods.continued import ContinuedFrom
+from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.options import ClientPrivacy, MethodOptions, ServerAdamW
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.strategy import Cohort, Strategy
@@ -96,10 +98,15 @@ def strategy_of(settings: Settings, cohort: Cohort, draws: Drawn = SEED) -> Stra
         moments=settings.training.moments,
         moments_prior=settings.training.moments_prior,
         client_privacy=client_privacy_of(settings, draws),
+        masked=settings.privacy.sum == "masked",
     )
     strategy: Strategy = table.make(method.name, cohort, options)
     start = start_adapter(settings.model) if settings.model.train_adapter else None
-    return strategy if start is None else ContinuedFrom(strategy, start)
+    if start is None:
+        return strategy
+    if isinstance(strategy, MaskedSums):  # a sum stays the outermost: whoever runs rounds asks for it
+        return replace(strategy, inner=ContinuedFrom(strategy.inner, start))
+    return ContinuedFrom(strategy, start)
 
 
 def client_privacy_of(settings: Settings, draws: Drawn = SEED) -> ClientPrivacy | None:
@@ -161,7 +168,15 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel, draws: 
         max_weight=1.0 if settings.traits.is_control else federation.max_weight,
         robust=robust_of(settings),
         evaluate_every=settings.evaluation.every,
+        masking=masking_of(settings),
     )
+
+
+def masking_of(settings: Settings) -> Masking | None:
+    """Return how the clients' sum is masked; None where it is not."""
+    if settings.privacy.sum != "masked":
+        return None
+    return Masking(settings.privacy.threshold, f"simulation {settings.run.seed}")
 
 
 def _sample_of(settings: Settings, population: Population) -> Callable[[int], list[int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from fedloom.config.privacy_checks import private_clients, private_rows
+from fedloom.config.privacy_checks import masked, private_clients, private_rows
 from fedloom.config.problems import Problem
 from fedloom.config.round_checks import continued, few_bits, initialisation, robust, sampling, synchronised
 from fedloom.config.schema import PER_CLIENT, Settings, counted_by_data, every_setting
@@ -45,7 +45,7 @@ def problems(settings: Settings) -> list[Problem]:
             sampling,
         ),
         *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued),
-        *(private_rows, private_clients),
+        *(private_rows, private_clients, masked),
     )
     return [problem for check in checks for problem in check(settings)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fedloom.config.problems import Problem
@@ -80,18 +80,7 @@ def private_clients(settings: Settings) -> Iterator[Problem]:
             ("method.name",),
         )
         return
-    of_name = dict(every_setting())
-    for name, (allowed, reason) in _ONLY_WITH.items():
-        if (value := settings.value(name)) not in allowed:
-            default = of_name[name].get_default()
-            action = f"leave it out (--set {name}=)" if default in allowed else f"set {name} = {allowed[0]}"
-            yield Problem(
-                name,
-                f"{either(map(_written, allowed))} with privacy.unit = client, {reason}",
-                shown(value),
-                action,
-                ("privacy.unit",),
-            )
+    yield from _restricted(settings, _ONLY_WITH, "privacy.unit = client", "privacy.unit")
     if settings.federation.sampling == "poisson" and settings.sampling_rate >= 1.0:
         yield Problem(
             "federation.sampling",
@@ -100,6 +89,66 @@ def private_clients(settings: Settings) -> Iterator[Problem]:
             "set federation.clients_per_round, or leave sampling out",
             ("federation.clients_per_round", "federation.num_clients"),
         )
+
+
+_UNDER_MASKS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "method.weighting": (("rows", "uniform", "work"), "since tokens and norms are known of single updates only"),
+    "method.initialisation": (("independent",), "since the sketches of the gradient would be seen"),
+    "server.step": (
+        ("plain", "momentum", "fedadam", "fedyogi", "fedadagrad"),
+        "since fedexp reads the norm of each client's change, and adamw needs gradients",
+    ),
+    "server.robust": (("none",), "since it compares single updates, which nobody sees"),
+    "federation.max_norm_ratio": ((100.0,), "since nobody sees the norm of a single update"),
+    "federation.sampling": (("uniform", "rows"), "since a round of Poisson draws may be too small to hide anybody"),
+    "training.moments": (("fresh", "own"), "since second moments would be seen beside the sum"),
+    "wire.dtype": (("fp32",), "since masked numbers cross in fixed point, at one scale for all"),
+    "run.keep_updates": ((False,), "since there is no update to keep"),
+}
+"""Under masks: the values that a setting may have, and why no other."""
+_FEWEST = 3
+
+
+def masked(settings: Settings) -> Iterator[Problem]:
+    """What looks at single updates has no place where sums alone are seen; one of two clients knows the other's."""
+    if settings.privacy.sum != "masked" or not settings.traits.sums_factors:
+        return
+    yield from _restricted(settings, _UNDER_MASKS, "privacy.sum = masked", "privacy.sum")
+    drawn, threshold = settings.cohort_size, settings.privacy.threshold
+    if drawn < _FEWEST:
+        yield Problem(
+            "privacy.sum",
+            f"masked only with {_FEWEST} clients a round or more, since one of two knows the other's update",
+            f"masked with {drawn}",
+            "draw more clients, or set privacy.sum = plain",
+            ("federation.clients_per_round", "federation.num_clients"),
+        )
+    elif threshold is not None and not 2 * drawn < 3 * threshold <= 3 * drawn:
+        yield Problem(
+            "privacy.threshold",
+            f"more than two thirds of the {drawn} clients of a round and no more than all, so that a server that lies "
+            "cannot open one's update",
+            str(threshold),
+            f"set {2 * drawn // 3 + 1} to {drawn}, or leave it out",
+            ("federation.clients_per_round", "federation.num_clients"),
+        )
+
+
+def _restricted(
+    settings: Settings, allowed_of: Mapping[str, tuple[tuple[Any, ...], str]], why: str, about: str
+) -> Iterator[Problem]:
+    """Refuse each setting that has none of the values allowed."""
+    fields = dict(every_setting())
+    for name, (allowed, reason) in allowed_of.items():
+        if (value := settings.value(name)) not in allowed:
+            is_default_allowed = fields[name].get_default() in allowed
+            yield Problem(
+                name,
+                f"{either(map(_written, allowed))} with {why}, {reason}",
+                shown(value),
+                f"leave it out (--set {name}=)" if is_default_allowed else f"set {name} = {allowed[0]}",
+                (about,),
+            )
 
 
 def _written(value: Any) -> str:

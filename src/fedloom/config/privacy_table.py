@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.config.setting import OpenFraction, Positive, Table, having, setting
+from fedloom.config.setting import Count, OpenFraction, Positive, Table, having, setting
 
+MASKED = {"privacy.sum": ("masked",)}
 PRIVATE = {"privacy.unit": ("row", "client")}
 
 
 class Privacy(Table):
-    """What is hidden, and how well: differential privacy. It needs the extra `privacy`; [what it means](privacy.md)."""
+    """What is hidden, from whom, and how well. It needs the extra `privacy`; [what it means](privacy.md)."""
 
     unit: Literal["none", "row", "client"] = setting(
         "none",
@@ -38,4 +39,16 @@ class Privacy(Table):
         "Most that may be spent. Where rows are hidden a client stops taking part before a round that would pass it, "
         "and its record says so; where clients are, the run ends. Default: no limit, ε is counted all the same.",
         when=PRIVATE,
+    )
+    sum: Literal["plain", "masked"] = setting(
+        "plain",
+        "Whether the server sees each client's update, or, `masked`, their sum alone: clients put masks on that cancel "
+        "in it.",
+        when={"method.name": having("sums_factors")},
+    )
+    threshold: Count | None = setting(
+        None,
+        "Clients of a round that must stay to the end of a masked sum, more than two thirds of those drawn; default: "
+        "the fewest that are.",
+        when=MASKED,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fedloom.methods.around import FewBits, SynchronisedSteps, WithOtherMoments
 from fedloom.methods.client_half import Moments
 from fedloom.methods.gradient_start import GradientStart
+from fedloom.methods.masked_sums import MaskedSums, MeanOfFactors, Rule
 from fedloom.methods.options import MethodOptions
 from fedloom.methods.private_clients import PrivateClients
 from fedloom.methods.strategy import Strategy
@@ -13,12 +14,15 @@ from fedloom.methods.traits import GRADIENT
 
 def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bool) -> Strategy:
     """Return a method's strategy with what the options put around it."""
+    rule: Rule = MeanOfFactors(strategy)
     if options.client_privacy is not None:
-        strategy = PrivateClients(strategy, options.client_privacy)
+        strategy = rule = PrivateClients(strategy, options.client_privacy)
     if options.adamw is not None:
         strategy = SynchronisedSteps(strategy, options.adamw)
     if (moments := Moments(options.moments)) is not Moments.FRESH:
         strategy = WithOtherMoments(strategy, moments, options.moments_prior)
     if options.few_bits:
         strategy = FewBits(strategy, not starts_fresh)
+    if options.masked:
+        strategy = MaskedSums(strategy, rule)
     return GradientStart(strategy) if options.initialisation == GRADIENT else strategy

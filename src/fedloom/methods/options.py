@@ -53,6 +53,7 @@ class MethodOptions:
         adamw: the server's optimiser where clients send gradients (``server.step = adamw``).
         few_bits: whether updates cross as codes of few bits.
         moments, moments_prior: ``training.moments`` and ``training.moments_prior``.
+        masked: whether the server sees sums alone (``privacy.sum = masked``).
         client_privacy: how the server hides whole clients (``privacy.unit = client``).
     """
 
@@ -63,3 +64,4 @@ class MethodOptions:
     moments: str = "fresh"
     moments_prior: int = 2
     client_privacy: ClientPrivacy | None = None
+    masked: bool = False

@@ -17,13 +17,14 @@ algorithm 1, with the fixed denominator; the norm by A is this library's.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from fedloom.errors import MethodError
-from fedloom.lora.pair import Adapter
+from fedloom.lora.pair import Adapter, rank_in
 from fedloom.methods.around import Around
 from fedloom.methods.options import ClientPrivacy
 from fedloom.methods.state import Aggregate, ServerState, Update
@@ -148,10 +149,29 @@ class PrivateClients(Around):
 
     def finish(self, state: ServerState, sums: ClippedSum) -> Aggregate:
         """Release the noised sum; what is not noised, the mean of those who came, is for the server's own record."""
+        number = max(1, len(sums.clients))
+        ideal = sums.shared.moved({name: one / number for name, one in sums.whole.items()})
+        return self._aggregate(state, sums, ideal)
+
+    def summand(self, start: Adapter, trained: Adapter, share: float) -> dict[str, Tensor]:
+        """Return a client's clipped change, padded to the largest rank, for a sum that nobody sees into."""
+        shared, cohort = SharedA.of(start), self.cohort
+        clipped = shared.clipped(shared.change(trained), self.privacy.clip)
+        ranks = {name: rank_in(cohort.shapes[name], cohort.max_rank) for name in clipped}
+        pads = {name: (0, ranks[name] - one.shape[1]) for name, one in clipped.items()}
+        return {f"{name}.b": torch.nn.functional.pad(one, pads[name]) for name, one in clipped.items()}
+
+    def of_sum(self, state: ServerState, numbers: Mapping[str, Tensor], shares: Mapping[int, float]) -> Aggregate:
+        """Return what a sum of clipped changes amounts to, with the noise on it."""
+        sums = self.empty(state)
+        sums.clients |= shares.keys()
+        for name, one in sums.clipped.items():
+            one += numbers[f"{name}.b"]
+        return self._aggregate(state, sums, Adapter())
+
+    def _aggregate(self, state: ServerState, sums: ClippedSum, ideal: Adapter) -> Aggregate:
         shared, expected = sums.shared, self.privacy.expected_clients
         start = shared.moved(self._released(state.round + 1, sums))
-        number = max(1, len(sums.clients))
-        ideal = shared.moved({name: one / number for name, one in sums.whole.items()})
         weights = dict.fromkeys(sorted(sums.clients), 1.0 / expected)
         dtype = next(iter(shared.start.values())).b_OR.dtype
         new = shared.start.with_factors(start.to(dtype).as_tensors(frozenset("b")))

@@ -161,6 +161,11 @@ class Traits:
         return self.aggregates and not self.starts_fresh
 
     @property
+    def sums_factors(self) -> bool:
+        """Whether one weighted sum of the clients' factors is all that its aggregate needs."""
+        return self.averages_factors and not self.grows_side
+
+    @property
     def takes_start(self) -> bool:
         """Whether training can begin with the factors of an adapter at hand."""
         return self.continues or self.is_control

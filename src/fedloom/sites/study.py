@@ -220,6 +220,9 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     if settings.federation.sampling == "poisson":
         wanted = "uniform in a study: a site knows whether it was asked, so the draw is no secret"
         found.append(Problem("federation.sampling", wanted, "poisson", "remove it: ε is counted without a draw"))
+    if settings.privacy.sum == "masked":
+        wanted = "plain in a study: masked sums are for clients in one process or on a cluster"
+        found.append(Problem("privacy.sum", wanted, "masked", "remove it: the server sees each site's update"))
     if settings.evaluation.clients > 0.0:
         wanted = "0 in a study: its sites hold rows out themselves (sites.evaluate = sites)"
         found.append(Problem("evaluation.clients", wanted, str(settings.evaluation.clients), "remove it"))

@@ -25,6 +25,15 @@ def mask(seed: bytes, length: int) -> Ring:
     return np.frombuffer(stream.update(bytes(WORD_BYTES * length)), "<u8").astype(np.uint64)
 
 
+def check_masks() -> None:
+    """Check that what masks are made with is installed.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    _ciphers()
+
+
 def _ciphers() -> Any:
     try:
         from cryptography.hazmat.primitives import ciphers

@@ -22,6 +22,9 @@ from fedloom.privacy.secure_sum.wire import PublicKeys, Session
 
 T = TypeVar("T")
 Messages = Mapping[int, bytes]
+Reasons = Mapping[int, str]
+"""Why members left, where they said so."""
+NOBODY: Reasons = {}
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ def roster(session: Session, messages: Messages) -> tuple[Roster, bytes]:
     return Roster(session, known, left), wire.roster_written(session, known)
 
 
-def delivered(before: Roster, messages: Messages) -> tuple[Delivered, dict[int, bytes]]:
+def delivered(before: Roster, messages: Messages, why: Reasons = NOBODY) -> tuple[Delivered, dict[int, bytes]]:
     """Gather sealed shares, and return what each who sent some is sent: those for it.
 
     Raises:
@@ -76,7 +79,7 @@ def delivered(before: Roster, messages: Messages) -> tuple[Delivered, dict[int, 
             raise UpdateError("secure sum: expected shares for all others of the roster, got some; leave it out")
         return found
 
-    shares, left = _read(session, before.known, messages, read, before.left)
+    shares, left = _read(session, before.known, messages, read, {**before.left, **why})
     posted = {
         member: wire.envelopes_written(
             wire.DELIVERY, session, member, {other: shares[other][member] for other in shares if other != member}
@@ -86,7 +89,7 @@ def delivered(before: Roster, messages: Messages) -> tuple[Delivered, dict[int, 
     return Delivered(before, frozenset(shares), left), posted
 
 
-def summed(before: Delivered, messages: Messages) -> tuple[Summed, bytes]:
+def summed(before: Delivered, messages: Messages, why: Reasons = NOBODY) -> tuple[Summed, bytes]:
     """Add up masked numbers, and return what all who sent some are sent: who did.
 
     Raises:
@@ -98,12 +101,12 @@ def summed(before: Delivered, messages: Messages) -> tuple[Summed, bytes]:
         np.add(total, wire.masked_read(message, session, member), out=total)
         return member
 
-    came, left = _read(session, before.members, messages, read, before.left)
+    came, left = _read(session, before.members, messages, read, {**before.left, **why})
     stayed = tuple(sorted(came))
     return Summed(before, stayed, total, left), wire.survivors_written(session, stayed)
 
 
-def unmasked(before: Summed, messages: Messages) -> Ring:
+def unmasked(before: Summed, messages: Messages, why: Reasons = NOBODY) -> Ring:
     """Return the sum of the numbers of ``before.members``: their own masks off, and those towards whoever left.
 
     A wrong share is found where more members than the threshold answer; of exactly as many one can spoil the sum, as it
@@ -122,7 +125,7 @@ def unmasked(before: Summed, messages: Messages) -> Ring:
             raise UpdateError("secure sum: expected a share of one secret of each, got others; leave it out")
         return found
 
-    told, _ = _read(session, before.members, messages, read, before.left)
+    told, _ = _read(session, before.members, messages, read, {**before.left, **why})
     total = before.words.copy()
     for member in sorted(stayed):
         shares = {session.place(one): found.seeds[member] for one, found in told.items()}
@@ -151,7 +154,7 @@ def _read(
             if member in messages:
                 found[member] = read(messages[member], member)
             else:
-                out[member] = "left the secure sum"
+                out.setdefault(member, "left the secure sum")
         except UpdateError as error:
             out[member] = str(error)
     if len(found) < session.threshold:

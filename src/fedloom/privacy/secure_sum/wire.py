@@ -211,6 +211,15 @@ def told_read(message: bytes, session: Session, member: int) -> Told:
     return Told(dict(both[0]), dict(both[1]))
 
 
+def bytes_of_member(num_members: int, length: int) -> tuple[int, int]:
+    """Return the bytes that a member sends and is sent in a sum where nobody leaves and nobody signs."""
+    entry, others = 4 + 2 * KEY_BYTES + 2, (num_members - 1) * (4 + SEALED_BYTES)
+    envelopes, told = _HEAD_BYTES + 8 + others, _HEAD_BYTES + 12 + num_members * (4 + SHARE_BYTES)
+    up = (_HEAD_BYTES + entry) + envelopes + (_HEAD_BYTES + 4 + WORD_BYTES * length) + told
+    down = (_HEAD_BYTES + 4 + num_members * entry) + envelopes + (_HEAD_BYTES + 4 + 4 * num_members)
+    return up, down
+
+
 def _begin(kind: int, session: Session) -> bytes:
     return _BEGIN + bytes([kind]) + session.context
 
