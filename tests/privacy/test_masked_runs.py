@@ -96,6 +96,7 @@ def test_the_result_is_that_of_the_plain_sum_in_fixed_point_bit_for_bit(
             squares = [squares[0] + float((change**2).sum()), squares[1] + float(((wanted[other] @ tensor) ** 2).sum())]
     assert squares[0] < 1e-9 * squares[1]
     planned = describe(settings)
+    assert "sum: masked; the server sees no update, and of 4 clients a round 3 must stay" in planned.lines()
     for record in records(tmp_path / "masked"):
         assert record["train_loss_nats"] is None
         assert record["agreement"] is None

@@ -76,9 +76,9 @@ class MaskedRound:
         return tuple(replace(one, weight=weights.get(one.client, 0.0)) for one in self.clients)
 
 
-def threshold_of(masking: Masking, num_clients: int) -> int:
-    """Return how many of so many clients must stay: by default one more than two thirds of them, rounded down."""
-    return masking.threshold if masking.threshold is not None else 2 * num_clients // 3 + 1
+def threshold_of(threshold: int | None, num_clients: int) -> int:
+    """Return how many of so many clients must stay: by default the fewest that are more than two thirds of them."""
+    return threshold if threshold is not None else 2 * num_clients // 3 + 1
 
 
 def session_of(masking: Masking, strategy: MaskedSums, clients: Sequence[int], round: int) -> Session:
@@ -87,7 +87,7 @@ def session_of(masking: Masking, strategy: MaskedSums, clients: Sequence[int], r
     Raises:
         TooFewClientsError: the clients are too few for a sum that hides one, or for the threshold.
     """
-    needed = threshold_of(masking, len(clients))
+    needed = threshold_of(masking.threshold, len(clients))
     try:
         return Session(context_of(masking.run, round), tuple(sorted(clients)), needed, strategy.num_numbers)
     except ValueError as error:

@@ -22,6 +22,7 @@ from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
+from fedloom.federation.masked_round import threshold_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
 from fedloom.models.base_folder import first_line, read_config
@@ -133,6 +134,12 @@ class Description:
         schedules = ["", *schedule_lines(self.schedules)] if self.schedules else []
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
         privacy = ["", *self.privacy.lines()] if self.privacy is not None else []
+        if self.settings["privacy"]["sum"] == "masked":
+            stay = threshold_of(self.settings["privacy"]["threshold"], self.cohort_size)
+            privacy += [
+                "",
+                f"sum: masked; the server sees no update, and of {self.cohort_size} clients a round {stay} must stay",
+            ]
         return [
             *lines,
             *cuts,

@@ -218,7 +218,7 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     if settings.federation.participation is not None:
         found.append(Problem("federation.participation", "none in a study", "one", "remove it: sites take part or not"))
     if settings.federation.sampling == "poisson":
-        wanted = "uniform in a study: a site knows whether it was asked, so the draw is no secret"
+        wanted = "uniform in a study: sites' logs and the network show who was asked, so the draw is no secret"
         found.append(Problem("federation.sampling", wanted, "poisson", "remove it: ε is counted without a draw"))
     if settings.privacy.sum == "masked":
         wanted = "plain in a study: masked sums are for clients in one process or on a cluster"

@@ -6,8 +6,9 @@ those who leave: of k either b_k or its key is ever told, never both. Four messa
 :mod:`.server`): keys, shares, masked numbers, shares of what must be taken off.
 
 Any t members can open a secret, fewer learn nothing of it. With t > 2n/3 a server that tells members different things
-cannot get both secrets of one of them, while fewer than a third of them help it. The server must pass on the members'
-own keys: where it is not trusted to, members sign theirs.
+cannot get both secrets of one of them, while fewer than a third of them help it. By different lists of who stayed it
+can still open the sum of fewer than it says: of at least half of all where none helps it. The server must pass on the
+members' own keys: where it is not trusted to, members sign theirs.
 
 Source: Bonawitz et al., Practical Secure Aggregation for Privacy-Preserving Machine Learning (2017), figure 4, without
 its round of consistency checks. All ciphers and agreements are those of the package ``cryptography``.
