@@ -64,7 +64,7 @@ def opened(key: bytes, sender: int, receiver: int, context: bytes, envelope: byt
         found: bytes = _aead()(key).decrypt(nonce, envelope, bound)
     except InvalidTag as error:
         raise UpdateError(
-            f"expected an envelope of member {sender} for member {receiver}, got one that was changed; begin a new sum"
+            f"expected an envelope of member {sender} for member {receiver}, got one that was changed; start a new sum"
         ) from error
     return found
 

@@ -76,7 +76,7 @@ def shared(
     known = wire.roster_read(roster, session)
     own = known.get(me)
     if own is None or (own.envelopes, own.masks) != (keys.public_of(keyed.envelopes), keys.public_of(keyed.masks)):
-        raise UpdateError(f"secure sum: expected a roster with the keys of member {me}, got another; begin a new sum")
+        raise UpdateError(f"secure sum: expected a roster with the keys of member {me}, got another; start a new sum")
     for member, public in known.items():
         if verify is not None and not verify(member, wire.signed_text(session, member, public), public.signature):
             raise UpdateError(
@@ -109,7 +109,7 @@ def masked(before: Shared, delivery: bytes, words: Ring) -> tuple[Masked, bytes]
     if len(envelopes) + 1 < session.threshold or not envelopes.keys() <= before.roster.keys():
         raise UpdateError(
             f"secure sum: expected shares of at least {session.threshold - 1} others of the roster, got "
-            f"{len(envelopes)}; begin a new sum"
+            f"{len(envelopes)}; start a new sum"
         )
     held, hidden = {me: before.own}, words + mask(before.seed, session.length)
     for other, envelope in envelopes.items():
@@ -132,8 +132,8 @@ def told(before: Masked, survivors: bytes) -> bytes:
     stayed = wire.survivors_read(survivors, keyed.session)
     if keyed.member not in stayed or not set(stayed) <= before.shares.keys():
         raise UpdateError(
-            f"secure sum: expected survivors among those who shared, with member {keyed.member}, got others; tell "
-            "nothing"
+            f"secure sum: expected survivors among those who shared, with member {keyed.member}, got others; keep "
+            "the shares"
         )
     seeds = {other: of_seed for other, (_, of_seed) in before.shares.items() if other in stayed}
     of_keys = {other: of_key for other, (of_key, _) in before.shares.items() if other not in stayed}

@@ -133,7 +133,7 @@ def unmasked(before: Summed, messages: Messages, why: Reasons = NOBODY) -> Ring:
     for member in sorted(gone):
         private = secret_of({session.place(one): found.keys[member] for one, found in told.items()}, session.threshold)
         if keys.public_of(private) != known[member].masks:
-            raise UpdateError(f"secure sum: expected shares of the key of member {member}, got others; begin a new sum")
+            raise UpdateError(f"secure sum: expected shares of the key of member {member}, got others; start a new sum")
         for other in stayed:  # as ``other`` put it on
             between = pair_mask(private, known[other].masks, session)
             total = total - between if other < member else total + between
@@ -161,6 +161,6 @@ def _read(
         reasons = "; ".join(f"client {member}: {out[member]}" for member in sorted(out))
         raise TooFewClientsError(
             f"secure sum: expected at least {session.threshold} of {len(session.members)} clients (privacy.threshold), "
-            f"got {len(found)} ({reasons}); no numbers are known, run again to repeat the round"
+            f"got {len(found)} ({reasons}); run again to repeat the round, of which no numbers are known"
         )
     return found, out

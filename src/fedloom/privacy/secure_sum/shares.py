@@ -33,13 +33,13 @@ def secret_of(shares: Mapping[int, bytes], threshold: int) -> bytes:
         UpdateError: there are too few, or they are not all of one secret.
     """
     if len(shares) < threshold:
-        raise UpdateError(f"expected {threshold} shares of a secret, got {len(shares)}; begin a new sum")
+        raise UpdateError(f"expected {threshold} shares of a secret, got {len(shares)}; start a new sum")
     values = {place: int.from_bytes(share, "big") for place, share in sorted(shares.items())}
     known = dict(list(values.items())[:threshold])
     secret = _interpolated(known, 0)
     fits = all(_interpolated(known, place) == value for place, value in values.items() if place not in known)
     if not fits or secret >= 1 << (8 * SECRET_BYTES) or any(value >= PRIME for value in values.values()):
-        raise UpdateError("expected shares of one secret, got others: a member sent a wrong one; begin a new sum")
+        raise UpdateError("expected shares of one secret, got others: a member sent a wrong one; start a new sum")
     return secret.to_bytes(SECRET_BYTES, "big")
 
 
