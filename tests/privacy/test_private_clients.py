@@ -208,6 +208,10 @@ def test_without_a_secret_draw_each_client_pays_in_full_for_its_own_rounds(setti
     assert "counted without amplification by sampling; a simulation" in summary.lines()[-1]
     write_report([tmp_path / "run"], tmp_path / "report.html")
     assert said in (tmp_path / "report.html").read_text()
+    card = (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"| privacy | {said}" in card
+    assert "bytes up" not in card
+    assert "aggregation noise" not in card
     planned = describe(settings).privacy
     assert planned is not None
     (first, second) = planned.lines()
