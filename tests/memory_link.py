@@ -159,7 +159,7 @@ def study_of(settings: Settings, names: list[str], *, held_out_at: str = "server
     federation = {
         key: value
         for key, value in document["federation"].items()
-        if key in ("num_rounds", "min_clients", "clients_per_round") and value is not None
+        if key in ("num_rounds", "min_clients", "clients_per_round", "sampling") and value is not None
     }
     tables = {name: {k: v for k, v in document[name].items() if v is not None} for name in kept}
     given = {**tables, "data": data, "federation": federation, "sites": {"names": names, "deadline_s": 60.0, **sites}}

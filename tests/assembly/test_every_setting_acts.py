@@ -121,6 +121,8 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "privacy.noise_multiplier": (2.0, {"privacy.unit": "row"}),
     "privacy.delta": (1e-6, {"privacy.unit": "row"}),
     "privacy.max_epsilon": (3.0, {"privacy.unit": "row"}),
+    "privacy.sum": ("masked", {}),
+    "privacy.threshold": (3, {"privacy.sum": "masked", "federation.num_clients": 4}),
     "split.cut_layer": (2, {}),
     "split.aggregation": ("flora", {}),
     "split.aggregate_every": (3, {}),

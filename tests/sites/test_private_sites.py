@@ -10,6 +10,7 @@ import pytest
 from memory_link import NAMES, Hub, SiteThread, adapter_of, served, study_of
 
 from fedloom.config import Settings
+from fedloom.errors import SettingsError
 from fedloom.privacy.accountant import PrivateStep, epsilon
 from fedloom.privacy.ledger import LEDGER
 from fedloom.reporting.report import write_report
@@ -66,3 +67,52 @@ def test_nobody_can_repeat_what_a_site_drew(
         for site in started:
             site.end()
     assert adapters[0] != adapters[1]
+
+
+def test_a_server_that_hides_whole_sites_draws_from_its_system_and_counts_every_round(
+    recipe: Callable[..., Settings], sites: Callable[..., list[SiteThread]], tmp_path: Path
+) -> None:
+    hidden = {"method__name": "ffa-lora", "method__weighting": "uniform", "privacy__unit": "client"}
+    settings = recipe(**hidden, federation__num_rounds=2)
+    adapters = []
+    for place in ("one", "other"):
+        hub = Hub()
+        started = sites(hub)
+        served(study_of(settings, NAMES, quorum=3), tmp_path / place, hub)
+        adapters.append(adapter_of(tmp_path / place))
+        for site in started:
+            site.end()
+    assert adapters[0] != adapters[1], "nobody can repeat what the server drew"
+    booked = [json.loads(line) for line in (tmp_path / "one" / LEDGER).read_text().splitlines()]
+    assert [(one["client"], one["round"], one["draws"]) for one in booked] == [
+        (client, round, "system") for round in (1, 2) for client in (0, 1, 2)
+    ]
+    last = json.loads((tmp_path / "one" / "metrics.jsonl").read_text().splitlines()[-1])
+    spent = epsilon({PrivateStep(1.0, 1.0): 2}, 1e-5)
+    assert last["privacy"] == {
+        "unit": "client",
+        "epsilon": spent,
+        "delta": 1e-5,
+        "draws": "system",
+        "amplified": False,
+    }
+    assert [client["epsilon"] for client in last["clients"]] == [spent] * 3
+    assert not list((tmp_path / "state").rglob(LEDGER)), "the sites spend nothing of their own"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"privacy__sum": "masked"}, "masked sums are for clients in one process"),
+        (
+            {"privacy__unit": "client", "federation__sampling": "poisson", "federation__clients_per_round": 2},
+            "show who was asked, so the draw is no secret",
+        ),
+    ],
+)
+def test_what_sites_cannot_do_yet_or_would_know_is_refused(
+    overrides: dict[str, object], words: str, recipe: Callable[..., Settings]
+) -> None:
+    own = {"method__name": "ffa-lora", "method__weighting": "uniform", **overrides}
+    with pytest.raises(SettingsError, match=words):
+        study_of(recipe(**own), NAMES, quorum=2)

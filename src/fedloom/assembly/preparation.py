@@ -28,6 +28,7 @@ from fedloom.methods.side import digest
 from fedloom.methods.traits import Kind
 from fedloom.models.load import Base, check_quantization, choose_device
 from fedloom.privacy.accountant import check_accountant
+from fedloom.privacy.secure_sum.masks import check_masks
 from fedloom.reporting.trackers import check_trackers
 from fedloom.run_folder.claim import (
     is_begun,
@@ -82,9 +83,11 @@ class Preparation:
 
     @cached_property
     def accountant(self) -> None:
-        """What counts the cost of privacy is installed."""
+        """What counts the cost of privacy, and what masks sums, is installed."""
         if self.settings.privacy.unit != "none":
             check_accountant()
+        if self.settings.privacy.sum == "masked":
+            check_masks()
 
     @cached_property
     def trackers(self) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Final, Literal
 
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.participation import participation_of
@@ -21,10 +22,11 @@ from fedloom.data.batches import num_batches, num_rows_read
 from fedloom.data.tokens import TokenSet
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.coding import num_bytes_of
+from fedloom.federation.masked_round import Masking
 from fedloom.federation.messages import expected_tensors
 from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
-from fedloom.federation.sampling import sample_by_rows, sample_clients
+from fedloom.federation.sampling import sample_by_rows, sample_clients, sample_poisson
 from fedloom.federation.server import BroadcastForm, ServerRules
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
@@ -32,13 +34,18 @@ from fedloom.lora.pair import BOTH
 from fedloom.methods import table
 from fedloom.methods.adaptive_steps import Adaptive, AdaptiveStep
 from fedloom.methods.continued import ContinuedFrom
-from fedloom.methods.options import MethodOptions, ServerAdamW
+from fedloom.methods.masked_sums import MaskedSums
+from fedloom.methods.options import ClientPrivacy, MethodOptions, ServerAdamW
 from fedloom.methods.server_steps import FedExPStep, MomentumStep, PlainStep, ServerStep
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.causal import context_of
 from fedloom.training.cohort_round import LocalTraining
 from fedloom.training.private_rows import RowPrivacy
 
+SEED: Final = "seed"
+SYSTEM: Final = "system"
+Drawn = Literal["seed", "system"]
+"""Where noise comes from: from the run's seed it is a simulation, from an operating system it is not."""
 _ENDLESS = 1 << 20
 """Tokens of a row where neither the recipe nor the base states a limit."""
 
@@ -75,8 +82,8 @@ def population_of(settings: Settings, inputs: Inputs) -> Population:
     )
 
 
-def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
-    """Return the strategy that ``method.name`` names.
+def strategy_of(settings: Settings, cohort: Cohort, draws: Drawn = SEED) -> Strategy:
+    """Return the strategy that ``method.name`` names; ``draws`` says where a server's noise comes from.
 
     Raises:
         MethodError: if the method does not run in rounds.
@@ -91,10 +98,26 @@ def strategy_of(settings: Settings, cohort: Cohort) -> Strategy:
         moments=settings.training.moments,
         moments_prior=settings.training.moments_prior,
         control_clients=settings.federation.num_clients if settings.training.control_variates else 0,
+        client_privacy=client_privacy_of(settings, draws),
+        masked=settings.privacy.sum == "masked",
     )
     strategy: Strategy = table.make(method.name, cohort, options)
     start = start_adapter(settings.model) if settings.model.train_adapter else None
-    return strategy if start is None else ContinuedFrom(strategy, start)
+    if start is None:
+        return strategy
+    if isinstance(strategy, MaskedSums):  # a sum stays the outermost: whoever runs rounds asks for it
+        return replace(strategy, inner=ContinuedFrom(strategy.inner, start))
+    return ContinuedFrom(strategy, start)
+
+
+def client_privacy_of(settings: Settings, draws: Drawn = SEED) -> ClientPrivacy | None:
+    """Return how the server hides whole clients; None where it does not."""
+    privacy, clients = settings.privacy, settings.federation.num_clients
+    if privacy.unit != "client":
+        return None
+    is_poisson = settings.federation.sampling == "poisson"
+    expected = settings.sampling_rate * clients if is_poisson else float(settings.cohort_size)
+    return ClientPrivacy(privacy.clip, privacy.noise_multiplier, expected, draws)
 
 
 def _adamw_of(settings: Settings) -> ServerAdamW:
@@ -113,8 +136,8 @@ def _adamw_of(settings: Settings) -> ServerAdamW:
     )
 
 
-def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> RoundPlan:
-    """Return everything that stays the same from round to round.
+def plan_of(settings: Settings, population: Population, lora: LoRAModel, draws: Drawn = SEED) -> RoundPlan:
+    """Return everything that stays the same from round to round; ``draws`` as in :func:`strategy_of`.
 
     Raises:
         AdapterError: a rank does not fit a module.
@@ -126,7 +149,7 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
     training, longest = training_of(settings), max_length_of(settings, lora)
     return RoundPlan(
         num_rounds=settings.start_rounds + federation.num_rounds,
-        strategy=strategy_of(settings, cohort),
+        strategy=strategy_of(settings, cohort, draws),
         rules=rules_of(settings, lora.shapes),
         sample=_sample_of(settings, population),
         shapes=lora.shapes,
@@ -135,13 +158,26 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel) -> Roun
         asked=partial(asked_of, training, population.num_rows, longest),
         asked_to_sketch=partial(asked_of, training.for_sketch(), population.num_rows, longest),
         start_rounds=settings.start_rounds,
-        min_clients=min(federation.min_clients, population.clients_per_round),
-        # Where nothing crosses there is no server to drop an update.
-        max_norm_ratio=math.inf if settings.traits.is_control else federation.max_norm_ratio,
+        # A Poisson round may have nobody in it, and goes on like any other.
+        min_clients=0
+        if federation.sampling == "poisson"
+        else min(federation.min_clients, population.clients_per_round),
+        # Where nothing crosses there is no server to drop an update; where clients are hidden the clip bounds each.
+        max_norm_ratio=math.inf
+        if settings.traits.is_control or settings.privacy.unit == "client"
+        else federation.max_norm_ratio,
         max_weight=1.0 if settings.traits.is_control else federation.max_weight,
         robust=robust_of(settings),
         evaluate_every=settings.evaluation.every,
+        masking=masking_of(settings),
     )
+
+
+def masking_of(settings: Settings) -> Masking | None:
+    """Return how the clients' sum is masked; None where it is not."""
+    if settings.privacy.sum != "masked":
+        return None
+    return Masking(settings.privacy.threshold, f"simulation {settings.run.seed}")
 
 
 def _sample_of(settings: Settings, population: Population) -> Callable[[int], list[int]]:
@@ -163,7 +199,9 @@ def cohorts(
 
     def drawn(round: int, size: int) -> list[int]:
         size = min(size, len(present))
-        if by_rows and size < len(present):
+        if settings.federation.sampling == "poisson":
+            places = sample_poisson(seed, round, len(present), settings.sampling_rate)
+        elif by_rows and size < len(present):
             places = sample_by_rows(seed, round, rows, size)
         else:
             places = sample_clients(seed, round, len(present), size)

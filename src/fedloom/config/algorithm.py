@@ -127,10 +127,11 @@ class Federation(Table):
 
     num_rounds: Count = setting(10, "Rounds of the run.", when=TRAINED)
     num_clients: Count = setting(10, "Clients in the population.")
-    sampling: Literal["uniform", "rows"] = setting(
+    sampling: Literal["uniform", "rows", "poisson"] = setting(
         "uniform",
         "How the clients of a round are drawn: all alike, or in proportion to their rows, which with equal weights is "
-        "right for the mean over all rows.",
+        "right for the mean over all rows. `poisson`, with `privacy.unit = client`: each by itself, so that their "
+        "number differs from round to round, around `federation.clients_per_round`.",
         when=ROUNDS,
     )
     clients_per_round: Count | Fraction | None = setting(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from fedloom.config.privacy_checks import private_rows
+from fedloom.config.privacy_checks import masked, private_clients, private_rows
 from fedloom.config.problems import Problem
 from fedloom.config.round_checks import (
     continued,
@@ -53,7 +53,8 @@ def problems(settings: Settings) -> list[Problem]:
             few_bits,
             sampling,
         ),
-        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued, private_rows),
+        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued),
+        *(private_rows, private_clients, masked),
     )
     return [problem for check in checks for problem in check(settings)]
 

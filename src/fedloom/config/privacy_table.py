@@ -4,32 +4,51 @@ from __future__ import annotations
 
 from typing import Literal
 
-from fedloom.config.setting import OpenFraction, Positive, Table, having, setting
+from fedloom.config.setting import Count, OpenFraction, Positive, Table, having, setting
 
-PRIVATE = {"privacy.unit": ("row",)}
+MASKED = {"privacy.sum": ("masked",)}
+PRIVATE = {"privacy.unit": ("row", "client")}
 
 
 class Privacy(Table):
-    """What is hidden, and how well: differential privacy. It needs the extra `privacy`; [what it means](privacy.md)."""
+    """What is hidden, from whom, and how well. It needs the extra `privacy`; [what it means](privacy.md)."""
 
-    unit: Literal["none", "row"] = setting(
+    unit: Literal["none", "row", "client"] = setting(
         "none",
         "What is hidden. `row`: a row of a client's file; clients take Poisson batches, clip each row's gradient, add "
-        "noise to the sum, and send no losses and no counts of a batch.",
+        "noise to the sum, and send no losses and no counts of a batch. `client`: a client with all its rows; the "
+        "server clips each client's change and adds noise to their sum.",
         when={"method.name": having("runs_rounds")},
     )
     clip: Positive = setting(
-        1.0, "Largest norm of one unit's gradient over all modules; a larger one is scaled down to it.", when=PRIVATE
+        1.0,
+        "Largest norm, over all modules, of a row's gradient or of a client's change of the product; what is larger is "
+        "scaled down to it.",
+        when=PRIVATE,
     )
     noise_multiplier: Positive = setting(
         1.0, "Standard deviation of the noise on the clipped sum, in multiples of `privacy.clip`.", when=PRIVATE
     )
     delta: OpenFraction = setting(
-        1e-5, "The δ at which ε is counted; keep it well below one by a client's number of rows.", when=PRIVATE
+        1e-5,
+        "The δ at which ε is counted; keep it well below one by the number of units: a client's rows, or the clients.",
+        when=PRIVATE,
     )
     max_epsilon: Positive | None = setting(
         None,
-        "Most that a client may spend: before a round that would pass it the client stops taking part, and its record "
-        "says so; default: no limit, ε is counted all the same.",
+        "Most that may be spent. Where rows are hidden a client stops taking part before a round that would pass it, "
+        "and its record says so; where clients are, the run ends. Default: no limit, ε is counted all the same.",
         when=PRIVATE,
+    )
+    sum: Literal["plain", "masked"] = setting(
+        "plain",
+        "Whether the server sees each client's update, or, `masked`, their sum alone: clients put masks on that cancel "
+        "in it.",
+        when={"method.name": having("sums_factors")},
+    )
+    threshold: Count | None = setting(
+        None,
+        "Clients of a round that must stay to the end of a masked sum, more than two thirds of those drawn; default: "
+        "the fewest that are.",
+        when=MASKED,
     )

@@ -155,7 +155,7 @@ def few_bits(settings: Settings) -> Iterator[Problem]:
 def sampling(settings: Settings) -> Iterator[Problem]:
     """Rows count once: in the draw or in the weights; and everybody is no draw."""
     federation = settings.federation
-    if federation.sampling == "uniform":
+    if federation.sampling != "rows":
         return
     if federation.clients_per_round is None or settings.cohort_size == federation.num_clients:
         yield Problem(

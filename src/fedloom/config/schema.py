@@ -99,6 +99,12 @@ class Settings(Table):
                 return max(math.floor(drawn * self.federation.num_clients + 1e-9), 1)
 
     @property
+    def sampling_rate(self) -> float:
+        """The chance of each client to be drawn where each is drawn by itself."""
+        drawn, clients = self.federation.clients_per_round, self.federation.num_clients
+        return drawn if isinstance(drawn, float) else (drawn or clients) / clients
+
+    @property
     def start_rounds(self) -> int:
         """Rounds before the first of ``federation.num_rounds``: one where the first A comes from the gradient."""
         return int(self.method.initialisation == GRADIENT)

@@ -22,8 +22,8 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
 
     Methods that need one rank, alone or for the halves of a cut, get the mean of the list, so that a client trains and
     sends as much on average as with the list; alphas likewise. Settings that act only with the former method go back to
-    their defaults, and so do a weighting, an initialisation and a robust rule that the method does not know. Settings
-    named in ``keep`` stay as they are, whether they fit or not.
+    their defaults, and so do a weighting, an initialisation, a robust rule and hidden clients that the method does not
+    know. Settings named in ``keep`` stay as they are, whether they fit or not.
     """
     changed = _with_own_defaults(_replaced(settings, "method.name", method), settings.traits.defaults, keep)
     if _knows_one_rank(changed):
@@ -35,6 +35,10 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
         changed = _without(changed, "method.initialisation")
     if changed.server.robust == "cosine" and draws_apart(changed) and "server.robust" not in keep:
         changed = _without(changed, "server.robust")
+    if changed.privacy.unit == "client" and not changed.traits.freezes_a and "privacy.unit" not in keep:
+        changed = _without(changed, "privacy.unit")
+    if changed.federation.sampling == "poisson" and changed.privacy.unit != "client":
+        changed = changed if "federation.sampling" in keep else _without(changed, "federation.sampling")
     while names := [name for name, *_ in inapplicable(changed) if name not in keep]:
         for name in names:
             changed = _without(changed, name)

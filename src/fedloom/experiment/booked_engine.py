@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedloom.assembly.private_rounds import SEED, booking_of, budget_of, num_units_of
-from fedloom.assembly.round_plan import Population, training_of
+from fedloom.assembly.private_rounds import booking_of, budget_of, num_units_of
+from fedloom.assembly.round_plan import SEED, Population, training_of
 from fedloom.config import Settings
 from fedloom.errors import PrivacyError
 from fedloom.federation.intake import Arrival

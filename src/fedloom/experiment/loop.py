@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from fedloom.assembly.engine_choice import Surroundings, engine_of, trains_here
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.preparation import Preparation
-from fedloom.assembly.round_plan import Population
+from fedloom.assembly.round_plan import SEED, Drawn, Population
 from fedloom.assembly.round_state import read_round, round_files, standing_of
 from fedloom.assembly.split_run import NUMBERS as SPLIT_NUMBERS
 from fedloom.assembly.split_run import TENSORS as SPLIT_TENSORS
@@ -27,6 +27,7 @@ from fedloom.assembly.split_run import (
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.engines.running import RunningEngine
+from fedloom.experiment.booked_clients import ClientBooks, client_books_of, within_budget
 from fedloom.experiment.booked_engine import BookedEngine, PrivacyBooks, books_of, with_privacy
 from fedloom.experiment.round_records import UpdateKeeper, metrics_of, update_keeper
 from fedloom.federation.intake import Arrival
@@ -82,6 +83,7 @@ def loop_of(prepared: Preparation) -> LoopKind | None:
 
     Raises:
         CutError: if the base does not compute the same when it is cut.
+        PrivacyError: the budget of hidden clients is not enough for a round.
     """
     (base, lora), settings, inputs = prepared.loaded, prepared.placed, prepared.inputs
     match prepared.plan:
@@ -91,6 +93,7 @@ def loop_of(prepared: Preparation) -> LoopKind | None:
             split = split_run(settings, inputs, lora, plan)
             return LoopKind(settings, inputs, base, lora, prepared.population, None, split)
         case plan:
+            plan = within_budget(settings, plan, prepared.workshop.progress)
             return LoopKind(settings, inputs, base, lora, prepared.population, plan, None)
 
 
@@ -105,6 +108,11 @@ class LoopKind:
     population: Population
     plan: RoundPlan | None
     split: SplitRun | None
+
+    @property
+    def draws(self) -> Drawn:
+        """Where a server's noise comes from: rounds in one process or on a cluster are a simulation."""
+        return SEED
 
     @property
     def num_rounds(self) -> int:
@@ -177,7 +185,8 @@ class AdapterRounds:
             def scored(state: ServerState) -> Mapping[str, Any]:
                 return evaluate(standing_of(state, engine.held()), engine.row_losses)
 
-            for record in run_rounds(self.state, self.plan, shown, scored, keep):
+            plan = self.plan if self.client_books is None else self.client_books.booked(self.plan)
+            for record in run_rounds(self.state, plan, shown, scored, keep):
                 metrics = self.metrics(record)
                 files, standing = round_files(record.state, engine.held()), standing_of(record.state, engine.held())
                 yield Completed(record.round, metrics, files, self._writers(record, keeper), standing)
@@ -192,13 +201,18 @@ class AdapterRounds:
     def metrics(self, record: RoundRecord) -> dict[str, Any]:
         """Return a round's record; called once a round, before the next one begins."""
         metrics = metrics_of(record, self.kind.settings.method.name, self.kind.population.names)
-        return with_privacy(metrics, self.books)
+        return with_privacy(metrics, self.books) if self.client_books is None else self.client_books.told(metrics)
 
     @cached_property
     def books(self) -> PrivacyBooks | None:
         """What clients have spent of their privacy; None where rows are not hidden, or each site keeps its own."""
         kind = self.kind
         return None if kind.inputs is None else books_of(kind.settings, kind.population, self.path)
+
+    @cached_property
+    def client_books(self) -> ClientBooks | None:
+        """What clients have spent that are hidden as a whole; None where none is."""
+        return client_books_of(self.kind.settings, self.path, self.kind.draws)
 
     def _writers(self, record: RoundRecord, keeper: UpdateKeeper | None) -> dict[str, Writer]:
         if keeper is None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from fedloom.federation.agreement import Agreements
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
+from fedloom.federation.masked_round import Masking, masked_round, session_of
 from fedloom.federation.module_figures import RoundFigures, round_figures
 from fedloom.federation.robust import RobustRule
 from fedloom.federation.server import (
@@ -25,6 +26,7 @@ from fedloom.federation.server import (
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Payload, Work
+from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.server_steps import PlainStep
 from fedloom.methods.state import Broadcast, ServerState, Update
 from fedloom.methods.strategy import Strategy
@@ -76,6 +78,7 @@ class RoundPlan:
         max_norm_ratio: a change this many times the median norm is rejected.
         max_weight: largest share of one client.
         robust: the rule by which few hostile updates cannot decide.
+        masking: how the clients' sum is masked, so that no update is seen; None where it is not.
         evaluate_every: rounds between evaluations; the last round is always evaluated.
     """
 
@@ -94,6 +97,7 @@ class RoundPlan:
     evaluate_every: int = 1
     asked_to_sketch: Callable[[int], Asked] | None = None
     start_rounds: int = 0
+    masking: Masking | None = None
 
     def is_evaluated(self, round: int) -> bool:
         """Tell whether the model is evaluated after a round; one that trained nothing left the base as it was."""
@@ -130,19 +134,26 @@ def run_rounds(
         broadcasts = broadcasts_for(state, clients, plan.strategy, plan.ranks, plan.scales, plan.rules.wire)
         work = plan.strategy.client.work(state.round + 1)
         own = plan.of(work)
-        intake = Intake(own, work, state, broadcasts)
         agreements = Agreements(broadcasts, work, plan.strategy.weighting)
-        updates = intake.usable(clock.timed("train", engine.train(broadcasts)), keep)
-        aggregate = plan.strategy.aggregate(state, agreements.watched(updates))
+        arrivals = clock.timed("train", engine.train(broadcasts))
+        if plan.masking is not None:
+            assert isinstance(plan.strategy, MaskedSums)
+            session = session_of(plan.masking, plan.strategy, clients, state.round + 1)
+            masked = masked_round(own, session, plan.strategy, work, broadcasts, arrivals)
+            aggregate = plan.strategy.rule.of_sum(state, masked.numbers, masked.shares)
+            norms, held, began, records = [], masked.held, {}, masked.records(aggregate.weights)
+        else:
+            intake = Intake(own, work, state, broadcasts)
+            aggregate = plan.strategy.aggregate(state, agreements.watched(intake.usable(arrivals, keep)))
+            norms, held, began, records = intake.norms, intake.held, intake.began, intake.records(aggregate.weights)
         applied = as_applied(aggregate, plan.rules.wire)
         figures = round_figures(aggregate, applied, state.start, agreements)
-        views = views_after(state, broadcasts, intake.began) if plan.rules.wire.is_coded else None
-        norms = () if work.payload is Payload.SKETCH else intake.norms
-        state = next_state(state, aggregate, own.rules, norms, intake.held, work.sends, views)
+        views = views_after(state, broadcasts, began) if plan.rules.wire.is_coded else None
+        norms = [] if work.payload is Payload.SKETCH else norms
+        state = next_state(state, aggregate, own.rules, norms, held, work.sends, views)
         clock.lap("aggregate")
         evaluation = evaluate(state) if plan.is_evaluated(state.round) else None
         clock.lap("evaluate")
-        records = intake.records(aggregate.weights)
         yield RoundRecord(
             round=state.round,
             state=state,

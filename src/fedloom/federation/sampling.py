@@ -26,6 +26,14 @@ def sample_by_rows(seed: int, round: int, num_rows: Sequence[int], clients_per_r
     return sorted({int(client) for client in drawn})
 
 
+def sample_poisson(seed: int, round: int, num_clients: int, rate: float) -> list[int]:
+    """Return the ids of those drawn, ascending: each with the probability ``rate``, whoever else is; perhaps nobody.
+
+    It is what amplification by sampling is claimed from, while nobody who sees the result knows the draw.
+    """
+    return [int(client) for client in np.flatnonzero(stream(seed, "clients", round).random(num_clients) < rate)]
+
+
 def inclusion(num_rows: Sequence[int], clients_per_round: int) -> list[float]:
     """Return each client's chance to be drawn: in proportion to its rows, and 1 at most."""
     rows = np.asarray(num_rows, dtype=float)

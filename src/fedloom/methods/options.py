@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,23 @@ class ServerAdamW:
 
 
 @dataclass(frozen=True)
+class ClientPrivacy:
+    """How a server hides whole clients.
+
+    Attributes:
+        clip: largest norm of one client's change of the product, over all modules.
+        noise_multiplier: standard deviation of the noise, in multiples of the clip.
+        expected_clients: what the noised sum is divided by, whoever came.
+        draws: where the noise comes from: the run's seed (a simulation), or the operating system.
+    """
+
+    clip: float
+    noise_multiplier: float
+    expected_clients: float
+    draws: Literal["seed", "system"] = "seed"
+
+
+@dataclass(frozen=True)
 class MethodOptions:
     """What of a run's settings makes a strategy.
 
@@ -36,6 +54,8 @@ class MethodOptions:
         few_bits: whether updates cross as codes of few bits.
         moments, moments_prior: ``training.moments`` and ``training.moments_prior``.
         control_clients: clients of the population, where ``training.control_variates`` is on; 0: it is not.
+        masked: whether the server sees sums alone (``privacy.sum = masked``).
+        client_privacy: how the server hides whole clients (``privacy.unit = client``).
     """
 
     weighting: str = "rows"
@@ -45,3 +65,5 @@ class MethodOptions:
     moments: str = "fresh"
     moments_prior: int = 2
     control_clients: int = 0
+    client_privacy: ClientPrivacy | None = None
+    masked: bool = False

@@ -81,7 +81,13 @@ SHIPPED: dict[str, Method] = {
             f"{MAKERS}:flexlora",
         ),
         Method(
-            Traits("ffa-lora", "one shared and frozen A, the mean of B", averages_factors=True, **_ONE_FACTOR),
+            Traits(
+                "ffa-lora",
+                "one shared and frozen A, the mean of B",
+                averages_factors=True,
+                freezes_a=True,
+                **_ONE_FACTOR,
+            ),
             f"{MAKERS}:ffa_lora",
         ),
         Method(

@@ -68,6 +68,8 @@ class Traits:
         grows_side: its aggregate, or a part of it, joins the side adapter, in the form of ``method.broadcast``.
         averages_factors: its next start is the mean of the clients' factors, so that a server may step along the mean
             of their gradients instead (``server.step = adamw``).
+        freezes_a: its clients train B alone, over one A that all share and nobody changes, and its aggregate is the
+            mean of the B's: noise on the sum of their changes is of known size (``privacy.unit = client``).
         aggregates_split: it may aggregate the clients' half of a cut model (``split.aggregation``).
         combines: it works on adapters at hand, without rounds (``fedloom.aggregate``).
         is_personal: clients keep a factor of their own, so the result is one adapter per client and the server knows no
@@ -89,6 +91,7 @@ class Traits:
     starts_fresh: bool = False
     grows_side: bool = False
     averages_factors: bool = False
+    freezes_a: bool = False
     aggregates_split: bool = True
     combines: bool = True
     is_personal: bool = False
@@ -117,7 +120,7 @@ class Traits:
                 f"method {self.name}: expected weightings with {chosen}, the default of method.weighting, got "
                 f"{self.weightings}; add it, or name another in defaults"
             )
-        for trait in ("starts_fresh", "grows_side", "averages_factors", "aggregates_split", "combines"):
+        for trait in ("starts_fresh", "grows_side", "averages_factors", "freezes_a", "aggregates_split", "combines"):
             if getattr(self, trait) and not self.aggregates:
                 raise MethodError(
                     f"method {self.name}: expected {trait} with kind = federated only, got {self.kind}; "
@@ -128,6 +131,11 @@ class Traits:
                 raise MethodError(
                     f"method {self.name}: expected {trait}=False with is_personal, got True; set {trait}=False"
                 )
+        if self.freezes_a and (self.starts_fresh or self.grows_side or self.is_personal):
+            raise MethodError(
+                f"method {self.name}: expected freezes_a with none of starts_fresh, grows_side and is_personal, got "
+                "one; set it to False"
+            )
         if self.is_personal and not self.aggregates:
             raise MethodError(
                 f"method {self.name}: expected is_personal with kind = federated only, got {self.kind}; remove it"
@@ -151,6 +159,11 @@ class Traits:
     def continues(self) -> bool:
         """Whether clients go on in the next round from what the server made of the last one's factors."""
         return self.aggregates and not self.starts_fresh
+
+    @property
+    def sums_factors(self) -> bool:
+        """Whether one weighted sum of the clients' factors is all that its aggregate needs."""
+        return self.averages_factors and not self.grows_side
 
     @property
     def takes_start(self) -> bool:

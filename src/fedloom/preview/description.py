@@ -22,6 +22,7 @@ from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
+from fedloom.federation.masked_round import threshold_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
 from fedloom.models.base_folder import first_line, read_config
@@ -35,6 +36,7 @@ from fedloom.training.skeleton import check_passes
 from fedloom.wording import counted, written_bytes
 
 if TYPE_CHECKING:
+    from fedloom.preview.client_privacy import PlannedClients
     from fedloom.preview.privacy_costs import PlannedPrivacy
 
 _BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
@@ -81,7 +83,7 @@ class Description:
     narrow_modules: Mapping[str, int] = field(default_factory=dict)
     sketch_cohort_size: int = 0
     start_bytes: tuple[int, int] = (0, 0)
-    privacy: PlannedPrivacy | None = None
+    privacy: PlannedPrivacy | PlannedClients | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
@@ -132,6 +134,12 @@ class Description:
         schedules = ["", *schedule_lines(self.schedules)] if self.schedules else []
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
         privacy = ["", *self.privacy.lines()] if self.privacy is not None else []
+        if self.settings["privacy"]["sum"] == "masked":
+            stay = threshold_of(self.settings["privacy"]["threshold"], self.cohort_size)
+            privacy += [
+                "",
+                f"sum: masked; the server sees no update, and of {self.cohort_size} clients a round {stay} must stay",
+            ]
         return [
             *lines,
             *cuts,
@@ -203,7 +211,7 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
     )
 
 
-def _privacy(settings: Settings) -> PlannedPrivacy | None:
+def _privacy(settings: Settings) -> PlannedPrivacy | PlannedClients | None:
     from fedloom.preview.privacy_costs import planned_privacy  # it prepares a run over the skeleton that is made here
 
     return planned_privacy(settings)

@@ -21,8 +21,10 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH, Adapter, Pair, rank_in
 from fedloom.methods.client_half import SKETCH, Moments, Work
 from fedloom.methods.gradient_start import sketch_rank
+from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
+from fedloom.privacy.secure_sum.wire import bytes_of_member
 from fedloom.training.stats import TrainingStats
 
 MEASURED_NUMBERS = 2**26
@@ -96,6 +98,9 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
         ]
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = OfClient(round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
+    if isinstance(strategy, MaskedSums):
+        up, down = bytes_of_member(settings.cohort_size, strategy.num_numbers)
+        sizes = {rank: OfClient(up, one.first_down + down, one.later_down + down) for rank, one in sizes.items()}
     if not settings.start_rounds:
         return MessageSizes(ranks, sizes)
     return MessageSizes(ranks, sizes, settings.sketch_cohort_size, _start_bytes(settings, lora, max(ranks)))

@@ -14,6 +14,7 @@ from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.errors import FedloomError
 from fedloom.federation.rounds import RoundPlan
+from fedloom.preview.client_privacy import PlannedClients, planned_clients
 from fedloom.preview.rehearsal import SketchWorkshop
 from fedloom.privacy.accountant import PrivateStep, epsilon_at_most, noise_multiplier_for
 from fedloom.training.private_rows import sampling_rate
@@ -76,13 +77,15 @@ class PlannedPrivacy:
         return lines
 
 
-def planned_privacy(settings: Settings) -> PlannedPrivacy | None:
+def planned_privacy(settings: Settings) -> PlannedPrivacy | PlannedClients | None:
     """Return what a recipe costs its clients; None where nothing is hidden. The rows are read, no weights."""
-    if settings.privacy.unit == "none":
+    privacy, prepared = settings.privacy, Preparation(settings, Path("runs") / "described", SketchWorkshop())
+    if privacy.unit == "none":
         return None
-    privacy = settings.privacy
+    if privacy.unit == "client":
+        return planned_clients(prepared)
     try:
-        clients = tuple(_costs(Preparation(settings, Path("runs") / "described", SketchWorkshop())))
+        clients = tuple(_costs(prepared))
         most = max(clients, key=lambda one: one.epsilon)
         enough = None
         if privacy.max_epsilon is not None and most.epsilon > privacy.max_epsilon:

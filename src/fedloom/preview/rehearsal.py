@@ -79,7 +79,7 @@ def rehearse(prepared: Preparation, absent: frozenset[str]) -> Iterator[Finding]
     """Yield one finding per step of a run; ``absent`` are settings whose files are known to be missing."""
     for need, look in _ALONE.items():
         yield _looked(need.format(prepared), look, prepared)
-    if prepared.settings.privacy.unit != "none":
+    if prepared.settings.privacy.unit != "none" or prepared.settings.privacy.sum != "plain":
         yield _looked("accountant of privacy", _installed("accountant"), prepared)
     yield from rehearse_rows(prepared, absent)
 

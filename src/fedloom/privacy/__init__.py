@@ -1,1 +1,1 @@
-"""Differential privacy: clipping and noise, what it costs by an accountant, and the ledger of what was spent."""
+"""Privacy: clipping and noise, what it costs by an accountant, the ledger of what was spent, and secure sums."""

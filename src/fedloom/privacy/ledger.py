@@ -17,8 +17,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fedloom.errors import PrivacyError, RunError
 from fedloom.privacy.accountant import PrivateStep, epsilon
 from fedloom.run_folder import durable
+from fedloom.wording import counted
 
 LEDGER = "privacy.jsonl"
+EVERYBODY = -1
+"""In a client's place: steps that cost every client the same, drawn or not."""
 _BEGIN = b'{"run":'
 _RETRY = "free space or mend the disk; no step is taken that is not booked"
 
@@ -79,11 +82,11 @@ class Ledger:
         after[one.step] += one.steps
         cost, limit = epsilon(after, self.budget.delta), self.budget.max_epsilon
         if limit is not None and cost > limit:
-            spent = self.epsilon(one.client)
+            spent, who = self.epsilon(one.client), "every client" if one.client == EVERYBODY else f"client {one.client}"
             raise PrivacyError(
-                f"client {one.client}: expected at most privacy.max_epsilon = {limit:g} at delta = "
-                f"{self.budget.delta:g}, got {cost:.4g} with the {one.steps} steps of round {one.round} after "
-                f"{spent:.4g} so far; its rows take no further part: raise max_epsilon or noise_multiplier in a new run"
+                f"{who}: expected at most privacy.max_epsilon = {limit:g} at delta = {self.budget.delta:g}, got "
+                f"{cost:.4g} with {counted(one.steps, 'step')} of round {one.round} after {spent:.4g} so far; no such "
+                "step is taken: raise max_epsilon or noise_multiplier in a new run"
             )
         with durable.explained(str(self._path), _RETRY):
             durable.append_line(self._path, asdict(one))

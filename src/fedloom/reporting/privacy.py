@@ -9,10 +9,13 @@ _DRAWS = {
     "seed": "a simulation: whoever knows the run's seed knows the noise",
     "system": "drawn by each site from its operating system",
 }
+_SERVERS = "drawn by the server from its operating system"
 
 
 def privacy_line(privacy: Mapping[str, Any]) -> str:
     """Say what a round's record says of privacy: what the client has spent that spent most, and what it is worth."""
-    spent, drawn = privacy.get("epsilon"), _DRAWS.get(str(privacy.get("draws")), "")
+    spent, unit, drawn = privacy.get("epsilon"), privacy.get("unit"), str(privacy.get("draws"))
+    where = _SERVERS if unit == "client" and drawn == "system" else _DRAWS.get(drawn, "")
+    counted = ", counted without amplification by sampling" if privacy.get("amplified") is False else ""
     cost = "an ε that no site told" if spent is None else f"ε = {spent:.3f}"
-    return f"every {privacy.get('unit')} hidden with at most {cost} at δ = {privacy.get('delta'):g}; {drawn}"
+    return f"every {unit} hidden with at most {cost} at δ = {privacy.get('delta'):g}{counted}; {where}"

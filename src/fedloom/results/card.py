@@ -9,6 +9,7 @@ from typing import Any
 from fedloom import embedded
 from fedloom.config.setting import values_of
 from fedloom.lora.base_reference import BaseReference
+from fedloom.reporting.privacy import privacy_line
 from fedloom.results.opened_result import Found
 from fedloom.wording import written_bytes
 
@@ -121,6 +122,12 @@ def _figures(found: Found, is_exact: bool) -> Iterator[tuple[str, object]]:
     if len(of_client) > 1:
         losses = ", ".join(f"{client}: {loss:.4f}" for client, loss in of_client.items())
         yield "held-out loss of each client's own adapter", losses
+    if (privacy := run.records[-1].get("privacy") if run.records else None) is not None:
+        yield "privacy", privacy_line(privacy)
+        if (
+            privacy["unit"] == "client"
+        ):  # the card goes with the adapter: bytes tell how many came, noise what they sent
+            return
     yield "bytes up", written_bytes(sum(record.get("upload_bytes") or 0 for record in run.records))
     yield "bytes down", written_bytes(sum(record.get("download_bytes") or 0 for record in run.records))
     noise = run.records[-1].get("aggregation_noise") if run.records else None

@@ -12,13 +12,13 @@ from typing import Any
 
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import check_folder, refuse_fewer_rounds
-from fedloom.assembly.private_rounds import SYSTEM
-from fedloom.assembly.round_plan import Population, cohorts, plan_of
+from fedloom.assembly.round_plan import SYSTEM, Drawn, Population, cohorts, plan_of
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.sources import Rows
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import RunError
+from fedloom.experiment.booked_clients import within_budget
 from fedloom.experiment.booked_engine import privacy_record
 from fedloom.experiment.loop import AdapterRounds, Loop, LoopKind, WriteAdapter
 from fedloom.experiment.run_summary import RunSummary
@@ -29,6 +29,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.methods.state import Standing
 from fedloom.models.causal import longest_row
 from fedloom.models.load import Base
+from fedloom.privacy.accountant import check_accountant
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.results.state_scores import Score
 from fedloom.run_folder.claim import is_begun
@@ -117,7 +118,10 @@ class _Served:
         self.population = Population(len(names), study.cohort_size, ranks, scales, _no_rows, names, self._rows)
         self._lora = lora
         self._cut = CutStudy(study, lora, self._rows) if settings.traits.is_cut else None
-        self._plan = None if self._cut is not None else _plan_of(study, self.population, lora)
+        if settings.privacy.unit == "client":
+            check_accountant()
+        plan = None if self._cut is not None else _plan_of(study, self.population, lora)
+        self._plan = None if plan is None else within_budget(settings, plan, progress)
 
     @property
     def num_rounds(self) -> int:
@@ -176,6 +180,11 @@ class SitesKind(LoopKind):
 
     engine: SitesEngine
 
+    @property
+    def draws(self) -> Drawn:
+        """Where the server's noise comes from: its operating system."""
+        return SYSTEM
+
     def resume(self, folder: RunFolder, write_adapter: WriteAdapter, progress: Progress) -> Loop:
         """Wait for the quorum, and return the loop at the point that the folder has reached."""
         loop, engine = super().resume(folder, write_adapter, progress), self.engine
@@ -220,7 +229,7 @@ class SitesRounds(AdapterRounds):
                 self.sites.sites[self.sites.names[client.client]].left_out = client.reason
         self.sites.catch_up()
         metrics["sites"] = self.sites.report()
-        if (privacy := self.kind.settings.privacy).unit != "none":
+        if (privacy := self.kind.settings.privacy).unit == "row":
             told = {client: self.sites.sites[name].epsilon for client, name in enumerate(self.sites.names)}
             for one in metrics["clients"]:
                 one["epsilon"] = told[one["client"]]
@@ -267,7 +276,7 @@ def _plan_of(study: Study, population: Population, lora: LoRAModel) -> RoundPlan
     sites, settings = study.sites, study.settings
     present = [client for client, name in enumerate(sites.names) if name not in sites.withdrawn]
     sample = cohorts(settings, study.cohort_size, present, population.num_rows)
-    return replace(plan_of(settings, population, lora), sample=sample)
+    return replace(plan_of(settings, population, lora, SYSTEM), sample=sample)
 
 
 def _no_rows(client: int) -> TokenSet:

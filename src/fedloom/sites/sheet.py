@@ -262,7 +262,7 @@ def sheet_of(
 
 def _budget_of(settings: Settings) -> SheetBudget | None:
     privacy = settings.privacy
-    return None if privacy.unit == "none" else SheetBudget(delta=privacy.delta, max_epsilon=privacy.max_epsilon)
+    return None if privacy.unit != "row" else SheetBudget(delta=privacy.delta, max_epsilon=privacy.max_epsilon)
 
 
 def read_sheet(body: bytes, run: str | None = None) -> Sheet:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from fedloom.assembly.private_rounds import SYSTEM, booking_of, num_units_of
+from fedloom.assembly.private_rounds import booking_of, num_units_of
+from fedloom.assembly.round_plan import SYSTEM
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import PrivacyError
 from fedloom.privacy.accountant import check_accountant

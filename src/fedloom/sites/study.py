@@ -217,6 +217,12 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     found += _present_problems(settings, sites)
     if settings.federation.participation is not None:
         found.append(Problem("federation.participation", "none in a study", "one", "remove it: sites take part or not"))
+    if settings.federation.sampling == "poisson":
+        wanted = "uniform in a study: sites' logs and the network show who was asked, so the draw is no secret"
+        found.append(Problem("federation.sampling", wanted, "poisson", "remove it: ε is counted without a draw"))
+    if settings.privacy.sum == "masked":
+        wanted = "plain in a study: masked sums are for clients in one process or on a cluster"
+        found.append(Problem("privacy.sum", wanted, "masked", "remove it: the server sees each site's update"))
     if settings.evaluation.clients > 0.0:
         wanted = "0 in a study: its sites hold rows out themselves (sites.evaluate = sites)"
         found.append(Problem("evaluation.clients", wanted, str(settings.evaluation.clients), "remove it"))
