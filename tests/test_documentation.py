@@ -16,6 +16,7 @@ import yaml
 from fedloom import config, embedded, recipes
 from fedloom.cli.app import app, exit_code
 from fedloom.cli.experiments import load_settings
+from fedloom.cli.options import DEFAULT_RECIPE
 from fedloom.config import compared_variants
 from fedloom.config.method_settings import split_overrides
 
@@ -137,6 +138,11 @@ def test_every_command_parses(page: Path) -> None:
         command.make_context("fedloom", list(words), parent=context, resilient_parsing=False)
 
 
+def recipe_of(words: list[str]) -> str:
+    """Return the recipe that a command names, or the one that it takes where it names none."""
+    return words[1] if len(words) > 1 and not words[1].startswith("-") else DEFAULT_RECIPE
+
+
 @every_page
 def test_every_recipe_and_override_of_a_command_is_valid(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, install: Callable[..., None]
@@ -156,8 +162,10 @@ def test_every_recipe_and_override_of_a_command_is_valid(
             grid = [words[i + 1] for i, word in enumerate(words) if word == "--grid"]
             if own or grid:
                 methods = words[words.index("--methods") + 1].split(",")
-                assert compared_variants(load_settings(words[1], overrides), methods, [1], own, grid)
-            assert exit_code(["validate", words[1], *(part for o in overrides for part in ("--set", o))]) == 0, words
+                assert compared_variants(load_settings(recipe_of(words), overrides), methods, [1], own, grid)
+            assert (
+                exit_code(["validate", recipe_of(words), *(part for o in overrides for part in ("--set", o))]) == 0
+            ), words
 
 
 def test_the_pages_of_methods_name_their_recipes() -> None:
