@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from installed_extras import absent
 
+os.environ["FEDLOOM_CACHE"] = "off"  # a test keeps nothing outside its folder, and finds nothing there
+
 pytest_plugins = ["small_settings", "example_runs", "installed_methods"]
 
 
