@@ -18,6 +18,7 @@ from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.models.families import resolve_targets
 from fedloom.seeding import torch_stream
+from fedloom.training import client_passes
 from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
 
 SETTINGS = LocalTraining(learning_rate=1e-2, batch_size=3, steps=20)
@@ -100,13 +101,51 @@ def test_on_a_cpu_passes_and_their_members_change_no_bit(
     ]
     settings = replace(SETTINGS, dropout=0.2, steps=4)
     whole = train(lora, tasks, settings)
-    for changes in ({"micro_batch_size": 1}, {"micro_batch_size": 2}, {"token_budget": 1}, {"token_budget": 25}):
+    for changes in (
+        {"micro_batch_size": 1},
+        {"micro_batch_size": 2},
+        {"token_budget": 1},
+        {"token_budget": 25},
+    ):
         cut = train(lora, tasks, replace(settings, **changes))
         alone = [train(lora, [task], replace(settings, **changes))[0] for task in tasks]
         for one, *others in zip(whole, cut, alone, strict=True):
             for name, pair in one.adapter.items():
                 assert all(torch.equal(pair.a_RI, other.adapter[name].a_RI) for other in others), changes
                 assert all(torch.equal(pair.b_OR, other.adapter[name].b_OR) for other in others), changes
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
+def test_any_number_of_cores_gives_the_same_bits_as_its_parts_one_by_one(
+    kind: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_passes, "PART_TOKENS", 20)
+    model = tiny(kind, torch.float32)
+    lora = LoRAModel(model, resolve_targets(model))
+    tasks = [
+        ClientTask(k, rows_of_lengths(lengths, k), rank, 2.0, fresh_adapter(lora.shapes, rank, 0, k))
+        for k, (lengths, rank) in enumerate(zip(LENGTHS, RANKS, strict=True))
+    ]
+    settings = replace(SETTINGS, batch_size=6, dropout=0.2, steps=3)
+    found = {cores: train(lora, [tasks[0]], replace(settings, cores=cores))[0] for cores in (2, 3, 4)}
+    found[1] = train(lora, [tasks[0]], replace(settings, token_budget=20))[0]
+    for other in found.values():
+        assert other.stats.loss_nats == found[1].stats.loss_nats
+        for name, pair in found[1].adapter.items():
+            assert torch.equal(pair.a_RI, other.adapter[name].a_RI)
+            assert torch.equal(pair.b_OR, other.adapter[name].b_OR)
+    together = [train(lora, tasks, replace(settings, cores=cores)) for cores in (2, 3)]
+    for one, other in zip(*together, strict=True):
+        assert all(torch.equal(pair.a_RI, other.adapter[name].a_RI) for name, pair in one.adapter.items())
+
+
+def test_what_goes_wrong_on_one_core_is_told(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"no luck with {hidden.ndim} axes")
+
+    llama_lora.model.model.norm.forward = broken  # type: ignore[union-attr]
+    with pytest.raises(ModelError, match="no luck"):
+        train(llama_lora, tasks, replace(SETTINGS, cores=2))
 
 
 def test_a_step_equals_a_plain_loop_over_padded_logits(llama_lora: LoRAModel, tasks: list[ClientTask]) -> None:
