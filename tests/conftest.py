@@ -22,6 +22,16 @@ def data_dir() -> Path:
     return folder
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Return where a law is tried: on the CPU always, and on CUDA where there is one."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return str(request.param)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the test of an extra that is not installed, unless FEDLOOM_EXTRAS says that all of them are."""
     for mark in item.iter_markers("extra"):
