@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from installed_extras import absent
 
+os.environ["FEDLOOM_CACHE"] = "off"  # a test keeps nothing outside its folder, and finds nothing there
+
 pytest_plugins = ["small_settings", "example_runs", "installed_methods"]
 
 
@@ -18,6 +20,16 @@ def data_dir() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real data absent: set FEDLOOM_DATA (looked in {folder})")
     return folder
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Return where a law is tried: on the CPU always, and on CUDA where there is one."""
+    import torch
+
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return str(request.param)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -62,3 +62,4 @@ DECODED_OUTPUTS = FileFormat("file of decoded outputs", 3, "remove it to decode 
 SOURCES = FileFormat("record of an aggregate's sources", 1, "aggregate again")
 VERDICT_CACHE = FileFormat("cache of verdicts", 2, "choose another file")
 """1: without a hash over each verdict; read, and given one. 2: with it."""
+TOKEN_CACHE = FileFormat("cache of tokens", 1, "remove it")

@@ -163,6 +163,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "engine.cpus_per_worker": (2.0, {"engine.name": "ray"}),
     "engine.address": ("auto", {"engine.name": "ray"}),
     "engine.retries": (1, {"engine.name": "ray"}),
+    "engine.cores": (2, {}),
     "engine.threads": (2, {}),
     "run.seed": (2, {}),
     "run.keep_updates": (True, {}),

@@ -28,34 +28,35 @@ def random_adapter(lora: LoRAModel, rank: int, seed: int) -> Adapter:
     )
 
 
-def logits_with_merged(family: str, adapter: Adapter) -> torch.Tensor:
-    model = tiny_model(family)
+def logits_with_merged(family: str, adapter: Adapter, device: str = "cpu") -> torch.Tensor:
+    model = tiny_model(family).to(device)  # type: ignore[arg-type]
     with torch.no_grad():
-        for name, pair in adapter.items():
+        for name, pair in adapter.to(device).items():
             weight = model.get_submodule(name).weight
             weight += pair.delta().T if family == "gpt2" else pair.delta()
-        return model(TOKENS).logits
+        return model(TOKENS.to(device)).logits
 
 
-def test_a_slot_adds_its_scaled_product_to_the_base(family: str) -> None:
-    lora = LoRAModel(tiny_model(family), TARGETS[family])
+def test_a_slot_adds_its_scaled_product_to_the_base(family: str, device: str) -> None:
+    lora = LoRAModel(tiny_model(family).to(device), TARGETS[family])  # type: ignore[arg-type]
     adapter = random_adapter(lora, 3, 1)
     lora.open([Slot(rank=3, scale=4.0)])
     lora.load(0, adapter)
     lora.route_all(0)
-    assert torch.allclose(lora.model(TOKENS).logits, logits_with_merged(family, adapter), atol=1e-12)
+    found = lora.model(TOKENS.to(device)).logits
+    assert torch.allclose(found, logits_with_merged(family, adapter, device), atol=1e-12)
     assert algebra.distance(lora.adapter(0), adapter) < 1e-12
 
 
 @pytest.mark.parametrize("rank", [1, 8])
-def test_a_side_adapter_folded_or_factored_equals_merging(family: str, rank: int) -> None:
-    lora = LoRAModel(tiny_model(family), TARGETS[family])
-    side = random_adapter(lora, rank, 2)
-    before = lora.model(TOKENS).logits
+def test_a_side_adapter_folded_or_factored_equals_merging(family: str, rank: int, device: str) -> None:
+    lora = LoRAModel(tiny_model(family).to(device), TARGETS[family])  # type: ignore[arg-type]
+    side, tokens = random_adapter(lora, rank, 2), TOKENS.to(device)
+    before = lora.model(tokens).logits
     lora.set_side(side)
-    assert torch.allclose(lora.model(TOKENS).logits, logits_with_merged(family, side), atol=1e-12)
+    assert torch.allclose(lora.model(tokens).logits, logits_with_merged(family, side, device), atol=1e-12)
     lora.set_side(None)
-    assert torch.equal(lora.model(TOKENS).logits, before)
+    assert torch.equal(lora.model(tokens).logits, before)
 
 
 def test_slots_together_give_each_client_its_own_outputs_and_gradients(family: str) -> None:

@@ -85,9 +85,9 @@ def random_adapter(lora: LoRAModel, rank: int, seed: int) -> Adapter:
     return Adapter({n: Pair(torch.randn(p.b_OR.shape, generator=generator) * 0.1, p.a_RI) for n, p in fresh.items()})
 
 
-def wrapped(case: str) -> LoRAModel:
+def wrapped(case: str, device: str = "cpu") -> LoRAModel:
     """Wrap a random model's default targets."""
-    model = random_model(case)
+    model = random_model(case).to(device)
     return LoRAModel(model, resolve_targets(model))
 
 

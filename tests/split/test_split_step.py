@@ -27,8 +27,8 @@ from fedloom.training.packing import PackedBatch, hidden_states, pack
 ROWS = random_rows(6)
 
 
-def with_slots(case: str, num_slots: int = 1) -> LoRAModel:
-    lora = wrapped(case)
+def with_slots(case: str, num_slots: int = 1, device: str = "cpu") -> LoRAModel:
+    lora = wrapped(case, device)
     lora.open([Slot(3, 2.0)] * num_slots)
     for slot in range(num_slots):
         lora.load(slot, random_adapter(lora, 3, seed=0))
@@ -46,7 +46,7 @@ def unsplit_step(lora: LoRAModel, batch: PackedBatch, smoothing: float = 0.0) ->
     """Return mean loss and every LoRA gradient of an ordinary step."""
     lora.route_all(0)
     hidden_SD = hidden_states(lora.model, batch)[batch.target_index_S]
-    weights_S = torch.full(batch.targets_S.shape, 1 / len(batch.targets_S), dtype=torch.float64)
+    weights_S = torch.full_like(batch.targets_S, 1 / len(batch.targets_S), dtype=torch.float64)
     head = output_head(lora.model)
     loss, nats_S = supervised_cross_entropy(hidden_SD, head, batch.targets_S, weights_S, label_smoothing=smoothing)
     loss.backward()
@@ -81,6 +81,19 @@ def test_a_split_step_equals_the_unsplit_step(case: str, cut_layer: int) -> None
     assert_same(gradients(lora), expected)
 
 
+def test_a_split_step_on_a_device_equals_the_unsplit_step_there(device: str) -> None:
+    lora, batch = with_slots("llama", device=device), pack([ROWS.row(i) for i in range(6)], device)
+    head = output_head(lora.model)
+    loss, expected = unsplit_step(lora, batch)
+    lora.zero_grad()
+    hidden_TD = run_bottom(part_of(lora.model, 0, 2), batch)
+    done = ServerHalf(lora.model, [2]).forward([arrival_of(batch, hidden_TD, 2)], wants_gradients=True)
+    nats = backward_from_labels(done, head)
+    hidden_TD.backward(done.gradients()[0])
+    assert nats[0] / len(batch.targets_S) == pytest.approx(loss, abs=1e-6)
+    assert_same(gradients(lora), expected)
+
+
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize(("cut_layer", "tail_blocks"), [(1, 0), (1, 1), (2, 1), (1, 2)])
 def test_a_u_shaped_step_equals_the_unsplit_step(case: str, cut_layer: int, tail_blocks: int) -> None:
@@ -91,7 +104,7 @@ def test_a_u_shaped_step_equals_the_unsplit_step(case: str, cut_layer: int, tail
     hidden_TD = run_bottom(part_of(lora.model, 0, cut_layer), batch)
     arrival = replace(arrival_of(batch, hidden_TD, cut_layer), target_index_S=None, targets_S=None)
     done = ServerHalf(lora.model, [cut_layer], stop).forward([arrival], wants_gradients=True)
-    weights_S = torch.full(batch.targets_S.shape, 1 / len(batch.targets_S), dtype=torch.float64)
+    weights_S = torch.full_like(batch.targets_S, 1 / len(batch.targets_S), dtype=torch.float64)
     gradient_TD, nats_S = tail_step(top_of(lora.model, stop), head, done.hidden_of(0), batch, weights_S)
     backward_from_tails(done, {0: gradient_TD})
     hidden_TD.backward(done.gradients()[0])

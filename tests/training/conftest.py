@@ -99,3 +99,10 @@ def llama_lora() -> LoRAModel:
     """Return a wrapped Llama in float64."""
     model = build("llama")
     return LoRAModel(model, resolve_targets(model))
+
+
+@pytest.fixture
+def placed_lora(device: str) -> LoRAModel:
+    """Return a wrapped Llama in float64 on every device in turn."""
+    model = build("llama").to(device)
+    return LoRAModel(model, resolve_targets(model))

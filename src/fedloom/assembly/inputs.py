@@ -14,6 +14,7 @@ from fedloom.assembly.client_rows import own_rows
 from fedloom.assembly.divided_rows import divided, partition_of
 from fedloom.assembly.emptied_clients import emptied, without_emptied
 from fedloom.assembly.start_adapter import lay_start, targets_of
+from fedloom.assembly.token_cache import TokenCache
 from fedloom.assembly.validation_rows import set_aside, unvalidated
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
@@ -80,6 +81,7 @@ class Workshop:
     """Holds one base, what it scores untouched, and encoded rows, so that a comparison loads and scores them once."""
 
     progress: Progress = field(default_factory=SilentProgress)
+    cache: TokenCache = field(default_factory=TokenCache.of_environment)
     _base_key: str | None = None
     _base: tuple[Base, LoRAModel] | None = None
     _read: dict[str, Rows] = field(default_factory=dict)
@@ -215,13 +217,14 @@ class Workshop:
     def base_scores(
         self, settings: Settings, rows: Sequence[str | None], score: Callable[[], dict[str, Any]], anew: bool = False
     ) -> dict[str, Any]:
-        """Return what ``score`` gives of the untouched base, once for the same rows and seed unless ``anew``.
+        """Return what ``score`` gives of the untouched base, once for the same rows unless ``anew``.
 
-        ``rows`` are the hashes of those that are scored.
+        ``rows`` are the hashes of those that are scored. Suites draw their intervals by the run's seed.
         """
         parts = [part.model_dump_json() for part in (settings.model, settings.data)]
         parts.append(settings.evaluation.model_dump_json(exclude={"every"}))
-        key = " ".join([*parts, str(settings.run.seed), str(rows)])
+        seed = settings.run.seed if settings.evaluation.suites else None
+        key = " ".join([*parts, str(seed), str(rows)])
         if anew or key not in self._base_scores:
             self._base_scores[key] = score()
         return self._base_scores[key]
@@ -241,7 +244,7 @@ class Workshop:
             records = self._records.pop(reading, None) or read_records(rows, data.shape, data.columns)
             if len(rows) >= MANY_ROWS:
                 self.progress.note(f"making tokens of {len(rows):,} rows")
-            encoded = encode_records(records, data, base)
+            encoded = encode_records(records, data, base, cache=self.cache)
             if encoded.counts.told:
                 self.progress.note(encoded.counts.told)
             self._rows[key] = rows.select(encoded.kept), encoded, rows
@@ -296,22 +299,31 @@ def encode_rows(
 
 
 def encode_records(
-    records: Records, data: Data, base: Base, *, named: Callable[[str], str] = "data.{}".format
+    records: Records,
+    data: Data,
+    base: Base,
+    *,
+    named: Callable[[str], str] = "data.{}".format,
+    cache: TokenCache | None = None,
 ) -> Encoded:
-    """Return the tokens of the usable ones of records; arguments are those of :func:`encode_rows`.
+    """Return the tokens of the usable ones of records; arguments are those of :func:`encode_rows`, and a ``cache``.
 
     Raises:
         DataError: rows cannot be used.
     """
-    return encode(
-        records,
-        base.tokenizer,
-        template=data.template or AUTO,
-        date=data.day,
-        max_length=longest_row(data.max_length, base.model.config, named),
-        at_most=context_of(base.model.config),
-        loss_on=data.loss_on,
-        overlong=data.overlong,
-        unanswered=data.unanswered,
-        named=named,
-    )
+    how = {
+        "template": data.template or AUTO,
+        "date": data.day,
+        "max_length": longest_row(data.max_length, base.model.config, named),
+        "at_most": context_of(base.model.config),
+        "loss_on": data.loss_on,
+        "overlong": data.overlong,
+        "unanswered": data.unanswered,
+    }
+    cache = cache or TokenCache(None)
+    key = cache.key(records, base.tokenizer, how)
+    if (kept := cache.read(key, records, base.tokenizer)) is not None:
+        return kept
+    encoded = encode(records, base.tokenizer, **how, named=named)  # type: ignore[arg-type]
+    cache.write(key, encoded)
+    return encoded

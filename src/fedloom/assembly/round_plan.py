@@ -288,6 +288,7 @@ def training_of(settings: Settings) -> LocalTraining:
         token_budget=training.token_budget,
         start_rounds=settings.start_rounds,
         privacy=privacy_of(settings),
+        cores=settings.engine.cores,
     )
 
 

@@ -23,6 +23,7 @@ from fedloom.config.setting import (
 )
 
 CUT = {"method.name": having("is_cut")}
+ROUNDS = {"method.name": having("runs_rounds")}
 TRAINED = {"method.name": having("is_trained")}
 ON_RAY = {"engine.name": ("ray",)}
 Workers = Annotated[int, Ge(1), Le(10_000)]
@@ -83,7 +84,7 @@ class Evaluation(Table):
 
 
 class Engine(Table):
-    """Where clients train, and with how much of a machine. It changes no result, but for the last bits by `threads`."""
+    """Where clients train, and with how much of a machine. It changes no result beyond the last bits."""
 
     name: Literal["local", "ray"] = setting(
         "local", "Where clients train: in this process, or on the workers of Ray.", when=TRAINED
@@ -99,6 +100,13 @@ class Engine(Table):
         None, "A running Ray cluster: auto, or host:port; default: one is started on this machine.", when=ON_RAY
     )
     retries: Natural = setting(2, "Times a client is given to another worker because its worker died.", when=ON_RAY)
+    cores: Threads = setting(
+        1,
+        "Threads over which the rows of a step are spread on a CPU, in parts of about a thousand tokens. The bits are "
+        "the same for any number above 1, and for 1 where those of a matrix product's rows do not depend on how many "
+        "there are.",
+        when=ROUNDS,
+    )
     threads: Threads = setting(1, "CPU threads that compute the base, everywhere; sums round otherwise with another.")
 
 

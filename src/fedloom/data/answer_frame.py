@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,7 +69,8 @@ def answer_frame(record: Record, template: AnyTemplate, tokenizer: Any, ends: It
         DataError: the chat template rejects the turns.
     """
     written = [render(with_last_answer(record, answer), template, tokenizer) for answer in _STAND_INS]
-    rows = [closed(row, tokenizer) for row in token_rows(written, tokenizer)]
+    turns_end = ends_of_turns(tokenizer)
+    rows = [closed(row, tokenizer, turns_end) for row in token_rows(written, tokenizer)]
     texts = [item.text[slice(*item.spans[-1])] for item in written]
     ids = [row.ids[row.last_answer :].tolist() for row in rows]
     before = _without_special(texts[0][: _num_shared(*texts)], tokenizer)
@@ -83,11 +84,19 @@ def answer_frame(record: Record, template: AnyTemplate, tokenizer: Any, ends: It
     return AnswerFrame(_stops(tokenizer, (first, closing[-1]), ends), before, after, num_tokens)
 
 
-def closed(row: TokenRow, tokenizer: Any) -> TokenRow:
-    """Cut what follows the last answer, and end the row with the end of text unless a special token already does."""
+def ends_of_turns(tokenizer: Any) -> set[int]:
+    """Return the special tokens that end a row by themselves."""
+    return special_ids(tokenizer) - {tokenizer.unk_token_id}
+
+
+def closed(row: TokenRow, tokenizer: Any, ends: Collection[int]) -> TokenRow:
+    """Cut what follows the last answer, and end the row with the end of text unless a special token already does.
+
+    ``ends`` are its :func:`ends_of_turns`, which are found once for many rows.
+    """
     stop = int(np.flatnonzero(row.answer)[-1]) + 1
     ids, answer = row.ids[:stop], row.answer[:stop]
-    if int(ids[-1]) in special_ids(tokenizer) - {tokenizer.unk_token_id}:
+    if int(ids[-1]) in ends:
         return replace(row, ids=ids, answer=answer)
     end_of_text = np.int32(tokenizer.eos_token_id)
     return replace(row, ids=np.append(ids, end_of_text), answer=np.append(answer, True))

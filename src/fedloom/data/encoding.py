@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, assert_never
 import numpy as np
 import numpy.typing as npt
 
-from fedloom.data.answer_frame import closed
+from fedloom.data.answer_frame import closed, ends_of_turns
 from fedloom.data.chat import RewritesTurnsError
 from fedloom.data.records import Dialogue, Prompt, Record, Records, Shape
 from fedloom.data.templates import (
@@ -26,7 +27,7 @@ from fedloom.data.templates import (
     load_template,
 )
 from fedloom.data.token_rows import TokenRow, render, token_rows
-from fedloom.data.tokenizer import check_ids
+from fedloom.data.tokenizer import check_ids, may_exceed
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 
@@ -137,47 +138,45 @@ def encode(
     answered, num_trailing = _answered(records, unanswered, named)
     owners: list[int] = []
     wording = resolve_template(template, records.shape, tokenizer, date)
-    rendered = _render(records, answered, wording, tokenizer, owners)
-    rows: list[TokenRow] = []
-    for row in token_rows(rendered, tokenizer):
+    rows = _Gathered()
+    turns_end = ends_of_turns(tokenizer)
+    for row in token_rows(_render(records, answered, wording, tokenizer, owners), tokenizer):
         if not row.answer.any():
             raise DataError(
                 f"{records.rows.where(owners[len(rows)])}: expected an answer with at least one token, got characters "
                 "that the tokenizer drops; correct or remove the row"
             )
-        rows.append(closed(row, tokenizer))
-    kept: list[tuple[int, TokenRow]] = []
-    num_truncated = num_cut_off = 0
-    limit = max_length if max_length is not None else max((len(row.ids) for row in rows), default=0)
+        rows.add(closed(row, tokenizer, turns_end))
+    lengths = rows.lengths
+    limit = max_length if max_length is not None else int(lengths.max(initial=0))
     if overlong is Overlong.ERROR:
-        _refuse_overlong(records, owners, rows, limit, at_most, named)
-    for index, row in zip(owners, rows, strict=True):
-        if len(row.ids) <= limit:
-            kept.append((index, row))
-        elif overlong is Overlong.TRUNCATE and row.answer[:limit].any():
-            kept.append((index, replace(row, ids=row.ids[:limit], answer=row.answer[:limit])))
-            num_truncated += 1
-        elif overlong is Overlong.TRUNCATE:
-            num_cut_off += 1
-    for index, row in kept:
-        check_ids(row.ids, tokenizer, records.rows.where(index))
+        _refuse_overlong(records, owners, lengths, limit, at_most, named)
+    too_long = np.flatnonzero(lengths > limit)
+    num_truncated = num_cut_off = 0
+    stays = lengths <= limit
+    if overlong is Overlong.TRUNCATE:
+        stays[too_long] = [rows.learns_before(index, limit) for index in too_long.tolist()]
+        num_truncated = int(stays[too_long].sum())
+        num_cut_off = len(too_long) - num_truncated
+    indices = np.array(owners, np.int64)[stays]
+    tokens = rows.tokens(stays, limit, loss_on)
+    for place, index in enumerate(indices.tolist()) if may_exceed(tokenizer) else ():
+        check_ids(tokens.row(place)[0], tokenizer, records.rows.where(index))
     counts = EncodingCounts(
         num_rows=len(records) + len(owners) - len(answered),
-        num_kept=len(kept),
+        num_kept=len(indices),
         num_unanswered=len(records) - len(answered),
-        num_overlong_dropped=len(rows) - len(kept) - num_cut_off,
+        num_overlong_dropped=len(rows) - len(indices) - num_cut_off,
         num_truncated=num_truncated,
         num_answer_cut_off=num_cut_off,
         num_turns_after_last_answer=num_trailing,
         num_answers_apart=_num_repeated(owners),
     )
-    if not kept:
+    if not len(indices):
         shorter = "shorten the rows, or use a base with a longer context"
         longer = shorter if limit == at_most else f"raise {named('max_length')}"
         remedy = longer if answered else "check the rows and their shape"
         raise DataError(f"expected at least one usable row, got none in {len(records)} ({counts.told}); {remedy}")
-    tokens = TokenSet.from_rows((row.ids, _supervised(row, loss_on)) for _, row in kept)
-    indices = np.array([index for index, _ in kept], np.int64)
     return Encoded(replace(tokens, units=indices), indices, counts)
 
 
@@ -207,15 +206,21 @@ def resolve_template(
 
 
 def _answered(records: Records, policy: Unanswered, named: Callable[[str], str]) -> tuple[list[int], int]:
-    usable = [index for index, record in enumerate(records.items) if _has_answer(record)]
-    lacking = sorted(set(range(len(records))) - set(usable))
-    if lacking and policy is Unanswered.ERROR:
-        more = f"; {len(lacking)} of {len(records)} rows have none" if len(lacking) > 1 else ""
+    usable, num_trailing, first_lacking = list[int](), 0, None
+    for index, record in enumerate(records.items):
+        if _has_answer(record):
+            usable.append(index)
+            num_trailing += _num_trailing_turns(record)
+        elif first_lacking is None:
+            first_lacking = index
+    if first_lacking is not None and policy is Unanswered.ERROR:
+        num_lacking = len(records) - len(usable)
+        more = f"; {num_lacking} of {len(records)} rows have none" if num_lacking > 1 else ""
         raise DataError(
-            f"{records.rows.where(lacking[0])}: expected an answer, found none ({records.shape} shape{more}); "
+            f"{records.rows.where(first_lacking)}: expected an answer, found none ({records.shape} shape{more}); "
             f"fill or remove the row, or set {named('unanswered')} to 'drop'"
         )
-    return usable, sum(_num_trailing_turns(records.items[index]) for index in usable)
+    return usable, num_trailing
 
 
 def _has_answer(record: Record) -> bool:
@@ -276,12 +281,11 @@ def _num_repeated(owners: Sequence[int]) -> int:
 def _refuse_overlong(
     records: Records,
     indices: Sequence[int],
-    rows: Sequence[TokenRow],
+    lengths: npt.NDArray[np.int64],
     limit: int,
     at_most: int | None,
     named: Callable[[str], str],
 ) -> None:
-    lengths = np.array([len(row.ids) for row in rows], np.int64)
     overlong = np.flatnonzero(lengths > limit)
     if overlong.size:
         first = int(overlong[0])
@@ -294,17 +298,53 @@ def _refuse_overlong(
             action = f"raise {named('max_length')}, or {action}"
         raise DataError(
             f"{records.rows.where(indices[first])}: {lengths[first]} tokens, {what} is {limit} "
-            f"({overlong.size} of {len(rows)} rows are longer, up to {lengths.max()}); {action}"
+            f"({overlong.size} of {len(lengths)} rows are longer, up to {lengths.max()}); {action}"
         )
 
 
-def _supervised(row: TokenRow, loss_on: LossOn) -> npt.NDArray[np.bool_]:
-    match loss_on:
-        case LossOn.ANSWER:
-            mask = row.answer.copy()
-        case LossOn.ALL:
-            mask = np.ones(len(row.ids), np.bool_)
-        case _:
-            assert_never(loss_on)
-    mask[0] = False
-    return mask
+class _Gathered:
+    """The tokens of rows one behind the other, five bytes each: a million rows as objects would take gigabytes."""
+
+    def __init__(self) -> None:
+        self._ids, self._answer, self._ends = bytearray(), bytearray(), array("q")
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def add(self, row: TokenRow) -> None:
+        self._ids += row.ids.astype(np.int32, copy=False).tobytes()
+        self._answer += row.answer.tobytes()
+        self._ends.append(len(self._answer))
+
+    @property
+    def starts(self) -> npt.NDArray[np.int64]:
+        return np.concatenate([np.zeros(1, np.int64), np.array(self._ends, np.int64)])
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        return np.diff(self.starts)
+
+    def learns_before(self, index: int, limit: int) -> bool:
+        """Tell whether one of the first ``limit`` tokens of a row is learned."""
+        start = self._ends[index - 1] if index else 0
+        return any(self._answer[start : min(start + limit, self._ends[index])])
+
+    def tokens(self, stays: npt.NDArray[np.bool_], limit: int, loss_on: LossOn) -> TokenSet:
+        """Return the rows that stay, of each the first ``limit`` tokens, and let go of all."""
+        lengths, starts = self.lengths, self.starts[:-1]
+        ids, learned = np.frombuffer(self._ids, np.int32), np.frombuffer(self._answer, np.bool_)
+        if not stays.all() or (lengths > limit).any():
+            place = np.arange(len(ids)) - np.repeat(starts, lengths)
+            kept = np.repeat(stays, lengths) & (place < limit)
+            ids, learned = ids[kept], learned[kept]
+            lengths = np.minimum(lengths[stays], limit)
+        match loss_on:
+            case LossOn.ANSWER:
+                learned = learned.copy()
+            case LossOn.ALL:
+                learned = np.ones(len(ids), np.bool_)
+            case _:
+                assert_never(loss_on)
+        ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+        learned[ends[:-1]] = False  # no row is empty: nothing stands before its first token
+        return TokenSet(ids, learned, ends)

@@ -13,19 +13,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
 
 _SPACE = " \t\n\r"
 
 
 def read_json_lines(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the object of every line of a file, with the line's number.
+    """Yield the object of every line of a file, with the line's number; the file is read line by line.
 
     Raises:
         DataError: the file cannot be read or is not UTF-8, a line is not a JSON object, or names a key twice.
     """
-    yield from rows_of_lines(file, read_utf8(file))
+    for number, _, line in lines_of(file):
+        yield number, row_of_line(line, f"{file} line {number}")
 
 
 def rows_of_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -35,18 +35,56 @@ def rows_of_lines(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]
         DataError: a line is not a JSON object, or names a key twice.
     """
     for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{file} line {number}"
-        try:
-            value, end = _value(line, _begin(line, 0), place)
-            _expect_end(line, end)
-        except json.JSONDecodeError as cause:
-            raise DataError(
-                f"{place}: expected one JSON object per line, or one list of objects for the file; "
-                f"got {cause.msg} at column {cause.colno}; correct the line"
-            ) from cause
-        yield number, _as_row(value, place)
+        if line.strip():
+            yield number, row_of_line(line, f"{file} line {number}")
+
+
+def lines_of(file: Path) -> Iterator[tuple[int, int, str]]:
+    """Yield every line of a file that is not empty, with its number and the byte at which it begins.
+
+    Raises:
+        DataError: the file cannot be read, or is not UTF-8.
+    """
+    try:
+        with file.open("rb") as stream:
+            at = 0
+            for number, line in enumerate(stream, start=1):
+                begin, at = at, at + len(line)
+                if text := decoded(line, file, begin).strip("\n"):
+                    yield from [(number, begin, text)] if text.strip() else []
+    except OSError as cause:
+        raise DataError(f"{file}: expected a file that can be read, got {cause.strerror}; check the path") from cause
+
+
+def decoded(line: bytes, file: Path, begin: int) -> str:
+    """Return a line as text; a byte-order mark at the file's beginning is not part of it.
+
+    Raises:
+        DataError: it is not UTF-8.
+    """
+    try:
+        return line.decode("utf-8" if begin else "utf-8-sig")
+    except UnicodeDecodeError as cause:
+        raise DataError(
+            f"{file}: expected UTF-8 text, got {cause} of the line at byte {begin}; convert the file"
+        ) from cause
+
+
+def row_of_line(line: str, place: str) -> dict[str, Any]:
+    """Return the one object of a line.
+
+    Raises:
+        DataError: the line is not a JSON object, or names a key twice.
+    """
+    try:
+        value, end = _value(line, _begin(line, 0), place)
+        _expect_end(line, end)
+    except json.JSONDecodeError as cause:
+        raise DataError(
+            f"{place}: expected one JSON object per line, or one list of objects for the file; "
+            f"got {cause.msg} at column {cause.colno}; correct the line"
+        ) from cause
+    return _as_row(value, place)
 
 
 def rows_of_list(file: Path, text: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -7,12 +7,13 @@ Every shape ends as one of two records: a ``Prompt`` (an instruction, perhaps an
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, overload
 
 from fedloom.data.sources import Row, Rows
+from fedloom.data.stored_rows import is_stored
 from fedloom.data.turns import Turn, history_turns, message_turns, sharegpt_turns, text_of, tools_of, with_system
 from fedloom.errors import DataError
 
@@ -126,13 +127,39 @@ def read_records(rows: Rows, shape: Shape | str = Shape.AUTO, columns: Mapping[s
         shape = detect_shape(rows, named)
     fields = _FIELDS[shape]
     _check_columns(named, shape)
-    items: list[Record] = []
-    for index, row in enumerate(rows.rows):
+
+    def read(index: int, row: Row) -> Record:
         try:
-            items.append(_read(row, shape, fields, named))
+            return _read(row, shape, fields, named)
         except DataError as problem:
             raise DataError(f"{rows.where(index)}: {problem}") from None
-    return Records(shape, items, rows)
+
+    if not is_stored(rows.rows):
+        return Records(shape, [read(index, row) for index, row in enumerate(rows.rows)], rows)
+    for index, row in enumerate(rows.rows):
+        read(index, row)
+    return Records(shape, _StoredRecords(rows.rows, read), rows)
+
+
+class _StoredRecords(Sequence[Record]):
+    """Records of rows that are not held in memory, made each time they are asked for."""
+
+    def __init__(self, rows: Sequence[Row], read: Callable[[int, Row], Record]) -> None:
+        self._rows, self._read = rows, read
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(len(self))[index]]
+        return self._read(index, self._rows[index])
 
 
 def detect_shape(rows: Rows, columns: Mapping[str, str] | None = None) -> Shape:

@@ -8,7 +8,6 @@ comes back as a timestamp, ``"007"`` as 7, and a CSV line with too many fields s
 
 from __future__ import annotations
 
-import csv
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +20,9 @@ import numpy as np
 import numpy.typing as npt
 
 from fedloom import embedded
+from fedloom.data.csv_rows import read_csv
 from fedloom.data.json_rows import read_json_lines, rows_of_lines, rows_of_list
+from fedloom.data.stored_rows import STORED_FROM_BYTES, ChosenRows, StoredRows, is_stored
 from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
 from fedloom.names import looks_like_hub_name
@@ -84,7 +85,8 @@ class Rows:
     def select(self, indices: npt.NDArray[np.int64] | Sequence[int]) -> Rows:
         """Return the rows at ``indices``, in that order; the files stay listed."""
         chosen = np.asarray(indices, dtype=np.int64)
-        return Rows([self.rows[i] for i in chosen], self.files, self.file_of_row[chosen], self.numbers[chosen])
+        rows = ChosenRows(self.rows, chosen) if is_stored(self.rows) else [self.rows[i] for i in chosen]
+        return Rows(rows, self.files, self.file_of_row[chosen], self.numbers[chosen])
 
     @property
     def units(self) -> npt.NDArray[np.int64]:
@@ -201,6 +203,10 @@ def _read_saved(folder: Path, split: Split) -> Rows:
 
 
 def _read_files(files: Sequence[Path]) -> Rows:
+    if len(files) == 1 and files[0].suffix.lower() == ".jsonl" and files[0].stat().st_size >= STORED_FROM_BYTES:
+        stored = StoredRows(files[0])
+        if len(stored):
+            return Rows(stored, _short_names(files), np.zeros(len(stored), np.int64), stored.numbers)
     rows: list[Row] = []
     numbers: list[int] = []
     counts: list[int] = []
@@ -223,39 +229,6 @@ def _read_json(file: Path) -> Iterator[tuple[int, Row]]:
 
 def _read_json_lines(file: Path) -> Iterator[tuple[int, Row]]:
     yield from read_json_lines(file)
-
-
-def _read_csv(file: Path) -> Iterator[tuple[int, Row]]:
-    delimiter = "\t" if file.suffix.lower() == ".tsv" else ","
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.reader(stream, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        begins = 1
-        try:
-            for values in reader:
-                if header is None:
-                    header = _header(values, file)
-                elif values and len(values) != len(header):
-                    raise DataError(
-                        f"{file} line {begins}: expected {len(header)} values ({', '.join(header)}), got "
-                        f"{len(values)}; quote the values that contain the separator"
-                    )
-                elif values:
-                    yield begins, dict(zip(header, values, strict=True))
-                begins = reader.line_num + 1
-        except csv.Error as cause:
-            raise DataError(
-                f"{file} line {begins}: expected CSV, got {cause}; correct the line (is a quote never closed?)"
-            ) from cause
-        except UnicodeDecodeError as cause:
-            raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
-
-
-def _header(names: list[str], file: Path) -> list[str]:
-    for name in names:
-        if names.count(name) > 1:
-            raise DataError(f"{file} line 1: expected every column once, got {name!r} twice; rename or remove one")
-    return names
 
 
 def _read_text(file: Path) -> Iterator[tuple[int, Row]]:
@@ -310,8 +283,8 @@ def _hub_split(name: str, split: Split, available: Sequence[str]) -> str:
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
-    ".csv": _read_csv,
-    ".tsv": _read_csv,
+    ".csv": read_csv,
+    ".tsv": read_csv,
     ".parquet": _read_parquet,
     ".txt": _read_text,
 }

@@ -68,15 +68,21 @@ def set_vocabulary(tokenizer: PreTrainedTokenizerFast, num_ids: int) -> None:
     tokenizer.num_base_ids = num_ids
 
 
+def may_exceed(tokenizer: Any) -> bool:
+    """Tell whether a tokenizer has tokens that the base has no row for."""
+    num_ids = getattr(tokenizer, "num_base_ids", None)
+    return num_ids is not None and len(tokenizer) > num_ids
+
+
 def check_ids(ids: Sequence[int] | npt.NDArray[np.int32], tokenizer: Any, where: str) -> None:
     """Reject tokens that the base has no row for.
 
     Raises:
         DataError: naming the place and the first such token.
     """
-    num_ids = getattr(tokenizer, "num_base_ids", None)
-    if num_ids is None or len(tokenizer) <= num_ids:
+    if not may_exceed(tokenizer):
         return
+    num_ids = tokenizer.num_base_ids
     beyond = next((int(token) for token in ids if token >= num_ids), None)
     if beyond is not None:
         raise DataError(

@@ -18,6 +18,7 @@ from fedloom.lora.initial import check_rank
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.route import Owners, Route, Slot, chosen_of, samples_of
+from fedloom.lora.turns import Turn
 
 __all__ = ["LoRAModel", "Slot", "check_covers", "check_fits"]
 
@@ -182,22 +183,24 @@ class LoRAModel:
         dropout: Dropout | None = None,
         lengths: Sequence[int] = (),
         chosen_K: Tensor | None = None,
+        turn: Turn | None = None,
     ) -> None:
-        """Say which slot the token rows of the next passes belong to: ``[(slot, num_tokens), ...]`` in order.
+        """Say which slot the token rows of this thread's next passes belong to: ``[(slot, num_tokens), ...]`` in order.
 
         ``dropout`` acts on the adapters' input in passes with gradients. With the ``lengths`` of the pass's samples a
         CPU sums the factors' gradients sample by sample: how a batch was cut into passes then changes no bit of them.
         ``chosen_K`` are the rows that modules may get alone (:mod:`fedloom.training.last_block`), by the lengths too.
+        With a ``turn`` the pass is one of several at once, and adds its gradients in its turn.
         """
         samples = samples_of([count for _, count in segments], lengths)
-        route, whole = self._route, Owners(list(segments), samples, dropout)
-        route.everything_to, route.whole = None, whole
-        route.chosen = None if chosen_K is None else chosen_of(whole, lengths, chosen_K)
+        here, whole = self._route.here, Owners(list(segments), samples, dropout)
+        here.everything_to, here.whole, here.turn = None, whole, turn
+        here.chosen = None if chosen_K is None else chosen_of(whole, lengths, chosen_K)
 
     def route_all(self, slot: int | None, dropout: Dropout | None = None) -> None:
-        """Send every token of the next passes to one slot, or to none (base and side only)."""
-        route = self._route
-        route.everything_to, route.whole, route.chosen = slot, Owners(dropout=dropout), None
+        """Send every token of this thread's next passes to one slot, or to none (base and side only)."""
+        here = self._route.here
+        here.everything_to, here.whole, here.chosen, here.turn = slot, Owners(dropout=dropout), None, None
 
     def unwrap(self) -> nn.Module:
         """Put the original modules back and return the model."""

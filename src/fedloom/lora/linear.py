@@ -7,6 +7,7 @@ packed batch. The two tensors are FLoRA's stack as they stand.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ class _LowRankLinear(torch.autograd.Function):
             y[tokens].addmm_(middle, bt_x[rows])
             middles.append(middle)
         ctx.save_for_backward(x, a_x, bt_x, *middles)
-        ctx.layer, ctx.blocks, ctx.mask_TI = layer, blocks, mask_TI
+        ctx.layer, ctx.blocks, ctx.mask_TI, ctx.turn = layer, blocks, mask_TI, layer.route.here.turn
+        if ctx.turn is not None:
+            ctx.turn.expect(id(layer))
         return y
 
     @staticmethod
@@ -59,16 +62,20 @@ class _LowRankLinear(torch.autograd.Function):
         grad_a, grad_bt = layer.a_RI.grad, layer.bt_RO.grad
         if not adds_samples or grad_a is None or grad_bt is None:
             grad_a, grad_bt = torch.zeros_like(layer.a_RI), torch.zeros_like(layer.bt_RO)
-        for (slot, tokens, rows, samples), middle in zip(ctx.blocks, middles, strict=True):
-            seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
+        mine, grad_middles = nullcontext() if ctx.turn is None else ctx.turn.adding(id(layer)), []
+        for (slot, tokens, rows, _), _ in zip(ctx.blocks, middles, strict=True):
             grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
-            for own in samples if adds_samples else [slice(None)]:
-                _add_product(grad_a[rows], grad_middle[own], seen[own])
-                _add_product(grad_bt[rows], middle[own], grad[tokens][own])
+            grad_middles.append(grad_middle)
             if grad_x is not None and mask_TI is None:
                 grad_x[tokens].addmm_(grad_middle, a[rows])
             elif grad_x is not None:
                 grad_x[tokens].add_((grad_middle @ a[rows]).mul_(mask_TI[tokens]))
+        with mine:
+            for (_, tokens, rows, samples), middle, grad_middle in zip(ctx.blocks, middles, grad_middles, strict=True):
+                seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
+                for own in samples if adds_samples else [slice(None)]:
+                    _add_product(grad_a[rows], grad_middle[own], seen[own])
+                    _add_product(grad_bt[rows], middle[own], grad[tokens][own])
         if grad_a is layer.a_RI.grad:
             return grad_x, None, None, None, None, None
         return grad_x, grad_a, grad_bt, None, None, None

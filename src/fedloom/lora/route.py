@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import Dropout
+from fedloom.lora.turns import Turn
 
 FEWEST_ROWS = 4
 """Rows of a matrix product at least, so that a row's result does not depend on how many there are."""
@@ -53,21 +55,31 @@ class Owners:
         return sum(count for _, count in self.segments)
 
 
+class _Here(threading.local):
+    """What a thread's next passes are routed to."""
+
+    def __init__(self) -> None:
+        self.everything_to: int | None = None
+        self.whole = Owners()
+        self.chosen: Owners | None = None
+        self.turn: Turn | None = None
+
+
 @dataclass
 class Route:
     """Which token rows belong to which slot in the passes that follow; shared by all modules of a model.
 
-    Some modules see only chosen rows of the pass: ``chosen`` are the owners of these, told by how many rows arrive.
+    The slots are everybody's; ``here`` is each thread's own, so that several passes may be under way. Some modules see
+    only chosen rows of the pass: ``here.chosen`` are the owners of these, told by how many rows arrive.
     """
 
     slots: list[Slot] = field(default_factory=list)
-    everything_to: int | None = None
-    whole: Owners = field(default_factory=Owners)
-    chosen: Owners | None = None
+    here: _Here = field(default_factory=_Here)
 
     def owners(self, num_rows: int) -> Owners:
         """Return whose the rows are that arrive at a module, by how many they are."""
-        return self.chosen if self.chosen is not None and num_rows == self.chosen.num_rows else self.whole
+        here = self.here
+        return here.chosen if here.chosen is not None and num_rows == here.chosen.num_rows else here.whole
 
     def total_rank(self, most: int) -> int:
         """Sum of the slots' ranks in a module that holds ``most`` of each: rows of ``a_RI`` and ``bt_RO``."""
@@ -86,7 +98,7 @@ class Route:
         """
         owners = self.owners(num_tokens)
         if not owners.segments:
-            slot = self.everything_to
+            slot = self.here.everything_to
             return [] if slot is None else [Block(slot, slice(0, num_tokens), self.rows_of(slot, most), [])]
         blocks, start = [], 0
         for (slot, count), samples in zip(owners.segments, owners.samples, strict=True):

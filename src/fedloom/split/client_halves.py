@@ -150,7 +150,7 @@ class LocalSplitClients:
         received_TD = torch.cat([message.matrix.decode(self._dtype).to(self._device) for message in hidden])
         smoothing = self._plan.training.label_smoothing
         grad_TD, nats_S = tail_step(self._tail, self._head, received_TD, batch, weights_S, label_smoothing=smoothing)
-        sums = [float(nats.sum()) for nats in torch.split(nats_S.double().cpu(), targets)]
+        sums = [float(nats.sum()) for nats in torch.split(nats_S.cpu().double(), targets)]
         for client, part_TD, nats in zip(clients, torch.split(grad_TD, list(counts.values())), sums, strict=True):
             matrix = self._encode_gradient(client, part_TD)
             yield SplitMessage("tail gradients", client, step, micro_batch, matrix, whole[client], nats)

@@ -210,7 +210,7 @@ def centralised_seconds(shape: ModelShape, rank: int, works: Sequence[Work], flo
     return num_steps * sum(local_step_flops(shape, rank, work) for work in works) / flops
 
 
-def local_step_flops(shape: ModelShape, rank: int, work: Work) -> float:
+def local_step_flops(shape: ModelShape, rank: float, work: Work) -> float:
     """Return the operations of an uncut step."""
     ways = (shape.forward_flops, shape.backward_flops)
     both = [way(0, shape.num_blocks, work.tokens_per_sample, rank) for way in ways]

@@ -30,7 +30,7 @@ from fedloom.models.cut import Part, part_of, top_of
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.seeding import stream
 from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
-from fedloom.training.loss import OutputHead, supervised_cross_entropy
+from fedloom.training.loss import OutputHead, accumulator, supervised_cross_entropy
 from fedloom.training.packing import PackedBatch
 
 
@@ -150,13 +150,14 @@ def backward_from_labels(done: ServerPass, head: OutputHead, *, label_smoothing:
         counts.append(len(arrival.targets_S))
         weights.append(arrival.weight / max(1, arrival.num_loss_tokens))
     device = done.hidden_TD.device
-    weights_S = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(counts)).to(device)
+    weights_S = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
     hidden_SD = done.hidden_TD.index_select(0, torch.cat(indices).to(device))
+    weights_S = weights_S.to(accumulator(hidden_SD.dtype)).to(device)  # there is no float64 on every device
     loss, nats_S = supervised_cross_entropy(
         hidden_SD, head, torch.cat(targets).to(device), weights_S, label_smoothing=label_smoothing
     )
     loss.backward()  # type: ignore[no-untyped-call]
-    sums = [float(nats.sum()) for nats in torch.split(nats_S.double().cpu(), counts)]
+    sums = [float(nats.sum()) for nats in torch.split(nats_S.cpu().double(), counts)]
     return {arrival.client: nats for arrival, nats in zip(done.arrivals, sums, strict=True)}
 
 

@@ -10,10 +10,12 @@ Letters: T tokens, N samples, L length of a sample, H query heads, G key/value h
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -113,20 +115,33 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
+_LOCK = threading.Lock()
+_UNDER_WAY: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
+"""By model how many packed forwards are under way, and how it attended before the first."""
+
+
 @contextmanager
 def packed_attention(model: Any, samples: Layout) -> Iterator[None]:
     """Let a model attend sample by sample, and rotate each by its own length; put back after what the model had.
 
-    The forward gets the layout once more, as ``packed_layout``.
+    The forward gets the layout once more, as ``packed_layout``. Several threads may be in one at once, unless samples
+    are rotated apart.
     """
     config = model.config
-    before = config._attn_implementation
-    config._attn_implementation = PACKED
+    with _LOCK:
+        count, before = _UNDER_WAY.get(model, (0, config._attn_implementation))
+        _UNDER_WAY[model] = count + 1, before
+        config._attn_implementation = PACKED
     try:
         with rotated_apart(model, samples.lengths):
             yield
     finally:
-        config._attn_implementation = before
+        with _LOCK:
+            count, before = _UNDER_WAY.pop(model)
+            if count > 1:
+                _UNDER_WAY[model] = count - 1, before
+            else:
+                config._attn_implementation = before
 
 
 def attend(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -15,17 +16,22 @@ from numpy.typing import NDArray
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
+from fedloom.lora.turns import Turn, Turns
 from fedloom.models.families import model_type
-from fedloom.training.loss import OutputHead, supervised_cross_entropy
+from fedloom.training.loss import OutputHead, accumulator, supervised_cross_entropy
 from fedloom.training.packing import Row
-from fedloom.training.row_passes import Batch, RowPasses
+from fedloom.training.rotation import switching_rotaries
+from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
+
+PART_TOKENS = 1024
+"""Tokens of a client's pass where cores share a step: small enough that all have one, and more costs no less."""
 
 
 class Owner(Protocol):
     """Whose rows a micro-batch holds."""
 
-    def add(self, micro_batch: MicroBatch, sum_nats: float, seconds: float) -> None:
-        """Take the loss and the time of a micro-batch whose gradients have gathered in its slots."""
+    def add(self, micro_batch: MicroBatch, nats: Sequence[float], seconds: float) -> None:
+        """Take the losses of the rows and the time of a micro-batch whose gradients have gathered in its slots."""
         ...
 
 
@@ -65,27 +71,51 @@ class Passes:
     token_budget: int
     dropout: float
     label_smoothing: float
+    cores: int = 1
+
+    def parts(self, lengths: Sequence[Sequence[int]], most: int | None) -> list[list[int]]:
+        """Cut a client's batch of units, given by their rows' lengths, into what goes through in one pass each.
+
+        Where several cores share a step, parts are small and do not depend on how many cores there are.
+        """
+        budget = self.token_budget if self.cores == 1 else min(self.token_budget, PART_TOKENS)
+        return self.rows.split(lengths, budget, most)
 
     def gather(self, batches: Sequence[Sequence[MicroBatch]]) -> None:
         """Gather the gradients of every client's batch, given as its micro-batches.
 
         The n-th micro-batches of all clients share passes as far as the token budget allows. A pass holds one
-        micro-batch of a client at most.
+        micro-batch of a client at most. With several ``cores`` that many passes are under way at once.
         """
+        passes: list[list[MicroBatch]] = []
         for turn in range(max(len(parts) for parts in batches)):
             ready = [parts[turn] for parts in batches if turn < len(parts) and parts[turn].num_targets]
-            for members in self.rows.split([part.lengths for part in ready], self.token_budget):
-                self._run([ready[i] for i in members])
+            groups = self.rows.split([part.lengths for part in ready], self.token_budget)
+            passes += [[ready[i] for i in members] for members in groups]
+        if self.cores == 1 or len(passes) == 1:
+            for parts in passes:
+                _tell(parts, *self._run(parts))
+            return
+        turns = Turns()
 
-    def _run(self, parts: Sequence[MicroBatch]) -> None:
-        """Run forward and backward over several clients' micro-batches, and tell each its losses and time."""
+        def run(number: int) -> tuple[list[float], list[float]]:
+            torch.set_num_threads(1)
+            with turns.turn(number) as turn, torch.enable_grad():
+                return self._run(passes[number], turn)
+
+        with ThreadPoolExecutor(self.cores, "fedloom-pass") as threads:
+            for parts, found in zip(passes, threads.map(run, range(len(passes))), strict=True):
+                _tell(parts, *found)
+
+    def _run(self, parts: Sequence[MicroBatch], turn: Turn | None = None) -> tuple[list[float], list[float]]:
+        """Run forward and backward over clients' micro-batches; return the nats of each row, and each client's time."""
         begun = time.perf_counter()
         device = self.head.weight_VD.device
         batch: Batch = self.rows.batch([row for part in parts for row in part.rows], device)
         lengths = iter(batch.lengths)
         segments = [(slot, sum(islice(lengths, count))) for part in parts for slot, count in part.slots]
         dropout = dropout_of(self.dropout, [part.keys for part in parts], batch.lengths, device)
-        self.lora.route(segments, dropout, batch.lengths, batch.needed_index_K)
+        self.lora.route(segments, dropout, batch.lengths, batch.needed_index_K, turn)
         hidden_SD = self.rows.target_states(self.lora.model, batch)
         if not hidden_SD.requires_grad:
             raise ModelError(
@@ -93,13 +123,25 @@ class Passes:
                 f"{model_type(self.lora.model)!r}, none does; choose others, or another base"
             )
         weights, targets = [w for part in parts for w in part.weights], [n for part in parts for n in part.targets]
-        weights_S = torch.from_numpy(np.repeat(weights, targets)).to(device)
+        weights_S = torch.from_numpy(np.repeat(weights, targets)).to(accumulator(hidden_SD.dtype)).to(device)
         loss, nats_S = supervised_cross_entropy(
             hidden_SD, self.head, batch.targets_S, weights_S, label_smoothing=self.label_smoothing
         )
         torch.autograd.backward(loss)
-        counts = [part.num_targets for part in parts]
-        sums = [float(part.sum()) for part in torch.split(nats_S.double().cpu(), counts)]
+        of_row_N = np.zeros(len(batch.lengths))
+        np.add.at(of_row_N, batch.row_of_target_S.cpu().numpy(), nats_S.cpu().double().numpy())
         per_token, rest = (time.perf_counter() - begun) / batch.num_tokens, iter(count for _, count in segments)
-        for part, sum_nats in zip(parts, sums, strict=True):
-            part.owner.add(part, sum_nats, per_token * sum(islice(rest, len(part.slots))))
+        return of_row_N.tolist(), [per_token * sum(islice(rest, len(part.slots))) for part in parts]
+
+
+def _tell(parts: Sequence[MicroBatch], nats_N: list[float], seconds: list[float]) -> None:
+    """Tell each owner the losses of its rows and its time."""
+    rows = iter(nats_N)
+    for part, took in zip(parts, seconds, strict=True):
+        part.owner.add(part, list(islice(rows, len(part.rows))), took)
+
+
+def can_spread(lora: LoRAModel) -> bool:
+    """Tell whether several threads may be in a model at once: on a CPU, where no embedding keeps a state."""
+    is_stateless = lora.base_weight.device.type == "cpu" and not switching_rotaries(lora.model)
+    return is_stateless and isinstance(row_passes(lora.model), PackedPasses)

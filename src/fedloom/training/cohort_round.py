@@ -27,7 +27,7 @@ from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
-from fedloom.training.client_passes import MicroBatch, Passes
+from fedloom.training.client_passes import MicroBatch, Passes, can_spread
 from fedloom.training.control_variates import Variates, corrected_steps
 from fedloom.training.loss import output_head
 from fedloom.training.moments import Prior, means_of, state_of
@@ -35,7 +35,7 @@ from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule,
 from fedloom.training.packing import num_targets
 from fedloom.training.private_rows import UNITS_AT_ONCE, PrivateSteps, RowPrivacy, Unit
 from fedloom.training.proximal import pull_to_start
-from fedloom.training.row_passes import RowPasses, row_passes
+from fedloom.training.row_passes import row_passes
 from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
 from fedloom.training.stats import TrainingStats
 
@@ -50,7 +50,8 @@ class LocalTraining:
     A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
     tokens of all clients together; a batch beyond either is accumulated over several passes, which changes
     the result by rounding only: a row's dropout mask is its own. Draws and schedule count from the round after the
-    first ``start_rounds``, which train nothing. With ``privacy`` no single row shows in what a client trains.
+    first ``start_rounds``, which train nothing. With ``privacy`` no single row shows in what a client trains. On a CPU
+    a step's passes, then smaller, are spread over ``cores`` threads, whose number changes no bit; not private steps.
     """
 
     learning_rate: float
@@ -71,6 +72,7 @@ class LocalTraining:
     token_budget: int = 8192
     start_rounds: int = 0
     privacy: RowPrivacy | None = None
+    cores: int = 1
 
     @property
     def num_unit_slots(self) -> int:
@@ -182,9 +184,10 @@ def train_cohort(
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head, rows = output_head(lora.model), row_passes(lora.model)
-        passes = Passes(lora, rows, head, settings.token_budget, settings.dropout, settings.label_smoothing)
+        cores = settings.cores if settings.privacy is None and can_spread(lora) else 1
+        passes = Passes(lora, rows, head, settings.token_budget, settings.dropout, settings.label_smoothing, cores)
         chance = _Chance(seed, round, draws)
-        clients = [_Client(lora, rows, slot, task, settings, chance) for slot, task in enumerate(tasks)]
+        clients = [_Client(lora, passes, slot, task, settings, chance) for slot, task in enumerate(tasks)]
         while active := [client for client in clients if not client.is_done]:
             passes.gather([client.micro_batches() for client in active])
             for client in active:
@@ -212,7 +215,7 @@ class _Client:
     def __init__(
         self,
         lora: LoRAModel,
-        passes: RowPasses,
+        passes: Passes,
         slot: int,
         task: ClientTask,
         settings: LocalTraining,
@@ -267,7 +270,7 @@ class _Client:
         units, settings = next(self._batches), self._settings
         rows = [[self.task.rows.row(int(index)) for index in unit] for unit in units]
         lengths = [[len(ids) for ids, _ in unit] for unit in rows]
-        parts = self._passes.split(lengths, settings.token_budget, settings.most_at_once)
+        parts = self._passes.parts(lengths, settings.most_at_once)
         targets = [sum(num_targets(supervised) for _, supervised in unit) for unit in rows]
         count, learnt = sum(map(len, units)), sum(targets)
         self._batch_tokens, self._batch_targets, self._batch_nats = sum(map(sum, lengths)), learnt, 0.0
@@ -291,9 +294,10 @@ class _Client:
             found.append(MicroBatch(self, [row for i in part for row in rows[i]], keys, slots, weighed, weights))
         return found
 
-    def add(self, micro_batch: MicroBatch, sum_nats: float, seconds: float) -> None:
-        """Record the loss and the time of one of this client's micro-batches, and take its units' gradients."""
-        self._batch_nats += sum_nats
+    def add(self, micro_batch: MicroBatch, nats: Sequence[float], seconds: float) -> None:
+        """Record the losses and the time of one of this client's micro-batches, and take its units' gradients."""
+        for of_row in nats:  # one by one: the sum then does not depend on how the batch was cut
+            self._batch_nats += of_row
         self._seconds += seconds
         if self._private is not None:
             self._private.gather(len(micro_batch.slots))

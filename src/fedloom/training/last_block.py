@@ -10,9 +10,10 @@ Letters: T tokens, S targets, K rows that are computed, D width.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -88,20 +89,61 @@ def try_targets_alone(
         del _FOUND[model]
 
 
+class _Mine(threading.local):
+    """What the block's modules do in a thread's pass; None where they do as they always do."""
+
+    forwards: _Forwards | None = None
+
+
+@dataclass(eq=False)
+class _Replaced:
+    """A model's replaced modules: in place while any thread's pass needs them."""
+
+    mine: _Mine = field(default_factory=_Mine)
+    count: int = 0
+    stack: ExitStack = field(default_factory=ExitStack)
+
+
+_LOCK = threading.Lock()
+_REPLACED: WeakKeyDictionary[nn.Module, _Replaced] = WeakKeyDictionary()
+
+
 @contextmanager
 def _narrowed(model: nn.Module, found: LastBlock, rows_K: Tensor) -> Iterator[None]:
-    forwards = _Forwards(rows_K)
-    block, attention = model.get_submodule(found.block), model.get_submodule(found.attention)
-    with ExitStack() as stack:
-        stack.enter_context(replaced_forward(block, forwards.block))
-        for child in block.children():
-            if child is not attention:
-                stack.enter_context(replaced_forward(child, forwards.child))
-        for name, child in attention.named_children():
-            if isinstance(child, nn.Linear | Conv1D | LoRALinear):
-                projected = forwards.queries if name == _QUERIES else forwards.projection
-                stack.enter_context(replaced_forward(child, projected))
+    with _LOCK:
+        replaced = _REPLACED.setdefault(model, _Replaced())
+        if replaced.count == 0:
+            _replace(model, found, replaced)
+        replaced.count += 1
+    replaced.mine.forwards = _Forwards(rows_K)
+    try:
         yield
+    finally:
+        replaced.mine.forwards = None
+        with _LOCK:
+            replaced.count -= 1
+            if replaced.count == 0:
+                replaced.stack.close()
+
+
+def _replace(model: nn.Module, found: LastBlock, replaced: _Replaced) -> None:
+    block, attention = model.get_submodule(found.block), model.get_submodule(found.attention)
+
+    def dispatched(name: str) -> Callable[..., Any]:
+        def forward(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            mine = replaced.mine.forwards
+            return original(*args, **kwargs) if mine is None else getattr(mine, name)(original, *args, **kwargs)
+
+        return forward
+
+    enter = replaced.stack.enter_context
+    enter(replaced_forward(block, dispatched("block")))
+    for child in block.children():
+        if child is not attention:
+            enter(replaced_forward(child, dispatched("child")))
+    for name, child in attention.named_children():
+        if isinstance(child, nn.Linear | Conv1D | LoRALinear):
+            enter(replaced_forward(child, dispatched("queries" if name == _QUERIES else "projection")))
 
 
 class _Forwards:

@@ -106,7 +106,7 @@ def supervised_cross_entropy(
 
 def target_nats(hidden_SD: Tensor, head: OutputHead, targets_S: Tensor) -> Tensor:
     """Return the targets' negative log-likelihoods (S,) in nats, without gradient."""
-    nats_S = torch.empty(targets_S.shape, dtype=_accumulator(hidden_SD.dtype), device=hidden_SD.device)
+    nats_S = torch.empty(targets_S.shape, dtype=accumulator(hidden_SD.dtype), device=hidden_SD.device)
     with torch.no_grad():
         for part in _chunks(hidden_SD, head):
             logits_CV = head.logits(hidden_SD[part])
@@ -124,7 +124,7 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # The gradient is computed in the forward pass, while a chunk's logits exist: backward would need all again.
         grad_SD = torch.empty_like(hidden_SD)
-        nats_S = torch.empty(targets_S.shape, dtype=_accumulator(hidden_SD.dtype), device=hidden_SD.device)
+        nats_S = torch.empty(targets_S.shape, dtype=accumulator(hidden_SD.dtype), device=hidden_SD.device)
         loss = nats_S.new_zeros(())
         for part in _chunks(hidden_SD, head):
             logits_CV = head.logits(hidden_SD[part])
@@ -166,7 +166,8 @@ def _loss_and_gradient(
     return (log_total_C1 - of_target_C1)[:, 0], (log_total_C1 - mean_C1)[:, 0], grad_CV
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the type that losses are summed in: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 

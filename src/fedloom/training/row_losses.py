@@ -104,5 +104,5 @@ def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -
     nats_S = target_nats(passes.target_states(causal_lm, batch), head, batch.targets_S)
     row_of_target_S = batch.row_of_target_S.cpu().numpy()
     counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
-    sum_nats = np.bincount(row_of_target_S, weights=nats_S.double().cpu().numpy(), minlength=len(members))
+    sum_nats = np.bincount(row_of_target_S, weights=nats_S.cpu().double().numpy(), minlength=len(members))
     return sum_nats.astype(np.float64), counts

@@ -131,7 +131,7 @@ def _score(lm: Any, rows: Sequence[_Row], cache: Any | None, prefix_length: int)
     ).last_hidden_state
     flat = torch.tensor([b * width + q for b, row in enumerate(rows) for q in row.read_at], device=device)
     targets_S = torch.tensor([target for row in rows for target in row.targets], device=device)
-    nats_S = target_nats(hidden_BQD.flatten(0, 1)[flat], head, targets_S).double().cpu().numpy()
+    nats_S = target_nats(hidden_BQD.flatten(0, 1)[flat], head, targets_S).cpu().double().numpy()
     limits = np.cumsum([len(row.targets) for row in rows])[:-1]
     for row, nats in zip(rows, np.split(nats_S, limits), strict=True):
         yield np.bincount(row.continuation_of_target, weights=nats, minlength=row.num_continuations).astype(np.float64)
