@@ -52,6 +52,14 @@ def either(words: Iterable[str]) -> str:
     return f"{', '.join(most)} or {last}" if most else last
 
 
+def written_seconds(seconds: float) -> str:
+    """Return a duration in the unit that people would use: 45 s, 12 min, 3.5 h, 8.1 days."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:,.1f} days"
+
+
 def written_bytes(num_bytes: float) -> str:
     """Return a size in decimal multiples: 999 B, 1.5 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

@@ -136,8 +136,8 @@ class LoRALinear(nn.Module):
         if pair is None or pair.rank == 0:
             return
         pair = pair.to(self.weight.device)
-        share = pair.num_parameters / (self.out_features * self.in_features)
-        if _holds_full_precision(self.base) and share > FOLD_WHEN_SIDE_COSTS:
+        worth = is_worth_folding(pair.num_parameters, (self.out_features, self.in_features))
+        if _holds_full_precision(self.base) and worth:
             # A new tensor from the base's own weight each time: folding on top of a fold would gather rounding.
             weight = _dense_weight(self.base)
             self._folded_OI = torch.addmm(weight, pair.b_OR.to(weight.dtype), pair.a_RI.to(weight.dtype))
@@ -165,6 +165,11 @@ class LoRALinear(nn.Module):
         if self._feature_words_J is None or self._feature_words_J.device != x_TI.device:
             self._feature_words_J = feature_words(self.name, self.in_features, x_TI.device)
         return dropout.mask(self._feature_words_J, len(x_TI), self.in_features, x_TI.dtype)
+
+
+def is_worth_folding(num_parameters: int, shape: tuple[int, int]) -> bool:
+    """Tell whether a side of so many numbers is folded into a working copy of a weight (out, in) in full precision."""
+    return num_parameters / (shape[0] * shape[1]) > FOLD_WHEN_SIDE_COSTS
 
 
 def _shape_of(base: nn.Module) -> tuple[int, int]:
