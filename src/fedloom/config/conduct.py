@@ -24,6 +24,7 @@ from fedloom.config.setting import (
 
 CUT = {"method.name": having("is_cut")}
 TRAINED = {"method.name": having("is_trained")}
+SENT = {"method.name": having("sends_adapters")}
 ON_RAY = {"engine.name": ("ray",)}
 Workers = Annotated[int, Ge(1), Le(10_000)]
 Threads = Annotated[int, Ge(1), Le(1024)]
@@ -35,9 +36,9 @@ class Devices(Table):
 
     client_flops: PositivePerClient = setting(35.6e12, "Operations per second of a client.", when=TRAINED)
     client_memory_gib: PositivePerClient = setting(24.0, "Memory of a client.", when=CUT)
-    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.", when=TRAINED)
-    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.", when=TRAINED)
-    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.", when=TRAINED)
+    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.", when=SENT)
+    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.", when=SENT)
+    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.", when=SENT)
     server_flops: Positive = setting(312e12, "Operations per second of the server.", when=CUT)
     utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.", when=TRAINED)
 
@@ -49,7 +50,7 @@ class Wire(Table):
         "fp32",
         "Type of the adapters on the wire. In 8, 4 or 2 bits a change crosses, with one scale a slot; what is rounded "
         "off is added to the next one.",
-        when={"method.name": having("sends_adapters")},
+        when=SENT,
     )
 
 

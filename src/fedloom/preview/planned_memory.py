@@ -223,8 +223,9 @@ def _base_bytes(settings: Settings, model: Any) -> int:
     narrow = _QUANTIZED_BYTES.get(settings.model.quantization) or _stored_bytes(model)
     quantized = {id(layer.weight) for layer in _linears(model)} if narrow else set[int]()
     weights = {id(weight): weight for weight in model.parameters()}
-    held = (w.numel() * ((narrow or 0) if id(w) in quantized else w.element_size()) for w in weights.values())
-    return round(sum(held))
+    held = (w.numel() * ((narrow or 0.0) if id(w) in quantized else w.element_size()) for w in weights.values())
+    total: float = sum(held)
+    return round(total)
 
 
 def _stored_bytes(model: Any) -> float | None:

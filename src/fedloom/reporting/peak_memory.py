@@ -25,7 +25,7 @@ def peaks_of_round() -> dict[str, int | None]:
 def peak_memory_bytes() -> int:
     """Return the most memory this process ever held resident."""
     if resource is None:
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         return int(psutil.Process().memory_info().peak_wset)
     high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
