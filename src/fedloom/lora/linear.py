@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import feature_words
@@ -167,13 +166,24 @@ class LoRALinear(nn.Module):
         return dropout.mask(self._feature_words_J, len(x_TI), self.in_features, x_TI.dtype)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a layer is GPT-2's ``Conv1D``, whose weight is (in, out).
+
+    It is known by its name: its class comes with all of transformers' modelling code, which a command that only reads
+    adapters has no use for.
+    """
+    place = "transformers.pytorch_utils", "Conv1D"
+    kinds: tuple[type, ...] = type(module).__mro__
+    return any((kind.__module__, kind.__name__) == place for kind in kinds)
+
+
 def is_worth_folding(num_parameters: int, shape: tuple[int, int]) -> bool:
     """Tell whether a side of so many numbers is folded into a working copy of a weight (out, in) in full precision."""
     return num_parameters / (shape[0] * shape[1]) > FOLD_WHEN_SIDE_COSTS
 
 
 def _shape_of(base: nn.Module) -> tuple[int, int]:
-    if isinstance(base, Conv1D):
+    if is_transposed(base):
         num_in, num_out = base.weight.shape
         return num_out, num_in
     if isinstance(base, nn.Linear):
@@ -188,7 +198,7 @@ def _holds_full_precision(base: nn.Module) -> bool:
 def _dense_weight(base: nn.Module) -> Tensor:
     """Return the base's (O, I) weight; a quantised one is dequantised here and never kept."""
     weight: Tensor = base.weight  # type: ignore[assignment]
-    if isinstance(base, Conv1D):
+    if is_transposed(base):
         return weight.T
     if weight.dtype.is_floating_point:
         return weight

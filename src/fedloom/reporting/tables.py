@@ -60,7 +60,7 @@ class Comparison:
         """Return, method by method, each cell's text and whether it is the best of its column."""
         best = {metric.key: self.best(metric.key) for metric in self.metrics}
         return [
-            (method, [(_cell_text(cells[m.key], m), best[m.key] == method) for m in self.metrics])
+            (method, [(_cell_text(cells[m.key], m), self._is_best(m.key, method, best[m.key])) for m in self.metrics])
             for method, cells in self.cells.items()
         ]
 
@@ -108,8 +108,13 @@ class Comparison:
         cells = {method: {one.key: row[one.key] for one in chosen} for method, row in self.cells.items()}
         return Comparison(chosen, self.reference, cells)
 
+    def _is_best(self, key: str, method: str, best: str | None) -> bool:
+        """Tell whether a method's mean is the best one; several may have it."""
+        cell, top = self.cells[method][key], None if best is None else self.cells[best][key]
+        return cell is not None and top is not None and cell.mean == top.mean
+
     def best(self, key: str) -> str | None:
-        """Return the method whose mean of ``key`` is best, or None where no direction is better."""
+        """Return the first method whose mean of ``key`` is best, or None where no direction is better."""
         metric = next(metric for metric in self.metrics if metric.key == key)
         means = {method: cell.mean for method, cells in self.cells.items() if (cell := cells[key]) is not None}
         if metric.better == "neither" or len(means) < 2 or any(math.isnan(mean) for mean in means.values()):

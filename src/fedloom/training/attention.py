@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from fedloom.errors import ModelError
 from fedloom.models.row_attention import USE_PADDED
@@ -119,6 +118,9 @@ def packed_attention(model: Any, samples: Layout) -> Iterator[None]:
 
     The forward gets the layout once more, as ``packed_layout``.
     """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, attend)
     config = model.config
     before = config._attn_implementation
     config._attn_implementation = PACKED
@@ -241,6 +243,3 @@ class _Call:
 
     def _mask(self, query: Tensor) -> Tensor:
         return self.rows.mask(query, query.shape[2], self.sliding_window)
-
-
-AttentionInterface.register(PACKED, attend)

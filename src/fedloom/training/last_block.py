@@ -19,10 +19,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
-from fedloom.lora.linear import LoRALinear
+from fedloom.lora.linear import LoRALinear, is_transposed
 from fedloom.lora.route import FEWEST_ROWS
 from fedloom.models.families import decoder_blocks
 from fedloom.training.rotation import replaced_forward
@@ -109,7 +108,7 @@ def _narrowed(model: nn.Module, found: LastBlock, rows_K: Tensor) -> Iterator[No
             if child is not attention:
                 stack.enter_context(replaced_forward(child, forwards.child))
         for name, child in attention.named_children():
-            if isinstance(child, nn.Linear | Conv1D | LoRALinear):
+            if isinstance(child, nn.Linear | LoRALinear) or is_transposed(child):
                 projected = forwards.queries if name == _QUERIES else forwards.projection
                 stack.enter_context(replaced_forward(child, projected))
         yield
