@@ -184,7 +184,7 @@ def is_worth_folding(num_parameters: int, shape: tuple[int, int]) -> bool:
 
 def _shape_of(base: nn.Module) -> tuple[int, int]:
     if is_transposed(base):
-        num_in, num_out = base.weight.shape
+        num_in, num_out = base.weight.shape  # type: ignore[misc]
         return num_out, num_in
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features
