@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from html import escape
 from typing import Literal
 
 Unit = Literal["", "%", "B", "s"]
@@ -39,6 +40,17 @@ def written(value: float, unit: Unit, digits: int = 3) -> str:
             return f"{100 * value:.1f} %"
         case "":
             return f"{value:.{digits}f}"
+
+
+class Displayed:
+    """What has lines for people shows them in a notebook."""
+
+    def lines(self) -> Iterable[str]:
+        """Return the lines."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(printable(chr(10).join(self.lines())))}</pre>"
 
 
 def counted(number: int, noun: str) -> str:

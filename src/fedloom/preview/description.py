@@ -36,7 +36,7 @@ from fedloom.preview.row_sample import known_rows
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
 from fedloom.training.cohort_round import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
-from fedloom.wording import counted, written_bytes
+from fedloom.wording import Displayed, counted, written_bytes
 
 if TYPE_CHECKING:
     from fedloom.preview.privacy_costs import PlannedPrivacy
@@ -51,7 +51,7 @@ _ATTENTION_LINES: dict[Attention, str] = {
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(Displayed):
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
     ``names`` are those of the clients, None where only the rows name them. ``start_bytes`` are up and down of each of

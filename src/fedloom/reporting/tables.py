@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 from rich.table import Table
@@ -77,6 +78,17 @@ class Comparison:
             shown = (Text(text, style="bold" if is_best else "") for text, is_best in cells)
             table.add_row(Text(one_line(method)), *shown)
         return table
+
+    def to_html(self) -> str:
+        """Return the table for a notebook; the best value of a column is bold."""
+        head = "".join(f"<th>{escape(one_line(title))}</th>" for title in ("method", *(m.title for m in self.metrics)))
+        body = "".join(
+            f"<tr><th>{escape(one_line(method))}</th>"
+            + "".join(f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in cells)
+            + "</tr>"
+            for method, cells in self.rows()
+        )
+        return f"<table><caption>{escape(self.caption())}</caption><tr>{head}</tr>{body}</table>"
 
     def to_markdown(self) -> str:
         """Return the table as markdown; the best value of a column is bold."""
