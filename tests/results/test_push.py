@@ -48,7 +48,7 @@ def test_a_refusal_is_one_line_that_says_where_the_folder_is(
     refusal: Exception, hub: type[Hub], tmp_path: Path
 ) -> None:
     hub.refusal = refusal
-    with pytest.raises(RunError, match=f"got {refusal}; the folder is written: log in with hf auth login") as told:
+    with pytest.raises(RunError, match=f"got {refusal}; check the token") as told:
         push(tmp_path, "clinic/adapter")
     assert "\n" not in str(told.value)
 

@@ -40,7 +40,7 @@ def push(folder: Path, name: str) -> str:
     except (HfHubHTTPError, LocalTokenNotFoundError, HTTPError, OSError) as error:
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RunError(
-            f"--push {name}: expected the hub to take {folder}, got {told}; the folder is written: log in with hf auth "
-            f"login, or upload it by hf upload {name} {folder}"
+            f"--push {name}: expected the hub to take {folder}, got {told}; check the token (hf auth login), then "
+            f"use: hf upload {name} {folder}"
         ) from error
     return str(place)
