@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from html import escape
 from typing import Literal
 
 Unit = Literal["", "%", "B", "s"]
@@ -41,6 +42,17 @@ def written(value: float, unit: Unit, digits: int = 3) -> str:
             return f"{value:.{digits}f}"
 
 
+class Displayed:
+    """What has lines for people shows them in a notebook."""
+
+    def lines(self) -> Iterable[str]:
+        """Return the lines."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(printable(chr(10).join(self.lines())))}</pre>"
+
+
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 round, 1,200 rounds."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
@@ -50,6 +62,14 @@ def either(words: Iterable[str]) -> str:
     """Return words as alternatives: a; a or b; a, b or c."""
     *most, last = words
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def written_seconds(seconds: float) -> str:
+    """Return a duration in the unit that people would use: 45 s, 12 min, 3.5 h, 8.1 days."""
+    for limit, size, unit in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 86_400:,.1f} days"
 
 
 def written_bytes(num_bytes: float) -> str:

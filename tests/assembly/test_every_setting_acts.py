@@ -250,6 +250,7 @@ def in_rounds(settings: Settings) -> list[object]:
         [plan.sample(round) for round in range(1, 6)],
         {**without_functions(strategy), "cohort": (strategy.cohort.max_rank, strategy.cohort.seed)},
         (engine.training, engine.seed, engine.wire),
+        devices_of(settings),  # what describe simulates
     ]
 
 

@@ -7,6 +7,7 @@ after ``error:``; 130 interrupted, with the state saved. Any other exception is 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,7 @@ app.command("leakage")(splitting.leakage)
 app.add_typer(score_commands.app, name="score")
 app.command("demo")(showing.demo)
 app.command("report")(showing.report)
+app.command("paper")(showing.paper)
 app.add_typer(shipped.app, name="recipes")
 sites_admin_commands.add_commands(sites.site_app, sites.sites_app)
 app.add_typer(sites.site_app, name="site")
@@ -90,6 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def exit_code(arguments: list[str]) -> int:
     """Run one command and return its exit code; without a command, show the help."""
+    # It speaks of a missing kernel wherever peft is imported, whatever the base; what is missing is said by doctor.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if sys.stderr is None:
         sys.stderr = io.StringIO()  # closed: there is nobody to tell anything
     if sys.stdout is None:

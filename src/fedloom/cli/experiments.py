@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,13 +34,15 @@ RUNS = Path("runs")
 STANDARD_ROUNDS = [name for name in table.shipped("runs_rounds") if table.traits_of(name).is_standard]
 
 
-def load_settings(recipe: str | Path, overrides: Sequence[str] | None = None) -> Settings:
-    """Load a shipped recipe by name, or a file; ``overrides`` are of the form ``TABLE.SETTING=VALUE``, one or several.
+def load_settings(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] | None = None) -> Settings:
+    """Load a shipped recipe by name, a file, or tables as a dict; ``overrides`` are ``TABLE.SETTING=VALUE``.
 
     Raises:
         SettingsError: a line per problem.
     """
     given = (overrides,) if isinstance(overrides, str) else overrides or ()
+    if isinstance(recipe, Mapping):
+        return config.resolve(dict(recipe), "the settings", given)
     if is_file(recipe):
         return config.load(recipe, given)
     document = config.parse(recipes.read(str(recipe)), f"{recipe}.toml")

@@ -89,6 +89,15 @@ ToolOption = Annotated[
         show_default=False,
     ),
 ]
+PushOption = Annotated[
+    str | None,
+    typer.Option(
+        "--push",
+        metavar="OWNER/NAME",
+        help="Also upload the folder to this repository of the hub; one that is not there is made, private.",
+        show_default=False,
+    ),
+]
 RankOption = Annotated[
     int | None,
     typer.Option(

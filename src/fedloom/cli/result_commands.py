@@ -10,7 +10,7 @@ from typing import Annotated, get_args
 
 import typer
 
-from fedloom.cli.options import JsonOption, RankOption, RoundOption, ToolOption
+from fedloom.cli.options import JsonOption, PushOption, RankOption, RoundOption, ToolOption
 from fedloom.cli.output import print_result, say
 from fedloom.config.conduct import SuiteName
 from fedloom.errors import SettingsError
@@ -264,10 +264,15 @@ def export(
     round: RoundOption = None,
     base: BaseOption = None,
     tool: ToolOption = None,
+    to_hub: PushOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write the result for other tools: a PEFT adapter with its model card, or a merged model."""
+    from fedloom.results.push import check_name, push
+
     _check_folder(result)
+    if to_hub is not None:
+        check_name(to_hub)
     if merge and tool is not None:
         raise SettingsError(f"--for {tool}: expected an adapter to serve, got --merge; drop one of the two")
     if merge:
@@ -280,6 +285,8 @@ def export(
         kind = dtype or "float32"
         written = export_adapter(result, to, base=base, rank=rank, client=client, round=round, dtype=kind, tool=tool)
     print_result(written, as_json=as_json)
+    if to_hub is not None:
+        say(f"uploaded to {push(to, to_hub)}")
 
 
 def _check_folder(result: Path) -> None:

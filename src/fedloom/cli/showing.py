@@ -1,4 +1,4 @@
-"""demo, report: every method on the embedded data, and the report of any runs."""
+"""demo, report, paper: every method on the embedded data, and what is shown of any runs."""
 
 from __future__ import annotations
 
@@ -91,6 +91,33 @@ def report(
     else:
         for path in (file, *tables.values(), *drawn):
             print_line(str(path))
+
+
+def paper(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="A TOML file with a table per comparison of the paper: `runs`, a list of folders, and `reference`.",
+            show_default=False,
+        ),
+    ],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write.")] = Path("paper"),
+    as_json: JsonOption = False,
+) -> None:
+    """Write all tables and figures of a paper from finished runs, a folder for each comparison.
+
+    Tables are LaTeX and Markdown, figures PDF, SVG and PNG; every run's figures and every curve's numbers are beside
+    them as CSV. Needs the extra `figures`.
+    """
+    from fedloom.reporting.paper_set import read_parts, write_paper
+
+    written = [str(path) for path in write_paper(read_parts(file), to)]
+    if as_json:
+        print_json({"files": written})
+    else:
+        for path in written:
+            print_line(path)
 
 
 def report_file(runs: list[Path], out: Path | None) -> Path:

@@ -25,6 +25,7 @@ from fedloom.config.setting import (
 CUT = {"method.name": having("is_cut")}
 ROUNDS = {"method.name": having("runs_rounds")}
 TRAINED = {"method.name": having("is_trained")}
+SENT = {"method.name": having("sends_adapters")}
 ON_RAY = {"engine.name": ("ray",)}
 Workers = Annotated[int, Ge(1), Le(10_000)]
 Threads = Annotated[int, Ge(1), Le(1024)]
@@ -32,15 +33,15 @@ SuiteName = Literal["e2e", "mmlu", "multiple-choice", "exact-match", "last-numbe
 
 
 class Devices(Table):
-    """Devices and links of a cut's cost model: one value for all clients, or one per client. They change no result."""
+    """Devices and links that `describe` simulates: one value for all clients, or one per client. No result changes."""
 
-    client_flops: PositivePerClient = setting(35.6e12, "Operations per second of a client.", when=CUT)
+    client_flops: PositivePerClient = setting(35.6e12, "Operations per second of a client.", when=TRAINED)
     client_memory_gib: PositivePerClient = setting(24.0, "Memory of a client.", when=CUT)
-    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.", when=CUT)
-    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.", when=CUT)
-    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.", when=CUT)
+    uplink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from client to server.", when=SENT)
+    downlink_mbit_per_second: PositivePerClient = setting(100.0, "Rate from server to client.", when=SENT)
+    latency_ms: NonNegativePerClient = setting(20.0, "Delay of a message, one way.", when=SENT)
     server_flops: Positive = setting(312e12, "Operations per second of the server.", when=CUT)
-    utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.", when=CUT)
+    utilisation: Fraction = setting(0.4, "Share of those operations that a real step reaches.", when=TRAINED)
 
 
 class Wire(Table):
@@ -50,7 +51,7 @@ class Wire(Table):
         "fp32",
         "Type of the adapters on the wire. In 8, 4 or 2 bits a change crosses, with one scale a slot; what is rounded "
         "off is added to the next one.",
-        when={"method.name": having("sends_adapters")},
+        when=SENT,
     )
 
 

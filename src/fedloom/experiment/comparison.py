@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from fedloom.experiment.tuning import TuningPlan
 from fedloom.file_formats import COMPARISON, TUNING
 from fedloom.reporting import tuned
 from fedloom.reporting.budget import unequal_rows
-from fedloom.reporting.progress import Progress, SilentProgress
+from fedloom.reporting.paper import tuned_to
+from fedloom.reporting.progress import Progress, progress_in_notebook
 from fedloom.reporting.run_groups import table_of
 from fedloom.reporting.tables import Comparison, reference_among
 from fedloom.reporting.tuned import Tuning
@@ -71,6 +73,11 @@ class MethodsComparison:
             console.print(self.table.to_rich())
         return [*capture.get().rstrip().splitlines(), *self.warnings]
 
+    def _repr_html_(self) -> str:
+        """Return the table for a notebook; what was chosen and what is not equal follow as text."""
+        chosen = "" if self.tuning is None else tuned_to([self.tuning])
+        return self.table.to_html() + "".join(f"<p>{escape(told)}</p>" for told in (chosen, *self.warnings) if told)
+
 
 def compare(
     settings: Settings,
@@ -104,7 +111,7 @@ def compare(
         RunError: ``out`` is a run, or holds another's comparison.json; nothing was touched.
         FedloomError: as for :func:`run`; of all runs before the first begins, where they run one after the other.
     """
-    out, progress = Path(out), progress or SilentProgress()
+    out, progress = Path(out), progress or progress_in_notebook()
     grids = compared_variants(settings, methods, seeds, overrides, grid)
     plan = TuningPlan.of(grids, out, seeds, tune_seed, validation)
     reference = reference_among(methods, reference)

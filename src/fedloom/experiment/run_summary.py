@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.reporting.privacy import privacy_line
-from fedloom.wording import counted, written_bytes
+from fedloom.wording import Displayed, counted, written_bytes
 
 
 @dataclass(frozen=True)
-class RunSummary:
+class RunSummary(Displayed):
     """What a finished run came to."""
 
     folder: Path

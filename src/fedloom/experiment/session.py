@@ -30,7 +30,7 @@ from fedloom.methods.state_codec import damage_named
 from fedloom.models.load import Base
 from fedloom.models.stock_peft import not_read
 from fedloom.reporting.peak_memory import reset_device_peak
-from fedloom.reporting.progress import Progress, SilentProgress
+from fedloom.reporting.progress import Progress, progress_in_notebook
 from fedloom.reporting.trackers import TRACKERS, AllTrackers, TensorBoardTracker, TrackedRun, Tracker
 from fedloom.results.client_scores import score_clients
 from fedloom.results.conversation import wording_of_rows
@@ -69,7 +69,7 @@ def run(
     Raises:
         FedloomError: for anything wrong with the settings, the files they name, or the folder.
     """
-    out, progress = Path(out), progress or SilentProgress()
+    out, progress = Path(out), progress or progress_in_notebook()
     prepared = Preparation(settings, out, workshop or Workshop(progress), fresh, date)
     prepared.complete()
     inputs, placed = prepared.inputs, prepared.placed

@@ -31,6 +31,7 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.strategy import Cohort
 from fedloom.results.opened_result import unfinished_note
 from fedloom.run_folder.reader import StoredRun, read_run
+from fedloom.wording import Displayed
 
 UPDATES, STATES = "run.keep_updates = true", 'run.keep_states = "all"'
 MAX_COMPARED = 32
@@ -38,7 +39,7 @@ MAX_COMPARED = 32
 
 
 @dataclass(frozen=True)
-class Explanation:
+class Explanation(Displayed):
     """What is known of a run.
 
     Attributes:

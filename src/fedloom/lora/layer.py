@@ -9,13 +9,12 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import AdapterError, ModelError
 from fedloom.lora.algebra import united
 from fedloom.lora.dropout import Dropout
 from fedloom.lora.initial import check_rank
-from fedloom.lora.linear import LoRALinear
+from fedloom.lora.linear import LoRALinear, is_transposed
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.route import Owners, Route, Slot, chosen_of, samples_of
 from fedloom.lora.turns import Turn
@@ -51,7 +50,7 @@ class LoRAModel:
     @property
     def uses_conv1d(self) -> bool:
         """Whether the targets are GPT-2's transposed ``Conv1D`` (PEFT's ``fan_in_fan_out``)."""
-        return any(isinstance(layer.base, Conv1D) for layer in self.layers.values())
+        return any(is_transposed(layer.base) for layer in self.layers.values())
 
     @property
     def slots(self) -> list[Slot]:

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import feature_words
@@ -143,8 +142,8 @@ class LoRALinear(nn.Module):
         if pair is None or pair.rank == 0:
             return
         pair = pair.to(self.weight.device)
-        share = pair.num_parameters / (self.out_features * self.in_features)
-        if _holds_full_precision(self.base) and share > FOLD_WHEN_SIDE_COSTS:
+        worth = is_worth_folding(pair.num_parameters, (self.out_features, self.in_features))
+        if _holds_full_precision(self.base) and worth:
             # A new tensor from the base's own weight each time: folding on top of a fold would gather rounding.
             weight = _dense_weight(self.base)
             self._folded_OI = torch.addmm(weight, pair.b_OR.to(weight.dtype), pair.a_RI.to(weight.dtype))
@@ -174,9 +173,25 @@ class LoRALinear(nn.Module):
         return dropout.mask(self._feature_words_J, len(x_TI), self.in_features, x_TI.dtype)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether a layer is GPT-2's ``Conv1D``, whose weight is (in, out).
+
+    It is known by its name: its class comes with all of transformers' modelling code, which a command that only reads
+    adapters has no use for.
+    """
+    place = "transformers.pytorch_utils", "Conv1D"
+    kinds: tuple[type, ...] = type(module).__mro__
+    return any((kind.__module__, kind.__name__) == place for kind in kinds)
+
+
+def is_worth_folding(num_parameters: int, shape: tuple[int, int]) -> bool:
+    """Tell whether a side of so many numbers is folded into a working copy of a weight (out, in) in full precision."""
+    return num_parameters / (shape[0] * shape[1]) > FOLD_WHEN_SIDE_COSTS
+
+
 def _shape_of(base: nn.Module) -> tuple[int, int]:
-    if isinstance(base, Conv1D):
-        num_in, num_out = base.weight.shape
+    if is_transposed(base):
+        num_in, num_out = base.weight.shape  # type: ignore[misc]
         return num_out, num_in
     if isinstance(base, nn.Linear):
         return base.out_features, base.in_features
@@ -190,7 +205,7 @@ def _holds_full_precision(base: nn.Module) -> bool:
 def _dense_weight(base: nn.Module) -> Tensor:
     """Return the base's (O, I) weight; a quantised one is dequantised here and never kept."""
     weight: Tensor = base.weight  # type: ignore[assignment]
-    if isinstance(base, Conv1D):
+    if is_transposed(base):
         return weight.T
     if weight.dtype.is_floating_point:
         return weight

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
 
 _QUERIES = ("q_proj", "q_b_proj", "query", "query_proj", "project_q", "Wq", "q_lin")
 _VALUES = ("v_proj", "kv_b_proj", "value", "value_proj", "project_v", "Wv", "v_lin", "kv_proj")
@@ -87,6 +86,8 @@ def beside_text(model: nn.Module) -> tuple[str, ...]:
     embeddings = _input_embeddings(model)
     if embeddings is None:
         return ()
+    from transformers import PreTrainedModel
+
     return tuple(
         name
         for name, module in model.named_modules()

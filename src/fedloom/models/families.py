@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
+from fedloom.lora.linear import is_transposed
 from fedloom.models.discovery import beside_text, discovered_parts, discovered_targets, is_away, num_blocks_of
 
 ALL_LINEAR = "all-linear"
@@ -187,8 +187,10 @@ def _output_head(model: nn.Module) -> nn.Module | None:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module computes what a linear layer does; a router of a class of its own may return several things."""
-    if not isinstance(module, nn.Linear | Conv1D):
+    if not (isinstance(module, nn.Linear) or is_transposed(module)):
         return False
+    from transformers.pytorch_utils import Conv1D  # with it come all of transformers' modelling code
+
     is_plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)
     return is_plain or type(module).__module__.startswith("bitsandbytes") or _computes_linear(module)
 

@@ -6,20 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 from torch import nn
 
-from fedloom import embedded
 from fedloom.assembly.split_run import split_plan
 from fedloom.config import Settings
-from fedloom.data.encoding import encode
-from fedloom.data.records import read_records
-from fedloom.data.sources import load_rows
-from fedloom.data.templates import AUTO
-from fedloom.data.tokenizer import load_tokenizer
 from fedloom.errors import CutError
 from fedloom.methods import table
-from fedloom.seeding import stream
+from fedloom.preview.row_sample import SAMPLED_ROWS, sampled_rows
 from fedloom.split.cost_model import (
     CutEstimate,
     Device,
@@ -35,7 +28,6 @@ from fedloom.split.cost_model import (
 from fedloom.split.plan import SplitPlan
 from fedloom.wording import written_bytes
 
-SAMPLED_ROWS = 300
 GIB, MEGABIT = 2**30, 125_000
 
 
@@ -81,7 +73,7 @@ class CutTable:
             )
         up, down = map(written_bytes, (self.upload_bytes, self.download_bytes))
         lines.append(f"the whole run: about {up} up and {down} down, over all clients")
-        return [*lines, *(f"the whole run, {name}: about {s:,.1f} s" for name, s in self.seconds.items())]
+        return [*lines, *(f"the whole run, {name}: about {s:,.1f} simulated s" for name, s in self.seconds.items())]
 
 
 def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> CutTable:
@@ -94,7 +86,8 @@ def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[i
         CutError: if the base cannot be cut.
     """
     num_clients = settings.federation.num_clients
-    num_rows, work = sampled_work(settings)
+    sample = sampled_rows(settings)
+    num_rows, work = sample.num_rows or 0, sample.work(settings.training.batch_size)
     shape, plan = shape_of(model, shapes), split_plan(settings, [max(1, num_rows // num_clients)] * num_clients)
     devices = devices_of(settings)
     lowest = min(range(num_clients), key=lambda k: devices[k].flops)
@@ -167,25 +160,3 @@ def devices_of(settings: Settings) -> list[Device]:
         Device(flops * table.utilisation, memory * GIB, up * MEGABIT, down * MEGABIT, latency / 1e3)
         for flops, memory, up, down, latency in rows
     ]
-
-
-def sampled_work(settings: Settings) -> tuple[int, Work]:
-    """Return the number of rows, and a client's step as a sample of them suggests."""
-    data = settings.data
-    rows = load_rows(data.path, data.split, subset=data.subset, revision=data.revision)
-    chosen = np.sort(stream(settings.run.seed, "describe").permutation(len(rows))[:SAMPLED_ROWS])
-    tokens = encode(
-        read_records(rows.select(chosen), data.shape, data.columns),
-        load_tokenizer(
-            settings.model.tokenizer or embedded.base_path(settings.model.base),
-            trust_remote_code=settings.model.trust_remote_code,
-        ),
-        template=data.template or AUTO,
-        date=data.day,
-        max_length=data.max_length,
-        loss_on=data.loss_on,
-        overlong="error" if data.max_length is None else data.overlong,
-        unanswered=data.unanswered,
-    ).tokens
-    batch, mean = settings.training.batch_size, tokens.num_tokens / len(tokens)
-    return len(rows), Work(batch * mean, batch * tokens.num_loss_tokens / len(tokens), mean)

@@ -26,23 +26,23 @@ from fedloom.federation.masked_round import threshold_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
 from fedloom.models.base_folder import first_line, read_config
+from fedloom.models.load import DTYPES
 from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
 from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.preview.message_sizes import message_sizes
+from fedloom.preview.planned_memory import PlannedMemory, planned_memory
+from fedloom.preview.planned_time import PlannedTime, planned_time
+from fedloom.preview.row_sample import known_rows
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
 from fedloom.training.cohort_round import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
-from fedloom.wording import counted, written_bytes
+from fedloom.wording import Displayed, counted, written_bytes
 
 if TYPE_CHECKING:
     from fedloom.preview.client_privacy import PlannedClients
     from fedloom.preview.privacy_costs import PlannedPrivacy
 
-_BYTES = {"float32": 4.0, "bfloat16": 2.0, "float16": 2.0}
-_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.56}
-TRAINING_BYTES = 16
-"""Per trained number: fp32 factor, gradient, and AdamW's two moments."""
 LISTED_CLIENTS = 100
 """Clients that have a line each."""
 _ATTENTION_LINES: dict[Attention, str] = {
@@ -50,12 +50,10 @@ _ATTENTION_LINES: dict[Attention, str] = {
     "padded": "attention: padded, rows of a pass padded to the longest through the model's own forward; slower, and "
     "training.token_budget and evaluation.batch_tokens count the padding",
 }
-ACTIVATIONS_PER_TOKEN_AND_BLOCK = 18
-"""Widths that a block keeps for its backward pass without attention matrices, an estimate."""
 
 
 @dataclass(frozen=True)
-class Description:
+class Description(Displayed):
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
     ``names`` are those of the clients, None where only the rows name them. ``start_bytes`` are up and down of each of
@@ -73,7 +71,8 @@ class Description:
     upload_bytes: tuple[int, ...]
     first_download_bytes: tuple[int, ...]
     download_bytes: tuple[int, ...]
-    memory_bytes: int
+    memory: PlannedMemory
+    time: PlannedTime
     cohort_size: int
     client_ranks: tuple[int, ...]
     run_bytes: tuple[float, float]
@@ -90,7 +89,13 @@ class Description:
         cuts = None if self.cuts is None else self.cuts.as_dict()
         schedules = [one.as_dict() for one in self.schedules]
         privacy = None if self.privacy is None else self.privacy.as_dict()
-        return {**self.__dict__, "cuts": cuts, "schedules": schedules, "privacy": privacy}
+        planned = {"memory": self.memory.as_dict(), "time": self.time.as_dict()}
+        return {**self.__dict__, "cuts": cuts, "schedules": schedules, "privacy": privacy, **planned}
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes that the run takes at its peak, beside Python and its libraries."""
+        return self.memory.total_bytes
 
     def lines(self) -> list[str]:
         """Return the description for people."""
@@ -102,7 +107,8 @@ class Description:
         lines = [
             f"base: {self.settings['model']['base']}, {self.family} of {self.num_base_parameters:,} parameters; "
             f"adapters on {len(self.target_modules)} modules ({', '.join(kinds)})",
-            f"memory: about {written_bytes(self.memory_bytes)} for base, one adapter with its optimiser, and one pass",
+            *self.memory.lines(),
+            *self.time.lines(),
             f"trained: at most {max(self.num_trained_parameters):,} parameters {where} ({share:.2f} % of the base)",
             *self._narrow_lines(),
             _ATTENTION_LINES[self.settings["model"]["attention"]],
@@ -179,6 +185,8 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         settings = resolve_names(settings, names)
     model = skeleton(settings)
     check_passes(model, settings.model.attention)
+    if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
+        model = model.to(dtype)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     lora = lora_of(model, targets_of(settings.model))
     ranks = settings.client_ranks
@@ -188,6 +196,7 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         of_rank[rank] = num_trained(lora, rank)
     trained = tuple(of_rank[rank] for rank in ranks)
     sizes = message_sizes(settings, lora, ranks)
+    sample = known_rows(settings, model.config)
     return Description(
         settings=written.as_dict(),
         family=str(model.config.model_type),
@@ -198,7 +207,8 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         upload_bytes=sizes.of_clients("up"),
         first_download_bytes=sizes.of_clients("first_down"),
         download_bytes=sizes.of_clients("later_down"),
-        memory_bytes=_memory(settings, model, num_parameters, max(trained)),
+        memory=planned_memory(settings, lora, sample),
+        time=planned_time(settings, lora, sample, sizes),
         cohort_size=settings.cohort_size,
         client_ranks=ranks,
         run_bytes=sizes.of_run(settings.cohort_size, settings.federation.num_rounds),
@@ -247,17 +257,6 @@ def _config(settings: Settings) -> Any:
     if Path(name).expanduser().is_dir():
         return read_config(Path(name).expanduser(), trusted)
     return AutoConfig.from_pretrained(name, revision=settings.model.revision, trust_remote_code=trusted)
-
-
-def _memory(settings: Settings, model: Any, num_parameters: int, num_trained: int) -> int:
-    """Estimate the bytes of base, one adapter in training, and the activations of one pass."""
-    dtype = str(model.dtype).removeprefix("torch.") if settings.model.dtype == "auto" else settings.model.dtype
-    compute = _BYTES.get(dtype, 4.0)
-    per_parameter = _QUANTIZED_BYTES.get(settings.model.quantization, compute)
-    text = model.config.get_text_config()
-    width, blocks = text.hidden_size, text.num_hidden_layers
-    activations = settings.training.token_budget * width * blocks * ACTIVATIONS_PER_TOKEN_AND_BLOCK * compute
-    return int(num_parameters * per_parameter + num_trained * TRAINING_BYTES + activations)
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fedloom.models.stored_quantization import stored_method
 from fedloom.preview.description import describe
 from fedloom.preview.rehearsal import Finding, SketchWorkshop, Verdict, rehearse
 from fedloom.run_folder.manifest import versions
-from fedloom.wording import written_bytes
+from fedloom.wording import Displayed, written_bytes
 
 _REQUIREMENT = re.compile(r"([\w.-]+).*;.*extra\s*==\s*['\"]([\w-]+)['\"]")
 _DEVELOPERS = ("dev", "docs")
@@ -53,7 +53,7 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(Displayed):
     """The machine, and the findings on a recipe, none without one."""
 
     machine: Machine

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 from typing import Any
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def peaks_of_round() -> dict[str, int | None]:
@@ -20,6 +24,10 @@ def peaks_of_round() -> dict[str, int | None]:
 
 def peak_memory_bytes() -> int:
     """Return the most memory this process ever held resident."""
+    if resource is None:
+        import psutil  # type: ignore[import-untyped]
+
+        return int(psutil.Process().memory_info().peak_wset)
     high_water = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return high_water if sys.platform == "darwin" else high_water * 1024
 

@@ -60,6 +60,11 @@ def progress_for(stream: TextIO | None = None) -> Progress:
     return LiveProgress(Console(file=stream)) if stream.isatty() else PlainProgress(stream)
 
 
+def progress_in_notebook() -> Progress:
+    """Return a line per round where this is a notebook's kernel, silence elsewhere: what calls from Python show."""
+    return PlainProgress(sys.stdout) if "ipykernel" in sys.modules else SilentProgress()
+
+
 class SilentProgress:
     """Show nothing."""
 

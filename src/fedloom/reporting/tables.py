@@ -13,6 +13,7 @@ import re
 import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 from rich.table import Table
@@ -60,7 +61,7 @@ class Comparison:
         """Return, method by method, each cell's text and whether it is the best of its column."""
         best = {metric.key: self.best(metric.key) for metric in self.metrics}
         return [
-            (method, [(_cell_text(cells[m.key], m), best[m.key] == method) for m in self.metrics])
+            (method, [(_cell_text(cells[m.key], m), self._is_best(m.key, method, best[m.key])) for m in self.metrics])
             for method, cells in self.cells.items()
         ]
 
@@ -77,6 +78,17 @@ class Comparison:
             shown = (Text(text, style="bold" if is_best else "") for text, is_best in cells)
             table.add_row(Text(one_line(method)), *shown)
         return table
+
+    def to_html(self) -> str:
+        """Return the table for a notebook; the best value of a column is bold."""
+        head = "".join(f"<th>{escape(one_line(title))}</th>" for title in ("method", *(m.title for m in self.metrics)))
+        body = "".join(
+            f"<tr><th>{escape(one_line(method))}</th>"
+            + "".join(f"<td>{f'<b>{escape(text)}</b>' if best else escape(text)}</td>" for text, best in cells)
+            + "</tr>"
+            for method, cells in self.rows()
+        )
+        return f"<table><caption>{escape(self.caption())}</caption><tr>{head}</tr>{body}</table>"
 
     def to_markdown(self) -> str:
         """Return the table as markdown; the best value of a column is bold."""
@@ -108,8 +120,13 @@ class Comparison:
         cells = {method: {one.key: row[one.key] for one in chosen} for method, row in self.cells.items()}
         return Comparison(chosen, self.reference, cells)
 
+    def _is_best(self, key: str, method: str, best: str | None) -> bool:
+        """Tell whether a method's mean is the best one; several may have it."""
+        cell, top = self.cells[method][key], None if best is None else self.cells[best][key]
+        return cell is not None and top is not None and cell.mean == top.mean
+
     def best(self, key: str) -> str | None:
-        """Return the method whose mean of ``key`` is best, or None where no direction is better."""
+        """Return the first method whose mean of ``key`` is best, or None where no direction is better."""
         metric = next(metric for metric in self.metrics if metric.key == key)
         means = {method: cell.mean for method, cells in self.cells.items() if (cell := cells[key]) is not None}
         if metric.better == "neither" or len(means) < 2 or any(math.isnan(mean) for mean in means.values()):

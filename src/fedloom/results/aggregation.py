@@ -44,7 +44,7 @@ from fedloom.results.opened_result import Found
 from fedloom.results.peft_check import check_with_peft
 from fedloom.results.serving_files import copy_agreed_serving_files
 from fedloom.run_folder import durable
-from fedloom.wording import one_line
+from fedloom.wording import Displayed, one_line
 
 SOURCES_FILE = "sources.json"
 _ADAPTER_FILES = (CONFIG_NAME, WEIGHTS_NAME)
@@ -75,7 +75,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Aggregated:
+class Aggregated(Displayed):
     """What was written, from what, and what each module lost.
 
     Attributes:

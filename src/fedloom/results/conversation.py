@@ -23,6 +23,7 @@ from fedloom.models.causal import causal_lm, context_length, end_ids
 from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
 from fedloom.seeding import torch_stream
+from fedloom.wording import Displayed
 
 DIALOGUES = (Shape.MESSAGES, Shape.SHAREGPT)
 NO_TEMPLATE = "none"
@@ -84,7 +85,7 @@ class Wording:
 
 
 @dataclass(frozen=True)
-class Answered:
+class Answered(Displayed):
     """A prompt as the model read it, and the answers by name: the adapters', then the base's."""
 
     prompt: str

@@ -16,6 +16,7 @@ from fedloom.results.chosen_round import RESULT
 from fedloom.results.opened_result import Found, find_result, of_client, unfinished_note
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import ADAPTER
+from fedloom.wording import Displayed
 
 CARD = "README.md"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -26,7 +27,7 @@ ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
-class Exported:
+class Exported(Displayed):
     """What was written, and what it lost.
 
     Attributes:

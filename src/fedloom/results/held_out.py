@@ -23,6 +23,7 @@ from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measur
 from fedloom.results.opened_result import OpenedResult
 from fedloom.run_folder.contents import read_file
 from fedloom.run_folder.durable import plain
+from fedloom.wording import Displayed
 
 BASE = "base"
 VALIDATION = "validation"
@@ -65,7 +66,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Measured(Displayed):
     """Perplexities by name, ``base`` first, and each adapter's difference from the base in nats per byte."""
 
     path: Path

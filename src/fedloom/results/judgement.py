@@ -32,6 +32,7 @@ from fedloom.results.conversation import wording_of
 from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
 from fedloom.run_folder.durable import plain
+from fedloom.wording import Displayed
 
 OnProgress = Callable[[str, int, int, float], None]
 
@@ -64,7 +65,7 @@ class Bench:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(Displayed):
     """What the judge said of ``second`` against ``first``: verdicts on pairs, or grades and their difference."""
 
     protocol: Protocol

@@ -19,12 +19,13 @@ from fedloom.results.held_out import TEXT, own_inputs
 from fedloom.results.opened_result import OpenedResult
 from fedloom.split.codecs import WireDtype
 from fedloom.split.leakage import AttackSettings, LeakageReport, measure_leakage
+from fedloom.wording import Displayed
 
 PRIVATE_ROWS = 100
 
 
 @dataclass(frozen=True)
-class Leakages:
+class Leakages(Displayed):
     """One report per cut."""
 
     path: Path

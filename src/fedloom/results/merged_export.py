@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import AdapterError, ModelError
 from fedloom.lora.algebra import norm
-from fedloom.lora.linear import LoRALinear
+from fedloom.lora.linear import LoRALinear, is_transposed
 from fedloom.models.load import Base
 from fedloom.results.card import merged_card
 from fedloom.results.conversation import wording_of
@@ -92,7 +90,7 @@ def export_merged(
 def _merged(base: nn.Module, delta_OI: Tensor, target: torch.dtype) -> tuple[Tensor, float]:
     """Return the merged weight in the base's own orientation, and what the cast lost of the delta."""
     weight: Tensor = base.weight  # type: ignore[assignment]
-    delta = delta_OI.T if isinstance(base, Conv1D) else delta_OI
+    delta = delta_OI.T if is_transposed(base) else delta_OI
     cast = (weight.float() + delta.float()).to(target)
     if not torch.isfinite(cast).all():
         raise AdapterError(
@@ -122,6 +120,8 @@ def _refuse_quantized_base(base: Base) -> None:
 
 def _refuse_part_of_a_kind(base: Base) -> None:
     """Reject a model that is the text part of another kind and cannot be loaded without the rest of it."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     config = base.model.config
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not getattr(config, "auto_map", None):
         raise ModelError(

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-from transformers import GenerationConfig
+from typing import TYPE_CHECKING, Any
 
 from fedloom.data.answer_frame import plain_frame
 from fedloom.data.records import Turn
 from fedloom.data.templates import ChatTemplate
 from fedloom.errors import DataError
 from fedloom.models.causal import causal_lm, end_ids
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 from fedloom.results.conversation import Wording
 
 GENERATION, CHAT_TEMPLATE = "generation_config.json", "chat_template.jinja"
@@ -66,6 +67,8 @@ def stop_ids(model: Any, tokenizer: Any, wording: Wording | None, beside: Path |
         with suppress(DataError):  # a template that takes no such question says nothing
             frame = wording.frame([Turn("user", "a")], model, tokenizer)
     if beside is not None and (beside / GENERATION).is_file():
+        from transformers import GenerationConfig
+
         named = GenerationConfig.from_pretrained(beside).eos_token_id
         own += named if isinstance(named, list) else [named]
         frame = replace(frame, stop_ids=(*frame.stop_ids, *own))

@@ -24,6 +24,7 @@ from fedloom.results.suite_runs import run_suite
 from fedloom.results.suites import SuiteChoice, SuiteScores, suite_choice_of
 from fedloom.run_folder.claim import EVALUATION
 from fedloom.run_folder.durable import plain
+from fedloom.wording import Displayed
 
 Say = Callable[[str], None]
 SECONDS_BETWEEN_NOTES = 5.0
@@ -106,7 +107,7 @@ class Asked:
 
 
 @dataclass(frozen=True)
-class ResultScores:
+class ResultScores(Displayed):
     """The scores of every adapter of a result and of its base, by name, and by adapter its differences from the base.
 
     A difference is the adapter's score less the base's, paired over the same items.

@@ -18,6 +18,7 @@ from fedloom.data.templates import AUTO
 from fedloom.evaluation.decoding import DecodingSettings
 from fedloom.evaluation.intervals import Estimate, ItemStatistics
 from fedloom.run_folder.durable import plain
+from fedloom.wording import Displayed
 
 PER_GROUP = "per_group"
 MOST_GROUPS_SHOWN = 20
@@ -46,7 +47,7 @@ class SuiteChoice:
 
 
 @dataclass(frozen=True)
-class SuiteScores:
+class SuiteScores(Displayed):
     """A suite's estimates by metric, and what a reader must know of how they came about.
 
     ``groups`` are the first metric's estimates by group of items (category, subject). ``items`` holds by metric what

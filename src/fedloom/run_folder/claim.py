@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
@@ -12,6 +11,7 @@ from typing import Any
 from fedloom.errors import RunError
 from fedloom.run_folder import durable
 from fedloom.run_folder.contents import ADAPTER, accepted_on_disk, read_object, rounds_done, sha256
+from fedloom.run_folder.locks import check_locks, lock_file
 from fedloom.run_folder.manifest import (
     differences,
     new_manifest,
@@ -111,7 +111,7 @@ def refuse_held(path: Path) -> None:
         return
     descriptor = os.open(path / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        _lock(path, descriptor, fcntl.LOCK_SH)
+        _lock(path, descriptor, shared=True)
     finally:
         os.close(descriptor)
 
@@ -122,10 +122,11 @@ def lock(path: Path) -> int:
     Raises:
         RunError: another process holds it, or the lock or an entry of the run is a link to something else.
     """
+    check_locks()
     _refuse_links(path)
     descriptor = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
     try:
-        _lock(path, descriptor, fcntl.LOCK_EX)
+        _lock(path, descriptor)
     except RunError:
         os.close(descriptor)
         raise
@@ -134,14 +135,14 @@ def lock(path: Path) -> int:
     return descriptor
 
 
-def _lock(path: Path, descriptor: int, kind: int) -> None:
+def _lock(path: Path, descriptor: int, *, shared: bool = False) -> None:
     """Lock the open lock of the folder ``path``.
 
     Raises:
         RunError: another process holds it.
     """
     try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        lock_file(descriptor, shared=shared)
     except BlockingIOError as error:
         holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
         raise RunError(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -25,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from fedloom.errors import FedloomError, RunError
+from fedloom.run_folder.locks import lock_file
 
 TEMPORARY = ".tmp-"
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -111,7 +111,7 @@ def _discard_unheld(entry: Path) -> None:
         discard(entry)
         return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_file(descriptor)
         discard(entry)
     except BlockingIOError:
         return
@@ -133,7 +133,7 @@ def _held_file(path: Path) -> Iterator[BinaryIO]:
 
 def _hold(descriptor: int) -> None:
     with suppress(OSError):  # not every file system has locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock_file(descriptor, waits=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -8,7 +8,6 @@ task is read where the link has put it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import mmap
 import os
 import socket
@@ -119,7 +118,9 @@ class Channel:
     def __init__(self, source: IO[bytes], sink: IO[bytes], descriptors: socket.socket) -> None:
         self._source, self._sink, self._descriptors = source, sink, descriptors
         self._memory: _Memory | None = None
-        with contextlib.suppress(OSError, AttributeError):  # not every system can, nor lets everybody
+        with contextlib.suppress(ImportError, OSError, AttributeError):  # not every system can, nor lets everybody
+            import fcntl
+
             fcntl.fcntl(sink, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)  # a large frame changes hands less often
 
     def put(self, frame: Frame, room: SharedRoom | None = None) -> None:

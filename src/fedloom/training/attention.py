@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface
 
 from fedloom.errors import ModelError
 from fedloom.models.row_attention import USE_PADDED
@@ -127,6 +126,9 @@ def packed_attention(model: Any, samples: Layout) -> Iterator[None]:
     The forward gets the layout once more, as ``packed_layout``. Several threads may be in one at once, unless samples
     are rotated apart.
     """
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(PACKED, attend)
     config = model.config
     with _LOCK:
         count, before = _UNDER_WAY.get(model, (0, config._attn_implementation))
@@ -256,6 +258,3 @@ class _Call:
 
     def _mask(self, query: Tensor) -> Tensor:
         return self.rows.mask(query, query.shape[2], self.sliding_window)
-
-
-AttentionInterface.register(PACKED, attend)

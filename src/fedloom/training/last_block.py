@@ -20,10 +20,9 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from fedloom.errors import ModelError
-from fedloom.lora.linear import LoRALinear
+from fedloom.lora.linear import LoRALinear, is_transposed
 from fedloom.lora.route import FEWEST_ROWS
 from fedloom.models.families import decoder_blocks
 from fedloom.training.rotation import replaced_forward
@@ -70,23 +69,34 @@ def try_targets_alone(
 
     ``states`` runs a probe and returns the targets' hidden states, ``attended`` are the modules that attend in it.
     """
-    _FOUND.pop(model, None)
-    try:
-        blocks = decoder_blocks(model).blocks
-    except ModelError:
-        return
-    block = f"{blocks}.{len(model.get_submodule(blocks)) - 1}"  # type: ignore[arg-type]
-    names = [name for name, module in model.named_modules() if module in attended and name.startswith(f"{block}.")]
+    forget_targets_alone(model)
     expected_SD = states()
-    if len(names) != 1:
+    assume_targets_alone(model, attended)
+    if model not in _FOUND:
         return
-    _FOUND[model] = LastBlock(block, names[0])
     try:
         error = (states() - expected_SD).norm() / expected_SD.norm()
     except ModelError:  # its block is made in another way
         error = torch.tensor(torch.inf)
     if not error <= tolerance:
         del _FOUND[model]
+
+
+def assume_targets_alone(model: nn.Module, attended: Collection[nn.Module]) -> None:
+    """Use the targets' rows alone untried, where the last block has one module that attends: for a base of shapes."""
+    try:
+        blocks = decoder_blocks(model).blocks
+    except ModelError:
+        return
+    block = f"{blocks}.{len(model.get_submodule(blocks)) - 1}"  # type: ignore[arg-type]
+    names = [name for name, module in model.named_modules() if module in attended and name.startswith(f"{block}.")]
+    if len(names) == 1:
+        _FOUND[model] = LastBlock(block, names[0])
+
+
+def forget_targets_alone(model: nn.Module) -> None:
+    """Let the last block compute every row again."""
+    _FOUND.pop(model, None)
 
 
 class _Mine(threading.local):
@@ -142,7 +152,7 @@ def _replace(model: nn.Module, found: LastBlock, replaced: _Replaced) -> None:
         if child is not attention:
             enter(replaced_forward(child, dispatched("child")))
     for name, child in attention.named_children():
-        if isinstance(child, nn.Linear | Conv1D | LoRALinear):
+        if isinstance(child, nn.Linear | LoRALinear) or is_transposed(child):
             enter(replaced_forward(child, dispatched("queries" if name == _QUERIES else "projection")))
 
 

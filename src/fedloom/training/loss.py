@@ -172,10 +172,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(hidden_SD: Tensor, head: OutputHead) -> Iterator[slice]:
-    vocabulary = head.weight_VD.shape[0]
-    held = CHUNK_LOGITS.get(hidden_SD.device.type, MOST_LOGITS)
-    size = max(16, held // vocabulary, min(CHUNK_ROWS, MOST_LOGITS // vocabulary))
+    size = chunk_rows(hidden_SD.device.type, head.weight_VD.shape[0])
     return (slice(start, start + size) for start in range(0, hidden_SD.shape[0], size))
+
+
+def chunk_rows(device: str, vocabulary: int) -> int:
+    """Return of how many targets logits are held at a time on a kind of device."""
+    held = CHUNK_LOGITS.get(device, MOST_LOGITS)
+    return max(16, held // vocabulary, min(CHUNK_ROWS, MOST_LOGITS // vocabulary))
 
 
 _VERIFIED: WeakKeyDictionary[nn.Module, dict[Attention, OutputHead]] = WeakKeyDictionary()

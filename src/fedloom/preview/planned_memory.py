@@ -1,0 +1,266 @@
+"""The memory of a run, before it: the base, what clients hold, and the largest pass that the engine would make.
+
+The passes are cut by the engine's own rules; what one holds is watched on shapes (:mod:`fedloom.preview.held_bytes`).
+A CPU's allocator holds more than the tensors do: freed blocks of other sizes stay between those in use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedloom.assembly.engine_choice import CLIENTS_AT_ONCE
+from fedloom.assembly.round_plan import training_of
+from fedloom.config import Settings
+from fedloom.errors import ModelError
+from fedloom.lora.layer import LoRAModel
+from fedloom.lora.linear import is_worth_folding
+from fedloom.lora.pair import rank_in
+from fedloom.models.discovery import num_blocks_of
+from fedloom.models.row_attention import choose_attention
+from fedloom.preview.held_bytes import PlannedPass, scoring_bytes, training_bytes
+from fedloom.preview.row_sample import RowSample
+from fedloom.seeding import stream
+from fedloom.training.row_passes import RowPasses, row_passes
+from fedloom.wording import counted, written_bytes
+
+_HELD_PER_TENSOR_BYTE = {"cpu": 1.4}
+"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.25 to 1.6."""
+_WORK_SPACE = {"cpu": 20 << 20}
+"""Libraries' code and buffers that the first passes bring in."""
+_CLIENT_BYTES = 16
+"""Per trained number of an open client: AdamW's two moments, the start and the answer; its pass holds the rest."""
+_QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5625}
+"""Bytes a weight in bitsandbytes' layers; nf4 has one fp32 scale for 64 weights."""
+_WIDTHS = 18
+"""Widths that a block keeps of a token, where a forward needs numbers and cannot be watched."""
+_DRAWS = 16
+"""Steps that are drawn to find the largest pass."""
+
+
+class _Part(NamedTuple):
+    """A client's rows of one pass: its slot and the rows' places in the sample."""
+
+    slot: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlannedMemory:
+    """Bytes of a run at its peak, on a kind of device.
+
+    ``pass_bytes`` are the most that tensors of a training pass, or of one that scores, hold beside the base;
+    ``held_bytes`` what the device's allocator holds for them. The interpreter and its libraries are not counted.
+    """
+
+    device: str
+    base_bytes: int
+    side_bytes: int
+    client_bytes: int
+    pass_bytes: int
+    held_bytes: int
+    pass_tokens: int
+    pass_rows: int
+    clients_at_once: int
+    rows: str
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.base_bytes + self.side_bytes + self.client_bytes + self.held_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the parts as plain values."""
+        return {**self.__dict__, "total_bytes": self.total_bytes}
+
+    def lines(self) -> list[str]:
+        """Return the parts for people."""
+        side = f", {written_bytes(self.side_bytes)} of adapted weights" if self.side_bytes else ""
+        at_once = counted(self.clients_at_once, "client")
+        return [
+            f"memory: about {written_bytes(self.total_bytes)} on {self.device}, beside Python and its libraries: "
+            f"{written_bytes(self.base_bytes)} of the base{side}, {written_bytes(self.client_bytes)} of adapters and "
+            f"moments, {written_bytes(self.held_bytes)} for a pass of {self.pass_tokens:,} tokens "
+            f"({counted(self.pass_rows, 'row')} of {at_once} at once; {self.rows})",
+        ]
+
+
+def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> PlannedMemory:
+    """Return the memory of a run whose base is on the meta device in the type it would have."""
+    model, device = lora.model, _device(settings.model.device)
+    choose_attention(model, settings.model.attention)
+    passes = row_passes(model)
+    parts, at_once = _largest(settings, passes, sample, device), _clients_at_once(settings, device)
+    exact = passes.attends_by_mask and not (device == "cpu" and model.dtype in (torch.float16, torch.bfloat16))
+    lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]
+    trained = settings.traits.is_trained
+    training, client_bytes = 0, 0
+    if trained:
+        training = _watched(lora, _training_pass(settings, sample, parts, merges=exact), device, trains=True)
+        numbers = sum(rank_in(shape, max(_ranks(settings))) * sum(shape) for shape in lora.shapes.values())
+        client_bytes = _CLIENT_BYTES * numbers * at_once
+    scoring = _watched(lora, _scoring_pass(settings, sample, merges=exact), device, trains=False)
+    most = max(training, scoring) + _dequantized(settings, model)
+    return PlannedMemory(
+        device=device,
+        base_bytes=_base_bytes(settings, model),
+        side_bytes=_side_bytes(settings, lora),
+        client_bytes=client_bytes,
+        pass_bytes=most,
+        held_bytes=round(most * _HELD_PER_TENSOR_BYTE.get(device, 1.0)) + _WORK_SPACE.get(device, 0),
+        pass_tokens=sum(lengths),
+        pass_rows=len(lengths),
+        clients_at_once=at_once,
+        rows=sample.told,
+    )
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name.partition(":")[0]
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _ranks(settings: Settings) -> Sequence[int]:
+    split, ranks = settings.split, settings.client_ranks
+    if not settings.traits.is_cut:
+        return ranks
+    return [*settings.per_client(split.client_rank or settings.method.ranks), split.server_rank or max(ranks)]
+
+
+def _clients_at_once(settings: Settings, device: str) -> int:
+    traits = settings.traits
+    if traits.is_cut:
+        return settings.federation.num_clients
+    if traits.pools_rows or training_of(settings).privacy is not None:
+        return 1
+    return min(settings.cohort_size, CLIENTS_AT_ONCE[device])
+
+
+def _largest(settings: Settings, passes: RowPasses, sample: RowSample, device: str) -> list[_Part]:
+    """Return the members of the largest of the passes of some drawn steps."""
+    chance = stream(settings.run.seed, "describe", "passes")
+    drawn = [group for _ in range(_DRAWS) for group in _passes_of_a_step(settings, passes, sample, device, chance)]
+
+    def tokens(group: list[_Part]) -> int:
+        lengths = [int(sample.lengths_N[row]) for part in group for row in part.rows]
+        return sum(lengths) if passes.name == "packed" else len(lengths) * max(lengths)
+
+    return max(drawn, key=tokens)
+
+
+def _passes_of_a_step(
+    settings: Settings, passes: RowPasses, sample: RowSample, device: str, chance: np.random.Generator
+) -> Iterator[list[_Part]]:
+    """Yield who shares a pass in one step, as :class:`~fedloom.training.client_passes.Passes` puts them together."""
+    size, training = settings.training.batch_size, training_of(settings)
+    lengths = sample.lengths_N
+    clients = [chance.integers(0, len(lengths), size) for _ in range(_clients_at_once(settings, device))]
+    if settings.traits.is_cut:  # the server's half sees the whole batch, of one client or of all
+        joint = settings.split.server_update == "joint"
+        yield [_Part(slot, tuple(rows.tolist())) for slot, rows in enumerate(clients if joint else clients[:1])]
+        return
+    budget, most = training.token_budget, training.most_at_once
+    cut = [passes.split([[int(lengths[row])] for row in rows], budget, most) for rows in clients]
+    for turn in range(max(map(len, cut))):
+        ready = [
+            _Part(slot, tuple(int(rows[i]) for i in parts[turn]))
+            for slot, (rows, parts) in enumerate(zip(clients, cut, strict=True))
+            if turn < len(parts)
+        ]
+        for members in passes.split([[int(lengths[row]) for row in part.rows] for part in ready], budget):
+            yield [ready[i] for i in members]
+
+
+def _training_pass(settings: Settings, sample: RowSample, parts: Sequence[_Part], *, merges: bool) -> PlannedPass:
+    training, units = training_of(settings), training_of(settings).num_unit_slots
+    rank, opened = max(_ranks(settings)), max(part.slot for part in parts) + 1 + units
+    lengths, owners = list[int](), list[int]()
+    for part in parts:
+        own = [int(sample.lengths_N[row]) for row in part.rows]
+        own = own if units or not merges else _merged(own, 1 if len(parts) > 1 else 2)
+        lengths += own
+        owners += [1 + i % units for i in range(len(own))] if units else [part.slot] * len(own)
+    targets = sum(int(sample.targets_N[row]) for part in parts for row in part.rows)
+    return PlannedPass(
+        tuple(lengths), targets, (rank,) * opened, tuple(owners), training.dropout, training.label_smoothing
+    )
+
+
+def _scoring_pass(settings: Settings, sample: RowSample, *, merges: bool) -> PlannedPass:
+    """Return a pass of the longest rows, as many as the budget holds."""
+    longest = int(sample.lengths_N.max())
+    rows = max(1, settings.evaluation.batch_tokens // longest)
+    if settings.data.eval_rows is not None:
+        rows = min(rows, settings.data.eval_rows)
+    share = sample.targets_N.sum() / sample.lengths_N.sum()
+    lengths = [longest] * rows
+    return PlannedPass(tuple(_merged(lengths, 2) if merges else lengths), max(1, round(share * longest * rows)))
+
+
+def _merged(lengths: Sequence[int], most: int) -> list[int]:
+    """Return as many tokens in at most so many rows: attention without matrices holds by the token."""
+    rows = min(most, len(lengths))
+    return [sum(lengths) // rows + (i < sum(lengths) % rows) for i in range(rows)]
+
+
+def _watched(lora: LoRAModel, planned: PlannedPass, device: str, *, trains: bool) -> int:
+    try:
+        return training_bytes(lora, planned, device) if trains else scoring_bytes(lora, planned, device)
+    except ModelError:  # its forward needs numbers
+        text: Any = lora.model.config.get_text_config()  # type: ignore[operator, union-attr]
+        blocks = num_blocks_of(lora.model) if trains else 1
+        return int(planned.num_tokens * text.hidden_size * blocks * _WIDTHS * lora.base_weight.element_size())
+
+
+def _base_bytes(settings: Settings, model: Any) -> int:
+    """Return the bytes of the weights; quantised ones are those of linear layers other than the head."""
+    narrow = _QUANTIZED_BYTES.get(settings.model.quantization) or _stored_bytes(model)
+    quantized = {id(layer.weight) for layer in _linears(model)} if narrow else set[int]()
+    weights = {id(weight): weight for weight in model.parameters()}
+    held = (w.numel() * ((narrow or 0.0) if id(w) in quantized else w.element_size()) for w in weights.values())
+    total: float = sum(held)
+    return round(total)
+
+
+def _stored_bytes(model: Any) -> float | None:
+    """Return the bytes a weight of a base that is stored quantised, where its configuration says so."""
+    stored = getattr(model.config, "quantization_config", None)
+    stored = stored if isinstance(stored, dict) else getattr(stored, "__dict__", {})
+    if stored.get("load_in_4bit") or stored.get("bits") == 4:
+        return _QUANTIZED_BYTES["4bit"]
+    return _QUANTIZED_BYTES["8bit"] if stored.get("load_in_8bit") or stored.get("bits") == 8 else None
+
+
+def _linears(model: Any) -> Iterator[nn.Linear]:
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            yield module
+
+
+def _dequantized(settings: Settings, model: Any) -> int:
+    """Return the bytes of the largest weight once more, which a quantised layer makes for its product."""
+    if settings.model.quantization == "none" and _stored_bytes(model) is None:
+        return 0
+    return max((w.numel() * w.element_size() for w in (layer.weight for layer in _linears(model))), default=0)
+
+
+def _side_bytes(settings: Settings, lora: LoRAModel) -> int:
+    """Return the bytes of the side at the end of a run: factors, or working copies of the weights."""
+    if not settings.traits.is_trained:
+        return 0
+    ranks, rank = settings.client_ranks, max(_ranks(settings))
+    if settings.traits.grows_side and settings.server.step != "adamw":
+        rank = round(sum(ranks) * settings.cohort_size / len(ranks)) * settings.federation.num_rounds
+    size, total = lora.base_weight.element_size(), 0
+    for shape in lora.shapes.values():
+        numbers = rank_in(shape, rank) * sum(shape)
+        folded = size >= 4 and is_worth_folding(numbers, shape)
+        total += shape[0] * shape[1] * size if folded else numbers * size
+    return total

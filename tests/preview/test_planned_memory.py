@@ -1,0 +1,139 @@
+"""The memory that is planned is the memory that is taken, on three shapes, and follows what the engine does."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from fedloom import config, recipes
+from fedloom.assembly.inputs import lora_of
+from fedloom.config import Settings
+from fedloom.models.load import DTYPES
+from fedloom.preview.description import describe, skeleton
+from fedloom.preview.planned_memory import PlannedMemory, planned_memory
+from fedloom.preview.row_sample import known_rows
+from fedloom.wording import written_bytes
+
+Make = Callable[..., Settings]
+
+LLAMA = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+STORIES = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
+SHAPES: dict[str, Callable[[], Any]] = {
+    "stories3M": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=4096, max_position_embeddings=512, **STORIES)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(vocab_size=32_000, max_position_embeddings=1024, **LLAMA)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(eos_token_id=0)),
+}
+_RUN = """
+import json, sys
+from pathlib import Path
+import fedloom
+
+def memory(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) * 1024
+
+settings = fedloom.load_settings(sys.argv[1])
+small = ["model.base=embedded", "training.batch_size=1", "data.max_length=64", "data.overlong=truncate"]
+fedloom.run(fedloom.load_settings(sys.argv[1], small), sys.argv[2] + "-before")
+before = memory("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+fedloom.run(settings, sys.argv[2])
+print(json.dumps(memory("VmHWM") - before))
+"""
+
+
+def memory_of(settings: Settings) -> PlannedMemory:
+    return describe(settings).memory
+
+
+HUB_BASES = {
+    "openai-community/gpt2": GPT2Config(),
+    "openai-community/gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
+    "huggyllama/llama-7b": LlamaConfig(dtype="float16"),
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        max_position_embeddings=2048,
+    ),
+}
+"""Configurations of the recipes' bases, from their pages on the hub."""
+
+
+def planned_of_recipe(name: str, folder: Path) -> PlannedMemory:
+    """Plan a recipe on a GPU, as `fedloom describe` does that fetches the base's configuration."""
+    base = config.parse(recipes.read(name), name)["model"]["base"]
+    HUB_BASES[base].save_pretrained(folder)
+    chosen = [f"model.base={folder}", "model.device=cuda"]
+    settings = config.resolve(config.parse(recipes.read(name), name), name, chosen, also=())
+    model = skeleton(settings)
+    if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
+        model = model.to(dtype)
+    return planned_memory(settings, lora_of(model, settings.model.target_modules), known_rows(settings, model.config))
+
+
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name != "demo"])
+def test_the_headers_of_recipes_state_what_the_plan_gives(name: str, tmp_path: Path) -> None:
+    stated = re.search(r"takes at most about ([0-9.]+ [GM]B)", recipes.describe(name).machine)
+    assert stated is not None
+    assert stated[1] == written_bytes(planned_of_recipe(name, tmp_path).total_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_plan_is_within_15_percent_of_a_childs_peak(shape: str, tmp_path: Path) -> None:
+    """Counted is what a run adds to a process that has run something tiny, and so has loaded all libraries."""
+    SHAPES[shape]().save_pretrained(tmp_path / "base")
+    words = "the client wrote a row about a river and a boat near the old mill "
+    rows = [{"question": f"row {i}?", "answer": (words * 8)[: 250 + 25 * (i % 5)]} for i in range(60)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        f"""
+        [model]
+        base = "{tmp_path / "base"}"
+        tokenizer = "bytes"
+        device = "cpu"
+        [data]
+        path = "{tmp_path / "rows.jsonl"}"
+        shape = "question-answer"
+        eval_rows = 10
+        [method]
+        name = "fedit"
+        ranks = 8
+        [federation]
+        num_rounds = 1
+        num_clients = 2
+        [training]
+        local_steps = 2
+        batch_size = 6
+        [evaluation]
+        batch_tokens = 1024
+        """,
+        encoding="utf-8",
+    )
+    command = [sys.executable, "-c", _RUN, str(recipe), str(tmp_path / "run")]
+    measured = json.loads(
+        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
+    )
+    planned = memory_of(config.load(recipe)).total_bytes
+    assert planned == pytest.approx(measured, rel=0.15)
