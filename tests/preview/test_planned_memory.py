@@ -90,7 +90,7 @@ def planned_of_recipe(name: str, folder: Path) -> PlannedMemory:
     return planned_memory(settings, lora_of(model, settings.model.target_modules), known_rows(settings, model.config))
 
 
-@pytest.mark.parametrize("name", [name for name in recipes.names() if name != "demo"])
+@pytest.mark.parametrize("name", [name for name in recipes.names() if name not in ("demo", "default")])
 def test_the_headers_of_recipes_state_what_the_plan_gives(name: str, tmp_path: Path) -> None:
     stated = re.search(r"takes at most about ([0-9.]+ [GM]B)", recipes.describe(name).machine)
     assert stated is not None

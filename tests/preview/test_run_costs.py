@@ -14,6 +14,7 @@ from fedloom.split.cost_model import ModelShape, Work
 SHAPE = ModelShape(10, (100, 100), (20, 20), 50, 70)
 ROW = Work(tokens_per_step=8, loss_tokens_per_step=4, tokens_per_sample=8)
 ROWS = {
+    "default": (3_800, 200),
     "e2e-dirichlet": (41_061, 1000),
     "fedit-dolly": (14_931, 80),
     "fedit-natural": (9_500, 500),
