@@ -190,6 +190,7 @@ READ_IN = {
     "engine.cpus_per_worker": ("assembly/engine_choice.py", "Resources(chosen.cpus_per_worker, gpus, chosen.workers)"),
     "engine.address": ("assembly/engine_choice.py", "running_ray(chosen.address, resources)"),
     "engine.retries": ("assembly/engine_choice.py", "Crew(hiring, size, welcome, chosen.retries, around.note)"),
+    "engine.cores": ("assembly/round_plan.py", "cores=settings.engine.cores"),
     "engine.threads": ("assembly/inputs.py", "compute_with(settings.engine.threads)"),
     "evaluation.clients": ("assembly/client_rows.py", "share, seed = settings.evaluation.clients, settings.run.seed"),
     "evaluation.patience": ("experiment/session.py", "is_over(records, self.settings.evaluation.patience)"),

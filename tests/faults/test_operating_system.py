@@ -116,14 +116,14 @@ def test_a_folder_in_place_of_a_file_is_named(
 
 def deny(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Make reading ``path`` fail as it does for another user, whoever runs the test."""
-    real = Path.read_text
+    real = Path.open
 
-    def read(self: Path, *arguments: Any, **options: Any) -> str:
+    def opened(self: Path, *arguments: Any, **options: Any) -> Any:
         if self == path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self))
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(Path, "open", opened)  # what reads a text opens it by this too
 
 
 def test_a_file_that_may_not_be_read_is_named(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +64,12 @@ class _Here(threading.local):
         self.whole = Owners()
         self.chosen: Owners | None = None
         self.turn: Turn | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
+        """Copy what this thread's passes are routed to: a model may be copied, a ``threading.local`` cannot."""
+        copied = memo[id(self)] = _Here()
+        copied.__dict__.update(deepcopy(self.__dict__, memo))
+        return copied
 
 
 @dataclass

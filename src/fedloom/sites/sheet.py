@@ -235,7 +235,7 @@ def sheet_of(
         method=method.name,
         weighting=method.weighting,
         initialisation=method.initialisation,
-        training=SheetTraining(**asdict(training_of(settings))),
+        training=_training_of(settings),
         wire=WireDtype(settings.wire.dtype),
         seed=settings.run.seed,
         base_sha256=base_sha256,
@@ -258,6 +258,13 @@ def sheet_of(
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
         budget=_budget_of(settings),
     )
+
+
+def _training_of(settings: Settings) -> SheetTraining:
+    """Return what a site is told of a round; on how many cores it trains is its own to say."""
+    numbers = asdict(training_of(settings))
+    del numbers["cores"]
+    return SheetTraining(**numbers)
 
 
 def _budget_of(settings: Settings) -> SheetBudget | None:
