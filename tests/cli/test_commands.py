@@ -104,9 +104,7 @@ def test_a_name_that_is_no_recipe_is_refused(invoke: Any) -> None:
     assert "did you mean flora-hetero-dolly?" in ran.err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["run", "x", "--bad"], ["run", "--bad"], ["nonsense"], ["compare", "--seeds"]]
-)
+@pytest.mark.parametrize("arguments", [["run", "x", "--bad"], ["run", "--bad"], ["nonsense"], ["compare", "--seeds"]])
 def test_a_mistyped_command_is_one_line_with_code_2(invoke: Any, arguments: list[str]) -> None:
     ran = invoke(*arguments)
     assert (ran.code, ran.out) == (2, "")
