@@ -114,7 +114,7 @@ def training_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
     Raises:
         ModelError: its forward needs numbers.
     """
-    return _of_all_blocks(lora, planned, device, _train)
+    return _remembered(lora, planned, device, _train)
 
 
 def scoring_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
@@ -123,10 +123,27 @@ def scoring_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
     Raises:
         ModelError: its forward needs numbers.
     """
-    return _of_all_blocks(lora, planned, device, _score)
+    return _remembered(lora, planned, device, _score)
 
 
 _Step = Callable[[LoRAModel, PlannedPass, Any, RowPasses], Tensor]
+
+
+_MOST_REMEMBERED = 256
+_REMEMBERED: dict[object, int] = {}
+"""What passes held that were watched before in this process: descriptions of one base differ in little."""
+
+
+def _remembered(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> int:
+    model = lora.model
+    config: Any = model.config
+    sizes = tuple((name, number.dtype, tuple(number.shape)) for name, number in model.named_parameters())
+    key = planned, device, step, type(model), config.to_json_string(), sizes, row_passes(model).name, *lora.shapes
+    if key not in _REMEMBERED:
+        if len(_REMEMBERED) >= _MOST_REMEMBERED:
+            _REMEMBERED.pop(next(iter(_REMEMBERED)))
+        _REMEMBERED[key] = _of_all_blocks(lora, planned, device, step)
+    return _REMEMBERED[key]
 
 
 def _of_all_blocks(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> int:
