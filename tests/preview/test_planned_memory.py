@@ -100,7 +100,7 @@ def test_the_headers_of_recipes_state_what_the_plan_gives(name: str, tmp_path: P
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_plan_is_within_15_percent_of_a_childs_peak(shape: str, tmp_path: Path) -> None:
+def test_the_plan_is_within_15_percent_or_50_mb_of_a_childs_peak(shape: str, tmp_path: Path) -> None:
     """Counted is what a run adds to a process that has run something tiny, and so has loaded all libraries."""
     SHAPES[shape]().save_pretrained(tmp_path / "base")
     words = "the client wrote a row about a river and a boat near the old mill "
@@ -136,4 +136,5 @@ def test_the_plan_is_within_15_percent_of_a_childs_peak(shape: str, tmp_path: Pa
         subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
     )
     planned = memory_of(config.load(recipe)).total_bytes
-    assert planned == pytest.approx(measured, rel=0.15)
+    # What a process happens to hold beside its tensors is a fifth of the smallest shape's peak, and differs by run.
+    assert planned == pytest.approx(measured, rel=0.15, abs=50e6)
