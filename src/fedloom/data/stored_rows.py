@@ -6,6 +6,7 @@ A million rows as Python's dictionaries take gigabytes; where they begin takes e
 from __future__ import annotations
 
 import os
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,26 @@ STORED_FROM_BYTES = 1 << 26
 """Files of this size and more are not held in memory."""
 
 
-class StoredRows(Sequence[dict[str, Any]]):
+class _Rows(Sequence[dict[str, Any]]):
+    """Rows of which a slice is a choice, and no copy."""
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
+
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
+        if isinstance(index, slice):
+            return ChosenRows(self, np.arange(len(self))[index])
+        return self._at(index)
+
+    @abstractmethod
+    def _at(self, index: int) -> dict[str, Any]:
+        """Return one row."""
+
+
+class StoredRows(_Rows):
     """The rows of a file of JSON lines, all of them checked when it is opened.
 
     ``numbers`` (N,) are the lines on which they begin. A file that is written to later is refused; one that takes its
@@ -57,15 +77,7 @@ class StoredRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
-        if isinstance(index, slice):
-            return ChosenRows(self, np.arange(len(self))[index])
+    def _at(self, index: int) -> dict[str, Any]:
         place = range(len(self))[index]
         self._check_unchanged()
         begin = int(self._begins[place])
@@ -84,7 +96,7 @@ class StoredRows(Sequence[dict[str, Any]]):
             )
 
 
-class ChosenRows(Sequence[dict[str, Any]]):
+class ChosenRows(_Rows):
     """Some rows of others, in a given order, without a copy of them."""
 
     def __init__(self, rows: Sequence[dict[str, Any]], indices: npt.NDArray[np.int64]) -> None:
@@ -98,15 +110,7 @@ class ChosenRows(Sequence[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self._rows[int(index)] for index in self._indices)
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
-
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | Sequence[dict[str, Any]]:
-        if isinstance(index, slice):
-            return ChosenRows(self, np.arange(len(self))[index])
+    def _at(self, index: int) -> dict[str, Any]:
         found: dict[str, Any] = self._rows[int(self._indices[index])]
         return found
 
