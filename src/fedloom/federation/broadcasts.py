@@ -33,9 +33,9 @@ from fedloom.federation.messages import (
     Count,
     Head,
     Shapes,
-    control_dtype,
     control_entries,
     control_read,
+    exact_dtype,
     expected_tensors,
     moments_entries,
     moments_read,
@@ -99,7 +99,7 @@ def _sent_of(broadcast: Broadcast, dtype: WireDtype) -> tuple[dict[str, Tensor],
     if isinstance(start, Adapter):
         tensors |= {f"start/{key}": tensor for key, tensor in _start_sent(broadcast, start, dtype).items()}
     tensors |= moments_written(broadcast.moments)
-    tensors |= {f"{CONTROL}{key}": one for key, one in written(broadcast.control, control_dtype(dtype)).items()}
+    tensors |= {f"{CONTROL}{key}": one for key, one in written(broadcast.control, exact_dtype(dtype)).items()}
     head = _BroadcastHead(
         round=broadcast.round,
         client=broadcast.client,

@@ -87,12 +87,17 @@ _ANSWER: TypeAdapter[_UpdateHead | _FailureHead] = TypeAdapter(
 )
 
 
-def answer_dtype(work: Work, wire: WireDtype) -> WireDtype:
-    """Return the type in which the factors of an answer cross: the wire's; a sketch in 16 bits, in fp32 on such a wire.
+def exact_dtype(wire: WireDtype) -> WireDtype:
+    """Return the type of what crosses but once, with no later message to mend it: fp32 on such a wire, else bf16.
 
-    It is bf16, whose range is that of fp32: gradients are small.
+    The range of bf16 is that of fp32: gradients and moves are small.
     """
-    return wire if work.payload is not Payload.SKETCH or wire is WireDtype.FP32 else WireDtype.BF16
+    return wire if wire is WireDtype.FP32 else WireDtype.BF16
+
+
+def answer_dtype(work: Work, wire: WireDtype) -> WireDtype:
+    """Return the type in which the factors of an answer cross: the wire's, but for a sketch."""
+    return exact_dtype(wire) if work.payload is Payload.SKETCH else wire
 
 
 def encode_update(update: Update, tensors: Mapping[str, Tensor], dtype: WireDtype) -> bytes:
@@ -134,15 +139,10 @@ def moments_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def control_dtype(wire: WireDtype) -> WireDtype:
-    """Return the type in which control variates cross: fp32 on such a wire, else bf16, whose range is that of fp32."""
-    return wire if wire is WireDtype.FP32 else WireDtype.BF16
-
-
 def control_entries(shapes: Shapes, rank: int, factors: Factors, wire: WireDtype) -> Entries:
     """Return (dtype, shape) of every tensor that stands for control variates of so many slots."""
     expected = {f"{CONTROL}{key}": size for key, size in expected_tensors(shapes, rank, factors).items()}
-    return entries_of(expected, control_dtype(wire))
+    return entries_of(expected, exact_dtype(wire))
 
 
 def control_read(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
