@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import secrets
 import socket
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +33,15 @@ def frames(link: Link, number: int) -> list[tuple[str, Any]]:
 
 
 def free_port() -> int:
-    """Return a port of loopback at which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Return a port of loopback at which nobody listens.
+
+    It is none that the system hands out by itself (from 32768 on Linux, 49152 elsewhere): a server that is killed and
+    started again finds its port as it left it, whatever else dials out in between.
+    """
+    while True:
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", secrets.randbelow(12_000) + 20_000))
+            return int(free.getsockname()[1])
 
 
 def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from site_ends import free_port
 
 from fedloom.evaluation.judge.asking import Judging
 from fedloom.evaluation.judge.endpoint import Endpoint
@@ -51,9 +51,7 @@ def served(data_dir: Path, tmp_path: Path) -> Iterator[Endpoint]:
     base.model.save_pretrained(tmp_path / "judge")
     base.tokenizer.chat_template = TEMPLATE
     base.tokenizer.save_pretrained(tmp_path / "judge")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     options = ["serve", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     command = [str(Path(sys.executable).with_name("transformers")), *options]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from typing import Any
 import psutil
 from faults.cutting_proxy import CuttingProxy
 from faults.site_nursery import Forked, Nursery
+from site_ends import free_port
 
 NAMES = ("berlin", "oslo", "rome")
 ROUNDS, GRACE_SECONDS, LIMIT_SECONDS = 8, 0.6, 240.0
@@ -271,13 +271,6 @@ def listening_beyond_loopback(pids: list[int]) -> list[str]:
         for one in psutil.Process(pid).net_connections("inet")
         if one.status == psutil.CONN_LISTEN and one.laddr.ip.removeprefix("::ffff:") not in ("127.0.0.1", "::1")
     ]
-
-
-def free_port() -> int:
-    """Return a port of loopback at which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def write_toml(path: Path, tables: Mapping[str, Mapping[str, Any]]) -> None:

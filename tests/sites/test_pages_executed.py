@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 import tomllib
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from site_ends import wait, write_toml
+from site_ends import free_port, wait, write_toml
 
 from fedloom.cli.app import exit_code
 from fedloom.data.sources import Split, load_rows
@@ -59,9 +58,7 @@ class Reader:
         self.folder, self._read = folder, read
         self.left = [command for page in PAGES_WITH_COMMANDS for command in commands_of(page)]
         self.started: list[subprocess.Popen[bytes]] = []
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = str(free.getsockname()[1])
+        self.port = str(free_port())
         self.changes = {HOST: "localhost", PORT: self.port}
 
     def words(self, beginning: str) -> tuple[list[str], str | None]:
