@@ -149,7 +149,8 @@ def _padded_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
         row = torch.from_numpy(ids.astype(np.int64))
         ids_BT[i, : len(ids)], seen_BT[i, : len(ids)] = row, 1
         labels_BT[i, : len(ids)] = torch.where(torch.from_numpy(supervised.copy()), row, -100)
-    loss = model(input_ids=ids_BT, attention_mask=seen_BT, labels=labels_BT, use_cache=False).loss
+    inputs = {"input_ids": ids_BT, "attention_mask": seen_BT, "labels": labels_BT}
+    loss = model(**{name: held.to(model.device) for name, held in inputs.items()}, use_cache=False).loss
     return loss, int((labels_BT[:, 1:] >= 0).sum())
 
 
@@ -158,6 +159,7 @@ def _packed_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
     positions_T = torch.cat([torch.arange(len(ids)) for ids, _ in rows])
     learned_T = torch.from_numpy(np.concatenate([supervised for _, supervised in rows])) & (positions_T > 0)
     (target_S,) = learned_T.nonzero(as_tuple=True)
+    ids_T, positions_T, target_S = (t.to(model.device) for t in (ids_T, positions_T, target_S))
     outputs = model(input_ids=ids_T[None], position_ids=positions_T[None], logits_to_keep=target_S - 1, use_cache=False)
     return cross_entropy(outputs.logits[0].float(), ids_T[target_S]), len(target_S)
 

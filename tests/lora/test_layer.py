@@ -7,7 +7,7 @@ import torch
 from tiny_models import TARGETS, tiny_model
 
 from fedloom.errors import AdapterError, ModelError
-from fedloom.lora import algebra
+from fedloom.lora import algebra, route
 from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
@@ -59,36 +59,73 @@ def test_a_side_adapter_folded_or_factored_equals_merging(family: str, rank: int
     assert torch.equal(lora.model(tokens).logits, before)
 
 
-def test_slots_together_give_each_client_its_own_outputs_and_gradients(family: str) -> None:
-    lora = LoRAModel(tiny_model(family), TARGETS[family])
-    name = next(iter(lora.layers))
-    layer = lora.layers[name]
-    x = torch.randn(24, layer.in_features, generator=torch_stream(1, "x"), dtype=torch.float64)
-    adapters = [random_adapter(lora, rank, rank) for rank in (2, 5)]
-    lora.open([Slot(2, 2.0), Slot(5, 0.5)])
-    for k, adapter in enumerate(adapters):
-        lora.load(k, adapter)
-    lora.route([(1, 10), (0, 14)])
-    (layer(x) ** 2).sum().backward()
-    together = [[view.grad.clone() for view in lora.parameters(k)[:2]] for k in (0, 1)]
-    for k, rows in ((1, slice(0, 10)), (0, slice(10, 24))):
+@pytest.fixture(params=["one by one", "in buckets"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Take clients' products one by one, as on a CPU, or in buckets, as on a GPU."""
+    monkeypatch.setattr(route, "ONE_BY_ONE", {"cpu", "cuda"} if request.param == "one by one" else set())
+    return str(request.param)
+
+
+def test_slots_together_give_each_client_its_own_outputs_and_gradients(family: str, products: str, device: str) -> None:
+    lora = LoRAModel(tiny_model(family).to(device), TARGETS[family])  # type: ignore[arg-type]
+    layer = lora.layers[next(iter(lora.layers))]
+    x = torch.randn(24, layer.in_features, generator=torch_stream(1, "x"), dtype=torch.float64).to(device)
+    ranks, scales = (2, 5, 1, 3), (2.0, 0.5, 1.0, 0.3)
+    lora.open([Slot(rank, scale) for rank, scale in zip(ranks, scales, strict=True)])
+    for k, rank in enumerate(ranks):
+        lora.load(k, random_adapter(lora, rank, rank))
+    segments = {1: slice(0, 10), 0: slice(10, 11), 3: slice(11, 24)}  # the third client is not in this pass
+    lora.route([(k, rows.stop - rows.start) for k, rows in segments.items()])
+    assert bool(lora._route.buckets(lora._route.blocks(24, 99), x)) == (products == "in buckets")
+    outputs = layer(x)
+    (outputs**2).sum().backward()
+    together = [[view.grad.clone() for view in lora.parameters(k)[:2]] for k in range(4)]
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in together[2])
+    for k, rows in segments.items():
         lora.zero_grad()
         lora.route([(k, rows.stop - rows.start)])
-        (layer(x[rows]) ** 2).sum().backward()
-        alone = [view.grad for view in lora.parameters(k)[:2]]
-        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(alone, together[k], strict=True))
+        alone = layer(x[rows])
+        (alone**2).sum().backward()
+        assert torch.allclose(alone, outputs[rows], atol=1e-12)
+        grads = [view.grad for view in lora.parameters(k)[:2]]
+        assert all(torch.allclose(a, b, atol=1e-12) for a, b in zip(grads, together[k], strict=True))
 
 
-def test_the_backward_formula_equals_numerical_differentiation(family: str) -> None:
-    lora = LoRAModel(tiny_model(family), TARGETS[family])
+@pytest.mark.usefixtures("products")
+def test_a_client_that_is_not_finite_changes_no_other(family: str, device: str) -> None:
+    lora = LoRAModel(tiny_model(family).to(device), TARGETS[family])  # type: ignore[arg-type]
+    layer = lora.layers[next(iter(lora.layers))]
+    x = torch.randn(12, layer.in_features, generator=torch_stream(1, "x"), dtype=torch.float64).to(device)
+    lora.open([Slot(2, 1.0), Slot(4, 1.0)])
+    for k, rank in enumerate((2, 4)):
+        lora.load(k, random_adapter(lora, rank, rank))
+    found = []
+    for spoiled in (False, True):
+        lora.zero_grad()
+        if spoiled:
+            x[:5] = torch.nan
+            layer.a_RI.detach()[:2], layer.bt_RO.detach()[:2] = torch.nan, torch.inf
+        rows = x.clone().requires_grad_()
+        lora.route([(0, 5), (1, 7)])
+        outputs = layer(rows)
+        outputs.square().sum().backward()
+        found.append([outputs[5:].detach(), rows.grad[5:], *(view.grad.clone() for view in lora.parameters(1)[:2])])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("products")
+def test_the_backward_formula_equals_numerical_differentiation(family: str, device: str) -> None:
+    lora = LoRAModel(tiny_model(family).to(device), TARGETS[family])  # type: ignore[arg-type]
     layer = next(iter(lora.layers.values()))
     lora.set_side(random_adapter(lora, 1, 8))
     lora.open([Slot(2, 2.0), Slot(3, 0.5)])
     for k, rank in enumerate((2, 3)):
         lora.load(k, random_adapter(lora, rank, rank))
-    lora.route([(0, 2), (1, 3)])
-    x = torch.randn(5, layer.in_features, dtype=torch.float64, generator=torch_stream(1, "x"), requires_grad=True)
+    lora.route([(0, 2), (1, 3)], dropout_of(0.3, [row_keys(3, 1, 0, [0, 1])], [2, 3], device))
+    x = torch.randn(5, layer.in_features, dtype=torch.float64, generator=torch_stream(1, "x"))
+    x = x.to(device).requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,))
+    lora.route([(0, 2), (1, 3)])
     start = layer.a_RI.detach().clone().requires_grad_()
 
     def of_a(a: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.families import resolve_targets
 from fedloom.training import packing
-from fedloom.training.attention import bucketed_layout, layout, packed_attention
+from fedloom.training.attention import Layout, layout, packed_attention
 from fedloom.training.loss import output_head
 from fedloom.training.packing import hidden_states, pack, split_by_tokens
 
@@ -53,7 +54,8 @@ def packed_logits(model: Any, rows: TokenSet) -> tuple[torch.Tensor, ...]:
 @pytest.fixture(params=["sample by sample", "in buckets"])
 def _either_layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "in buckets":
-        monkeypatch.setattr(packing, "layout", bucketed_layout)
+        whole = partial(Layout, device=torch.device("cpu"), shares_calls=True)
+        monkeypatch.setattr(packing, "layout", lambda lengths, _: whole(tuple(lengths)))
 
 
 @pytest.mark.usefixtures("_either_layout")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import feature_words
+from fedloom.lora.grouped import add_backward, add_forward
 from fedloom.lora.pair import Pair
 from fedloom.lora.route import Route
 
@@ -33,13 +34,18 @@ class _LowRankLinear(torch.autograd.Function):
         if (side := layer.side_in(x.dtype)) is not None:
             y.addmm_(x @ side.a_RI.T, side.b_OR.T)
         a_x, bt_x, middles = a.to(x.dtype), bt.to(x.dtype), []
-        for slot, tokens, rows, _ in blocks:
-            seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
-            middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
-            y[tokens].addmm_(middle, bt_x[rows])
-            middles.append(middle)
+        buckets = layer.route.buckets(blocks, x)
+        if buckets:
+            middles = add_forward(y, x if mask_TI is None else x * mask_TI, a_x, bt_x, buckets)
+        else:
+            for slot, tokens, rows, _ in blocks:
+                seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
+                middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
+                y[tokens].addmm_(middle, bt_x[rows])
+                middles.append(middle)
         ctx.save_for_backward(x, a_x, bt_x, *middles)
-        ctx.layer, ctx.blocks, ctx.mask_TI, ctx.turn = layer, blocks, mask_TI, layer.route.here.turn
+        ctx.layer, ctx.blocks, ctx.buckets, ctx.mask_TI = layer, blocks, buckets, mask_TI
+        ctx.turn = layer.route.here.turn
         if ctx.turn is not None:
             ctx.turn.expect(id(layer))
         return y
@@ -54,6 +60,11 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad @ layer.weight_OI(grad.dtype)
             if (side := layer.side_in(grad.dtype)) is not None:
                 grad_x.addmm_(grad @ side.b_OR, side.a_RI)
+        if ctx.buckets:
+            seen_TI = x if mask_TI is None else x * mask_TI
+            grads_RX = torch.zeros_like(layer.a_RI), torch.zeros_like(layer.bt_RO)
+            add_backward((grad_x, *grads_RX), grad, seen_TI, (a, bt), middles, ctx.buckets, mask_TI)
+            return grad_x, *grads_RX, None, None, None
         # On a CPU samples are added one by one to the gradients themselves: a batch that is cut into more passes, or
         # shares one with other clients, then has the same sums in the same order, so the same bits wherever a row of a
         # matrix product does not depend on how many there are. Elsewhere many small products cost more than that gives.

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import Dropout
+from fedloom.lora.grouped import Bucket, buckets_of
 from fedloom.lora.turns import Turn
 
 FEWEST_ROWS = 4
 """Rows of a matrix product at least, so that a row's result does not depend on how many there are."""
+
+ONE_BY_ONE = frozenset({"cpu"})
+"""Kinds of devices on which clients' products are taken one after the other."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +47,14 @@ class Block(NamedTuple):
 class Owners:
     """Whose the token rows of a pass are: ``[(slot, rows), ...]`` in order.
 
-    ``samples`` are those of each segment, as in :class:`Block`.
+    ``samples`` are those of each segment, as in :class:`Block`. ``grouped`` are the buckets made so far for this pass,
+    by the slots' ranks, which narrow modules cut.
     """
 
     segments: list[tuple[int, int]] = field(default_factory=list)
     samples: list[list[slice]] = field(default_factory=list)
     dropout: Dropout | None = None
+    grouped: dict[tuple[int, ...], list[Bucket]] = field(default_factory=dict)
 
     @property
     def num_rows(self) -> int:
@@ -96,6 +102,18 @@ class Route:
         """Rows of ``a_RI`` and ``bt_RO`` that belong to a slot."""
         start = sum(min(s.rank, most) for s in self.slots[:slot])
         return slice(start, start + min(self.slots[slot].rank, most))
+
+    def buckets(self, blocks: Sequence[Block], x_TI: Tensor) -> list[Bucket]:
+        """Return the blocks of a module's rows in buckets whose products are taken together; none if one by one.
+
+        One by one on a CPU, whose bits then do not depend on who shares a pass, and where there is but one.
+        """
+        if x_TI.device.type in ONE_BY_ONE or len(blocks) < 2:
+            return []
+        grouped, ranks = self.owners(len(x_TI)).grouped, tuple(block.rows.stop for block in blocks)
+        if ranks not in grouped:
+            grouped[ranks] = buckets_of(blocks, [slot.scale for slot in self.slots], x_TI)
+        return grouped[ranks]
 
     def blocks(self, num_tokens: int, most: int) -> list[Block]:
         """Return the block of every segment, in order.

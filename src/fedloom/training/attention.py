@@ -14,7 +14,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from itertools import accumulate
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from fedloom.errors import ModelError
 from fedloom.models.row_attention import USE_PADDED
+from fedloom.training.flash import attend_at_once, runs_at_once
 from fedloom.training.rotation import rotated_apart
 
 PACKED = "fedloom_packed"
@@ -51,20 +54,48 @@ class Bucket:
     kept: Tensor
 
 
+class Buckets(NamedTuple):
+    """All samples in buckets; ``restore`` (T) brings the kept rows of all back into the order of the pass."""
+
+    buckets: list[Bucket]
+    restore: Tensor
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """How samples lie in a packed pass, and how their attention is called.
 
-    Without buckets every sample is a call of its own on views of the pass: nothing is copied or padded, which is the
-    faster way on a CPU. With buckets there are few calls, which is what a GPU needs. ``restore`` (T) brings the kept
-    rows of all buckets back into the order of the pass. ``attended`` gathers the modules that were called with it.
+    Where samples do not share calls each is a call of its own on views of the pass: nothing is copied or padded, which
+    is the faster way on a CPU. A GPU needs few calls: one for all where :mod:`fedloom.training.flash` runs, else one
+    for each bucket. ``attended`` gathers the modules that were called with it.
     """
 
     lengths: tuple[int, ...]
-    buckets: tuple[Bucket, ...] = ()
-    restore: Tensor | None = None
+    device: torch.device
+    shares_calls: bool
     attended: set[nn.Module] = field(default_factory=set, repr=False)
     _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
+
+    @cached_property
+    def bounds_N1(self) -> Tensor:
+        """Where samples begin and end (N + 1, int32)."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device)
+
+    @cached_property
+    def in_buckets(self) -> Buckets:
+        """The samples in buckets of similar length, right-padded."""
+        starts = torch.tensor([0, *accumulate(self.lengths)])
+        buckets, kept_rows = [], []
+        for members in _similar(self.lengths):
+            length = self.lengths[members[-1]]
+            steps = torch.arange(length)[None]
+            own = torch.tensor([self.lengths[i] for i in members])[:, None]
+            # Padding repeats a sample's last token: a real row, so no NaN can arise, and causal attention hides it.
+            rows = starts[members][:, None] + torch.minimum(steps, own - 1)
+            kept = (steps < own).flatten().nonzero()[:, 0]
+            kept_rows.append(rows.flatten()[kept])
+            buckets.append(Bucket(len(members), length, rows.flatten().to(self.device), kept.to(self.device)))
+        return Buckets(buckets, torch.cat(kept_rows).argsort().to(self.device))
 
     def mask(self, like: Tensor, length: int, sliding_window: int | None) -> Tensor:
         """Return what to add to a sample's scores (L, L): 0 where a token (row) sees another, −inf elsewhere.
@@ -81,26 +112,9 @@ class Layout:
 
 
 def layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-    """Return the layout of samples of these lengths: sample by sample on a CPU, in buckets elsewhere."""
-    if torch.device(device).type == "cpu":
-        return Layout(tuple(lengths))
-    return bucketed_layout(lengths, device)
-
-
-def bucketed_layout(lengths: Sequence[int], device: torch.device | str = "cpu") -> Layout:
-    """Return a layout whose samples share attention calls with those of similar length."""
-    starts = torch.tensor([0, *lengths[:-1]]).cumsum(0)
-    buckets, kept_rows = [], []
-    for members in _similar(lengths):
-        length = lengths[members[-1]]
-        steps = torch.arange(length)[None]
-        own = torch.tensor([lengths[i] for i in members])[:, None]
-        # Padding repeats a sample's last token: a real row, so no NaN can arise, and causal attention hides it.
-        rows = starts[members][:, None] + torch.minimum(steps, own - 1)
-        kept = (steps < own).flatten().nonzero()[:, 0]
-        kept_rows.append(rows.flatten()[kept])
-        buckets.append(Bucket(len(members), length, rows.flatten().to(device), kept.to(device)))
-    return Layout(tuple(lengths), tuple(buckets), torch.cat(kept_rows).argsort().to(device))
+    """Return the layout of samples of these lengths: sample by sample on a CPU, in shared calls elsewhere."""
+    place = torch.device(device)
+    return Layout(tuple(lengths), place, shares_calls=place.type != "cpu")
 
 
 def _similar(lengths: Sequence[int]) -> list[list[int]]:
@@ -177,11 +191,15 @@ def attend(
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     call = _Call(rows, scale, sliding_window, softcap)
-    if not rows.buckets:
+    if not rows.shares_calls:
         parts = [torch.split(t, list(rows.lengths), dim=2) for t in (query, key, value)]
         attended = [call(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)]
         return torch.cat(attended, dim=1), None
-    return _attend_in_buckets(call, query, key, value, rows), None
+    if softcap is None and runs_at_once(query):
+        window = None if sliding_window is None or sliding_window >= max(rows.lengths) else sliding_window
+        ends = (rows.bounds_N1, max(rows.lengths))
+        return attend_at_once(query, key, value, *ends, scaling=scale, sliding_window=window), None
+    return _attend_in_buckets(call, query, key, value, rows.in_buckets), None
 
 
 def _check_supported(
@@ -210,7 +228,7 @@ def _layer_type(module: nn.Module) -> str | None:
     return types[index] if types is not None and index is not None else None
 
 
-def _attend_in_buckets(call: _Call, query: Tensor, key: Tensor, value: Tensor, rows: Layout) -> Tensor:
+def _attend_in_buckets(call: _Call, query: Tensor, key: Tensor, value: Tensor, rows: Buckets) -> Tensor:
     """Gather each bucket's samples, attend, and bring the real rows back in order."""
     by_token = [t[0].transpose(0, 1) for t in (query, key, value)]
     kept = []

@@ -11,7 +11,7 @@ import torch
 from fedloom.errors import ModelError
 from fedloom.models.families import model_type
 from fedloom.models.row_attention import USE_PADDED, Attention
-from fedloom.training.attention import Layout
+from fedloom.training.attention import layout
 from fedloom.training.loss import PROBE_LENGTHS, read_output_head
 from fedloom.training.packing import hidden_states, pack
 
@@ -50,7 +50,7 @@ def check_runs_packed(model: Any) -> None:
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
     _refuse_foreign(model, [kind for kind in dict.fromkeys(map(str, kinds)) if not _attends(kind)])
     batch = pack([(np.zeros(n, np.int32), np.ones(n, np.bool_)) for n in PROBE_LENGTHS], "meta")
-    batch = replace(batch, layout=Layout(batch.lengths))
+    batch = replace(batch, layout=layout(batch.lengths))
     try:
         hidden_states(model, batch)
     except ModelError as error:
