@@ -38,6 +38,10 @@ from fedloom.models.families import resolve_targets
 from fedloom.training.cohort_round import ClientTask, train_cohort
 
 
+MOST_ROWS = 300
+"""Rows of a client that are read: more than its steps take."""
+
+
 def load(shape: str, data: Path, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """Return a shape's frozen model on the device and its tokenizer."""
     if shape != "llama7b":
@@ -105,7 +109,7 @@ def measure(shape: str, dtype: torch.dtype, data: Path, arguments: argparse.Name
     """Run the sides in turn and print what they took."""
     device = arguments.device
     model, tokenizer = load(shape, data, dtype, device)
-    work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
+    work = work_of(load_clients(data, tokenizer, len(arguments.ranks), MOST_ROWS), arguments)
     real, padded = num_tokens(work)
     seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
     losses: dict[str, list[float]] = {}
@@ -118,6 +122,7 @@ def measure(shape: str, dtype: torch.dtype, data: Path, arguments: argparse.Name
                 torch.cuda.reset_peak_memory_stats()
                 held = torch.cuda.memory_allocated()
             seconds[side].append(timed(device, lambda: losses.update({side: SIDES[side](model, work)})))  # noqa: B023
+            print(f"  ... {side} {seconds[side][-1]:.2f} s", flush=True)
             peaks[side] = (torch.cuda.max_memory_allocated() - held) / 2**30 if device != "cpu" else 0.0
     rate, floor = matmul_rate(dtype, device), floor_flops(model, work)
     first = losses[arguments.sides[0]]

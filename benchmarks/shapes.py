@@ -43,13 +43,13 @@ def load_shape(shape: str, data: Path, dtype: str = "float32") -> tuple[Any, Any
     return model.to(DTYPES[dtype]).requires_grad_(False).eval(), tokenizer
 
 
-def load_clients(data: Path, tokenizer: Any, num_clients: int = 10) -> list[TokenSet]:
-    """Return the tokens of Dolly's clients."""
+def load_clients(data: Path, tokenizer: Any, num_clients: int = 10, most_rows: int | None = None) -> list[TokenSet]:
+    """Return the tokens of Dolly's clients, of the first rows of each where few are enough."""
     folder = data / "instruct" / "dolly15k_10clients"
     files = [folder / f"local_training_{i}.json" for i in range(num_clients)]
     return [
         encode(
-            read_records(load_rows(str(f))), tokenizer, max_length=LONGEST, overlong="drop", unanswered="drop"
+            read_records(load_rows(str(f))[:most_rows]), tokenizer, max_length=LONGEST, overlong="drop", unanswered="drop"
         ).tokens
         for f in files
     ]

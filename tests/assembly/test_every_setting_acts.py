@@ -116,6 +116,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "training.proximal": (0.1, {}),
     "training.control_variates": (True, {}),
     "training.token_budget": (100, {}),
+    "training.checkpoint_activations": (True, {}),
     "privacy.unit": ("row", {}),
     "privacy.clip": (0.5, {"privacy.unit": "row"}),
     "privacy.noise_multiplier": (2.0, {"privacy.unit": "row"}),
@@ -203,7 +204,14 @@ READ_IN = {
     "run.tags": ("experiment/session.py", "tags=chosen.tags"),
     "devices.server_flops": ("preview/cut_table.py", "settings.devices.server_flops"),
 }
-UNREAD_BY_A_CUT = {"steps": None, "epochs": None, "total_rounds": 1, "token_budget": 1, "micro_batch_size": None}
+UNREAD_BY_A_CUT = {
+    "steps": None,
+    "epochs": None,
+    "total_rounds": 1,
+    "token_budget": 1,
+    "micro_batch_size": None,
+    "checkpoint_activations": False,
+}
 """What of ``LocalTraining`` a cut model's parties do not read, as ``SplitPlan`` says."""
 
 

@@ -20,6 +20,7 @@ from fedloom.models.families import resolve_targets
 from fedloom.seeding import torch_stream
 from fedloom.training import client_passes
 from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
+from fedloom.training.private_rows import RowPrivacy
 
 SETTINGS = LocalTraining(learning_rate=1e-2, batch_size=3, steps=20)
 LENGTHS = ([9, 3, 17, 5, 2, 8, 11, 4], [21, 2, 6], [7, 7, 30, 12, 3])
@@ -126,6 +127,26 @@ def test_a_device_trains_what_the_cpu_trains(
         assert there.stats.loss_nats == pytest.approx(here.stats.loss_nats, rel=1e-9)
         assert there.optimiser_state is not None
         assert {tensor.device.type for tensor in there.optimiser_state.values()} == {"cpu"}
+
+
+@pytest.mark.parametrize("changes", [{}, {"cores": 2}, {"token_budget": 20}, {"privacy": RowPrivacy(1.0, 0.5)}])
+def test_activations_kept_at_borders_only_change_no_bit(
+    placed_lora: LoRAModel, tasks: list[ClientTask], changes: dict[str, Any]
+) -> None:
+    settings = replace(SETTINGS, dropout=0.2, steps=3, **changes)
+    kept = train(placed_lora, tasks, settings)
+    layer = next(iter(placed_lora.layers.values()))
+    calls: list[bool] = []
+    forward = layer.forward
+    layer.forward = lambda x: (calls.append(torch.is_grad_enabled()), forward(x))[1]  # type: ignore[method-assign]
+    once = train(placed_lora, tasks, settings), len(calls)
+    twice = train(placed_lora, tasks, replace(settings, checkpoint_activations=True)), len(calls) - once[1]
+    assert twice[1] > 1.5 * once[1]
+    for one, other in zip(kept, twice[0], strict=True):
+        assert other.stats.loss_nats == one.stats.loss_nats
+        for name, pair in one.adapter.items():
+            assert torch.equal(pair.a_RI, other.adapter[name].a_RI)
+            assert torch.equal(pair.b_OR, other.adapter[name].b_OR)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])

@@ -289,6 +289,7 @@ def training_of(settings: Settings) -> LocalTraining:
         start_rounds=settings.start_rounds,
         privacy=privacy_of(settings),
         cores=settings.engine.cores,
+        checkpoint_activations=training.checkpoint_activations,
     )
 
 

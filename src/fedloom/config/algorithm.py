@@ -216,6 +216,12 @@ class Training(Table):
         "Tokens per pass over all clients trained together. Changes memory and speed, and the result by rounding only.",
         when=ROUNDS,
     )
+    checkpoint_activations: bool = setting(
+        False,
+        "Keep what enters each block of a pass only, and run the blocks once more in backward: less memory, about a "
+        "third more time, the same result.",
+        when=ROUNDS,
+    )
 
 
 class Split(Table):

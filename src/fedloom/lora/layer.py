@@ -5,7 +5,8 @@ A slot holds raw factors and a scale s; outside, only the effective pair ``(s·b
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -200,6 +201,10 @@ class LoRAModel:
         """Send every token of this thread's next passes to one slot, or to none (base and side only)."""
         here = self._route.here
         here.everything_to, here.whole, here.chosen, here.turn = slot, Owners(dropout=dropout), None, None
+
+    def routed_again(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what routes passes, in any thread, as this thread's are now; no gradients are added there."""
+        return self._route.here.again()
 
     def unwrap(self) -> nn.Module:
         """Put the original modules back and return the model."""

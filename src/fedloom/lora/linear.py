@@ -43,8 +43,8 @@ class _LowRankLinear(torch.autograd.Function):
                 middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
                 y[tokens].addmm_(middle, bt_x[rows])
                 middles.append(middle)
-        ctx.save_for_backward(x, a_x, bt_x, *middles)
-        ctx.layer, ctx.blocks, ctx.buckets, ctx.mask_TI = layer, blocks, buckets, mask_TI
+        ctx.save_for_backward(x, a_x, bt_x, mask_TI, *middles)
+        ctx.layer, ctx.blocks, ctx.buckets = layer, blocks, buckets
         ctx.turn = layer.route.here.turn
         if ctx.turn is not None:
             ctx.turn.expect(id(layer))
@@ -53,8 +53,8 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # A dropped x is masked again here instead of being kept: the mask is drawn once, the product is cheap.
-        x, a, bt, *middles = ctx.saved_tensors
-        layer, mask_TI, grad = ctx.layer, ctx.mask_TI, grads[0].contiguous()
+        x, a, bt, mask_TI, *middles = ctx.saved_tensors
+        layer, grad = ctx.layer, grads[0].contiguous()
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ layer.weight_OI(grad.dtype)

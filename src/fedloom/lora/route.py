@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ from fedloom.lora.turns import Turn
 FEWEST_ROWS = 4
 """Rows of a matrix product at least, so that a row's result does not depend on how many there are."""
 
-ONE_BY_ONE = frozenset({"cpu"})
+ONE_BY_ONE = frozenset({"cpu", "meta"})
 """Kinds of devices on which clients' products are taken one after the other."""
 
 
@@ -70,6 +71,21 @@ class _Here(threading.local):
         self.whole = Owners()
         self.chosen: Owners | None = None
         self.turn: Turn | None = None
+
+    def again(self) -> Callable[[], AbstractContextManager[None]]:
+        """Return what routes a thread's passes as this thread's are now, without a turn: it adds no gradients."""
+        kept = {**self.__dict__, "turn": None}
+
+        @contextmanager
+        def routed() -> Iterator[None]:
+            before = dict(self.__dict__)
+            self.__dict__.update(kept)
+            try:
+                yield
+            finally:
+                self.__dict__.update(before)
+
+        return routed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Here:
         """Copy what this thread's passes are routed to: a model may be copied, a ``threading.local`` cannot."""

@@ -84,7 +84,7 @@ def remedy(name: str, among: Iterable[str]) -> str:
         return _installed().faults[name]
     close = difflib.get_close_matches(name, list(among), 1, 0.5)
     nearest = f"did you mean {close[0]}?" if close else "name one of them"
-    return nearest if has(name) else f"{nearest}{'' if close else '.'} A method of your own must be registered or installed first"
+    return nearest if has(name) else f"{nearest} (a method of your own must be registered or installed first)"
 
 
 def traits_of(name: str) -> Traits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.families import decoder_blocks
+from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.last_block import assume_targets_alone, forget_targets_alone
 from fedloom.training.loss import OutputHead, chunk_rows, read_output_head, supervised_cross_entropy, target_nats
 from fedloom.training.packing import PackedBatch, Row, pack
@@ -48,6 +50,7 @@ class PlannedPass:
     owners: tuple[int, ...] = ()
     dropout: float = 0.0
     label_smoothing: float = 0.0
+    checkpoint_activations: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -194,14 +197,15 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) ->
         with torch.no_grad():
             passes.hidden_states(model, batch)
         assume_targets_alone(model, batch.layout.attended)
-    with HeldBytes(known) as held, _FusedAttention():
+    kept = checkpointed_blocks(lora) if planned.checkpoint_activations else nullcontext()
+    with HeldBytes(known) as held, _FusedAttention(), kept:
         lora.open_narrow([Slot(rank, 1.0) for rank in planned.ranks])
         hidden_SD = step(lora, planned, batch, passes)
-        kept = held.now
+        before = held.now
         of_logits = _logit_bytes(read_output_head(model), hidden_SD, planned, device)
         if hidden_SD.requires_grad:
             torch.autograd.backward(hidden_SD, torch.empty_like(hidden_SD))
-    return int(max(held.peak, kept + of_logits))
+    return int(max(held.peak, before + of_logits))
 
 
 def _train(lora: LoRAModel, planned: PlannedPass, batch: Any, passes: RowPasses) -> Tensor:

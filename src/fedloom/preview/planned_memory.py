@@ -188,7 +188,13 @@ def _training_pass(settings: Settings, sample: RowSample, parts: Sequence[_Part]
         owners += [1 + i % units for i in range(len(own))] if units else [part.slot] * len(own)
     targets = sum(int(sample.targets_N[row]) for part in parts for row in part.rows)
     return PlannedPass(
-        tuple(lengths), targets, (rank,) * opened, tuple(owners), training.dropout, training.label_smoothing
+        tuple(lengths),
+        targets,
+        (rank,) * opened,
+        tuple(owners),
+        training.dropout,
+        training.label_smoothing,
+        training.checkpoint_activations,
     )
 
 

@@ -74,6 +74,7 @@ class SheetTraining(Part):
     token_budget: Number
     start_rounds: Annotated[int, Ge(0), Le(1)] = 0
     privacy: SheetPrivacy | None = None
+    checkpoint_activations: bool = False
 
 
 class SheetSplit(Part):

@@ -4,10 +4,9 @@ What a client ends with depends on its own rows, rank, start and streams only; w
 changes rounding at most, and on a CPU no bit (:mod:`fedloom.lora.linear` says how). Per step and client the loss is the
 mean over all supervised tokens of the batch, however many micro-batches it is cut into.
 
-What is fresh in each round: the optimiser's moments and step count (unless ``optimiser_state`` is given), the
-order of the rows (stream ``batches``), the dropout masks (one per row, :mod:`fedloom.lora.dropout`), and with
-``schedule_span = "round"`` the learning-rate schedule with its warm-up. What persists: only what the caller passes in
-again, ``start`` and ``optimiser_state``; with ``schedule_span = "run"`` the schedule continues from round to round.
+Fresh in each round are the optimiser's moments and step count (unless ``optimiser_state`` is given), the order of the
+rows (stream ``batches``), the dropout masks (one per row, :mod:`fedloom.lora.dropout`), and with ``schedule_span =
+"round"`` the schedule. What persists is passed in again: ``start`` and ``optimiser_state``.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -27,6 +27,7 @@ from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
+from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.client_passes import MicroBatch, Passes, can_spread
 from fedloom.training.control_variates import Variates, corrected_steps
 from fedloom.training.loss import output_head
@@ -52,6 +53,7 @@ class LocalTraining:
     the result by rounding only: a row's dropout mask is its own. Draws and schedule count from the round after the
     first ``start_rounds``, which train nothing. With ``privacy`` no single row shows in what a client trains. On a CPU
     a step's passes, then smaller, are spread over ``cores`` threads, whose number changes no bit; not private steps.
+    With ``checkpoint_activations`` a pass keeps what enters its blocks, and backward runs them once more.
     """
 
     learning_rate: float
@@ -73,6 +75,7 @@ class LocalTraining:
     start_rounds: int = 0
     privacy: RowPrivacy | None = None
     cores: int = 1
+    checkpoint_activations: bool = False
 
     @property
     def num_unit_slots(self) -> int:
@@ -126,10 +129,8 @@ class ClientResult:
 
     ``seconds`` are the client's share, by tokens, of the passes it was in. ``gradient`` is that of the batch's mean
     loss with respect to the effective factors, where the task measures it; ``optimiser_state`` is there where the task
-    keeps it.
-
-    A client whose loss is not finite takes that step and then stops: its losses and its adapter are not finite
-    either, so the check of updates drops it and gives the reason.
+    keeps it. A client whose loss is not finite takes that step and then stops: its losses and its adapter are not
+    finite either, so the check of updates drops it and says why.
     """
 
     client: int
@@ -163,7 +164,7 @@ def train_cohort(
     on_step: Callable[[StepReport], None] | None = None,
     draws: Callable[[int, int, int], Draws] = SeededDraws,
 ) -> list[ClientResult]:
-    """Train every task's adapter from its start for one round and return the results in the tasks' order.
+    """Train every task's adapter from its start for one round; return the results in the tasks' order.
 
     Law: ``loss_k = (1/S_k) Σ_s nll_s`` over the S_k targets of client k's batch; the pass minimises ``Σ_k loss_k``,
     whose gradient at client k's factors is that of ``loss_k`` alone. A client with fewer steps is not touched again
@@ -188,13 +189,14 @@ def train_cohort(
         passes = Passes(lora, rows, head, settings.token_budget, settings.dropout, settings.label_smoothing, cores)
         chance = _Chance(seed, round, draws)
         clients = [_Client(lora, passes, slot, task, settings, chance) for slot, task in enumerate(tasks)]
-        while active := [client for client in clients if not client.is_done]:
-            passes.gather([client.micro_batches() for client in active])
-            for client in active:
-                report = client.update()
-                if on_step is not None:
-                    on_step(report)
-            lora.zero_grad()
+        with checkpointed_blocks(lora) if settings.checkpoint_activations else nullcontext():
+            while active := [client for client in clients if not client.is_done]:
+                passes.gather([client.micro_batches() for client in active])
+                for client in active:
+                    report = client.update()
+                    if on_step is not None:
+                        on_step(report)
+                lora.zero_grad()
         return [client.result() for client in clients]
     finally:
         lora.close()
