@@ -22,6 +22,7 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from fedloom.data.tokenizer import load_tokenizer
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.families import resolve_targets
 from fedloom.training.cohort_round import ClientTask, train_cohort
-
 
 MOST_ROWS = 300
 """Rows of a client that are read: more than its steps take."""
@@ -110,6 +110,7 @@ def measure(shape: str, dtype: torch.dtype, data: Path, arguments: argparse.Name
     device = arguments.device
     model, tokenizer = load(shape, data, dtype, device)
     work = work_of(load_clients(data, tokenizer, len(arguments.ranks), MOST_ROWS), arguments)
+    work = replace(work, training=replace(work.training, checkpoint_activations=arguments.checkpoint))
     real, padded = num_tokens(work)
     seconds: dict[str, list[float]] = {side: [] for side in arguments.sides}
     losses: dict[str, list[float]] = {}
@@ -155,6 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="steps per client")
     parser.add_argument("--batch-size", type=int, default=8, help="rows per step")
     parser.add_argument("--budget", type=int, default=16384, help="tokens per pass (fedloom)")
+    parser.add_argument("--checkpoint", action="store_true", help="training.checkpoint_activations (fedloom)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--profile", action="store_true", help="a table of operators of the first side")

@@ -47,12 +47,8 @@ def load_clients(data: Path, tokenizer: Any, num_clients: int = 10, most_rows: i
     """Return the tokens of Dolly's clients, of the first rows of each where few are enough."""
     folder = data / "instruct" / "dolly15k_10clients"
     files = [folder / f"local_training_{i}.json" for i in range(num_clients)]
-    return [
-        encode(
-            read_records(load_rows(str(f))[:most_rows]), tokenizer, max_length=LONGEST, overlong="drop", unanswered="drop"
-        ).tokens
-        for f in files
-    ]
+    kept: dict[str, Any] = {"max_length": LONGEST, "overlong": "drop", "unanswered": "drop", "at_most": most_rows}
+    return [encode(read_records(load_rows(str(f))), tokenizer, **kept).tokens for f in files]
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

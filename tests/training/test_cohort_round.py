@@ -122,9 +122,11 @@ def test_a_device_trains_what_the_cpu_trains(
 ) -> None:
     settings = replace(SETTINGS, dropout=0.2, label_smoothing=0.1, proximal=0.1, max_grad_norm=0.5, steps=4)
     kept = [replace(task, keeps_moments=True) for task in tasks]
+    # On CUDA torch's fused AdamW takes the powers of its betas in fp32, whatever the parameters are.
+    tolerance = 1e-9 if placed_lora.base_weight.device.type == "cpu" else 1e-6
     for here, there in zip(train(llama_lora, kept, settings), train(placed_lora, kept, settings), strict=True):
-        assert_same(here.adapter, there.adapter, 1e-9)
-        assert there.stats.loss_nats == pytest.approx(here.stats.loss_nats, rel=1e-9)
+        assert_same(here.adapter, there.adapter, tolerance)
+        assert there.stats.loss_nats == pytest.approx(here.stats.loss_nats, rel=tolerance)
         assert there.optimiser_state is not None
         assert {tensor.device.type for tensor in there.optimiser_state.values()} == {"cpu"}
 
