@@ -78,11 +78,11 @@ HUB_BASES = {
 """Configurations of the recipes' bases, from their pages on the hub."""
 
 
-def planned_of_recipe(name: str, folder: Path) -> PlannedMemory:
+def planned_of_recipe(name: str, folder: Path, *overrides: str) -> PlannedMemory:
     """Plan a recipe on a GPU, as `fedloom describe` does that fetches the base's configuration."""
     base = config.parse(recipes.read(name), name)["model"]["base"]
     HUB_BASES[base].save_pretrained(folder)
-    chosen = [f"model.base={folder}", "model.device=cuda"]
+    chosen = [f"model.base={folder}", "model.device=cuda", *overrides]
     settings = config.resolve(config.parse(recipes.read(name), name), name, chosen, also=())
     model = skeleton(settings)
     if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
@@ -95,6 +95,13 @@ def test_the_headers_of_recipes_state_what_the_plan_gives(name: str, tmp_path: P
     stated = re.search(r"takes at most about ([0-9.]+ [GM]B)", recipes.describe(name).machine)
     assert stated is not None
     assert stated[1] == written_bytes(planned_of_recipe(name, tmp_path).total_bytes)
+
+
+def test_activations_kept_at_borders_only_need_a_quarter_at_most_of_llama_7b(tmp_path: Path) -> None:
+    whole = planned_of_recipe("fedit-dolly", tmp_path)
+    kept = planned_of_recipe("fedit-dolly", tmp_path, "training.checkpoint_activations=true")
+    assert kept.pass_bytes < whole.pass_bytes / 4
+    assert (kept.base_bytes, kept.client_bytes) == (whole.base_bytes, whole.client_bytes)
 
 
 @pytest.mark.slow

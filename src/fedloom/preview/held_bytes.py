@@ -9,8 +9,8 @@ Letters: T tokens, S targets, H heads, E width of a head.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +29,7 @@ from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.last_block import assume_targets_alone, forget_targets_alone
 from fedloom.training.loss import OutputHead, chunk_rows, read_output_head, supervised_cross_entropy, target_nats
 from fedloom.training.packing import PackedBatch, Row, pack
+from fedloom.training.rotation import replaced_forward
 from fedloom.training.row_passes import RowPasses, row_passes
 
 _DEPTHS = (1, 2)
@@ -107,6 +108,21 @@ class _FusedAttention(TorchFunctionMode):
             named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
             return _Fused.apply(named["query"], named["key"], named["value"])  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _checkpointed(lora: LoRAModel) -> Iterator[None]:
+    """Checkpoint activations; a block that backward runs again has the kernels of :class:`_FusedAttention` too."""
+
+    def fused(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with _FusedAttention():  # the one around everything is off within backward, which it sees
+            return original(*args, **kwargs)
+
+    with ExitStack() as stack:
+        for block in lora.model.get_submodule(decoder_blocks(lora.model).blocks).children():
+            stack.enter_context(replaced_forward(block, fused))
+        stack.enter_context(checkpointed_blocks(lora))
+        yield
 
 
 def training_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
@@ -197,7 +213,7 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) ->
         with torch.no_grad():
             passes.hidden_states(model, batch)
         assume_targets_alone(model, batch.layout.attended)
-    kept = checkpointed_blocks(lora) if planned.checkpoint_activations else nullcontext()
+    kept = _checkpointed(lora) if planned.checkpoint_activations else nullcontext()
     with HeldBytes(known) as held, _FusedAttention(), kept:
         lora.open_narrow([Slot(rank, 1.0) for rank in planned.ranks])
         hidden_SD = step(lora, planned, batch, passes)
