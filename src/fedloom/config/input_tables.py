@@ -124,8 +124,8 @@ class Data(Table):
     max_rows: Count | None = setting(None, "Use only that many rows, drawn at random; default: all.")
     canaries: Natural = setting(
         0,
-        "Sequences of random tokens planted among a client's rows, of each client that gets any; `fedloom leakage` says "
-        "whether the model gives them away.",
+        "Sequences of random tokens planted among the rows of each client that gets any; `fedloom leakage` says if "
+        "the model gives them away.",
         when={"method.name": having("runs_rounds")},
     )
     canary_clients: tuple[Name, ...] = setting(

@@ -25,7 +25,7 @@ NUM_TOKENS = 8
 
 @dataclass(frozen=True)
 class Canary:
-    """A planted sequence: the client that holds it, how often, and its tokens, of which all but the first are learned."""
+    """A planted sequence: who holds it, how often, and its tokens, of which all but the first are learned."""
 
     client: str
     repetitions: int

@@ -51,12 +51,14 @@ class TokenInputs:
         """
         _, strengths, directions = torch.linalg.svd(rows_MI @ self._whiten_II, full_matrices=False)
         rank = int((strengths > _NONE * strengths[0]).sum())
-        return (self._tokens_VI @ directions[: min(rank, rows_MI.shape[1] // 2)].T).square().sum(1)
+        chosen = directions[: min(rank, rows_MI.shape[1] // 2)]
+        share_V: Tensor = (self._tokens_VI @ chosen.T).square().sum(1)
+        return share_V
 
     def energy(self, rows_MI: Tensor) -> Tensor:
         """Return of each token (V,) the energy of the rows along its input, 1 on average."""
-        found = (self._tokens_VI @ (rows_MI @ self._whiten_II).T).square().sum(1)
-        return found / found.mean()
+        found_V: Tensor = (self._tokens_VI @ (rows_MI @ self._whiten_II).T).square().sum(1)
+        return found_V / found_V.mean()
 
 
 def token_scores(start: Adapter | None, seen: Adapter, inputs: Mapping[str, Tensor]) -> NDArray[np.float64] | None:
@@ -157,7 +159,9 @@ def mean_recovery(found: Sequence[Recovery]) -> Recovery:
         return float(np.mean(values)) if values else None
 
     named, control, tokens = mean("named"), mean("named_of_control"), mean("num_tokens")
-    assert named is not None and control is not None and tokens is not None
+    assert named is not None
+    assert control is not None
+    assert tokens is not None
     return Recovery(named, control, mean("commonest"), mean("auc"), tokens)
 
 

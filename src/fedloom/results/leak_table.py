@@ -81,8 +81,8 @@ def _details(one: RoundLeakage, *, many: bool) -> list[str]:
 
 def _legend(runs: Sequence[RoundLeakage]) -> list[str]:
     lines = [
-        "rows: AUC is the chance that a row trained on looks more so than another, 0.5 a guess; at 1 %: rows trained on "
-        "that are found at one false alarm in a hundred"
+        "rows: AUC is the chance that a row trained on looks more so than another, 0.5 a guess; at 1 %: those trained "
+        "on that are found at one false alarm in a hundred"
     ]
     if any(one.tokens is not None for one in runs):
         lines.append(
@@ -119,8 +119,8 @@ def html_of(found: RoundLeakages) -> str:
 
 def _charts(runs: Sequence[RoundLeakage]) -> list[str]:
     read: list[tuple[str, _Value]] = [
-        ("rows", lambda one: one.membership.all and one.membership.all.auc),
-        ("tokens", lambda one: one.tokens and one.tokens.all.auc),
+        ("rows", lambda one: None if one.membership.all is None else one.membership.all.auc),
+        ("tokens", lambda one: None if one.tokens is None else one.tokens.all.auc),
     ]
     return [
         _chart("What an attacker reads", "AUC, 0.5 is a guess", runs, read),
@@ -130,11 +130,11 @@ def _charts(runs: Sequence[RoundLeakage]) -> list[str]:
 
 
 def _bits(one: RoundLeakage) -> float | None:
-    return one.exposures and one.exposures.bits_against_base
+    return None if one.exposures is None else one.exposures.bits_against_base
 
 
 def _chart(title: str, axis: str, runs: Sequence[RoundLeakage], of: Sequence[tuple[str, _Value]]) -> str:
-    """Return a plot over ε, or nothing where no run has noise; runs of one ε are averaged by nobody: all are points."""
+    """Return a plot over ε, or nothing where no run has noise; every run with noise is a point."""
     lines, levels = [], []
     for colour, (label, value_of) in enumerate(of):
         known = [(one.epsilon, value) for one in runs if (value := value_of(one)) is not None]

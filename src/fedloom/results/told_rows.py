@@ -114,7 +114,8 @@ def exposures(replay: Replay, num_candidates: int) -> Exposures | None:
     tokenizer, seed = replay.opened.base.tokenizer, replay.settings.run.seed
     others = rows_of_sequences(sequences(tokenizer, num_candidates, seed, "candidates"))
     read = _read(replay)
-    plain, against = [], []
+    plain: list[float] = []
+    against: list[float] = []
     for client in sorted({names.index(canary.client) for canary in read}):
         mine = [canary for canary in read if canary.client == names[client]]
         under, base = reader.mean_nats(client, TokenSet.concatenate([*(one.row for one in mine), others]))
