@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from example_runs import rewrite
 
 from fedloom.cli.app import exit_code
 from fedloom.config import Settings
@@ -63,6 +64,9 @@ def test_memorised_rows_and_canaries_are_told_and_those_of_others_are_not(settin
     assert (found.epsilon, found.unit) == (None, "none")
     assert found.tokens is not None
     assert found.tokens.round == 4
+    rewrite(tmp_path / "run", "canaries.json", {"canaries": []})
+    with pytest.raises(EvaluationError, match=r"canaries.json: expected the canaries that the settings plant"):
+        Replay.of(open_result(tmp_path / "run"))
 
 
 def test_nothing_is_measured_that_the_server_does_not_see(settings_for: Make, tmp_path: Path) -> None:

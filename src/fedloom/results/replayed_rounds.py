@@ -7,7 +7,7 @@ where the state of the round before is kept. Uploads that the run kept take the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 
 import numpy as np
@@ -20,6 +20,7 @@ from fedloom.assembly.round_state import read_round
 from fedloom.clients.memory import Memory
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names, without_clients
+from fedloom.data.canaries import CANARIES
 from fedloom.data.tokens import TokenSet
 from fedloom.engines.local_engine import LocalEngine
 from fedloom.errors import EvaluationError
@@ -33,6 +34,8 @@ from fedloom.methods.state import ServerState, Update
 from fedloom.methods.state_codec import TENSORS, damage_named
 from fedloom.results.held_out import own_inputs
 from fedloom.results.opened_result import OpenedResult
+from fedloom.run_folder.contents import read_object
+from fedloom.run_folder.durable import plain
 from fedloom.training.read_rows import rows_read
 
 
@@ -85,6 +88,13 @@ class Replay:
             )
         inputs = own_inputs(opened)
         assert inputs is not None
+        if inputs.canaries:
+            kept = read_object(run.path, run.manifest, CANARIES).get("canaries")
+            if kept != plain([asdict(canary) for canary in inputs.canaries]):
+                raise EvaluationError(
+                    f"{run.path / CANARIES}: expected the canaries that the settings plant, got others; measure with "
+                    "the tokenizer and the version of fedloom that the run was made with"
+                )
         names = inputs.partition.names
         placed = resolve_names(without_clients(settings, names, inputs.left_out), names)
         return cls(opened, inputs, placed, population_of(placed, inputs))
