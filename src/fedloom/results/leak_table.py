@@ -110,7 +110,7 @@ def html_of(found: RoundLeakages) -> str:
     body = "".join(
         (
             element("header", head),
-            section("attacks", "Over ε", "Runs without noise are the horizontal lines.", *_charts(found.runs)),
+            section("attacks", "Over ε", "Runs without noise (ε = ∞) are the horizontal lines.", *_charts(found.runs)),
             section("runs", "Runs", "", table(HEAD, [cells(one) for one in found.runs]), *told),
         )
     )
@@ -142,7 +142,7 @@ def _chart(title: str, axis: str, runs: Sequence[RoundLeakage], of: Sequence[tup
         if points:
             lines.append(Line(label, colour, [x for x, _ in points], [y for _, y in points]))
         free = [value for epsilon, value in known if epsilon is None]
-        levels += [Level(f"{label}, no noise", colour, math.fsum(free) / len(free))] if free else []
+        levels += [Level(f"{label}, ε = ∞", colour, math.fsum(free) / len(free))] if free else []
     if not lines:
         return ""
     return figure(title, line_chart(title, Axis("ε", kind="log"), Axis(axis), lines, levels))
