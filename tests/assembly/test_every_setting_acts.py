@@ -63,6 +63,9 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.validation_fraction": (0.25, {}),
     "data.scored_seeds": ((2, 3), {"data.validation_fraction": 0.25, "data.eval_rows": 4}),
     "data.max_rows": (20, {}),
+    "data.canaries": (2, {}),
+    "data.canary_clients": (("0",), {"data.canaries": 2}),
+    "data.canary_repetitions": (3, {"data.canaries": 2}),
     "partition.scheme": ("natural", {"partition.column": "category"}),
     "partition.column": ("subject", {"partition.scheme": "natural"}),
     "partition.exponent": (2.0, {"partition.scheme": "power-law"}),
@@ -314,6 +317,7 @@ class Recorder:
             "hold_out": split,
             "hold_out_by_category": split,
             "set_aside": (split, None),
+            "plant": (tokens, None, ()),
         }
         for name, result in found.items():
             home = (

@@ -68,6 +68,7 @@ def test_overrides_reach_the_table_of_sites_and_the_recipe() -> None:
         ({"partition": None}, "partition: expected no table [partition]"),
         ({"data__path": "rows.json"}, "data.path: expected a study without data.path"),
         ({"data__eval_rows": 4}, "data.eval_rows: expected a study without"),
+        ({"data__canaries": 2}, "data.canaries: expected a study without data.canaries, got 2"),
         ({"sites__evaluate": "sites", "data__eval_path": "embedded"}, "data.eval_path: expected none"),
         ({"evaluation__clients": 0.1}, "evaluation.clients: expected 0 in a study"),
         (

@@ -18,6 +18,7 @@ from fedloom.assembly.token_cache import TokenCache
 from fedloom.assembly.validation_rows import set_aside, unvalidated
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
+from fedloom.data.canaries import Canary, Planting, plant
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.partition import Partition
@@ -36,6 +37,7 @@ from fedloom.seeding import stream
 from fedloom.training.loss import output_head
 
 _OF_ANY_READING = {"date", "eval_path", "eval_rows", "eval_fraction", "validation_fraction", "scored_seeds"}
+_OF_ANY_READING |= {"canaries", "canary_clients", "canary_repetitions"}
 """Settings of the table [data] that change nothing of what is read under a name."""
 MANY_ROWS = 10_000
 """Rows that take a while to be made into tokens, which is then said."""
@@ -48,7 +50,7 @@ class Inputs:
     ``counts`` are of the rows read for training, those drawn from them to be held out included; ``held_out_counts`` of
     held-out rows that were read from elsewhere. ``left_out`` are clients of which no row is usable for training.
     ``whole`` says who owns which row before rows of the clients' own, ``own``, were held out, and ``data_sha256`` is of
-    all these; without such rows it is ``partition``.
+    all these; without such rows it is ``partition``. ``canaries`` are in ``tokens`` and ``partition``, behind the rows.
     """
 
     rows: Rows
@@ -63,6 +65,15 @@ class Inputs:
     left_out: tuple[str, ...]
     whole: Partition
     own: OwnRows
+    canaries: tuple[Canary, ...] = ()
+
+    @property
+    def dealt(self) -> Partition:
+        """Who owns which of ``rows``: ``partition`` without the canaries."""
+        if not self.canaries:
+            return self.partition
+        owner = self.partition.owner_of_row()[: len(self.rows)]
+        return Partition.from_owners(owner, self.partition.names, self.partition.how)
 
     def rows_of(self, client: int) -> TokenSet:
         """Return one client's rows."""
@@ -146,6 +157,7 @@ class Workshop:
         data_sha256 = tokens.sha256()
         whole = partition_of(settings, training, tokens, data_sha256, saved_partition)
         training, tokens, partition, own = own_rows(settings, training, tokens, whole)
+        tokens, partition, canaries = plant(tokens, partition, planting_of(data), base.tokenizer, settings.run.seed)
         return Inputs(
             training,
             tokens,
@@ -159,6 +171,7 @@ class Workshop:
             left_out,
             whole,
             own,
+            canaries,
         )
 
     def _validated(self, settings: Settings, base: Base, saved_partition: Path | None) -> Inputs:
@@ -175,11 +188,13 @@ class Workshop:
         tokens, held_tokens = whole.tokens.select(split.kept), whole.tokens.select(split.held)
         if saved_partition is not None:
             partition = Partition.load(saved_partition, tokens.sha256())
+        planted, owners, canaries = plant(tokens, partition, planting_of(data), base.tokenizer, seed)
         return replace(
             whole,
             rows=whole.rows.select(split.kept),
-            tokens=tokens,
-            partition=partition,
+            tokens=planted,
+            partition=owners,
+            canaries=canaries,
             whole=partition,
             held_out_rows=whole.rows.select(split.held),
             held_out=held_tokens,
@@ -249,6 +264,11 @@ class Workshop:
                 self.progress.note(encoded.counts.told)
             self._rows[key] = rows.select(encoded.kept), encoded, rows
         return self._rows[key]
+
+
+def planting_of(data: Data) -> Planting:
+    """Return which canaries the settings plant."""
+    return Planting(data.canaries, data.canary_clients, data.canary_repetitions)
 
 
 def _reading(settings: Settings, name: str, split: str, max_rows: int | None) -> str:

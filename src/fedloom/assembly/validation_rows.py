@@ -16,8 +16,8 @@ from fedloom.errors import DataError
 
 
 def unvalidated(settings: Settings, seed: int) -> Settings:
-    """Return the experiment under a seed without validation rows, and without opening a file of held-out rows."""
-    data = {"validation_fraction": None, "scored_seeds": (), "eval_path": None}
+    """Return the experiment under a seed without validation rows and canaries, and without a file of held-out rows."""
+    data = {"validation_fraction": None, "scored_seeds": (), "eval_path": None, "canaries": 0}
     return settings.model_copy(
         update={
             "data": settings.data.model_copy(update=data),

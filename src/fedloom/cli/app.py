@@ -22,6 +22,7 @@ from fedloom.cli import (
     diagnosing,
     experiments,
     explaining,
+    leaking,
     result_commands,
     score_commands,
     settings_command,
@@ -29,7 +30,6 @@ from fedloom.cli import (
     showing,
     sites,
     sites_admin_commands,
-    splitting,
 )
 from fedloom.cli.output import output_explained, say, takes_all_output
 from fedloom.errors import FedloomError
@@ -74,7 +74,7 @@ app.command("doctor")(diagnosing.doctor)
 app.command("explain")(explaining.explain)
 app.command("audit")(auditing.audit)
 app.command("judge")(score_commands.judge)
-app.command("leakage")(splitting.leakage)
+app.command("leakage")(leaking.leakage)
 app.add_typer(score_commands.app, name="score")
 app.command("demo")(showing.demo)
 app.command("report")(showing.report)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from fedloom.config.privacy_checks import masked, private_clients, private_rows
 from fedloom.config.problems import Problem
 from fedloom.config.round_checks import (
+    canaries,
     continued,
     control_variates,
     few_bits,
@@ -53,7 +54,7 @@ def problems(settings: Settings) -> list[Problem]:
             few_bits,
             sampling,
         ),
-        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued),
+        *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued, canaries),
         *(private_rows, private_clients, masked),
     )
     return [problem for check in checks for problem in check(settings)]

@@ -122,6 +122,18 @@ class Data(Table):
         "With `validation_fraction`: seeds of runs that will be scored; rows that any of them holds out are not used.",
     )
     max_rows: Count | None = setting(None, "Use only that many rows, drawn at random; default: all.")
+    canaries: Natural = setting(
+        0,
+        "Sequences of random tokens planted among the rows of each client that gets any; `fedloom leakage` says if "
+        "the model gives them away.",
+        when={"method.name": having("runs_rounds")},
+    )
+    canary_clients: tuple[Name, ...] = setting(
+        (), "Names of the clients that get canaries; default: each.", when={"method.name": having("runs_rounds")}
+    )
+    canary_repetitions: Count = setting(
+        1, "How often each canary is among its client's rows.", when={"method.name": having("runs_rounds")}
+    )
 
     @property
     def day(self) -> datetime.date | None:

@@ -180,3 +180,19 @@ def draws_apart(settings: Settings) -> bool:
     if settings.traits.is_cut:
         return table.traits_of(settings.split.aggregation).starts_fresh
     return settings.traits.starts_fresh and settings.method.initialisation == "independent"
+
+
+def canaries(settings: Settings) -> Iterator[Problem]:
+    """Who gets canaries, and how often, has a meaning only where there are any."""
+    data = settings.data
+    if data.canaries:
+        return
+    for name, value in (("canary_clients", data.canary_clients), ("canary_repetitions", data.canary_repetitions)):
+        if value not in ((), 1):
+            yield Problem(
+                f"data.{name}",
+                f"data.{name} only with canaries",
+                f"{shown(value)} with data.canaries = 0",
+                f"drop it (--set data.{name}=) or set data.canaries",
+                ("data.canaries",),
+            )

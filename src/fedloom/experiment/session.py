@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from fedloom.assembly.preparation import Preparation
 from fedloom.assembly.round_plan import Population
 from fedloom.assembly.round_state import standing_in
 from fedloom.config import Settings
+from fedloom.data.canaries import CANARIES
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.sources import Rows
@@ -80,11 +81,11 @@ def run(
     with RunFolder.open(out, settings.as_dict(), {"seed": settings.run.seed}, fresh, prepared.folder) as folder:
         folder.confirm_identity(**prepared.identity)
         if not (folder.path / "partition.json").exists():
+            if inputs.canaries:
+                folder.write_json(CANARIES, {"canaries": [asdict(canary) for canary in inputs.canaries]})
             folder.write_bytes("partition.json", inputs.whole.encoded(inputs.data_sha256))
             ranks = dict(enumerate(placed.client_ranks)) if settings.traits.is_trained else {}
-            folder.write_json(
-                "holdings.json", holdings_of(inputs.rows, inputs.partition, ranks, settings.partition.column)
-            )
+            folder.write_json("holdings.json", holdings_of(inputs.rows, inputs.dealt, ranks, settings.partition.column))
         base, lora = prepared.loaded
         return Session(
             prepared.began, folder, base, lora, inputs, prepared.population, kind, prepared.workshop, progress

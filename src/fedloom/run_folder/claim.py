@@ -38,6 +38,7 @@ ENTRIES = (
     "report.html",
     "partition.json",
     "holdings.json",
+    "canaries.json",
     "study.json",
     "config.json",
     "manifest.json",

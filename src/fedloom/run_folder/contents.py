@@ -1,7 +1,7 @@
 """What a run folder holds, read only as it was written: every file is held against the hash that was kept of it.
 
-The manifest names the hashes of config.json, partition.json, holdings.json, finished.json and of the adapters' files.
-A round has its own list, ``hashes.json``, which appears together with the round and names its run.
+The manifest names the hashes of config.json, partition.json, holdings.json, canaries.json, finished.json and of the
+adapters' files. A round has its own list, ``hashes.json``, which appears together with the round and names its run.
 """
 
 from __future__ import annotations

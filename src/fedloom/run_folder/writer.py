@@ -5,6 +5,7 @@
       manifest.json       versions, seeds, hashes of base, data and partition, and of the files beside it
       partition.json      who owns which row
       holdings.json       what each client holds, counted by group, for people and the report
+      canaries.json       sequences planted among the clients' rows (data.canaries)
       study.json          of a run across sites: the versions of its study, each with its first round
       metrics.jsonl       one record per round
       tensorboard/        the same as events

@@ -30,7 +30,7 @@ VERSIONED = (*PER_CLIENT, "federation.num_clients")
 _LARGEST_LIST = 48 << 10
 _AT_THE_SITES = (
     *("path", "split", "subset", "revision", "columns", "eval_rows", "eval_fraction", "max_rows"),
-    *("validation_fraction", "scored_seeds"),
+    *("validation_fraction", "scored_seeds", "canaries", "canary_clients", "canary_repetitions"),
 )
 
 
