@@ -110,11 +110,13 @@ def masked_round(
     masking = plan.masking
     assert masking is not None
     sent = {broadcast.client: broadcast for broadcast in broadcasts}
-    weights = _weights(plan, strategy.weighting, sorted(sent))
-    terms = _terms(masking, weights, plan.max_weight, broadcasts)
-    session = _session(terms, strategy)
+    asked_for = _terms(masking, tuple(sorted(sent)), broadcasts[0].round)
+    _session(asked_for, strategy)  # before anybody trains for nothing
     arrived = _Arrived.of(arrivals, sent)
     present = tuple(sorted(arrived.updates))
+    weights = _weights(plan, strategy.weighting, present)
+    terms = _with_shares(asked_for, weights, plan.max_weight)
+    session = _session(terms, strategy)
     if masking.ask is None:
 
         def numbers(client: int) -> Ring:
@@ -174,12 +176,17 @@ class _Arrived:
         return found
 
 
-def _terms(
-    masking: Masking, weights: Mapping[int, float], max_weight: float, broadcasts: Sequence[Broadcast]
-) -> SumTerms:
-    members, round = tuple(sorted(weights)), broadcasts[0].round
+def _terms(masking: Masking, members: tuple[int, ...], round: int) -> SumTerms:
     threshold, token = threshold_of(masking.threshold, len(members)), secrets.token_hex(_TOKEN_BYTES)
-    return SumTerms(masking.run, round, token, members, threshold, *shares_told(weights, max_weight))
+    return SumTerms(masking.run, round, token, members, threshold, 1.0, 1.0)
+
+
+def _with_shares(terms: SumTerms, weights: Mapping[int, float], max_weight: float) -> SumTerms:
+    """Return the terms with the shares of those who have trained."""
+    if not weights:
+        return terms
+    unit, largest = shares_told(weights, max_weight)
+    return replace(terms, unit_share=unit, largest_share=largest)
 
 
 def _session(terms: SumTerms, strategy: MaskedSums) -> Session:
