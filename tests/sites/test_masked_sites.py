@@ -9,78 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from memory_link import Hub, SiteThread, adapter_of, records_of, served, site_of, study_of
+from four_sites import FOUR, Four, alone
+from memory_link import Hub, SiteThread, adapter_of, records_of, served
 
 from fedloom.config import Settings
 from fedloom.errors import TooFewClientsError
 from fedloom.experiment.session import run
-from fedloom.federation.intake import Arrival
-from fedloom.federation.rounds import Engine
-from fedloom.methods.state import Broadcast, Failure
 from fedloom.privacy.secure_sum.steps import Step
 from fedloom.seeding import stream
 from fedloom.sites import sites_engine
 from fedloom.sites.frames import TO_SERVER, TO_SITE, frame, unframe
 from fedloom.sites.link import SERVER
-from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.study import Study
 from fedloom.sites.throwaway_certificates import ThrowawayRoot
 
 pytestmark = pytest.mark.extra("privacy")
-
-FOUR = ["berlin", "lima", "oslo", "rome"]
-SIZES = (20, 12, 16, 9)
-RANKS = [4, 2, 1, 2]
-
-
-def write_rows(folder: Path) -> Path:
-    """Write a file of rows for each of the four, in the layout that a natural partition reads."""
-    rng, words = stream(4, "site rows"), ["red", "blue", "one", "two", "cat", "dog"]
-    folder.mkdir()
-    for number, size in enumerate(SIZES):
-        rows = [
-            {"instruction": " ".join(rng.choice(words, size=2)), "context": "", "response": str(rng.choice(words))}
-            for _ in range(size)
-        ]
-        (folder / f"local_training_{number}.json").write_text(json.dumps(rows))
-    return folder
-
-
-class Four:
-    """Four sites with kits of one project, their study, and the settings of one process with the same rows."""
-
-    def __init__(self, recipe: Callable[..., Settings], base: Path, tmp_path: Path) -> None:
-        self._recipe, self._base, self.path = recipe, base, tmp_path
-        self.rows, self.root = write_rows(tmp_path / "rows"), ThrowawayRoot()
-        self.kit = self.root.write(tmp_path / "kits" / "server", "server", "server")
-        for name in FOUR:
-            self.root.write(tmp_path / "kits" / name, "client", name)
-        self.started: list[SiteThread] = []
-
-    def settings(self, **changes: Any) -> Settings:
-        own = {
-            "data__path": str(self.rows),
-            "method__name": "zero-padding",
-            "method__ranks": RANKS,
-            "federation__num_clients": 4,
-            "federation__num_rounds": 2,
-            "privacy__sum": "masked",
-        }
-        return self._recipe(**{**own, **changes})
-
-    def study(self, settings: Settings, **sites: Any) -> Study:
-        return study_of(settings, FOUR, kit=str(self.kit), **{"quorum": 3, "grace_s": 0.3, **sites})
-
-    def site(self, number: int, **policy: Any) -> SiteSettings:
-        name = FOUR[number]
-        found = site_of(name, self.rows / f"local_training_{number}.json", self.path / "state", self._base, **policy)
-        kit = found.site.model_copy(update={"kit": str(self.path / "kits" / name)})
-        return found.model_copy(update={"site": kit})
-
-    def start(self, hub: Hub, *numbers: int, **policy: Any) -> list[SiteThread]:
-        started = [SiteThread(self.site(number, **policy), hub) for number in numbers or range(4)]
-        self.started += started
-        return started
 
 
 @pytest.fixture
@@ -94,28 +36,6 @@ def four(recipe: Callable[..., Settings], base_folder: Path, tmp_path: Path) -> 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sites_engine, "ASK_AGAIN_SECONDS", 0.2)
-
-
-def alone(settings: Settings, folder: Path, lost: dict[int, int]) -> bytes:
-    """Return the adapter of one process in which a client fails in a round."""
-    from fedloom.experiment import loop
-
-    shown = loop.ShownEngine
-
-    class Losing:
-        def __init__(self, engine: Engine) -> None:
-            self._engine = engine
-
-        def train(self, broadcasts: list[Broadcast]) -> Iterator[Arrival]:
-            for arrival in self._engine.train(broadcasts):
-                client = arrival.outcome.client
-                is_lost = lost.get(broadcasts[0].round) == client
-                yield Arrival(Failure(client, "lost"), 0, 0) if is_lost else arrival
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "ShownEngine", lambda engine, progress: Losing(shown(engine, progress)))
-        run(settings, folder)
-    return adapter_of(folder)
 
 
 def is_sum_answer(data: bytes, step: str, round: int) -> bool:
@@ -186,7 +106,7 @@ def test_a_site_that_drops_out_at_a_message_is_in_the_sum_if_its_numbers_came_an
 
     settings, hub = four.settings(), Hub(meddle)
     came = step in (Step.AGREED, Step.TOLD)
-    wanted = alone(settings, tmp_path / "alone", {} if came else {1: 1})
+    wanted = alone(settings, tmp_path / "alone", {1: (1, step)})
     four.start(hub)
     served(four.study(settings), tmp_path / "served", hub)
     assert set(gone) == {step}, "what it missed it is not asked for again"
@@ -225,7 +145,7 @@ def test_a_site_that_ends_within_a_sum_takes_no_further_part_in_it_and_the_next_
         return [data]
 
     settings, hub = four.settings(), Hub(meddle)
-    wanted = alone(settings, tmp_path / "alone", {1: 3})
+    wanted = alone(settings, tmp_path / "alone", {1: (3, Step.SHARES)})
     started = four.start(hub)
     served(four.study(settings, grace_s=30.0), tmp_path / "served", hub)
     first, second = records_of(tmp_path / "served")
