@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fedloom.data.sources import Split, load_rows
 from fedloom.privacy.accountant import PrivateStep, epsilon
 from fedloom.privacy.draws import SeededDraws
 from fedloom.privacy.secure_sum.steps import Step
+from fedloom.reporting.metrics import CLIENT_FIGURES
 from fedloom.reporting.report import write_report
 from fedloom.sites import site_training
 from fedloom.sites.frames import MAX_HEAD_BYTES, TO_SERVER, unframe
@@ -22,6 +24,7 @@ from fedloom.sites.grpc_link import GrpcServerLink, GrpcSiteLink
 from fedloom.sites.kit import read_kit
 from fedloom.sites.link import Frame, Link
 from fedloom.sites.serving import serve
+from fedloom.wording import written
 
 pytestmark = [pytest.mark.extra("sites"), pytest.mark.slow]
 LARGEST = MAX_HEAD_BYTES + (64 << 20)
@@ -109,4 +112,7 @@ def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
     assert spent == [pytest.approx(epsilon({PrivateStep(8 / size, 1.0): len(records)}, 1e-5)) for size in sizes]
     write_report([tmp_path / "served"], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
-    assert all(f"{one:.2f}" in page for one in spent), spent
+    of_site = next(metric for metric in CLIENT_FIGURES if metric.key == "epsilon")
+    for name, one in zip(FOUR, spent, strict=True):
+        shown = written(one, of_site.unit, of_site.digits)
+        assert re.search(rf"<th[^>]*>{name}</th>\s*<td[^>]*>{re.escape(shown)}</td>", page), (name, shown)
