@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,18 @@ def is_sum_answer(data: bytes, step: str, round: int) -> bool:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"method__name": "fedit", "method__ranks": 2, "method__weighting": "work", "federation__max_weight": 0.3},
-        {"method__name": "ffa-lora", "training__moments": "own", "method__weighting": "uniform"},
+        pytest.param({}, id="zero-padding"),
+        pytest.param(
+            {"method__name": "fedit", "method__ranks": 2, "method__weighting": "work", "federation__max_weight": 0.3},
+            id="fedit",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"method__name": "ffa-lora", "training__moments": "own", "method__weighting": "uniform"},
+            id="ffa-lora",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["zero-padding", "fedit", "ffa-lora"],
 )
 def test_sites_give_the_adapter_of_one_process(changes: dict[str, Any], four: Four, tmp_path: Path) -> None:
     settings, hub = four.settings(**changes), Hub()
@@ -68,6 +76,7 @@ def test_sites_give_the_adapter_of_one_process(changes: dict[str, Any], four: Fo
             assert client["upload_bytes"] > 8 * client["num_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_sums_of_one_study_hide_rows_and_whole_sites_too(four: Four, tmp_path: Path) -> None:
     """Rows: each site's own noise and ledger. Sites: each clips its own change, and the server adds the noise."""
     settings = four.settings(privacy__unit="row", privacy__noise_multiplier=2.0, training__dropout=0.0)
@@ -117,12 +126,16 @@ def test_a_site_that_drops_out_at_a_message_is_in_the_sum_if_its_numbers_came_an
     assert came or f"no answer at step {step}" in first["clients"][1]["reason"]
 
 
-def test_lost_and_doubled_frames_change_nothing(four: Four, tmp_path: Path) -> None:
-    rng = stream(1, "losses")
+@pytest.mark.slow
+def test_lost_doubled_and_mutated_frames_change_nothing(four: Four, tmp_path: Path) -> None:
+    rng, lock = stream(1, "losses"), threading.Lock()
 
     def meddle(_sender: str, _to: str, data: bytes) -> list[bytes]:
-        draw = rng.random()
-        return [] if draw < 0.2 else [data, data] if draw < 0.4 else [data]
+        with lock:
+            draw, changed = rng.random(), bytearray(data)
+            changed[int(rng.integers(len(changed)))] ^= 1 << int(rng.integers(8))
+        kept = [] if draw < 0.2 else [data, data] if draw < 0.4 else [data]
+        return [bytes(changed), *kept]
 
     settings, hub = four.settings(), Hub(meddle)
     wanted = run(settings, tmp_path / "alone")
@@ -131,6 +144,7 @@ def test_lost_and_doubled_frames_change_nothing(four: Four, tmp_path: Path) -> N
     assert adapter_of(tmp_path / "served") == adapter_of(wanted.folder)
 
 
+@pytest.mark.slow
 def test_a_site_that_ends_within_a_sum_takes_no_further_part_in_it_and_the_next_round(
     four: Four, tmp_path: Path
 ) -> None:
@@ -155,6 +169,7 @@ def test_a_site_that_ends_within_a_sum_takes_no_further_part_in_it_and_the_next_
     assert any("left the sum" in line for line in back[0].log)
 
 
+@pytest.mark.slow
 def test_a_server_that_ends_within_a_sum_repeats_the_round_with_the_same_sites_or_not_at_all(
     four: Four, tmp_path: Path
 ) -> None:

@@ -141,7 +141,7 @@ class SiteSums:
         try:
             session = terms.session(self._strategy.num_numbers)
         except ValueError as error:
-            raise UpdateError(f"expected a sum that hides its members: {error}") from error
+            raise UpdateError(f"expected a sum that hides its members, got another ({error}); take no part") from error
         new = record if asked.round == record.round else _Record(round=asked.round)
         self._keep(new.model_copy(update={"begun": (*new.begun, asked.token)}))
         self._token = asked.token
