@@ -234,6 +234,33 @@ def test_terms_that_would_not_hide_a_site_are_refused_there(
     assert any(re.search(words, line) for line in [*sites[3].log, record["clients"][3]["reason"]])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ((FOUR[0], FOUR[0], FOUR[2], FOUR[3]), "expected a study with each site once"),
+        ((FOUR[1], FOUR[0], FOUR[2], FOUR[3]), "expected a message of keys of this sum"),
+    ],
+    ids=["one twice", "others"],
+)
+def test_a_site_that_is_told_another_list_of_sites_is_in_no_sum_with_them(
+    names: tuple[str, ...], words: str, four: Four, tmp_path: Path
+) -> None:
+    def meddle(_sender: str, to: str, data: bytes) -> list[bytes]:
+        if to != FOUR[3] or b'"kind":"sheet"' not in data:
+            return [data]
+        head, body = unframe(data, TO_SITE, 1 << 30)
+        members = head.members.model_copy(update={"names": names})
+        return [frame(head.model_copy(update={"members": members}), bytes(body))]
+
+    hub = Hub(meddle)
+    sites = four.start(hub)
+    served(four.study(four.settings(federation__num_rounds=1)), tmp_path / "served", hub)
+    (record,) = records_of(tmp_path / "served")
+    assert [client["reason"] is None for client in record["clients"]] == [True, True, True, False]
+    assert any(words in line for line in [*sites[3].log, record["clients"][3]["reason"]])
+
+
 def test_a_server_cannot_put_keys_of_its_own_in_a_sites_place(four: Four, tmp_path: Path) -> None:
     """It has a kit of the project under another name, and one of its own making under the right one."""
     from fedloom.privacy.secure_sum import member, wire

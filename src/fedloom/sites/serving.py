@@ -41,7 +41,7 @@ from fedloom.sites.kit import read_kit
 from fedloom.sites.link import Link
 from fedloom.sites.sheet import sheet_of
 from fedloom.sites.site_holdings import write_holdings
-from fedloom.sites.site_identity import verifier_of
+from fedloom.sites.site_identity import named, verifier_of
 from fedloom.sites.site_scores import scored_by_sites
 from fedloom.sites.sites_engine import Attendance, Patience, SitesEngine
 from fedloom.sites.sites_sum import largest_sum_message
@@ -169,8 +169,9 @@ class _Served:
         plan, state = self._plan, self._plan.strategy.initial()
         rounds = SitesEngine(**attendance, lora=self._lora, plan=plan, state=state)
         if plan.masking is not None:
-            verify = verifier_of(read_kit(self._study.sites.kit, "server").root, self._study.sites.names)
-            masking = replace(plan.masking, run=rounds.run, ask=rounds.sum_of, verify=verify)
+            names = self._study.sites.names
+            verify = verifier_of(read_kit(self._study.sites.kit, "server").root, names)
+            masking = replace(plan.masking, run=named(rounds.run, names), ask=rounds.sum_of, verify=verify)
             plan = rounds.plan = replace(plan, masking=masking)
         return SitesKind(*common, plan, None, rounds)
 

@@ -13,7 +13,9 @@ study lists under the site's number. So a server, which passes signatures on, ca
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, date, datetime
 from functools import lru_cache
+from hashlib import sha256
 from types import ModuleType
 
 from fedloom.errors import MissingExtraError, RunError
@@ -51,23 +53,28 @@ def verifier_of(root: bytes, names: Sequence[str]) -> Verify:
     signatures = _signatures()
 
     @lru_cache(_KEPT)
-    def name_in(shown: bytes) -> str | None:
+    def name_in(shown: bytes, _today: date) -> str | None:
         """Return whose certificate it is; None where it is none of the root, or not of today."""
         try:
             own = signatures.certificate_of(shown)
             check_certificate(own, signatures.root_of(root), "a site's certificate")
+            return common_name(own)
         except (ValueError, RunError):
             return None
-        return common_name(own)
 
     def verify(member: int, text: bytes, signature: bytes) -> bool:
         length = int.from_bytes(signature[:_LENGTH_BYTES], "big")
         shown, signed = signature[_LENGTH_BYTES:][:length], signature[_LENGTH_BYTES + length :]
-        if not 0 <= member < len(names) or name_in(shown) != names[member]:
+        if not 0 <= member < len(names) or name_in(shown, datetime.now(UTC).date()) != names[member]:
             return False
         return bool(signatures.verifies_with(signatures.certificate_of(shown), _PURPOSE + text, signed))
 
     return verify
+
+
+def named(run: str, names: Sequence[str]) -> str:
+    """Return what names a run's sums: sites that are told other lists of sites are in no sum together."""
+    return f"{run} {sha256(repr(tuple(names)).encode()).hexdigest()}"
 
 
 def _signatures() -> ModuleType:

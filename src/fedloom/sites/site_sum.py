@@ -37,7 +37,7 @@ from fedloom.sites.frame_parts import Members, Part, Refusal, RunId
 from fedloom.sites.kit import read_kit
 from fedloom.sites.members import read_members
 from fedloom.sites.sheet import Sheet
-from fedloom.sites.site_identity import identity_of
+from fedloom.sites.site_identity import identity_of, named
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.sum_frames import SumAnswered, SumAsked
 
@@ -84,7 +84,8 @@ class SiteSums:
 
     def __post_init__(self) -> None:
         strategy = self.sheet.strategy(self.shapes)
-        assert isinstance(strategy, MaskedSums)
+        if not isinstance(strategy, MaskedSums):
+            raise UpdateError(f"expected a method whose updates can be summed, got {self.sheet.method}; send another")
         self._strategy = strategy
         self._path = self.site.folder / "runs" / self.sheet.run / _FILE
         self._record = _read(self._path)
@@ -134,7 +135,7 @@ class SiteSums:
         members = read_members(self.site.folder, self.sheet.run)
         if asked.terms is None or members is None:
             raise UpdateError("expected the terms of a sum and the study's list of sites, got none; send them")
-        terms = SumTerms(asked.run, asked.round, asked.token, **dict(asked.terms))
+        terms = SumTerms(named(asked.run, members.names), asked.round, asked.token, **dict(asked.terms))
         self._check(terms, members)
         numbers = self._numbers(asked.task, terms)
         identity = identity_of(read_kit(self.site.site.kit, "client"), members.names)
@@ -152,6 +153,8 @@ class SiteSums:
         own = self.site.policy.min_sites_in_sum
         if terms.threshold < own:
             raise _LeftError("sum-few", allowed=own, asked=terms.threshold)
+        if len(set(members.names)) < len(members.names):
+            raise UpdateError("expected a study with each site once, got one twice; take no part")
         present = [number for number, name in enumerate(members.names) if name not in members.withdrawn]
         check_hides(terms, self.sheet.client, present, self.sheet.sum.fewest)
 
