@@ -15,6 +15,7 @@ import numpy as np
 
 from fedloom.privacy.secure_sum import member, server
 from fedloom.privacy.secure_sum.fixed_point import from_ring, to_ring
+from fedloom.privacy.secure_sum.identities import SIGNATURE_BYTES, local_identities
 from fedloom.privacy.secure_sum.wire import Session, bytes_of_member, context_of
 from fedloom.seeding import stream
 
@@ -25,9 +26,11 @@ def measure(num_clients: int, length: int) -> str:
     numbers = {k: stream(1, "benchmark", k).normal(size=length) for k in session.members}
     clock = time.process_time
     laps = [clock()]
-    begun = {k: member.begin(session, k) for k in session.members}
-    roster, told = server.roster(session, {k: message for k, (_, message) in begun.items()})
-    shared = {k: member.shared(begun[k][0], told) for k in session.members}
+    own = local_identities(session.members)
+    verify = own[0].verify
+    begun = {k: member.begin(session, k, own[k].sign) for k in session.members}
+    roster, told = server.roster(session, {k: message for k, (_, message) in begun.items()}, verify)
+    shared = {k: member.shared(begun[k][0], told, verify) for k in session.members}
     laps.append(clock())
     delivered, posted = server.delivered(roster, {k: message for k, (_, message) in shared.items()})
     laps.append(clock())
@@ -36,15 +39,17 @@ def measure(num_clients: int, length: int) -> str:
     uploads = {k: message for k, (_, message) in masked.items() if k != session.members[-1]}
     summed, survivors = server.summed(delivered, uploads)
     laps.append(clock())
-    shares = {k: member.told(masked[k][0], survivors) for k in summed.members}
+    signed = {k: member.agreed(masked[k][0], survivors, own[k].sign) for k in summed.members}
+    agreed, agreements = server.agreed(summed, {k: message for k, (_, message) in signed.items()})
+    shares = {k: member.told(signed[k][0], agreements, verify) for k in summed.members}
     laps.append(clock())
-    found = from_ring(server.unmasked(summed, shares))
+    found = from_ring(server.unmasked(agreed, shares))
     laps.append(clock())
     wanted = sum((numbers[k] for k in summed.members), np.zeros(length))
     assert np.abs(found - wanted).max() < 1e-9
     spent = np.diff(laps)
     client, of_server = (spent[0] + spent[2] + spent[4]) / num_clients, spent[1] + spent[3] + spent[5]
-    up, down = bytes_of_member(num_clients, length)
+    up, down = bytes_of_member(num_clients, length, SIGNATURE_BYTES)
     return (
         f"{num_clients} clients, {length:,} numbers each: a client {client:.3f} s, server {of_server:.3f} s, "
         f"{up:,} bytes up of which {up - 8 * length:,} beside the numbers, {down:,} down"

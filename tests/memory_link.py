@@ -86,8 +86,14 @@ class MemoryLink:
 class ThreadTrainer:
     """A trainer in a thread of this process, in place of a process of its own."""
 
-    def __init__(self, site: SiteSettings, reply: Callable[[bytes], None], ended: Callable[[int], None]) -> None:
-        self._trainer = Trainer(site, self._answer, lambda text: None)
+    def __init__(
+        self,
+        site: SiteSettings,
+        reply: Callable[[bytes], None],
+        ended: Callable[[int], None],
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._trainer = Trainer(site, self._answer, note)
         self._reply, self._ended, self._is_closed = reply, ended, False
         self._waiting: queue.Queue[Heard | None] = queue.Queue()
         threading.Thread(target=self._work, daemon=True).start()
@@ -115,6 +121,7 @@ class SiteThread:
     site: SiteSettings
     hub: Hub
     notes: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
     hello_seconds: float = 0.1
 
     def __post_init__(self) -> None:
@@ -123,7 +130,7 @@ class SiteThread:
         self.worker = SiteWorker(
             self.site,
             self.link,
-            lambda reply, ended: ThreadTrainer(self.site, reply, ended),
+            lambda reply, ended: ThreadTrainer(self.site, reply, ended, self.log.append),
             self.notes.append,
             self.hello_seconds,
         )

@@ -12,11 +12,12 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedloom.config import Settings, with_method
-from fedloom.errors import MissingExtraError, SettingsError, TooFewClientsError
+from fedloom.errors import MissingExtraError, SettingsError, TooFewClientsError, UpdateError
 from fedloom.experiment import describe, run
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import Engine
 from fedloom.methods.state import Broadcast, Failure
+from fedloom.privacy.secure_sum.steps import Member, Step
 
 Make = Callable[..., Settings]
 
@@ -46,7 +47,7 @@ def without_masks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Losing:
-    """An engine of whose clients one fails in every round, after it has shared its secrets."""
+    """An engine of whose clients one fails in every round."""
 
     def __init__(self, engine: Engine, lost: int) -> None:
         self._engine, self._lost = engine, lost
@@ -127,6 +128,37 @@ def test_a_client_that_drops_out_leaves_the_sum_of_the_others_and_a_second_ends_
         TooFewClientsError, match=r"expected at least 3 of 4 clients \(privacy.threshold\), got 2.*battery"
     ):
         run(settings, tmp_path / "few")
+
+
+@pytest.mark.slow
+@pytest.mark.extra("privacy")
+def test_a_client_that_leaves_at_any_message_leaves_the_sum_of_those_whose_numbers_came(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, answer = settings_of(settings_for, "fedit", federation__num_rounds=1), Member.answer
+    run(settings, tmp_path / "all")
+    with monkeypatch.context() as patched:
+        losing(patched, 2)
+        run(settings, tmp_path / "without")
+    assert adapter(tmp_path / "all") != adapter(tmp_path / "without")
+    for step in Step:
+
+        def leaving(self: Member, at: Step, message: bytes, step: Step = step) -> bytes:
+            if self.number == 2 and at is step:
+                raise UpdateError("its battery was empty")
+            return answer(self, at, message)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Member, "answer", leaving)
+            run(settings, tmp_path / step)
+        came = step in (Step.AGREED, Step.TOLD)
+        assert adapter(tmp_path / step) == adapter(tmp_path / ("all" if came else Step.KEYS))
+        (record,) = records(tmp_path / step)
+        assert record["clients"][2]["reason"] == (None if came else "its battery was empty")
+    found, wanted = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in (Step.KEYS, "without")
+    )  # shares are of those who have trained, so numbers are rounded elsewhere
+    assert all(np.allclose(found[name], tensor, rtol=1e-5, atol=1e-9) for name, tensor in wanted.items())
 
 
 @pytest.mark.slow

@@ -14,21 +14,24 @@ from numpy.typing import NDArray
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.privacy.secure_sum import keys, member, server, wire
 from fedloom.privacy.secure_sum.fixed_point import Ring, from_ring, largest, to_ring
+from fedloom.privacy.secure_sum.identities import Identity, local_identities
 from fedloom.privacy.secure_sum.keys import Entropy
 from fedloom.privacy.secure_sum.masks import mask
 from fedloom.privacy.secure_sum.shares import PRIME, secret_of, shares_of
+from fedloom.privacy.secure_sum.steps import Answers, Member, Step, secure_sum
 from fedloom.privacy.secure_sum.wire import Session, context_of
 from fedloom.seeding import stream
 
 pytestmark = pytest.mark.extra("privacy")
 
 LENGTH = 6
-STEPS = ("keys", "shares", "masked", "told")
+STEPS = tuple(Step)
 
 
 def entropy_of(seed: int) -> Entropy:
-    """Return bytes that repeat, in place of the operating system's."""
-    return stream(seed, "entropy").bytes
+    """Return bytes that repeat, in place of the operating system's: one stream for two keys, another for shares."""
+    keys, others, calls = stream(seed, "entropy"), stream(100 + seed, "entropy"), itertools.count()
+    return lambda size: (keys if next(calls) < 2 else others).bytes(size)
 
 
 def session_of(num_members: int, threshold: int, length: int = LENGTH) -> Session:
@@ -43,6 +46,17 @@ def no_change(_step: str, _sender: int, message: bytes) -> bytes:
     return message
 
 
+def signature_of(member: int, text: bytes) -> bytes:
+    """Return bytes that stand for a signature, and repeat."""
+    return hashlib.sha256(b"a member's own %d " % member + text).digest()
+
+
+def identity_of(member: int) -> Identity:
+    return Identity(
+        lambda text: signature_of(member, text), lambda other, text, given: given == signature_of(other, text)
+    )
+
+
 @dataclass
 class Sum:
     """A whole sum; ``leaves`` says before which message a member leaves, ``seen`` keeps what the server was sent."""
@@ -51,34 +65,29 @@ class Sum:
     leaves: Mapping[int, str] = field(default_factory=dict)
     change: Callable[[str, int, bytes], bytes] = no_change
     seen: dict[str, dict[int, bytes]] = field(default_factory=dict)
-    masked: dict[int, member.Masked] = field(default_factory=dict)
-    summed: server.Summed | None = None
+    sent: dict[str, dict[int, bytes]] = field(default_factory=dict)
+    members: dict[int, Member] = field(default_factory=dict)
 
     def run(self) -> tuple[tuple[int, ...], Ring]:
-        session, begun, shared = self.session, {}, {}
+        session, numbers = self.session, numbers_of(self.session)
         for k in session.members:
-            begun[k], message = member.begin(session, k, entropy=entropy_of(k))
-            self._send("keys", k, message)
-        roster, told = server.roster(session, self.seen["keys"])
-        for k in roster.known:
-            shared[k], message = member.shared(begun[k], told, entropy=entropy_of(100 + k))
-            self._send("shares", k, message)
-        delivered, posted = server.delivered(roster, self.seen["shares"])
-        numbers = numbers_of(session)
-        for k, delivery in posted.items():
             words = to_ring(numbers[k], len(session.members))
-            self.masked[k], message = member.masked(shared[k], delivery, words)
-            self._send("masked", k, message)
-        self.summed, survivors = server.summed(delivered, self.seen["masked"])
-        for k in self.summed.members:
-            self._send("told", k, member.told(self.masked[k], survivors))
-        return self.summed.members, server.unmasked(self.summed, self.seen["told"])
+            self.members[k] = Member(session, k, identity_of(k), lambda words=words: words, entropy=entropy_of(k))  # type: ignore[misc]
+        opened = secure_sum(session, session.members, self._ask, identity_of(0).verify)
+        return opened.members, opened.words
 
-    def _send(self, step: str, sender: int, message: bytes) -> None:
-        kept = self.seen.setdefault(step, {})
-        leaves = self.leaves.get(sender)
-        if leaves is None or STEPS.index(step) < STEPS.index(leaves):
-            kept[sender] = self.change(step, sender, message)
+    def _ask(self, step: Step, messages: Mapping[int, bytes]) -> Answers:
+        self.sent[step] = dict(messages)
+        kept, left = self.seen.setdefault(step, {}), dict[int, str]()
+        for k, message in messages.items():
+            leaves = self.leaves.get(k)
+            if leaves is not None and STEPS.index(step) >= STEPS.index(Step(leaves)):
+                continue
+            try:
+                kept[k] = self.change(step, k, self.members[k].answer(step, message))
+            except UpdateError as error:
+                left[k] = str(error)
+        return Answers(kept, left)
 
 
 def plain(session: Session, members: tuple[int, ...]) -> Ring:
@@ -88,7 +97,7 @@ def plain(session: Session, members: tuple[int, ...]) -> Ring:
 
 def check(session: Session, leaves: Mapping[int, str]) -> None:
     members, words = Sum(session, leaves).run()
-    assert members == tuple(k for k in session.members if leaves.get(k, "told") == "told")
+    assert members == tuple(k for k in session.members if leaves.get(k, "told") in ("agreed", "told"))
     assert np.array_equal(words, plain(session, members)), leaves
     exact = sum((numbers_of(session)[k] for k in members), np.zeros(session.length))
     assert np.abs(from_ring(words) - exact).max() <= len(members) * 2.0**-41 + 1e-13
@@ -131,27 +140,89 @@ def test_a_single_upload_looks_uniform_and_an_unmasked_one_does_not() -> None:
     assert chi_square(np.asarray(sum(uploads), np.uint64) - plain(session, session.members)) > 100.0
 
 
-def test_no_lists_of_survivors_make_members_tell_enough_of_both_secrets_of_one() -> None:
+def test_whatever_lists_a_server_shows_members_tell_for_one_list_of_enough_or_for_none() -> None:
     session = session_of(4, 3)
     whole = Sum(session)
     whole.run()
+    masked = at_masked(whole)
     lists = [m for n in (3, 4) for m in itertools.combinations(session.members, n)]
-    told = {
-        (k, chosen): wire.told_read(member.told(whole.masked[k], wire.survivors_written(session, chosen)), session, k)
-        for k, chosen in itertools.product(session.members, lists)
-        if k in chosen
-    }
+    signed = {}
+    for k, chosen in itertools.product(session.members, lists):
+        if k in chosen:
+            knows, message = member.agreed(masked[k], wire.survivors_written(session, chosen), identity_of(k).sign)
+            signed[k, chosen] = knows, wire.agreement_read(message, session, k)
+    opened = 0
     for given in itertools.product(lists, repeat=4):
-        answers = [told[k, chosen] for k, chosen in zip(session.members, given, strict=True) if (k, chosen) in told]
-        for victim in session.members:
-            seeds, of_key = (
-                sum(victim in part for part in parts)
-                for parts in ([one.seeds for one in answers], [one.keys for one in answers])
-            )
-            assert min(seeds, of_key) < session.threshold
-    for chosen in [(3, 4), (3, 4, 9), (4, 5, 6)]:
+        shown = {k: chosen for k, chosen in zip(session.members, given, strict=True) if k in chosen}
+        told = set()
+        if len(shown) >= session.threshold:
+            all_signatures = wire.agreements_written(session, {k: signed[k, chosen][1] for k, chosen in shown.items()})
+            for k, chosen in shown.items():
+                try:
+                    member.told(signed[k, chosen][0], all_signatures, identity_of(k).verify)
+                except UpdateError:
+                    continue
+                told.add(chosen)
+        enough = {chosen for chosen in lists if list(shown.values()).count(chosen) >= session.threshold}
+        assert told == enough
+        assert len(told) <= 1
+        opened += len(told)
+    assert opened > 0
+    for bad in [(3, 4), (3, 4, 9), (4, 5, 6)]:
         with pytest.raises(UpdateError, match="survivors"):
-            member.told(whole.masked[3], wire.survivors_written(session, chosen))
+            member.agreed(masked[3], wire.survivors_written(session, bad), identity_of(3).sign)
+
+
+def at_masked(whole: Sum) -> dict[int, member.Masked]:
+    """Return what members know after the third message, from what a whole sum sent them."""
+    session, found = whole.session, {}
+    for k in session.members:
+        entropy = entropy_of(k)
+        begun, _ = member.begin(session, k, identity_of(k).sign, entropy=entropy)
+        shared, _ = member.shared(begun, whole.sent["shares"][k], identity_of(k).verify, entropy=entropy)
+        found[k], _ = member.masked(shared, whole.sent["masked"][k], np.zeros(LENGTH, np.uint64))
+    return found
+
+
+def test_a_member_answers_each_step_once_and_in_order_and_its_last_answer_again() -> None:
+    session = session_of(4, 3)
+    whole = Sum(session, {6: "masked"})
+    whole.run()
+    told = whole.sent["told"][3]
+    assert whole.members[3].answer(Step.TOLD, told) == whole.seen["told"][3]
+    for step in STEPS:
+        with pytest.raises(UpdateError, match="expected a message of step none"):
+            whole.members[3].answer(step, told + b"other")
+    with pytest.raises(UpdateError, match="expected a message of step masked, got one of agreed"):
+        whole.members[6].answer(Step.AGREED, whole.sent["agreed"][3])
+    fresh = Member(session, 3, identity_of(3), lambda: np.zeros(LENGTH, np.uint64), entropy=entropy_of(3))
+    first = fresh.answer(Step.KEYS, b"")
+    assert fresh.answer(Step.KEYS, b"") == first
+    with pytest.raises(UpdateError, match="roster"):
+        fresh.answer(Step.SHARES, b"nonsense")
+    with pytest.raises(UpdateError, match="expected a message of step none"):  # who refuses once is out
+        fresh.answer(Step.SHARES, whole.sent["shares"][3])
+
+
+def test_what_a_member_promised_is_asked_before_it_signs_a_list() -> None:
+    session, lists = session_of(4, 3), list[tuple[int, ...]]()
+
+    def refuse(members: tuple[int, ...]) -> None:
+        lists.append(members)
+        raise UpdateError("another list was signed before")
+
+    whole, made = Sum(session), Member.__init__
+
+    def with_promise(self: Member, session: Session, number: int, *args: object, **more: object) -> None:
+        made(self, session, number, *args, **more, **({"promise": refuse} if number == 4 else {}))  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Member, "__init__", with_promise)
+        members, words = whole.run()
+    assert members == session.members  # its numbers are in; it helps to open nothing
+    assert 4 not in whole.sent["told"]
+    assert lists == [session.members]
+    assert np.array_equal(words, plain(session, members))
 
 
 @pytest.mark.parametrize("step", STEPS)
@@ -176,28 +247,37 @@ def test_a_message_that_was_changed_anywhere_counts_as_none_or_ends_the_sum(step
             assert np.array_equal(words, plain(session, members))
     for broken in (b"", whole.seen[step][4][:-1], whole.seen[step][4] + b"\0", whole.seen[step][5]):
         members, words = Sum(session, change=lambda at, k, m, b=broken: b if (at, k) == (step, 4) else m).run()
-        assert (4 in members) is (step == "told")
+        assert (4 in members) is (step in ("agreed", "told"))
         assert np.array_equal(words, plain(session, members))
 
 
 def test_keys_that_the_server_changed_are_found_by_the_members_signatures() -> None:
     session = session_of(3, 3)
-
-    def sign(text: bytes) -> bytes:
-        return hashlib.sha256(b"a member's own" + text).digest()
-
-    def verify(_: int, text: bytes, signature: bytes) -> bool:
-        return sign(text) == signature
-
-    begun = {k: member.begin(session, k, sign=sign) for k in session.members}
-    known, roster = server.roster(session, {k: message for k, (_, message) in begun.items()})
-    member.shared(begun[3][0], roster, verify=verify)
-    own, _ = member.begin(session, 4)
+    begun = {k: member.begin(session, k, identity_of(k).sign) for k in session.members}
+    verify = identity_of(3).verify
+    known, roster = server.roster(session, {k: message for k, (_, message) in begun.items()}, verify)
+    member.shared(begun[3][0], roster, verify)
+    own, _ = member.begin(session, 4, identity_of(5).sign)
     forged = dict(known.known) | {4: wire.PublicKeys(keys.public_of(own.envelopes), keys.public_of(own.masks), b"no")}
     with pytest.raises(UpdateError, match="expected keys that member 4 signed"):
-        member.shared(begun[3][0], wire.roster_written(session, forged), verify=verify)
+        member.shared(begun[3][0], wire.roster_written(session, forged), verify)
     with pytest.raises(UpdateError, match="expected a roster with the keys of member 4"):
-        member.shared(begun[4][0], wire.roster_written(session, forged))
+        member.shared(begun[4][0], wire.roster_written(session, forged), verify)
+    with pytest.raises(TooFewClientsError, match="expected keys that member 4 signed"):
+        server.roster(session, {k: wire.keys_written(session, k, forged[k]) for k in forged}, verify)
+
+
+def test_members_of_one_process_know_each_others_signatures() -> None:
+    identities = local_identities((3, 4))
+    signature = identities[3].sign(b"text")
+    assert identities[4].verify(3, b"text", signature)
+    for member_, text, given in (
+        (4, b"text", signature),
+        (3, b"other", signature),
+        (3, b"text", b""),
+        (5, b"text", b""),
+    ):
+        assert not identities[4].verify(member_, text, given)
 
 
 def test_shares_of_fewer_than_the_threshold_fit_every_secret_and_a_wrong_one_is_found() -> None:
@@ -256,8 +336,9 @@ def test_vectors_of_the_standards_and_of_a_whole_sum() -> None:
         step: hashlib.sha256(b"".join(sent[k] for k in sorted(sent))).hexdigest() for step, sent in whole.seen.items()
     }
     assert found == {
-        "keys": "0d7c239a601d9a9d478089ce699822cacda2f1eb671ae34950753f44541dc061",
+        "keys": "b38201bd51d30bf56c21229bb54e408fac693f50da58ec92af3f000be0df00e5",
         "shares": "67e0943746cd91b5a7d3c873295fce4acdd9db1d93f6289c2d603ff3c8331345",
         "masked": "dc8b0dcd997083e65bbddca6a44e499f832dcf3f9fe9cbcf1cb7eeeefa5c4e8c",
+        "agreed": "78c3203a3cabb35a9806cd61cdf13ef7584c929c46cd589ad5f15c4cd2655afb",
         "told": "bf1b600c347f0964942fded6aee242e85216ca37ef43c93a740c639a352a7371",
     }

@@ -136,7 +136,7 @@ def test_what_is_not_installed_is_named_before_anything_is_loaded(
         monkeypatch.delattr(importlib.import_module(parent), name, raising=False)
     if command[:2] == ("sites", "init"):
         shutil.rmtree("server")
-    monkeypatch.setattr("fedloom.sites.site_training.load_base", pytest.fail)
+    monkeypatch.setattr("fedloom.sites.site_inputs.load_base", pytest.fail)
     monkeypatch.setattr("fedloom.assembly.inputs.load_base", pytest.fail)
     assert "needs the extra 'sites'; install it: pip install 'fedloom[sites]'" in refused(*command)
     assert not Path("run").exists()

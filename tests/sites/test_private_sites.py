@@ -101,18 +101,19 @@ def test_a_server_that_hides_whole_sites_draws_from_its_system_and_counts_every_
 
 
 @pytest.mark.parametrize(
-    ("overrides", "words"),
+    ("overrides", "sites", "words"),
     [
-        ({"privacy__sum": "masked"}, "masked sums are for clients in one process"),
         (
             {"privacy__unit": "client", "federation__sampling": "poisson", "federation__clients_per_round": 2},
+            {},
             "show who was asked, so the draw is no secret",
         ),
+        ({"privacy__sum": "masked"}, {"withdrawn": NAMES[:1]}, "masked only with 3 clients a round or more"),
     ],
 )
-def test_what_sites_cannot_do_yet_or_would_know_is_refused(
-    overrides: dict[str, object], words: str, recipe: Callable[..., Settings]
+def test_what_sites_would_know_or_could_not_hide_is_refused(
+    overrides: dict[str, object], sites: dict[str, object], words: str, recipe: Callable[..., Settings]
 ) -> None:
     own = {"method__name": "ffa-lora", "method__weighting": "uniform", **overrides}
     with pytest.raises(SettingsError, match=words):
-        study_of(recipe(**own), NAMES, quorum=2)
+        study_of(recipe(**own), NAMES, quorum=2, **sites)

@@ -1,15 +1,16 @@
-"""A round whose server sees the clients' sum and no update: the messages of a secure sum around their training.
+"""A round whose server sees the clients' sum and no update: a secure sum after their training.
 
-Clients and server are in one process here, so it is a simulation: what a client does with its own update is done
-between its arrival and its masked message, and what the server works with are the messages of
-:mod:`fedloom.privacy.secure_sum`. Masks are drawn from the operating system; they cancel, so the result repeats.
+Clients train first; those who have trained put their numbers under masks and add them up by the messages of
+:mod:`fedloom.privacy.secure_sum`. Across sites the messages go over the link (``Masking.ask``). In one process or on a
+cluster it is a simulation: what a client does with its own update is done between its arrival and its masked message.
+Masks are drawn from the operating system; they cancel, so the result repeats.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -18,25 +19,37 @@ from torch import Tensor
 
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.federation.intake import Arrival, ClientRecord, advice_after
+from fedloom.federation.sum_terms import FEWEST_MEMBERS, SumTerms, numbers_added, shares_told, threshold_of
 from fedloom.federation.update_checks import Asked, check_update
-from fedloom.federation.weights import capped
 from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import Work
 from fedloom.methods.masked_sums import MaskedSums, Numbers
 from fedloom.methods.state import Broadcast, Failure, Update
-from fedloom.methods.strategy import Weighting, normalised
-from fedloom.privacy.secure_sum import member, server
-from fedloom.privacy.secure_sum.fixed_point import from_ring, to_ring
-from fedloom.privacy.secure_sum.wire import Session, context_of
+from fedloom.methods.strategy import Weighting
+from fedloom.privacy.secure_sum.fixed_point import Ring, from_ring, to_ring
+from fedloom.privacy.secure_sum.identities import Verify, local_identities
+from fedloom.privacy.secure_sum.steps import Answers, Ask, Member, Step, secure_sum
+from fedloom.privacy.secure_sum.wire import Session
 from fedloom.training.stats import TrainingStats
+
+_TOKEN_BYTES = 16
 
 
 @dataclass(frozen=True)
 class Masking:
-    """How sums are masked: the clients that must stay (None: more than two thirds), and what names the run."""
+    """How sums are masked.
+
+    Attributes:
+        threshold: the clients that must stay; None: more than two thirds.
+        run: what names the run.
+        ask: hands members of a sum of these terms their messages; None: they are of this process.
+        verify: tells whose signature is whose; None with members of this process.
+    """
 
     threshold: int | None
     run: str
+    ask: Callable[[SumTerms], Ask] | None = None
+    verify: Verify | None = None
 
 
 class MaskedRules(Protocol):
@@ -55,6 +68,11 @@ class MaskedRules(Protocol):
     @property
     def max_weight(self) -> float:
         """Largest share of one client."""
+        ...
+
+    @property
+    def masking(self) -> Masking | None:
+        """How the sum is masked."""
         ...
 
     def asked(self, client: int) -> Asked:
@@ -76,152 +94,146 @@ class MaskedRound:
         return tuple(replace(one, weight=weights.get(one.client, 0.0)) for one in self.clients)
 
 
-def threshold_of(threshold: int | None, num_clients: int) -> int:
-    """Return how many of so many clients must stay: by default the fewest that are more than two thirds of them."""
-    return threshold if threshold is not None else 2 * num_clients // 3 + 1
-
-
-def session_of(masking: Masking, strategy: MaskedSums, clients: Sequence[int], round: int) -> Session:
-    """Return the session of a round's sum.
-
-    Raises:
-        TooFewClientsError: the clients are too few for a sum that hides one, or for the threshold.
-    """
-    needed = threshold_of(masking.threshold, len(clients))
-    try:
-        return Session(context_of(masking.run, round), tuple(sorted(clients)), needed, strategy.num_numbers)
-    except ValueError as error:
-        raise TooFewClientsError(
-            f"round {round}: expected at least 3 clients for a secure sum (privacy.sum), of whom {needed} stay, got "
-            f"{len(clients)}; {advice_after(round - 1)}"
-        ) from error
-
-
 def masked_round(
     plan: MaskedRules,
-    session: Session,
     strategy: MaskedSums,
     work: Work,
     broadcasts: Sequence[Broadcast],
     arrivals: Iterator[Arrival],
 ) -> MaskedRound:
-    """Run a round's secure sum around the training, which begins with the first of the ``arrivals`` that is asked for.
+    """Run a round's secure sum once the clients have trained, which begins with the first arrival asked for.
 
     Raises:
-        TooFewClientsError: fewer clients stayed than the threshold, or than ``plan.min_clients``.
+        TooFewClientsError: fewer clients stayed than the threshold, or than ``plan.min_clients``, or they are too few
+            for a sum that hides one.
     """
+    masking = plan.masking
+    assert masking is not None
     sent = {broadcast.client: broadcast for broadcast in broadcasts}
-    shares, post = _shares(plan, strategy.weighting, session.members), _Post(session)
-    begun = {k: post.up(k, member.begin(session, k)) for k in session.members}
-    roster, told = server.roster(session, post.messages("keys"))
-    shared = {k: post.answer(k, "shares", partial(_share, post, begun[k], told)) for k in roster.known}
-    delivered, posted = server.delivered(roster, post.messages("shares"), post.left)
-    masked, held, bytes_down = dict[int, Any](), dict[int, int](), dict[int, int]()
-    for arrival in arrivals:
-        outcome, client = arrival.outcome, arrival.outcome.client
-        if client not in posted or client in bytes_down:
-            continue
-        bytes_down[client] = arrival.download_bytes
-        if outcome.held is not None and 0 <= outcome.held <= sent[client].news.version:
-            held[client] = outcome.held
-        if isinstance(outcome, Failure):
-            post.left[client] = str(outcome.reason)
-            continue
+    asked_for = _terms(masking, tuple(sorted(sent)), broadcasts[0].round)
+    _session(asked_for, strategy)  # before anybody trains for nothing
+    arrived = _Arrived.of(arrivals, sent)
+    present = tuple(sorted(arrived.updates))
+    weights = _weights(plan, strategy.weighting, present)
+    terms = _with_shares(asked_for, weights, plan.max_weight)
+    session = _session(terms, strategy)
+    if masking.ask is None:
 
-        def put_on(update: Update = outcome, client: int = client) -> tuple[member.Masked, bytes]:
-            numbers = _numbers(update, sent[client], work, plan, strategy, shares[client])
-            words = to_ring(numbers, len(session.members))
-            return member.masked(shared[client], post.down(client, posted[client]), words)
+        def numbers(client: int) -> Ring:
+            update, broadcast = arrived.updates.pop(client), sent[client]
+            check_update(update, broadcast, work, plan.shapes, plan.asked(client))
+            start = broadcast.trained
+            assert isinstance(start, Adapter)
+            added = numbers_added(strategy, start, update.adapter, terms.share(weights[client]))
+            return to_ring(added, len(session.members))
 
-        masked[client] = post.answer(client, "masked", put_on)
-    summed, survivors = server.summed(delivered, post.messages("masked"), post.left)
-    for k in summed.members:
-        post.answer(k, "told", partial(_tell, post, masked[k], survivors))
-    words = server.unmasked(summed, post.messages("told"), post.left)
+        ask, verify = _here(session, present, numbers)
+    else:
+        assert masking.verify is not None
+        ask, verify = masking.ask(terms), masking.verify
+    opened = secure_sum(session, present, ask, verify, arrived.left)
     records = []
     for k in session.members:
-        is_in = k in summed.members
-        reason = None if is_in else summed.left.get(k)
-        down = bytes_down.get(k, 0) + post.bytes_down.get(k, 0)
+        is_in = k in opened.members
         stats = TrainingStats(plan.asked(k).num_rows) if is_in else None
-        records.append(ClientRecord(k, reason, down, post.bytes_up.get(k, 0), stats, session.length if is_in else 0))
-    if len(summed.members) < plan.min_clients:
+        down, up = arrived.bytes_down.get(k, 0) + opened.bytes_down.get(k, 0), opened.bytes_up.get(k, 0)
+        reason = None if is_in else opened.left.get(k)
+        records.append(ClientRecord(k, reason, down, up, stats, session.length if is_in else 0))
+    if len(opened.members) < plan.min_clients:
         reasons = "; ".join(f"client {one.client}: {one.reason}" for one in records if one.reason is not None)
         raise TooFewClientsError(
             f"expected at least {plan.min_clients} clients in the sum (federation.min_clients), got "
-            f"{len(summed.members)} ({reasons}); mend the cause and run again"
+            f"{len(opened.members)} ({reasons}); mend the cause and run again"
         )
-    in_sum = {k: shares[k] for k in summed.members}
-    return MaskedRound(_by_name(from_ring(words), strategy), in_sum, held, tuple(records))
+    in_sum = {k: terms.share(weights[k]) for k in opened.members}
+    return MaskedRound(_by_name(from_ring(opened.words), strategy), in_sum, arrived.held, tuple(records))
 
 
-def _share(post: _Post, begun: member.Keyed, roster: bytes) -> tuple[member.Shared, bytes]:
-    return member.shared(begun, post.down(begun.member, roster))
+@dataclass(eq=False)
+class _Arrived:
+    """Who has trained, and why others have not; an update is there where it is of this process."""
+
+    updates: dict[int, Update] = field(default_factory=dict)
+    left: dict[int, str] = field(default_factory=dict)
+    held: dict[int, int] = field(default_factory=dict)
+    bytes_down: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, arrivals: Iterator[Arrival], sent: Mapping[int, Broadcast]) -> _Arrived:
+        """Take the first arrival of each client that was asked."""
+        found = cls()
+        for arrival in arrivals:
+            outcome, client = arrival.outcome, arrival.outcome.client
+            if client not in sent or client in found.bytes_down:
+                continue
+            found.bytes_down[client] = arrival.download_bytes
+            if outcome.held is not None and 0 <= outcome.held <= sent[client].news.version:
+                found.held[client] = outcome.held
+            if isinstance(outcome, Failure):
+                found.left[client] = str(outcome.reason)
+            else:
+                found.updates[client] = outcome
+        return found
 
 
-def _tell(post: _Post, masked: member.Masked, survivors: bytes) -> tuple[None, bytes]:
-    return None, member.told(masked, post.down(masked.shared.keyed.member, survivors))
+def _terms(masking: Masking, members: tuple[int, ...], round: int) -> SumTerms:
+    threshold, token = threshold_of(masking.threshold, len(members)), secrets.token_hex(_TOKEN_BYTES)
+    return SumTerms(masking.run, round, token, members, threshold, 1.0, 1.0)
 
 
-class _Post:
-    """What crosses between members and server: messages by step, their bytes, and why somebody left."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._kept: dict[str, dict[int, bytes]] = {}
-        self.bytes_up: dict[int, int] = {}
-        self.bytes_down: dict[int, int] = {}
-        self.left: dict[int, str] = {}
-
-    def messages(self, step: str) -> Mapping[int, bytes]:
-        return self._kept.get(step, {})
-
-    def up(self, client: int, made: tuple[Any, bytes], step: str = "keys") -> Any:
-        """Pass a member's message on to the server; return what the member knows now."""
-        knows, message = made
-        self._kept.setdefault(step, {})[client] = message
-        self.bytes_up[client] = self.bytes_up.get(client, 0) + len(message)
-        return knows
-
-    def down(self, client: int, message: bytes) -> bytes:
-        """Pass a message of the server on to a member."""
-        self.bytes_down[client] = self.bytes_down.get(client, 0) + len(message)
-        return message
-
-    def answer(self, client: int, step: str, make: Callable[[], tuple[Any, bytes]]) -> Any:
-        """Let a member answer; one that cannot has left, with its reason."""
-        try:
-            return self.up(client, make(), step)
-        except UpdateError as error:
-            self.left[client] = str(error)
-            return None
+def _with_shares(terms: SumTerms, weights: Mapping[int, float], max_weight: float) -> SumTerms:
+    """Return the terms with the shares of those who have trained."""
+    if not weights:
+        return terms
+    unit, largest = shares_told(weights, max_weight)
+    return replace(terms, unit_share=unit, largest_share=largest)
 
 
-def _shares(plan: MaskedRules, weighting: Weighting, clients: Sequence[int]) -> dict[int, float]:
-    """Return each client's share of the cohort's weights, by what is known of it before the round."""
-    match weighting:
-        case Weighting.ROWS:
-            weights = {k: float(plan.asked(k).num_rows) for k in clients}
-        case Weighting.WORK:
-            weights = {k: float(plan.asked(k).work) for k in clients}
-        case _:
-            weights = dict.fromkeys(clients, 1.0)
-    return normalised(capped(weights, plan.max_weight))
-
-
-def _numbers(
-    update: Update, broadcast: Broadcast, work: Work, plan: MaskedRules, strategy: MaskedSums, share: float
-) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return what a client adds to the sum, after the checks that a server makes where it sees updates.
+def _session(terms: SumTerms, strategy: MaskedSums) -> Session:
+    """Return the session of a round's sum.
 
     Raises:
-        UpdateError: the update is none that could be used.
+        TooFewClientsError: the clients are too few for a sum that hides one, or for the threshold.
     """
-    check_update(update, broadcast, work, plan.shapes, plan.asked(update.client))
-    start = broadcast.trained
-    assert isinstance(start, Adapter)
-    found = strategy.rule.summand(start, update.adapter, share)
-    return torch.cat([found[key].flatten() for key in strategy.sizes()]).numpy()
+    try:
+        return terms.session(strategy.num_numbers)
+    except ValueError as error:
+        raise TooFewClientsError(
+            f"round {terms.round}: expected at least {FEWEST_MEMBERS} clients for a secure sum (privacy.sum), of whom "
+            f"{terms.threshold} stay, got {len(terms.members)}; {advice_after(terms.round - 1)}"
+        ) from error
+
+
+def _here(session: Session, present: Sequence[int], numbers: Callable[[int], Ring]) -> tuple[Ask, Verify]:
+    """Return members of this process: one that cannot answer has left, with its reason."""
+    identities = local_identities(session.members)
+
+    def numbers_of(client: int) -> Callable[[], Ring]:
+        return lambda: numbers(client)
+
+    members = {k: Member(session, k, identities[k], numbers_of(k)) for k in present}
+
+    def ask(step: Step, messages: Mapping[int, bytes]) -> Answers:
+        found, left = dict[int, bytes](), dict[int, str]()
+        for client, message in messages.items():
+            try:
+                found[client] = members[client].answer(step, message)
+            except UpdateError as error:
+                left[client] = str(error)
+        return Answers(found, left)
+
+    return ask, identities[session.members[0]].verify
+
+
+def _weights(plan: MaskedRules, weighting: Weighting, clients: Sequence[int]) -> dict[int, float]:
+    """Return each client's weight, by what is known of it before the round."""
+    match weighting:
+        case Weighting.ROWS:
+            return {k: float(plan.asked(k).num_rows) for k in clients}
+        case Weighting.WORK:
+            return {k: float(plan.asked(k).work) for k in clients}
+        case _:
+            return dict.fromkeys(clients, 1.0)
 
 
 def _by_name(numbers: np.ndarray[Any, np.dtype[np.float64]], strategy: MaskedSums) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from fedloom.federation.agreement import Agreements
 from fedloom.federation.intake import Arrival, ClientRecord, Intake
-from fedloom.federation.masked_round import Masking, masked_round, session_of
+from fedloom.federation.masked_round import Masking, masked_round
 from fedloom.federation.module_figures import RoundFigures, round_figures
 from fedloom.federation.robust import RobustRule
 from fedloom.federation.server import (
@@ -138,8 +138,7 @@ def run_rounds(
         arrivals = clock.timed("train", engine.train(broadcasts))
         if plan.masking is not None:
             assert isinstance(plan.strategy, MaskedSums)
-            session = session_of(plan.masking, plan.strategy, clients, state.round + 1)
-            masked = masked_round(own, session, plan.strategy, work, broadcasts, arrivals)
+            masked = masked_round(own, plan.strategy, work, broadcasts, arrivals)
             aggregate = plan.strategy.rule.of_sum(state, masked.numbers, masked.shares)
             norms, held, began, records = [], masked.held, {}, masked.records(aggregate.weights)
         else:

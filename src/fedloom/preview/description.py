@@ -22,7 +22,7 @@ from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
-from fedloom.federation.masked_round import threshold_of
+from fedloom.federation.sum_terms import threshold_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
 from fedloom.models.base_folder import first_line, read_config

@@ -24,6 +24,7 @@ from fedloom.methods.gradient_start import sketch_rank
 from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.state import Broadcast, Difference, News, ServerState, Update
 from fedloom.methods.strategy import Cohort
+from fedloom.privacy.secure_sum.identities import SIGNATURE_BYTES
 from fedloom.privacy.secure_sum.wire import bytes_of_member
 from fedloom.training.stats import TrainingStats
 
@@ -99,7 +100,7 @@ def message_sizes(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -
         down = fmean(len(encode_broadcast(broadcast, wire)) for broadcast in others)
         sizes[rank] = OfClient(round(up), len(encode_broadcast(first, wire)), round(down) + beyond)
     if isinstance(strategy, MaskedSums):
-        up, down = bytes_of_member(settings.cohort_size, strategy.num_numbers)
+        up, down = bytes_of_member(settings.cohort_size, strategy.num_numbers, SIGNATURE_BYTES)
         sizes = {rank: OfClient(up, one.first_down + down, one.later_down + down) for rank, one in sizes.items()}
     if not settings.start_rounds:
         return MessageSizes(ranks, sizes)

@@ -2,8 +2,8 @@
 
     4 bytes   length of the head, little-endian
     32 bytes  SHA-256 of length, head and body; of a body that ends with its own hash, of length, head and that hash
-    head      JSON, of one of the kinds below, or of split training (see ``split_frames``)
-    body      a sheet, a broadcast, an update, an adapter, a split message, or nothing
+    head      JSON, of one of the kinds below, of split training (``split_frames``), or of a masked sum (``sum_frames``)
+    body      a sheet, a broadcast, an update, an adapter, a split message, one of a masked sum, or nothing
 
 Nothing of a frame is believed unread: the digest first, then the head by its kind's schema, which knows no other
 entries, then the body by its own hash: each byte is hashed once where it is sent and once where it comes in. What a
@@ -25,8 +25,9 @@ from fedloom.federation.blob import SEAL_BYTES, Checked, checked
 from fedloom.federation.buffers import Buffer, Buffers
 from fedloom.sites.frame_parts import Count, Hash, Members, Part, Refusal, Round, RunId, Version
 from fedloom.sites.split_frames import SplitToServer, SplitToSite
+from fedloom.sites.sum_frames import SumAnswered, SumAsked
 
-FORMAT = 2
+FORMAT = 3
 """Version of the frames and of what they mean: both ends must have the same."""
 MAX_HEAD_BYTES = 1 << 16
 MAX_SHEET_BYTES = 1 << 20
@@ -74,6 +75,7 @@ class Ready(Part):
 class Result(Part):
     """Site: the answer to a task; without a body where it has no update, and then with the reason.
 
+    In a masked round it says that the site has trained, and has no body: what it came to crosses in the sum alone.
     ``epsilon`` is what the study has cost its rows so far, where they are hidden.
     """
 
@@ -136,12 +138,12 @@ class End(Part):
     run: RunId
 
 
-ToServer = Hello | Ready | Result | Scored | SplitToServer
-ToSite = SheetSent | Task | Score | End | SplitToSite
+ToServer = Hello | Ready | Result | Scored | SumAnswered | SplitToServer
+ToSite = SheetSent | Task | Score | End | SumAsked | SplitToSite
 TO_SERVER: TypeAdapter[ToServer] = TypeAdapter(Annotated[ToServer, Field(discriminator="kind")])
 TO_SITE: TypeAdapter[ToSite] = TypeAdapter(Annotated[ToSite, Field(discriminator="kind")])
 _WITH_BODY = (
-    *("result", "sheet", "task", "score"),
+    *("result", "sheet", "task", "score", "sum", "sum-answer"),
     *("begin", "hidden", "gradients", "activations", "tail-gradients", "updates"),
 )
 _SEALED = tuple(

@@ -43,10 +43,10 @@ def read_kit(folder: Path | str, role: Literal["server", "client"]) -> Kit:
     key, certificate, root = (_read(place / name) for name in (f"{role}.key", f"{role}.crt", ROOT))
     own = _parsed(certificate, place / f"{role}.crt")
     check_certificate(own, _parsed(root, place / ROOT), place / f"{role}.crt")
-    return Kit(key, certificate, root, _common_name(own))
+    return Kit(key, certificate, root, common_name(own))
 
 
-def check_certificate(own: Certificate, root: Certificate, path: Path) -> None:
+def check_certificate(own: Certificate, root: Certificate, path: Path | str) -> None:
     """Check a certificate's days and its issuer.
 
     Raises:
@@ -67,7 +67,8 @@ def check_certificate(own: Certificate, root: Certificate, path: Path) -> None:
         ) from error
 
 
-def _common_name(own: Certificate) -> str:
+def common_name(own: Certificate) -> str:
+    """Return the name that a certificate is of; empty where it has none."""
     from cryptography.x509.oid import NameOID
 
     names = own.subject.get_attributes_for_oid(NameOID.COMMON_NAME)

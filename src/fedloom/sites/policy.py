@@ -20,6 +20,7 @@ SUPERSEDED = "superseded"
 ENDED = "trainer-ended"
 LOST = "period-lost"
 DISK = "disk"
+SUM_LOST = "sum-lost"
 BUDGET = "budget"
 
 _WORDS: Mapping[str, str] = {
@@ -54,6 +55,14 @@ _WORDS: Mapping[str, str] = {
     SUPERSEDED: "a newer round took its place",
     LOST: "it ended within the period and came back; it takes part again from the next one",
     ENDED: "its training process ended with code {code}; its own log says why",
+    "unusable": "its update could not be used; its own log says why",
+    "unmasked": "its policy (policy.sum) wants its update in masked sums alone (privacy.sum = masked)",
+    "sum-few": "its policy (policy.min_sites_in_sum) wants {allowed} sites in a sum at least, the study has {asked}",
+    "sum": "it left the secure sum; its own log says why",
+    SUM_LOST: "it ended within the secure sum and came back; it takes part again from the next round",
+    "sum-untrained": "it keeps no update of this round to be summed",
+    "sum-older": "it has been in a sum of round {seen}, and is asked for one of round {asked}",
+    "sum-again": "it has signed a sum of {signed} sites for this round, and signs none of other sites",
     "memory": "it ran out of memory",
     "held-out": "it has no held-out rows (data.eval_fraction in its file)",
     DISK: "it could not write its folder; its own log says why",
@@ -97,6 +106,10 @@ def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
         return Refusal(code="rows-hidden")
     if policy.max_epsilon is not None and training.privacy is None:
         return Refusal(code="unhidden")
+    if policy.sum == "masked" and sheet.sum is None:
+        return Refusal(code="unmasked")
+    if sheet.sum is not None and sheet.sum.fewest < policy.min_sites_in_sum:
+        return Refusal(code="sum-few", numbers={"allowed": policy.min_sites_in_sum, "asked": sheet.sum.fewest})
     rounds, steps = training.start_rounds + training.total_rounds, training.steps or 0
     budget = training.token_budget
     if split is not None:  # a round is a period, and a pass has the rows of a micro-batch: see of_inputs

@@ -37,11 +37,14 @@ from fedloom.run_folder.manifest import read_manifest
 from fedloom.run_folder.run_date import date_in, today
 from fedloom.run_folder.writer import RunFolder
 from fedloom.sites.frames import MAX_HEAD_BYTES
+from fedloom.sites.kit import read_kit
 from fedloom.sites.link import Link
 from fedloom.sites.sheet import sheet_of
 from fedloom.sites.site_holdings import write_holdings
+from fedloom.sites.site_identity import named, verifier_of
 from fedloom.sites.site_scores import scored_by_sites
 from fedloom.sites.sites_engine import Attendance, Patience, SitesEngine
+from fedloom.sites.sites_sum import largest_sum_message
 from fedloom.sites.split_serving import CutKind, CutStudy, served_base
 from fedloom.sites.study import Study
 from fedloom.sites.study_versions import check_version, note_version
@@ -137,7 +140,8 @@ class _Served:
         run, scores = str(folder.manifest["identity"]["run_id"]), study.sites.evaluate == "sites"
         hashes = (self._base.revision_hash, self.tokenizer_sha256)
         cuts = [None if self._cut is None else self._cut.client_cut(client) for client in self._rows]
-        sheets = [sheet_of(settings, client, run, *hashes, scores, cut) for client, cut in enumerate(cuts)]
+        size = study.cohort_size
+        sheets = [sheet_of(settings, client, run, *hashes, scores, cut, size) for client, cut in enumerate(cuts)]
         link = self._open_link(study, self._largest_frame())
         try:
             attendance: dict[str, Any] = {
@@ -146,7 +150,7 @@ class _Served:
                 "members": study.members,
                 "sheets": sheets,
                 "wire": WireDtype(settings.wire.dtype),
-                "patience": Patience(study.sites.quorum, study.sites.deadline_s, study.sites.grace_s),
+                "patience": Patience(study.quorum, study.sites.deadline_s, study.sites.grace_s),
                 "note": self._progress.note,
                 "rows": self._rows,
                 "versions": f"fedloom {version('fedloom')}, torch {version('torch')}",
@@ -162,16 +166,24 @@ class _Served:
             run, clients = self._cut.run_over(engine)
             return CutKind(*common, None, run, engine, clients)
         assert self._plan is not None
-        state = self._plan.strategy.initial()
-        rounds = SitesEngine(**attendance, lora=self._lora, plan=self._plan, state=state)
-        return SitesKind(*common, self._plan, None, rounds)
+        plan, state = self._plan, self._plan.strategy.initial()
+        rounds = SitesEngine(**attendance, lora=self._lora, plan=plan, state=state)
+        if plan.masking is not None:
+            names = self._study.sites.names
+            verify = verifier_of(read_kit(self._study.sites.kit, "server").root, names)
+            masking = replace(plan.masking, run=named(rounds.run, names), ask=rounds.sum_of, verify=verify)
+            plan = rounds.plan = replace(plan, masking=masking)
+        return SitesKind(*common, plan, None, rounds)
 
     def _largest_frame(self) -> int:
         if self._cut is not None:
             return MAX_HEAD_BYTES + self._cut.largest_body()
         shapes, rank = self._lora.shapes, max(self.population.ranks.values())
         numbers = sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
-        return MAX_HEAD_BYTES + largest_message(2 * len(shapes), 4 * numbers)
+        largest = largest_message(2 * len(shapes), 4 * numbers)
+        if self._study.settings.privacy.sum == "masked":
+            largest = max(largest, largest_sum_message(self.population.clients_per_round, numbers))
+        return MAX_HEAD_BYTES + largest
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,10 +21,11 @@ from fedloom.data.records import Shape
 from fedloom.data.templates import AUTO, CHAT, Template, read_template, template_text
 from fedloom.errors import UpdateError
 from fedloom.federation.blob import WireDtype
+from fedloom.federation.sum_terms import FEWEST_MEMBERS, threshold_of
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.gradient_start import sketch_rank
-from fedloom.methods.options import MethodOptions, ServerAdamW
+from fedloom.methods.options import ClientPrivacy, MethodOptions, ServerAdamW
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
@@ -101,6 +102,17 @@ class SheetSplit(Part):
         return -(-self.num_steps // self.aggregate_every)
 
 
+class SheetSum(Part):
+    """How updates are summed under masks: what all send as many numbers as, and how many stay in a sum at least.
+
+    ``clip`` is given where the study hides whole sites: each clips its own change, to this norm.
+    """
+
+    max_rank: Annotated[int, Ge(1), Le(1 << 20)]
+    fewest: Annotated[int, Ge(FEWEST_MEMBERS), Le(4096)]
+    clip: Annotated[float, Gt(0), Le(1e9)] | None = None
+
+
 class SheetTemplate(Part):
     """How prompts are worded: the shape's own way, the tokenizer's chat template, or a text."""
 
@@ -165,6 +177,7 @@ class Sheet(Part):
     corrects: bool = False
     sketch_rank: Annotated[int, Ge(1), Le(1 << 20)] | None = None
     budget: SheetBudget | None = None
+    sum: SheetSum | None = None
 
     def rank_asked(self, round: int) -> int:
         """Return the rank of a round's task: the client's own, but where it sketches a gradient."""
@@ -191,6 +204,8 @@ class Sheet(Part):
         hidden = ""
         if (privacy := training.privacy) is not None:
             hidden = f", rows hidden by noise of {privacy.noise_multiplier:g} times the clip"
+        if self.sum is not None:
+            hidden += f", updates in sums of at least {self.sum.fewest} sites under masks"
         return f"run {self.run}: {self.method}, rank {self.rank}, {rounds}, base {self.base_sha256[:12]}{cut}{hidden}"
 
     def half(self, shapes: dict[str, tuple[int, int]]) -> ClientHalf:
@@ -199,7 +214,16 @@ class Sheet(Part):
         Raises:
             MethodError: the method is not installed here, or sends nothing.
         """
-        cohort = Cohort(shapes, self.rank, lambda client: self.rank, self.seed)
+        return self.strategy(shapes).client
+
+    def strategy(self, shapes: dict[str, tuple[int, int]]) -> Strategy:
+        """Return the method, as far as a client's part goes: what the server does with sums is not in a sheet.
+
+        Raises:
+            MethodError: the method is not installed here, or sends nothing.
+        """
+        largest, clip = (self.rank, None) if self.sum is None else (self.sum.max_rank, self.sum.clip)
+        cohort = Cohort(shapes, largest, lambda client: self.rank, self.seed)
         options = MethodOptions(
             weighting=self.weighting,
             initialisation=self.initialisation,
@@ -208,9 +232,11 @@ class Sheet(Part):
             moments=self.moments,
             moments_prior=self.moments_prior,
             control_clients=1 if self.corrects else 0,  # the number stays at the server
+            client_privacy=None if clip is None else ClientPrivacy(clip, noise_multiplier=0.0, expected_clients=1.0),
+            masked=self.sum is not None,
         )
         strategy: Strategy = table.make(self.method, cohort, options)
-        return strategy.client
+        return strategy
 
 
 def sheet_of(
@@ -221,8 +247,11 @@ def sheet_of(
     tokenizer_sha256: str,
     scores: bool,
     cut: ClientCut | None = None,
+    cohort_size: int = 0,
 ) -> Sheet:
-    """Return the sheet of one client of a study; ``cut`` is its part of a model that is cut.
+    """Return the sheet of one client of a study of which so many are drawn for a round.
+
+    ``cut`` is its part of a model that is cut.
 
     Raises:
         DataError: its template is none.
@@ -258,6 +287,7 @@ def sheet_of(
         corrects=settings.training.control_variates,
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
         budget=_budget_of(settings),
+        sum=_sum_of(settings, cohort_size),
     )
 
 
@@ -271,6 +301,15 @@ def _training_of(settings: Settings) -> SheetTraining:
 def _budget_of(settings: Settings) -> SheetBudget | None:
     privacy = settings.privacy
     return None if privacy.unit != "row" else SheetBudget(delta=privacy.delta, max_epsilon=privacy.max_epsilon)
+
+
+def _sum_of(settings: Settings, cohort_size: int) -> SheetSum | None:
+    privacy = settings.privacy
+    if privacy.sum != "masked":
+        return None
+    fewest = threshold_of(privacy.threshold, cohort_size)
+    clip = privacy.clip if privacy.unit == "client" else None
+    return SheetSum(max_rank=max(settings.client_ranks), fewest=fewest, clip=clip)
 
 
 def read_sheet(body: bytes, run: str | None = None) -> Sheet:

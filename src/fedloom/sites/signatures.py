@@ -1,12 +1,12 @@
-"""Signatures with the key of a project's root; loading this module needs the library of the extra ``sites``."""
+"""Signatures with the keys of certificates; loading this module needs the library of the extra ``sites``."""
 
 from __future__ import annotations
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.hashes import SHA256
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
-from cryptography.x509 import load_pem_x509_certificate
+from cryptography.hazmat.primitives.serialization import Encoding, load_pem_private_key
+from cryptography.x509 import Certificate, load_der_x509_certificate, load_pem_x509_certificate
 
 
 def sign(key_pem: bytes, statement: bytes) -> bytes:
@@ -26,7 +26,12 @@ def sign(key_pem: bytes, statement: bytes) -> bytes:
 
 def verifies(root_pem: bytes, statement: bytes, signature: bytes) -> bool:
     """Tell whether a signature of a statement is by the key of a root's certificate."""
-    key = load_pem_x509_certificate(root_pem).public_key()
+    return verifies_with(root_of(root_pem), statement, signature)
+
+
+def verifies_with(certificate: Certificate, statement: bytes, signature: bytes) -> bool:
+    """Tell whether a signature of a statement is by the key of a certificate."""
+    key = certificate.public_key()
     try:
         match key:
             case rsa.RSAPublicKey():
@@ -38,3 +43,22 @@ def verifies(root_pem: bytes, statement: bytes, signature: bytes) -> bool:
     except InvalidSignature:
         return False
     return True
+
+
+def root_of(pem: bytes) -> Certificate:
+    """Return a certificate that was read from PEM."""
+    return load_pem_x509_certificate(pem)
+
+
+def certificate_of(der: bytes) -> Certificate:
+    """Return a certificate that somebody shows.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return load_der_x509_certificate(der)
+
+
+def as_der(pem: bytes) -> bytes:
+    """Return a certificate in the shorter form in which it is shown."""
+    return bytes(load_pem_x509_certificate(pem).public_bytes(Encoding.DER))

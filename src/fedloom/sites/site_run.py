@@ -29,8 +29,8 @@ from fedloom.sites.kit_check import check_kit, is_flare_kit
 from fedloom.sites.link import SERVER, Link
 from fedloom.sites.members import read_members, refusal_of, shown
 from fedloom.sites.sheet import read_sheet
+from fedloom.sites.site_inputs import find_site_base
 from fedloom.sites.site_settings import SiteSettings
-from fedloom.sites.site_training import find_site_base
 from fedloom.sites.site_worker import SiteWorker
 from fedloom.sites.split_training import opened_run
 from fedloom.sites.trainer import TrainerProcess

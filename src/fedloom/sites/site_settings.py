@@ -83,6 +83,13 @@ class Policy(Table):
         "refused, and so is a study that does not hide rows (`privacy.unit = row`); default: what a study says itself.",
     )
     delta: OpenFraction = setting(1e-5, "The δ at which ε is counted, or the study's where that is smaller.")
+    sum: Literal["any", "masked"] = setting(
+        "any",
+        "`masked`: only studies whose server sees sums of updates and no update (`privacy.sum = masked`).",
+    )
+    min_sites_in_sum: Count = setting(
+        3, "Least number of sites, this one among them, whose updates are in a masked sum with its own."
+    )
     confirm: Literal["first", "always", "never"] = setting(
         "first",
         "`first`: a person agrees to each run once (`fedloom site confirm`), and again where the study changes or a "

@@ -5,19 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from fedloom.assembly.inputs import lora_of
 from fedloom.clients.client import Assignment, Client
 from fedloom.clients.held_sides import HeldSides
-from fedloom.data.encoding import Encoded, encode
-from fedloom.data.holdout import hold_out, with_units
-from fedloom.data.records import read_records
-from fedloom.data.sources import load_rows
 from fedloom.data.tokenizer import fingerprint
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import (
@@ -36,18 +30,19 @@ from fedloom.federation.messages import answer_dtype, update_buffers
 from fedloom.lora.layer import check_covers
 from fedloom.lora.pair import Adapter
 from fedloom.methods.state import Failure
-from fedloom.models.causal import context_of, longest_row
-from fedloom.models.load import Base, BaseFolder, find_base, load_base
 from fedloom.models.row_attention import choose_attention
 from fedloom.privacy.draws import SystemDraws
-from fedloom.seeding import stream
+from fedloom.privacy.secure_sum.masks import check_masks
 from fedloom.sites import policy
 from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.frames import Body, Ready, Result, Score, Scored, Task
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_books import SiteBooks
+from fedloom.sites.site_inputs import divided, encoded_rows, load_site_base
 from fedloom.sites.site_settings import SiteSettings
+from fedloom.sites.site_sum import SiteSums
 from fedloom.sites.store import Recall, Store, confirmation
+from fedloom.sites.sum_frames import SumAnswered, SumAsked
 from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
 from fedloom.training.loss import output_head
 from fedloom.training.row_losses import row_losses_of
@@ -85,6 +80,7 @@ class SiteTraining:
         self._held_out: TokenSet | None = None
         self._is_stored = False
         self._books: SiteBooks | None = None
+        self._sums: SiteSums | None = None
         try:
             self._open()
         except (FedloomError, torch.OutOfMemoryError, MemoryError) as error:
@@ -110,14 +106,14 @@ class SiteTraining:
         return len(self._rows)
 
     def answer(self, task: Task, take: Take) -> tuple[Result, Buffers]:
-        """Train, or send the last answer again where this task is the one it answered."""
+        """Train, or send the last answer again where this task is the one it answered; what is summed stays here."""
         begun, self._is_stored = time.perf_counter(), False
         self._recall = self._recall.settled(task.counted)
         head = Result(run=task.run, round=task.round, task=task.task, epsilon=self._epsilon())
         if task.task == self._recall.task and self.refusal is None:
             kept = self._store.answer(task.task)
             if kept is not None:
-                return head.model_copy(update={"again": True}), [kept]
+                return head.model_copy(update={"again": True}), [kept] if self._sums is None else []
         try:
             if self.refusal is not None:
                 raise RefusedError(self.refusal)
@@ -125,7 +121,14 @@ class SiteTraining:
         except (FedloomError, _SupersededError, torch.OutOfMemoryError, MemoryError) as error:
             return head.model_copy(update={"refusal": refusal_of(error, self._note)}), []
         told = {"seconds": time.perf_counter() - begun, "epsilon": self._epsilon()}
-        return head.model_copy(update=told), answer
+        return head.model_copy(update=told), answer if self._sums is None else []
+
+    def summed(self, asked: SumAsked, take: Take) -> tuple[SumAnswered, bytes]:
+        """Answer a message of a masked sum of what the last task came to."""
+        if self._sums is None:
+            place = asked.model_dump(include=set(SumAnswered.model_fields) - {"kind", "refusal"})
+            return SumAnswered(**place, refusal=self.refusal or Refusal(code="sum")), b""
+        return self._sums.answer(asked, bytes(take()))
 
     def _epsilon(self) -> float | None:
         """Return what the study has cost the site's rows, where it hides them."""
@@ -174,6 +177,14 @@ class SiteTraining:
         self._store = Store(self.site.folder, sheet.run)
         self._recall = self._store.read()
         self._sides = HeldSides(self._recall.version, self._recall.side)
+        if sheet.sum is not None:
+            check_masks()
+            shapes = dict(self._lora.shapes)
+            self._sums = SiteSums(self.site, sheet, shapes, self._rows_told, self._kept_of, self._note)
+
+    def _kept_of(self, task: str, round: int) -> bytes | None:
+        """Return the stored answer to a task, where it is the one of this round."""
+        return self._store.answer(task) if self._recall.round == round else None
 
     def _trained(self, task: Task, take: Take) -> Buffers:
         sheet = self.sheet
@@ -190,7 +201,12 @@ class SiteTraining:
         outcome, tensors = client.conclude(assignment, replace(result, stats=stats), sheet.wire)
         if isinstance(outcome, Failure):
             raise RefusedError(Refusal(code="diverged"), outcome.reason)
-        answer = update_buffers(outcome, tensors, answer_dtype(assignment.work, sheet.wire))
+        try:
+            dtype = answer_dtype(assignment.work, sheet.wire)
+            sums = self._sums
+            answer = update_buffers(outcome, tensors, dtype) if sums is None else sums.kept(outcome, assignment)
+        except UpdateError as error:
+            raise RefusedError(Refusal(code="unusable"), str(error)) from error
         recall = Recall(
             version=client.memory.version,
             side=assignment.side,
@@ -235,65 +251,6 @@ def check_allowed(site: SiteSettings, sheet: Sheet, sheet_sha256: str) -> None:
         raise RefusedError(refusal)
     if site.policy.confirm != "never" and not confirmation(site.folder, sheet_sha256).exists():
         raise RefusedError(Refusal(code=policy.UNCONFIRMED))
-
-
-def find_site_base(site: SiteSettings) -> BaseFolder:
-    """Find the base that lies at the site, without reading its weights.
-
-    Raises:
-        ModelError: it cannot be used.
-    """
-    model = site.model
-    return find_base(
-        model.base, tokenizer=model.tokenizer, device=model.device, trust_remote_code=model.trust_remote_code
-    )
-
-
-def load_site_base(site: SiteSettings) -> Base:
-    """Load the base that lies at the site.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    model = site.model
-    return load_base(
-        model.base,
-        tokenizer=model.tokenizer,
-        dtype=model.dtype,
-        device=model.device,
-        quantization=model.quantization,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
-def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) -> Encoded:
-    """Return the site's rows as tokens, as the sheet says.
-
-    Raises:
-        DataError: they cannot be read or used.
-    """
-    rows = load_rows(str(Path(site.data.path)), site.data.split)
-    return encode(
-        read_records(rows, sheet.shape, site.data.columns),
-        tokenizer,
-        template=sheet.template.template(),
-        date=sheet.template.day,
-        max_length=longest_row(sheet.max_length, config),
-        at_most=context_of(config),
-        loss_on=sheet.loss_on,
-        overlong=sheet.overlong,
-        unanswered=sheet.unanswered,
-    )
-
-
-def divided(encoded: Encoded, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
-    """Return the rows that the site trains on, and those that it holds out, if any: a dialogue is not divided."""
-    rows = encoded.tokens
-    if fraction is None:
-        return rows, None
-    whole, units = np.unique(encoded.kept, return_inverse=True)
-    split = with_units(hold_out(len(whole), fraction, stream(seed, "hold-out")), units)
-    return rows.select(split.kept), rows.select(split.held)
 
 
 def check_asked(received: Received, sheet: Sheet, round: int) -> None:

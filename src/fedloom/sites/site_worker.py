@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from importlib.metadata import version
-from typing import Any
 
 from fedloom.errors import RunError, UpdateError
 from fedloom.federation.blob import Checked
@@ -41,10 +40,12 @@ from fedloom.sites.kit import read_kit
 from fedloom.sites.link import CONNECTED, SERVER, Frame, Link, size_of
 from fedloom.sites.members import joined, keep_members, read_members, refusal_of, shown
 from fedloom.sites.sheet import Sheet, read_sheet
+from fedloom.sites.site_ledger import SiteLedger
 from fedloom.sites.site_period import SitePeriod
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.split_frames import Begin, Failed, SplitToServer, SplitToSite, Updates
-from fedloom.sites.store import Ledger, Store, confirmation, keep_asked, unconfirm
+from fedloom.sites.store import Store, confirmation, keep_asked, unconfirm
+from fedloom.sites.sum_frames import SumAnswered, SumAsked
 from fedloom.sites.trainer import TrainerHandle
 
 HELLO_SECONDS = 5.0
@@ -68,13 +69,14 @@ class SiteWorker:
     dropped: Dropped = field(default_factory=Dropped)
 
     def __post_init__(self) -> None:
-        self._ledger = Ledger(self.site.folder)
+        self._ledger = SiteLedger(self.site.folder, self.note)
         self._trainer: TrainerHandle | None = None
         self._sheet: tuple[str, SheetSent, Frame] | None = None
         self._ready: Ready | None = None
         self._is_asked, self._scoring, self._deaths = False, False, 0
         self._task: Task | None = None
         self._period: SitePeriod | None = None
+        self._sum: SumAsked | None = None
         self._versions = {"fedloom": version("fedloom"), "torch": version("torch")}
 
     def run(self, stop: threading.Event) -> None:
@@ -98,12 +100,12 @@ class SiteWorker:
 
     @property
     def _is_at_work(self) -> bool:
-        return self._task is not None or (self._period is not None and self._period.is_at_work)
+        return self._task is not None or self._sum is not None or (self._period is not None and self._period.is_at_work)
 
     def _may_leave(self) -> bool:
         """Tell whether nothing is under way, or only a period in which the server goes on without this site."""
         is_over = self._period is None or time.monotonic() - self._period.heard > 2 * self.hello_seconds
-        return self._task is None and (is_over or not self._is_at_work)
+        return self._task is None and self._sum is None and (is_over or not self._is_at_work)
 
     def greet(self) -> None:
         """Tell the server what the site is at."""
@@ -148,6 +150,9 @@ class SiteWorker:
             self._end()
         elif isinstance(head, SplitToSite):
             self._take_split(head, data)
+        elif isinstance(head, SumAsked):
+            self._sum = head
+            self._trainer.send(data)
         elif isinstance(head, Score):
             if not self._scoring:
                 self._scoring = True
@@ -177,13 +182,13 @@ class SiteWorker:
         if isinstance(head, Updates):
             entry = self._period.book(head, size_of(data))
             self.note(f"round {self._period.begin.round}: trained in {head.seconds:.1f} s")
-            if not self._enter(event="task", **entry, again=False):
+            if not self._ledger.enter(event="task", **entry, again=False):
                 unbooked = Refusal(code=policy.DISK)
                 data = frame(Failed(run=head.run, period=head.period, number=head.number, refusal=unbooked))
         elif isinstance(head, Failed):
             self._period.is_at_work = False
             why, round = policy.in_words(head.refusal), self._period.begin.round
-            self._enter(event="task", run=head.run, round=round, code=head.refusal.code, why=why)
+            self._ledger.enter(event="task", run=head.run, round=round, code=head.refusal.code, why=why)
             self.note(f"round {round}: no update: {why}")
         self._period.answered(head.number, data)
         self.link.send(SERVER, data)
@@ -205,7 +210,9 @@ class SiteWorker:
             known = read_members(self.site.folder, sheet.run)
             refusal = self._checked_members(sheet, head.members, known)
             if refusal is None and not is_same:
-                self._introduce(sheet, found, body)
+                self.note(sheet.line)
+                keep_asked(self.site.folder, found, body)
+                self._ledger.introduce(sheet)
             is_asked_anew = self.site.policy.confirm == "always" and not is_same
             if refusal is None and (is_asked_anew or joined(head.members, known)):
                 unconfirm(self.site.folder, found)
@@ -235,13 +242,6 @@ class SiteWorker:
             self._ledger.add(event="members", run=sheet.run, version=asked.version, **changed)
         return refusal
 
-    def _introduce(self, sheet: Sheet, found: str, body: bytes) -> None:
-        training = sheet.training
-        self.note(sheet.line)
-        keep_asked(self.site.folder, found, body)
-        asked = {"rank": sheet.rank, "rounds": training.total_rounds, "steps": training.steps}
-        self._ledger.add(event="run", run=sheet.run, method=sheet.method, base=sheet.base_sha256, **asked)
-
     def _restart(self) -> None:
         """Start a trainer for the sheet; another run's gives its memory back."""
         self._close_trainer()
@@ -256,6 +256,7 @@ class SiteWorker:
         if self._trainer is not None:
             self._trainer.close()
         self._trainer, self._ready, self._task, self._period, self._scoring = None, None, None, None, False
+        self._sum = None
 
     def _of_trainer(self, head: object, data: Frame) -> None:
         if self._sheet is None or getattr(head, "run", None) != self._sheet[1].run:
@@ -266,20 +267,30 @@ class SiteWorker:
             if self._task is not None and head.task == self._task.task:
                 self._task = None
             unbooked = {"refusal": head.refusal or Refusal(code=policy.DISK), "again": False}
-            is_booked = self._book(head, size_of(data))
+            is_booked = self._ledger.book(head, size_of(data))
             self.link.send(SERVER, data if is_booked else frame(head.model_copy(update=unbooked)))
+        elif isinstance(head, SumAnswered):
+            self._sum_answered(head, data)
         elif isinstance(head, SplitToServer):
             self._split_answered(head, data)
         elif isinstance(head, Scored):
             self._scoring = False
             self.link.send(SERVER, data)
 
+    def _sum_answered(self, head: SumAnswered, data: Frame) -> None:
+        """Send an answer on; masked numbers leave only once that is written down."""
+        self._sum = None
+        if not self._ledger.summed(head, size_of(data)):
+            place = {"refusal": head.refusal or Refusal(code=policy.DISK)}
+            data = frame(head.model_copy(update=place))
+        self.link.send(SERVER, data)
+
     def _take_ready(self, head: Ready) -> None:
         self._deaths, is_news = 0, self._ready is None
         self._ready = head
         if is_news and head.refusal is not None:
             words = policy.in_words(head.refusal)
-            self._enter(event="refused", run=head.run, code=head.refusal.code, why=words)
+            self._ledger.enter(event="refused", run=head.run, code=head.refusal.code, why=words)
             self.note(f"run {head.run} is refused: {words}")
         self._tell_ready()
 
@@ -287,25 +298,6 @@ class SiteWorker:
         if self._is_asked and self._ready is not None:
             self._is_asked = False
             self._send(self._ready)
-
-    def _book(self, head: Result, sent: int) -> bool:
-        """Enter an answer; where that cannot be done it must not leave."""
-        entry = {"run": head.run, "round": head.round, "seconds": round(head.seconds, 3), "sent_bytes": sent}
-        if head.refusal is not None:
-            why = policy.in_words(head.refusal)
-            self.note(f"round {head.round}: no update: {why}")
-            return self._enter(event="task", **entry, code=head.refusal.code, why=why)
-        self.note(f"round {head.round}: {'sent again' if head.again else f'trained in {head.seconds:.1f} s'}")
-        return self._enter(event="task", **entry, again=head.again)
-
-    def _enter(self, **entry: Any) -> bool:
-        """Append a line to the ledger; a disk that refuses it is told in the log, and ends no membership."""
-        try:
-            self._ledger.add(**entry)
-        except RunError as error:
-            self.note(str(error))
-            return False
-        return True
 
     def _trainer_ended(self, code: int) -> None:
         """Tell the server at once, and start another."""
@@ -318,8 +310,12 @@ class SiteWorker:
             self._split_answered(failed, frame(failed))
         elif task is not None:
             answer = Result(run=task.run, round=task.round, task=task.task, refusal=refusal)
-            self._book(answer, 0)
+            self._ledger.book(answer, 0)
             self._send(answer)
+        elif (asked := self._sum) is not None:
+            place = asked.model_dump(include=set(SumAnswered.model_fields) - {"kind", "refusal"})
+            gone = SumAnswered(**place, refusal=refusal)
+            self._sum_answered(gone, frame(gone))
         elif self._ready is None:
             self._deaths += 1
             if self._deaths >= _DEATHS_WHILE_LOADING:
@@ -340,7 +336,7 @@ class SiteWorker:
     def _end(self) -> None:
         assert self._sheet is not None
         self.note(f"run {self._sheet[1].run} is complete")
-        self._enter(event="complete", run=self._sheet[1].run)
+        self._ledger.enter(event="complete", run=self._sheet[1].run)
         self._close_trainer()
         self._sheet = None
 

@@ -20,9 +20,12 @@ from fedloom.errors import RunError, UpdateError
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.intake import Arrival
 from fedloom.federation.rounds import RoundPlan
+from fedloom.federation.sum_terms import SumTerms
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
+from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.state import Broadcast, ServerState
+from fedloom.privacy.secure_sum.steps import Ask
 from fedloom.sites import policy
 from fedloom.sites.dropped import Dropped
 from fedloom.sites.frame_parts import Members
@@ -31,6 +34,7 @@ from fedloom.sites.link import Link
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_state import SiteState
 from fedloom.sites.sites_round import SitesRound
+from fedloom.sites.sites_sum import SitesSum
 from fedloom.training.row_losses import RowLosses, row_losses_of
 
 ASK_AGAIN_SECONDS = 5.0
@@ -216,11 +220,13 @@ class SitesEngine(Attendance):
 
     Attributes:
         state: the server's, of the last completed round; whoever runs the rounds keeps it.
+        tasks: what names each client's task of the round.
     """
 
     lora: LoRAModel
     plan: RoundPlan
     state: ServerState
+    tasks: dict[int, str] = field(default_factory=dict)
 
     def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
         """Give every site its task, and yield what came back in the order of the broadcasts."""
@@ -229,9 +235,17 @@ class SitesEngine(Attendance):
         for site in self.sites.values():
             site.posted, site.is_whole_sent, site.left_out, site.seconds = None, False, None, None
         arrivals: dict[int, Arrival] = {}
-        SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals).run()
+        round = SitesRound(self, broadcasts, self.plan.strategy.client.work(broadcasts[0].round), arrivals)
+        self.tasks = round.keys
+        round.run()
         for broadcast in broadcasts:
             yield arrivals[broadcast.client]
+
+    def sum_of(self, terms: SumTerms) -> Ask:
+        """Return what hands the sites the messages of a sum of what they have just trained."""
+        strategy = self.plan.strategy
+        assert isinstance(strategy, MaskedSums)
+        return SitesSum(self, terms, strategy.num_numbers)
 
     def held(self) -> Mapping[int, Memory]:
         """Return nothing: what clients keep lies at the sites."""

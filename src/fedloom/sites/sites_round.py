@@ -20,9 +20,13 @@ from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.sites import policy
 from fedloom.sites.frames import Body, Hello, Ready, Result, Task, framed
 from fedloom.sites.site_state import SiteState
+from fedloom.training.stats import TrainingStats
 
 if TYPE_CHECKING:
     from fedloom.sites.sites_engine import SitesEngine
+
+_UNSEEN = TrainingStats(0)
+"""Of an update that stays with its site: its counts are what was registered, and it tells no loss."""
 
 
 @dataclass
@@ -104,11 +108,18 @@ class SitesRound:
 
     def _take_answer(self, site: SiteState, head: Result, body: Body) -> None:
         client, engine = site.client, self.engine
+        if engine.plan.masking is not None and body:
+            self._fail(client, "expected no update in a masked round, got one; run the same version on both sides")
+            return
         broadcast, shapes = self.waiting.pop(client), engine.plan.shapes
         seed = engine.sheets[client].seed
-        arrival = arrival_of(
-            body, broadcast, self.sent[client], work=self.work, shapes=shapes, wire=engine.wire, seed=seed
-        )
+        if engine.plan.masking is None:
+            arrival = arrival_of(
+                body, broadcast, self.sent[client], work=self.work, shapes=shapes, wire=engine.wire, seed=seed
+            )
+        else:  # it has trained, and what it came to crosses in the sum alone
+            stays = Update(head.round, client, Adapter(), _UNSEEN, broadcast.news.version)
+            arrival = Arrival(stays, self.sent[client], 0)
         outcome = arrival.outcome
         site.posted, site.seconds = None, head.seconds
         if isinstance(outcome, Update):

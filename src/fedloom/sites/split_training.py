@@ -29,15 +29,13 @@ from fedloom.sites.frame_parts import Refusal
 from fedloom.sites.frames import Body, Ready, parts_of
 from fedloom.sites.sheet import Sheet
 from fedloom.sites.site_cut import own_part, plan_of, segments_of
+from fedloom.sites.site_inputs import divided, encoded_rows, find_site_base
 from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.site_training import (
     RefusedError,
     SiteTraining,
     check_allowed,
     check_asked,
-    divided,
-    encoded_rows,
-    find_site_base,
     refusal_of,
 )
 from fedloom.sites.split_frames import (

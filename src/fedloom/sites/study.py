@@ -14,10 +14,12 @@ from fedloom import config
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.loading import frozen, merge, read
+from fedloom.config.privacy_checks import masked
 from fedloom.config.problems import Problem, refuse, schema_problems
 from fedloom.config.schema import PER_CLIENT
 from fedloom.config.setting import Count, Name, NonNegative, PathOrName, Positive, Table, setting
 from fedloom.data.templates import AUTO
+from fedloom.federation.sum_terms import threshold_of
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.writer import MAY_CHANGE
 from fedloom.sites.frame_parts import Members
@@ -42,7 +44,11 @@ class Sites(Table):
     )
     version: Count = setting(1, "Of the study; a site that joins or withdraws under a run needs the next, signed one.")
     withdrawn: tuple[Name, ...] = setting((), "Those of `names` that take part no more; their numbers stay theirs.")
-    quorum: Count = setting(1, "Usable updates after which the sites that are still at work get `grace_s` more.")
+    quorum: Count = setting(
+        1,
+        "Usable updates after which the sites that are still at work get `grace_s` more; with masked sums at least the "
+        "sites that must stay.",
+    )
     deadline_s: Positive = setting(3600.0, "A round waits no longer, and the start no longer for `quorum` sites.")
     grace_s: NonNegative = setting(120.0, "Seconds for those still at work once the quorum has answered.")
     step_deadline_s: Positive = setting(
@@ -92,6 +98,12 @@ class Study:
     def cohort_size(self) -> int:
         """Sites drawn for a round, of those present."""
         return _of(self.settings, len(self.sites.present)).cohort_size
+
+    @property
+    def quorum(self) -> int:
+        """Sites that a round waits for until its deadline: of masked sums those at least that must stay."""
+        privacy, quorum = self.settings.privacy, self.sites.quorum
+        return max(quorum, threshold_of(privacy.threshold, self.cohort_size)) if privacy.sum == "masked" else quorum
 
     def on(self, date: str) -> Study:
         """Return the study of a run that began on ``date``, which every site's chat template is told."""
@@ -220,9 +232,6 @@ def _method_problems(settings: Settings, sites: Sites) -> list[Problem]:
     if settings.federation.sampling == "poisson":
         wanted = "uniform in a study: sites' logs and the network show who was asked, so the draw is no secret"
         found.append(Problem("federation.sampling", wanted, "poisson", "remove it: ε is counted without a draw"))
-    if settings.privacy.sum == "masked":
-        wanted = "plain in a study: masked sums are for clients in one process or on a cluster"
-        found.append(Problem("privacy.sum", wanted, "masked", "remove it: the server sees each site's update"))
     if settings.evaluation.clients > 0.0:
         wanted = "0 in a study: its sites hold rows out themselves (sites.evaluate = sites)"
         found.append(Problem("evaluation.clients", wanted, str(settings.evaluation.clients), "remove it"))
@@ -269,7 +278,7 @@ def _present_problems(settings: Settings, sites: Sites) -> list[Problem]:
     if settings.federation.min_clients > (drawn := _of(settings, there).cohort_size):
         wanted = f"at most the {drawn} sites of a round"
         return [Problem("federation.min_clients", wanted, str(settings.federation.min_clients), "lower it")]
-    return []
+    return list(masked(_of(settings, there)))
 
 
 def _of(settings: Settings, num_clients: int) -> Settings:

@@ -27,6 +27,7 @@ from fedloom.sites.handover import Channel, SharedRoom, Stored
 from fedloom.sites.link import Frame
 from fedloom.sites.site_settings import SiteSettings, resolve_site
 from fedloom.sites.split_frames import SplitToSite, Updates
+from fedloom.sites.sum_frames import SumAsked
 
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 """A trainer asks the system for large pages: tensors in memory that is new are filled in a third of the time."""
@@ -88,6 +89,8 @@ class Trainer:
                 self._reply(_answer(result, answer, self._run.stored()) if answer else frame(result))
             elif isinstance(head, Score):
                 self._reply(frame(self._run.score(head, heard.take)))
+            elif isinstance(head, SumAsked):
+                self._reply(frame(*self._run.summed(head, heard.take)))
         elif isinstance(self._run, SplitTraining) and isinstance(head, SplitToSite):
             found = self._run.answer(head, heard.take())
             if found is not None and isinstance(found[0], Updates):

@@ -48,12 +48,12 @@ SKETCH_ROWS = 4
 class LocalTraining:
     """What a client does in a round. Exactly one of ``steps`` and ``epochs`` is given.
 
-    A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and at most ``token_budget``
-    tokens of all clients together; a batch beyond either is accumulated over several passes, which changes
-    the result by rounding only: a row's dropout mask is its own. Draws and schedule count from the round after the
-    first ``start_rounds``, which train nothing. With ``privacy`` no single row shows in what a client trains. On a CPU
-    a step's passes, then smaller, are spread over ``cores`` threads, whose number changes no bit; not private steps.
-    With ``checkpoint_activations`` a pass keeps what enters its blocks, and backward runs them once more.
+    A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and ``token_budget`` tokens of
+    all clients; a batch beyond either is accumulated over several passes, which changes the result by rounding only: a
+    row's dropout mask is its own. Draws and schedule count from the round after the first ``start_rounds``, which train
+    nothing. With ``privacy`` no single row shows in what a client trains. On a CPU a step's passes, then smaller, are
+    spread over ``cores`` threads, whose number changes no bit; not private steps. With ``checkpoint_activations`` a
+    pass keeps what enters its blocks, and backward runs them once more.
     """
 
     learning_rate: float
@@ -282,11 +282,8 @@ class _Client:
             if self._private is None:
                 # A row's mask is that of its place in the order in which rows are read.
                 places = self._examples - count + np.array(part)
-                slots, weighed, weights = (
-                    [(self.slot, len(part))],
-                    [sum(targets[i] for i in part)],
-                    [1 / max(1, learnt)],
-                )
+                slots, weights = [(self.slot, len(part))], [1 / max(1, learnt)]
+                weighed = [sum(targets[i] for i in part)]
             else:
                 # Of its place among the client's: whether another row was drawn changes no mask.
                 places = self._step * len(self.task.rows) + np.concatenate([units[i] for i in part])

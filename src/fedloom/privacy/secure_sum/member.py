@@ -1,28 +1,25 @@
-"""A member's part of a secure sum: four answers, each made from what it knew before and one message of the server.
+"""A member's part of a secure sum: five answers, each made from what it knew before and one message of the server.
 
 Functions change nothing; what a member knows is handed on from one to the next. It answers each step of a session once
-and forgets it afterwards: whoever answered :func:`told` twice, for two lists, could be made to tell both secrets of one
-member.
+and forgets it afterwards (:mod:`.steps`): whoever signed two lists could help to open two sums that differ by one.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fedloom.errors import UpdateError
 from fedloom.privacy.secure_sum import keys, wire
 from fedloom.privacy.secure_sum.fixed_point import Ring
+from fedloom.privacy.secure_sum.identities import Sign, Verify
 from fedloom.privacy.secure_sum.keys import KEY_BYTES, Entropy
 from fedloom.privacy.secure_sum.masks import SEED_BYTES, mask
 from fedloom.privacy.secure_sum.shares import SHARE_BYTES, shares_of
 from fedloom.privacy.secure_sum.wire import PublicKeys, Session, Told
 
 _ENVELOPES, _MASKS = b"envelopes", b"masks"
-Sign = Callable[[bytes], bytes]
-Verify = Callable[[int, bytes, bytes], bool]
-"""Tells whether a signature (the last) of a text is a member's (the first)."""
 
 
 @dataclass(frozen=True)
@@ -53,20 +50,23 @@ class Masked:
     shares: Mapping[int, tuple[bytes, bytes]] = field(repr=False)
 
 
-def begin(
-    session: Session, member: int, *, entropy: Entropy = os.urandom, sign: Sign | None = None
-) -> tuple[Keyed, bytes]:
-    """Make the keys of a session, and return the first message: the public ones, signed where the member can."""
+@dataclass(frozen=True)
+class Agreed:
+    """A member that has signed who is in the sum."""
+
+    masked: Masked
+    stayed: tuple[int, ...]
+
+
+def begin(session: Session, member: int, sign: Sign, *, entropy: Entropy = os.urandom) -> tuple[Keyed, bytes]:
+    """Make the keys of a session, and return the first message: the public ones, signed."""
     keyed = Keyed(session, member, entropy(KEY_BYTES), entropy(KEY_BYTES))
     public = PublicKeys(keys.public_of(keyed.envelopes), keys.public_of(keyed.masks))
-    if sign is not None:
-        public = PublicKeys(public.envelopes, public.masks, sign(wire.signed_text(session, member, public)))
-    return keyed, wire.keys_written(session, member, public)
+    signature = sign(wire.signed_text(session, member, public))
+    return keyed, wire.keys_written(session, member, PublicKeys(public.envelopes, public.masks, signature))
 
 
-def shared(
-    keyed: Keyed, roster: bytes, *, entropy: Entropy = os.urandom, verify: Verify | None = None
-) -> tuple[Shared, bytes]:
+def shared(keyed: Keyed, roster: bytes, verify: Verify, *, entropy: Entropy = os.urandom) -> tuple[Shared, bytes]:
     """Draw the own seed, share it and the key of the masks among the roster, and return the second message.
 
     Raises:
@@ -78,7 +78,7 @@ def shared(
     if own is None or (own.envelopes, own.masks) != (keys.public_of(keyed.envelopes), keys.public_of(keyed.masks)):
         raise UpdateError(f"secure sum: expected a roster with the keys of member {me}, got another; start a new sum")
     for member, public in known.items():
-        if verify is not None and not verify(member, wire.signed_text(session, member, public), public.signature):
+        if not verify(member, wire.signed_text(session, member, public), public.signature):
             raise UpdateError(
                 f"secure sum: expected keys that member {member} signed, got others; the server or the network changed "
                 "them: take no part"
@@ -122,8 +122,8 @@ def masked(before: Shared, delivery: bytes, words: Ring) -> tuple[Masked, bytes]
     return Masked(before, held), wire.masked_written(session, me, hidden)
 
 
-def told(before: Masked, survivors: bytes) -> bytes:
-    """Return the fourth message: shares of the seeds of those whose numbers came, and of the keys of the others.
+def agreed(before: Masked, survivors: bytes, sign: Sign) -> tuple[Agreed, bytes]:
+    """Return the fourth message: a signature of the list of those whose numbers came.
 
     Raises:
         UpdateError: the list is damaged or too short, names somebody who shared nothing, or lacks this member.
@@ -135,9 +135,30 @@ def told(before: Masked, survivors: bytes) -> bytes:
             f"secure sum: expected survivors among those who shared, with member {keyed.member}, got others; keep "
             "the shares"
         )
-    seeds = {other: of_seed for other, (_, of_seed) in before.shares.items() if other in stayed}
-    of_keys = {other: of_key for other, (of_key, _) in before.shares.items() if other not in stayed}
-    return wire.told_written(keyed.session, keyed.member, Told(seeds, of_keys))
+    signature = sign(wire.survivors_written(keyed.session, stayed))
+    return Agreed(before, stayed), wire.agreement_written(keyed.session, keyed.member, signature)
+
+
+def told(before: Agreed, agreements: bytes, verify: Verify) -> bytes:
+    """Return the fifth message: shares of the seeds of those whose numbers came, and of the keys of the others.
+
+    Raises:
+        UpdateError: the message is damaged, or fewer members than the threshold have signed the list that this one was
+            given.
+    """
+    keyed, stayed = before.masked.shared.keyed, before.stayed
+    session, text = keyed.session, wire.survivors_written(keyed.session, stayed)
+    given = wire.agreements_read(agreements, session)
+    signed = sum(member in stayed and verify(member, text, signature) for member, signature in given.items())
+    if signed < session.threshold:
+        raise UpdateError(
+            f"secure sum: expected at least {session.threshold} members to have signed the same list of survivors, got "
+            f"{signed}: the server told others another list; keep the shares"
+        )
+    shares = before.masked.shares
+    seeds = {other: of_seed for other, (_, of_seed) in shares.items() if other in stayed}
+    of_keys = {other: of_key for other, (of_key, _) in shares.items() if other not in stayed}
+    return wire.told_written(session, keyed.member, Told(seeds, of_keys))
 
 
 def pair_mask(private: bytes, public: bytes, session: Session) -> Ring:

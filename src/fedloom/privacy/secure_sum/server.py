@@ -15,6 +15,7 @@ import numpy as np
 from fedloom.errors import TooFewClientsError, UpdateError
 from fedloom.privacy.secure_sum import keys, wire
 from fedloom.privacy.secure_sum.fixed_point import Ring
+from fedloom.privacy.secure_sum.identities import Verify
 from fedloom.privacy.secure_sum.masks import mask
 from fedloom.privacy.secure_sum.member import pair_mask
 from fedloom.privacy.secure_sum.shares import secret_of
@@ -55,13 +56,29 @@ class Summed:
     left: Mapping[int, str]
 
 
-def roster(session: Session, messages: Messages) -> tuple[Roster, bytes]:
-    """Gather keys, and return what all are sent.
+@dataclass(frozen=True, eq=False)
+class Agreed:
+    """The sum, and those who signed who is in it."""
+
+    summed: Summed
+    members: tuple[int, ...]
+    left: Mapping[int, str]
+
+
+def roster(session: Session, messages: Messages, verify: Verify, why: Reasons = NOBODY) -> tuple[Roster, bytes]:
+    """Gather keys, and return what all are sent: who did not sign its keys would make all others refuse.
 
     Raises:
         TooFewClientsError: fewer came than the threshold.
     """
-    known, left = _read(session, session.members, messages, lambda m, k: wire.keys_read(m, session, k), {})
+
+    def read(message: bytes, member: int) -> PublicKeys:
+        found = wire.keys_read(message, session, member)
+        if not verify(member, wire.signed_text(session, member, found), found.signature):
+            raise UpdateError(f"secure sum: expected keys that member {member} signed, got others; leave it out")
+        return found
+
+    known, left = _read(session, session.members, messages, read, why)
     return Roster(session, known, left), wire.roster_written(session, known)
 
 
@@ -106,8 +123,25 @@ def summed(before: Delivered, messages: Messages, why: Reasons = NOBODY) -> tupl
     return Summed(before, stayed, total, left), wire.survivors_written(session, stayed)
 
 
-def unmasked(before: Summed, messages: Messages, why: Reasons = NOBODY) -> Ring:
-    """Return the sum of the numbers of ``before.members``: their own masks off, and those towards whoever left.
+def agreed(before: Summed, messages: Messages, why: Reasons = NOBODY) -> tuple[Agreed, bytes]:
+    """Gather signatures of the list of survivors, and return what all who signed are sent: all of them.
+
+    Raises:
+        TooFewClientsError: fewer came than the threshold.
+    """
+    session = before.delivered.roster.session
+    signatures, left = _read(
+        session,
+        before.members,
+        messages,
+        lambda m, k: wire.agreement_read(m, session, k),
+        {**before.left, **why},
+    )
+    return Agreed(before, tuple(sorted(signatures)), left), wire.agreements_written(session, signatures)
+
+
+def unmasked(before: Agreed, messages: Messages, why: Reasons = NOBODY) -> Ring:
+    """Return the sum of the numbers of its members: their own masks off, and those towards whoever left.
 
     A wrong share is found where more members than the threshold answer; of exactly as many one can spoil the sum, as it
     can by sending other numbers.
@@ -116,8 +150,9 @@ def unmasked(before: Summed, messages: Messages, why: Reasons = NOBODY) -> Ring:
         TooFewClientsError: fewer came than the threshold.
         UpdateError: the shares are not of one secret, or give another key than was sent.
     """
-    session, known = before.delivered.roster.session, before.delivered.roster.known
-    stayed, gone = set(before.members), before.delivered.members - set(before.members)
+    summed, delivered = before.summed, before.summed.delivered
+    session, known = delivered.roster.session, delivered.roster.known
+    stayed, gone = set(summed.members), delivered.members - set(summed.members)
 
     def read(message: bytes, member: int) -> wire.Told:
         found = wire.told_read(message, session, member)
@@ -126,7 +161,7 @@ def unmasked(before: Summed, messages: Messages, why: Reasons = NOBODY) -> Ring:
         return found
 
     told, _ = _read(session, before.members, messages, read, {**before.left, **why})
-    total = before.words.copy()
+    total = summed.words.copy()
     for member in sorted(stayed):
         shares = {session.place(one): found.seeds[member] for one, found in told.items()}
         total -= mask(secret_of(shares, session.threshold), session.length)

@@ -18,13 +18,17 @@ from fedloom.privacy.secure_sum.fixed_point import WORD_BYTES, Ring
 from fedloom.privacy.secure_sum.keys import KEY_BYTES, TAG_BYTES
 from fedloom.privacy.secure_sum.shares import SHARE_BYTES
 
-KEYS, ROSTER, SHARES, DELIVERY, MASKED, SURVIVORS, UNMASKING = range(1, 8)
-_NAMES = ("", "keys", "roster", "shares", "delivery", "masked numbers", "survivors", "unmasking")
+KEYS, ROSTER, SHARES, DELIVERY, MASKED, SURVIVORS, UNMASKING, AGREEMENT, AGREEMENTS = range(1, 10)
+_NAMES = (
+    *("", "keys", "roster", "shares", "delivery", "masked numbers", "survivors", "unmasking"),
+    *("agreement", "agreements"),
+)
 _BEGIN = b"FLS1"
 CONTEXT_BYTES = 32
 _HEAD_BYTES = len(_BEGIN) + 1 + CONTEXT_BYTES
 SEALED_BYTES = 2 * SHARE_BYTES + TAG_BYTES
-MAX_SIGNATURE_BYTES = 1024
+MAX_SIGNATURE_BYTES = 8192
+"""Of a signature with the certificate that it is of, where it has one."""
 _FEWEST, _MOST = 3, 1 << 32
 
 
@@ -69,7 +73,7 @@ def context_of(*parts: object) -> bytes:
 
 @dataclass(frozen=True)
 class PublicKeys:
-    """A member's two public keys, for envelopes and for masks, and its signature of them; empty where it has none."""
+    """A member's two public keys, for envelopes and for masks, and its signature of them."""
 
     envelopes: bytes
     masks: bytes
@@ -178,6 +182,43 @@ def survivors_read(message: bytes, session: Session) -> tuple[int, ...]:
     return tuple(found)
 
 
+def agreement_written(session: Session, member: int, signature: bytes) -> bytes:
+    """Return a member's signature of the list of those whose numbers are in the sum, as a message."""
+    return _begin(AGREEMENT, session) + _signature_entry(member, signature)
+
+
+def agreement_read(message: bytes, session: Session, member: int) -> bytes:
+    """Read a member's signature.
+
+    Raises:
+        UpdateError: the message is another.
+    """
+    reader = _Reader(message, AGREEMENT, session)
+    signer, signature = reader.number(), _read_signature(reader)
+    reader.finish()
+    _check(signer == member, AGREEMENT, f"of member {member}", f"of member {signer}")
+    return signature
+
+
+def agreements_written(session: Session, signatures: Mapping[int, bytes]) -> bytes:
+    """Return the signatures of all who signed, as a message."""
+    entries = b"".join(_signature_entry(member, signatures[member]) for member in sorted(signatures))
+    return _begin(AGREEMENTS, session) + _number(len(signatures)) + entries
+
+
+def agreements_read(message: bytes, session: Session) -> dict[int, bytes]:
+    """Read signatures: of members only, each once, enough of them.
+
+    Raises:
+        UpdateError: the message is another.
+    """
+    reader = _Reader(message, AGREEMENTS, session)
+    entries = [(reader.number(), _read_signature(reader)) for _ in range(reader.count(session))]
+    reader.finish()
+    _check_members([member for member, _ in entries], session, AGREEMENTS)
+    return dict(entries)
+
+
 @dataclass(frozen=True)
 class Told:
     """What a member tells to take masks off: its shares of the own seeds of those who stayed, of others' keys."""
@@ -211,13 +252,14 @@ def told_read(message: bytes, session: Session, member: int) -> Told:
     return Told(dict(both[0]), dict(both[1]))
 
 
-def bytes_of_member(num_members: int, length: int) -> tuple[int, int]:
-    """Return the bytes that a member sends and is sent in a sum where nobody leaves and nobody signs."""
-    entry, others = 4 + 2 * KEY_BYTES + 2, (num_members - 1) * (4 + SEALED_BYTES)
+def bytes_of_member(num_members: int, length: int, signature: int) -> tuple[int, int]:
+    """Return the bytes that a member sends and is sent in a sum where nobody leaves, with signatures of that size."""
+    entry, others = 4 + 2 * KEY_BYTES + 2 + signature, (num_members - 1) * (4 + SEALED_BYTES)
     envelopes, told = _HEAD_BYTES + 8 + others, _HEAD_BYTES + 12 + num_members * (4 + SHARE_BYTES)
-    up = (_HEAD_BYTES + entry) + envelopes + (_HEAD_BYTES + 4 + WORD_BYTES * length) + told
+    agreement = 4 + 2 + signature
+    up = (_HEAD_BYTES + entry) + envelopes + (_HEAD_BYTES + 4 + WORD_BYTES * length) + (_HEAD_BYTES + agreement) + told
     down = (_HEAD_BYTES + 4 + num_members * entry) + envelopes + (_HEAD_BYTES + 4 + 4 * num_members)
-    return up, down
+    return up, down + _HEAD_BYTES + 4 + num_members * agreement
 
 
 def _begin(kind: int, session: Session) -> bytes:
@@ -229,14 +271,26 @@ def _number(value: int) -> bytes:
 
 
 def _keys_entry(member: int, keys: PublicKeys) -> bytes:
-    return _number(member) + keys.envelopes + keys.masks + struct.pack(">H", len(keys.signature)) + keys.signature
+    return _number(member) + keys.envelopes + keys.masks + _sized(keys.signature)
+
+
+def _signature_entry(member: int, signature: bytes) -> bytes:
+    return _number(member) + _sized(signature)
+
+
+def _sized(signature: bytes) -> bytes:
+    return struct.pack(">H", len(signature)) + signature
 
 
 def _read_entry(reader: _Reader) -> tuple[int, PublicKeys]:
     member, envelopes, masks = reader.number(), reader.take(KEY_BYTES), reader.take(KEY_BYTES)
+    return member, PublicKeys(envelopes, masks, _read_signature(reader))
+
+
+def _read_signature(reader: _Reader) -> bytes:
     (length,) = struct.unpack(">H", reader.take(2))
     _check(length <= MAX_SIGNATURE_BYTES, reader.kind, "with a signature", f"with one of {length} bytes")
-    return member, PublicKeys(envelopes, masks, reader.take(length))
+    return reader.take(length)
 
 
 def _check_members(found: Sequence[int], session: Session, kind: int) -> None:
