@@ -32,8 +32,10 @@ def leakage(
     from fedloom.results import leaks, opened_result
     from fedloom.split.leakage import AttackSettings
 
-    opened = opened_result.open_result(result, base=base)
     layers = None if cuts is None else parse_cuts(cuts)
+    run = opened_result.find_result(result)
+    leaks.check_run(run)
+    opened = opened_result.over_base(run, base)
 
     def report(cut_layer: int, step: int, loss_nats: float) -> None:
         if step % 100 == 0:
