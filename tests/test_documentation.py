@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from shown_output import missing, shown_beside
 
 from fedloom import config, embedded, recipes
 from fedloom.cli.app import app, exit_code
@@ -53,11 +54,15 @@ def blocks(page: Path, *languages: str) -> list[str]:
     return [body for language, body in FENCE.findall(text_of(page)) if language in languages]
 
 
+def shown(page: Path) -> list[tuple[list[str], list[str]]]:
+    """Return the words after ``fedloom`` of every command in a page's shell blocks, and what is shown below it."""
+    found = [one for block in blocks(page, *SHELLS) for one in shown_beside(block)]
+    return [(shlex.split(line, comments=True)[1:], below) for line, below in found if re.match(r"fedloom\b", line)]
+
+
 def commands(page: Path) -> list[list[str]]:
     """Return the words after ``fedloom`` of every command in a page's shell blocks."""
-    joined = "\n".join(blocks(page, *SHELLS)).replace("\\\n", " ")
-    lines = (line.removeprefix("$ ").strip() for line in joined.splitlines())
-    return [shlex.split(line, comments=True)[1:] for line in lines if re.match(r"fedloom\b", line)]
+    return [words for words, _ in shown(page)]
 
 
 def anchors(page: Path) -> set[str]:
@@ -174,14 +179,32 @@ def test_the_pages_of_methods_name_their_recipes() -> None:
 
 
 def run_page(page: Path, folder: Path, leave_out: Callable[[list[str]], bool]) -> None:
-    """Run a page's commands and then its programs, as a reader would, in one folder."""
+    """Run a page's commands and then its programs, as a reader would, in one folder; what is shown must be printed."""
     if not embedded.model_path().is_dir():
         pytest.skip("the embedded model is absent")
-    for words in commands(page):
+    for words, below in shown(page):
         if not leave_out(words):
-            subprocess.run([sys.executable, "-m", "fedloom", *words], cwd=folder, check=True, timeout=600)
+            command = [sys.executable, "-m", "fedloom", *words]
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=600)
+            assert done.returncode == 0, f"{shlex.join(words)}: {done.stderr}"
+            printed = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+            assert not missing(below, printed), f"{shlex.join(words)} printed\n{done.stdout}{done.stderr}"
     for program in blocks(page, "python"):
         subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=600)
+
+
+def test_lines_are_compared_by_words_and_nearly_by_numbers() -> None:
+    printed = ["reading rows", "held-out loss 3.4170 nats per token (base 5.0148)", "bytes up 3.8 MB, down 6,240"]
+    assert not missing(["held-out loss 3.42 nats per token (base 5.01)", "bytes up 3.8 MB, down 6,239"], printed)
+    assert missing(["held-out loss 3.17 nats per token (base 5.01)"], printed), "another figure"
+    assert missing(["held-out gain 3.417 nats per token (base 5.0148)"], printed), "another word"
+    assert missing(["bytes up 3.8 MB, down 6,240", "reading rows"], printed), "another order"
+
+
+def test_only_pages_that_are_run_show_what_is_printed() -> None:
+    """What a page shows and nobody compares would go stale."""
+    showing = [page for page in PAGES if any(below for words, below in shown(page))]
+    assert sorted(showing) == sorted([DOCS / "quickstart.md", ROOT / "README.md"])
 
 
 @pytest.mark.slow

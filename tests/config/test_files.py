@@ -119,3 +119,10 @@ def test_the_home_folder_may_be_written_as_a_tilde(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(tmp_path))
     write_base(tmp_path / "base", LLAMA)
     assert found({"base": "~/base"}) == []
+
+
+def test_rows_longer_than_the_embedded_bases_context_are_refused_before_a_run() -> None:
+    found = problems(Settings.model_validate({"model": {"base": "embedded"}, "data": {"max_length": 512}}))
+    assert [(one.setting, one.expected) for one in found] == [
+        ("data.max_length", "at most the base's context of 128 tokens")
+    ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fedloom import config, recipes
+from fedloom.cli.experiments import load_settings
 from fedloom.config import checks
 from fedloom.errors import SettingsError
 
@@ -52,23 +53,19 @@ def small_overrides(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_small_run_changes_the_base_and_the_data_and_nothing_else(name: str) -> None:
-    base, *data = small_overrides(name)
-    assert base.startswith("model.base=")
-    assert data
-    assert all(override.startswith("data.") for override in data)
+def test_the_small_run_changes_the_base_and_the_rows_and_nothing_else(name: str) -> None:
+    first, second, *others = small_overrides(name)
+    assert (first, second) == ("model.base=embedded", "data.path=embedded")
+    assert all(override.startswith(("data.", "partition.")) for override in others)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_small_run_is_valid_on_any_machine(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_small_run_is_what_run_takes_in_an_empty_folder(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the checks of the command itself, the base's context and the files on disk among them."""
     monkeypatch.chdir(tmp_path)
-    named_in_the_header = {"fedit-natural": "FOLDER/local_training_0.json"}.get(name, "e2e-dataset/trainset.csv")
-    for number in range(32):
-        file = tmp_path / named_in_the_header.replace("_0", f"_{number}")
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("mr,ref\n")
-    overrides = [override.replace("SMALL_BASE", "embedded") for override in small_overrides(name)]
-    assert loaded(name, *overrides).model.base == "embedded"
+    assert load_settings(name, small_overrides(name)).model.base == "embedded"
 
 
 def adapter_bytes(layers: int, shapes: list[tuple[int, int]], rank: int) -> int:

@@ -63,7 +63,6 @@ def test_a_deeper_cut_costs_the_client_more_and_the_server_less() -> None:
     estimates = [estimate(cut_layer) for cut_layer in (1, 2, 3)]
     for shallow, deep in pairwise(estimates):
         assert deep.client_flops_per_step > shallow.client_flops_per_step
-        assert deep.client_memory_bytes > shallow.client_memory_bytes
         assert deep.stages["server"] < shallow.stages["server"]
         assert deep.upload_bytes_per_step == shallow.upload_bytes_per_step
 
@@ -89,10 +88,18 @@ def test_micro_batches_hide_all_stages_but_the_slowest() -> None:
 
 def test_the_suggestion_fits_memory_and_respects_the_floor() -> None:
     estimates = [estimate(cut_layer) for cut_layer in (1, 2, 3)]
+    assert all(e.fits for e in estimates)
     assert suggest_cut(estimates).cut_layer == 1
     assert suggest_cut(estimates, lowest_cut=2).cut_layer == 2
     with pytest.raises(CutError, match="found none"):
         suggest_cut([replace(e, fits=False) for e in estimates])
+
+
+def test_a_client_fits_that_holds_no_more_than_its_device_has() -> None:
+    plan = replace(PLAN, cut_layers=(1,) * 3)
+    for bytes_held, fits in ((1_000_000_000, True), (1_000_000_001, False)):
+        found = estimate_cut(SHAPE, plan, 0, WORK, DEVICE, 1e4, 3, bytes_held)
+        assert (found.client_memory_bytes, found.fits) == (bytes_held, fits)
 
 
 def test_the_papers_order_of_latencies_holds_where_the_server_is_stronger() -> None:

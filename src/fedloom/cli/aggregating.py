@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedloom.cli.options import JsonOption, RankOption
-from fedloom.cli.output import print_result
+from fedloom.cli.options import JsonOption, PushOption, RankOption
+from fedloom.cli.output import print_result, say
 from fedloom.errors import AdapterError
 
 
@@ -40,16 +40,23 @@ def aggregate(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16.")] = "float32",
+    to_hub: PushOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Merge PEFT adapters of one base into one, exactly: the weighted mean of what each adds to the base.
 
     Ranks, scales and modules may differ. With --rank the error is stated, over all and by module.
     """
+    from fedloom.results.push import check_name, push
+
     shares = None if weights is None else parse_weights(weights)
+    if to_hub is not None:
+        check_name(to_hub)
     from fedloom.results.aggregation import aggregate_adapters
 
     print_result(aggregate_adapters(sites, to, weights=shares, rank=rank, base=base, dtype=dtype), as_json=as_json)
+    if to_hub is not None:
+        say(f"uploaded to {push(to, to_hub)}")
 
 
 def parse_weights(text: str) -> list[float]:

@@ -12,7 +12,7 @@ from fedloom.cli.output import print_result, say
 from fedloom.errors import SettingsError
 
 if TYPE_CHECKING:
-    from fedloom.results.opened_result import OpenedResult
+    from fedloom.results.opened_result import Found, OpenedResult
     from fedloom.results.round_leaks import MeterSettings
 
 
@@ -63,19 +63,23 @@ def leakage(
     which tokens an update was made from, and how far canaries are exposed, with ε and the held-out loss; several runs
     make one table.
     """
-    from fedloom.results.opened_result import open_result
+    from fedloom.results import leaks
+    from fedloom.results.opened_result import find_result, over_base
     from fedloom.results.round_leaks import MeterSettings
 
-    opened = open_result(results[0], base=base)
-    if cuts is not None or (opened.settings is not None and opened.settings.traits.is_cut):
+    layers, found = None if cuts is None else parse_cuts(cuts), [find_result(path) for path in results]
+    for one in found:
+        leaks.check_run(one)
+    of_cut = found[0].settings is not None and found[0].settings.traits.is_cut
+    if layers is not None or of_cut:
         if len(results) > 1 or html is not None or public is None:
             raise SettingsError(
                 "leakage at a cut: expected one run, --public and no --html, got another choice; give one run and "
                 "public text to train the attacker on"
             )
-        _at_cuts(opened, public, None if cuts is None else parse_cuts(cuts), shape, steps, as_json)
+        _at_cuts(over_base(found[0], base), public, layers, shape, steps, as_json)
         return
-    _of_rounds(opened, results, MeterSettings(round, rows, candidates, public, shape), base, html, as_json)
+    _of_rounds(found, MeterSettings(round, rows, candidates, public, shape), base, html, as_json)
 
 
 def _at_cuts(
@@ -95,23 +99,17 @@ def _at_cuts(
 
 
 def _of_rounds(
-    first: OpenedResult,
-    results: list[Path],
-    settings: MeterSettings,
-    base: str | None,
-    html: Path | None,
-    as_json: bool,
+    results: list[Found], settings: MeterSettings, base: str | None, html: Path | None, as_json: bool
 ) -> None:
     from fedloom.reporting.page.document import beginning
     from fedloom.results.leak_table import TITLE, write_page
-    from fedloom.results.opened_result import open_result
+    from fedloom.results.opened_result import over_base
     from fedloom.results.round_leaks import RoundLeakages, noted, round_leakage
     from fedloom.run_folder.durable import refuse_other_file
 
     if html is not None:
         refuse_other_file(html, beginning(TITLE), "page of leakage", "choose another --html")
-    runs = [round_leakage(first, settings, say)]
-    runs += [round_leakage(open_result(path, base=base), settings, say) for path in results[1:]]
+    runs = [round_leakage(over_base(one, base), settings, say) for one in results]
     found = RoundLeakages(tuple(runs), noted(runs))
     if html is not None:
         write_page(found, html)

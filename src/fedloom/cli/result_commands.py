@@ -163,13 +163,17 @@ def evaluate(
         answering,
         max_new_tokens,
     )
-    opened = opened_result.open_result(result, base=base, tokenizer=tokenizer, client=client, round=round)
-    _say_all(opened.found.notes)
-    if suite is not None or lm_eval is not None:
+    found = opened_result.of_client(opened_result.find_result(result, round), client)
+    choice = None
+    if suite is None and lm_eval is None:
+        choice = held_out.RowChoice(data, shape, template, max_length, overlong)
+        held_out.check_rows(found, choice)
+    opened = opened_result.over_base(found, base, tokenizer)
+    _say_all(found.notes)
+    if choice is None:
         print_result(suite_scores.score_result(opened, asked, say), as_json=as_json)
-        return
-    choice = held_out.RowChoice(data, shape, template, max_length, overlong)
-    print_result(held_out.evaluate(opened, choice), as_json=as_json)
+    else:
+        print_result(held_out.evaluate(opened, choice), as_json=as_json)
 
 
 def generate(
@@ -214,10 +218,11 @@ def generate(
             f"expected either --prompt TEXT or --interactive, got {'both' if interactive else 'neither'}; give one"
         )
     _check_folder(result)
-    from fedloom.results.conversation import Sampling, converse
+    from fedloom.results.conversation import Sampling, check_wording, converse
     from fedloom.results.opened_result import open_result
 
     sampling = Sampling(max_new_tokens, temperature, seed)
+    check_wording(template)
     opened = open_result(result, base=base, tokenizer=tokenizer, client=client, round=round)
     _say_all(opened.found.notes)
     if cut_layer is not None:

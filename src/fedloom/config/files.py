@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from fedloom import embedded
 from fedloom.config.problems import Problem
 from fedloom.config.schema import Settings
 from fedloom.config.setting import shown, values_of
@@ -50,8 +51,8 @@ def absent(name: str, path: str, wanted: str) -> Problem:
 
 def base_config(base: str) -> dict[str, Any] | None:
     """Read a local base's ``config.json``; ``None`` when the base is not a local folder with a readable one."""
-    path = Path(base) / "config.json"
-    if base == "embedded" or not path.is_file():
+    path = Path(embedded.base_path(base)) / "config.json"
+    if not path.is_file():
         return None
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -100,7 +101,7 @@ def tokenizer(settings: Settings) -> Iterator[Problem]:
         if name != "bytes" and not Path(name).exists() and not looks_like_hub_name(name):
             yield absent("model.tokenizer", name, wanted)
         return
-    folder = Path(settings.model.base)
+    folder = Path(embedded.base_path(settings.model.base))
     if base_config(settings.model.base) and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         got = f"none, and {shown(settings.model.base)} has no tokenizer files"
         yield Problem("model.tokenizer", wanted, got, 'set model.tokenizer, e.g. "bytes"', ("model.base",))

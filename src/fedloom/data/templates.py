@@ -158,6 +158,16 @@ def load_template(name_or_path: str | Path) -> Template:
     return read_template(template_text(name), name)
 
 
+def check_template(name: str) -> None:
+    """Refuse a template that is none, without a tokenizer: ``auto`` and ``chat`` are what that makes of them.
+
+    Raises:
+        DataError: there is no such template, or the file lacks an entry or a placeholder.
+    """
+    if name not in (AUTO, CHAT):
+        load_template(name)
+
+
 def template_text(name: str) -> str:
     """Return the TOML of a shipped template by name, or of one's own file by path.
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from torch import nn
-
 from fedloom.assembly.split_run import split_plan
 from fedloom.config import Settings
 from fedloom.errors import CutError
+from fedloom.lora.layer import LoRAModel
 from fedloom.methods import table
+from fedloom.preview.planned_memory import planned_client_memory
 from fedloom.preview.row_sample import SAMPLED_ROWS, sampled_rows
 from fedloom.split.cost_model import (
     CutEstimate,
@@ -76,10 +76,11 @@ class CutTable:
         return [*lines, *(f"the whole run, {name}: about {s:,.1f} simulated s" for name, s in self.seconds.items())]
 
 
-def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> CutTable:
-    """Estimate every cut of a base, which may be on the meta device, on the recipe's devices.
+def cut_table(settings: Settings, lora: LoRAModel) -> CutTable:
+    """Estimate every cut of a base on the meta device, on the recipe's devices.
 
-    Tokens per step are the mean of a sample of the recipe's rows.
+    Tokens per step are the mean of a sample of the recipe's rows; memory is that of the largest step, by the rules of
+    the run's own plan (:mod:`fedloom.preview.planned_memory`).
 
     Raises:
         DataError: if the rows cannot be read.
@@ -88,15 +89,16 @@ def cut_table(settings: Settings, model: nn.Module, shapes: Mapping[str, tuple[i
     num_clients = settings.federation.num_clients
     sample = sampled_rows(settings)
     num_rows, work = sample.num_rows or 0, sample.work(settings.training.batch_size)
-    shape, plan = shape_of(model, shapes), split_plan(settings, [max(1, num_rows // num_clients)] * num_clients)
+    shape, plan = (
+        shape_of(lora.model, lora.shapes),
+        split_plan(settings, [max(1, num_rows // num_clients)] * num_clients),
+    )
     devices = devices_of(settings)
     lowest = min(range(num_clients), key=lambda k: devices[k].flops)
-    tail = plan.tail_blocks or 0
+    flops = settings.devices.server_flops
     estimates = tuple(
-        estimate_cut(
-            shape, at_cut(plan, cut), lowest, work, devices[lowest], settings.devices.server_flops, num_clients
-        )
-        for cut in range(1, shape.num_blocks - tail)
+        estimate_cut(shape, at_cut(plan, cut), lowest, work, devices[lowest], flops, num_clients, held)
+        for cut, held in enumerate(planned_client_memory(settings, lora, sample, plan.ranks[lowest]), start=1)
     )
     try:
         suggested: int | None = suggest_cut(estimates).cut_layer

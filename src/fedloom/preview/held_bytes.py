@@ -24,7 +24,10 @@ from torch.utils._pytree import tree_iter
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.models.cut import part_of
+from fedloom.models.discovery import num_blocks_of
 from fedloom.models.families import decoder_blocks
+from fedloom.split.split_step import run_bottom
 from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.last_block import assume_targets_alone, forget_targets_alone
 from fedloom.training.loss import OutputHead, chunk_rows, read_output_head, supervised_cross_entropy, target_nats
@@ -133,7 +136,7 @@ def training_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
     Raises:
         ModelError: its forward needs numbers.
     """
-    return _remembered(lora, planned, device, _train)
+    return _through_blocks(lora, planned, device, _train)
 
 
 def scoring_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
@@ -142,18 +145,41 @@ def scoring_bytes(lora: LoRAModel, planned: PlannedPass, device: str) -> int:
     Raises:
         ModelError: its forward needs numbers.
     """
-    return _remembered(lora, planned, device, _score)
+    return _through_blocks(lora, planned, device, _score)
+
+
+def bottom_bytes(lora: LoRAModel, planned: PlannedPass, device: str, num_blocks: int) -> int:
+    """Return the most bytes that a client of a cut model holds for a pass through its embeddings and first blocks.
+
+    Without open slots, as of a frozen half, nothing is kept for a way back.
+
+    Raises:
+        ModelError: its forward needs numbers.
+    """
+    return _through_blocks(lora, planned, device, _bottom, num_blocks)
+
+
+def top_bytes(lora: LoRAModel, planned: PlannedPass, device: str, num_blocks: int) -> int:
+    """Return the same of the pass through its last blocks, the head and the loss, where a client keeps the labels.
+
+    Raises:
+        ModelError: its forward needs numbers.
+    """
+    return _through_blocks(lora, planned, device, _train, num_blocks)
 
 
 _Step = Callable[[LoRAModel, PlannedPass, Any, RowPasses], Tensor]
 
 
 _MOST_REMEMBERED = 256
-_REMEMBERED: dict[object, int] = {}
+_REMEMBERED: dict[object, tuple[int, int, int]] = {}
 """What passes held that were watched before in this process: descriptions of one base differ in little."""
 
 
-def _remembered(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> int:
+def _through_blocks(
+    lora: LoRAModel, planned: PlannedPass, device: str, step: _Step, num_blocks: int | None = None
+) -> int:
+    """Return what a pass through so many blocks holds, or through all: every other block as much as the second."""
     model = lora.model
     config: Any = model.config
     sizes = tuple((name, number.dtype, tuple(number.shape)) for name, number in model.named_parameters())
@@ -161,20 +187,26 @@ def _remembered(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step)
     if key not in _REMEMBERED:
         if len(_REMEMBERED) >= _MOST_REMEMBERED:
             _REMEMBERED.pop(next(iter(_REMEMBERED)))
-        _REMEMBERED[key] = _of_all_blocks(lora, planned, device, step)
-    return _REMEMBERED[key]
+        _REMEMBERED[key] = _of_first_blocks(lora, planned, device, step)
+    few, more, stated = _REMEMBERED[key]
+    if step is _score:  # nothing is kept from block to block
+        return more
+    return few + ((stated if num_blocks is None else num_blocks) - _DEPTHS[0]) * (more - few)
 
 
-def _of_all_blocks(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> int:
-    """Watch the pass through the first blocks alone, and count what one more holds for each of the rest."""
+def _of_first_blocks(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> tuple[int, int, int]:
+    """Watch the pass through the first blocks alone; return what it holds at each depth, and how many blocks there are.
+
+    A model whose blocks are not known, or that has one, is watched as if all of it were that one.
+    """
     try:
         name = decoder_blocks(lora.model).blocks
     except ModelError:
-        return _tried(lora, planned, device, step)
+        return (whole := _tried(lora, planned, device, step)), whole, 1
     parent, _, leaf = name.rpartition(".")
     owner, blocks = lora.model.get_submodule(parent), list(lora.model.get_submodule(name).children())
-    if len(blocks) <= max(_DEPTHS):
-        return _tried(lora, planned, device, step)
+    if len(blocks) < max(_DEPTHS):
+        return (whole := _tried(lora, planned, device, step)), whole, 1
     text: Any = lora.model.config.get_text_config()  # type: ignore[operator, union-attr]
     stated, found = text.num_hidden_layers, []
     try:
@@ -186,9 +218,7 @@ def _of_all_blocks(lora: LoRAModel, planned: PlannedPass, device: str, step: _St
         setattr(owner, leaf, nn.ModuleList(blocks))
         text.num_hidden_layers = stated
     few, more = found
-    if step is _score:  # nothing is kept from block to block
-        return more
-    return few + (len(blocks) - _DEPTHS[0]) * (more - few)
+    return few, more, len(blocks)
 
 
 def _tried(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> int:
@@ -209,7 +239,7 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) ->
     known = [*model.parameters(), *model.buffers()]
     lora.close()
     batch = _batch_of(planned, passes, device)
-    if isinstance(batch, PackedBatch):
+    if isinstance(batch, PackedBatch) and step is not _bottom:
         with torch.no_grad():
             passes.hidden_states(model, batch)
         assume_targets_alone(model, batch.layout.attended)
@@ -218,7 +248,7 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) ->
         lora.open_narrow([Slot(rank, 1.0) for rank in planned.ranks])
         hidden_SD = step(lora, planned, batch, passes)
         before = held.now
-        of_logits = _logit_bytes(read_output_head(model), hidden_SD, planned, device)
+        of_logits = 0 if step is _bottom else _logit_bytes(read_output_head(model), hidden_SD, planned, device)
         if hidden_SD.requires_grad:
             torch.autograd.backward(hidden_SD, torch.empty_like(hidden_SD))
     return int(max(held.peak, before + of_logits))
@@ -230,6 +260,18 @@ def _train(lora: LoRAModel, planned: PlannedPass, batch: Any, passes: RowPasses)
     segments = list(zip(planned.owners, batch.lengths, strict=True))
     lora.route(segments, dropout, batch.lengths, vars(batch).get("needed_on_cpu"))
     return passes.target_states(lora.model, batch)
+
+
+def _bottom(lora: LoRAModel, planned: PlannedPass, batch: Any, _: RowPasses) -> Tensor:
+    """Run the blocks at hand as a client does that is cut behind them."""
+    keys = row_keys(0, 0, 0, np.arange(len(planned.lengths)))
+    dropout = dropout_of(planned.dropout, [keys], batch.lengths, torch.device("meta"))
+    if planned.ranks:
+        lora.route([(0, planned.num_tokens)], dropout, batch.lengths)
+    else:
+        lora.route_all(None)
+    with torch.set_grad_enabled(bool(planned.ranks)):
+        return run_bottom(part_of(lora.model, 0, num_blocks_of(lora.model)), batch)
 
 
 def _score(lora: LoRAModel, _: PlannedPass, batch: Any, passes: RowPasses) -> Tensor:

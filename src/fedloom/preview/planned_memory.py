@@ -6,8 +6,9 @@ A CPU's allocator holds more than the tensors do: freed blocks of other sizes st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,8 +23,9 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.lora.linear import is_worth_folding
 from fedloom.lora.pair import rank_in
 from fedloom.models.discovery import num_blocks_of
+from fedloom.models.families import decoder_blocks
 from fedloom.models.row_attention import choose_attention
-from fedloom.preview.held_bytes import PlannedPass, scoring_bytes, training_bytes
+from fedloom.preview.held_bytes import PlannedPass, bottom_bytes, scoring_bytes, top_bytes, training_bytes
 from fedloom.preview.row_sample import RowSample
 from fedloom.seeding import stream
 from fedloom.training.row_passes import RowPasses, row_passes
@@ -41,6 +43,8 @@ _WIDTHS = 18
 """Widths that a block keeps of a token, where a forward needs numbers and cannot be watched."""
 _DRAWS = 16
 """Steps that are drawn to find the largest pass."""
+Watch = Callable[[LoRAModel, PlannedPass, str], int]
+"""Says what a pass holds on a kind of device."""
 
 
 class _Part(NamedTuple):
@@ -100,19 +104,21 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]
     trained = settings.traits.is_trained
     training, client_bytes = 0, 0
+    depth = num_blocks_of(model)
     if trained:
-        training = _watched(lora, _training_pass(settings, sample, parts, merges=exact), device, trains=True)
+        planned = _training_pass(settings, sample, parts, merges=exact)
+        training = _watched(lora, planned, device, training_bytes, depth)
         numbers = sum(rank_in(shape, max(_ranks(settings))) * sum(shape) for shape in lora.shapes.values())
         client_bytes = _CLIENT_BYTES * numbers * at_once
-    scoring = _watched(lora, _scoring_pass(settings, sample, merges=exact), device, trains=False)
+    scoring = _watched(lora, _scoring_pass(settings, sample, merges=exact), device, scoring_bytes, 1)
     most = max(training, scoring) + _dequantized(settings, model)
     return PlannedMemory(
         device=device,
-        base_bytes=_base_bytes(settings, model),
-        side_bytes=_side_bytes(settings, lora),
+        base_bytes=_weight_bytes(settings, model, model.parameters()),
+        side_bytes=_side_bytes(settings, lora, lora.shapes),
         client_bytes=client_bytes,
         pass_bytes=most,
-        held_bytes=round(most * _HELD_PER_TENSOR_BYTE.get(device, 1.0)) + _WORK_SPACE.get(device, 0),
+        held_bytes=_held(most, device),
         pass_tokens=sum(lengths),
         pass_rows=len(lengths),
         clients_at_once=at_once,
@@ -120,10 +126,48 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     )
 
 
+def planned_client_memory(settings: Settings, lora: LoRAModel, sample: RowSample, rank: int) -> list[int]:
+    """Return the bytes that one client of a cut model holds at its peak, for every cut from one block on.
+
+    Its part of the base (embeddings and first blocks; the last ones and the head too where it keeps the labels), its
+    adapter and moments, and the largest pass of a step of its own. A frozen half reads row by row, keeps nothing for a
+    way back and trains nothing.
+    """
+    model, device, split = lora.model, _device(settings.model.device), settings.split
+    choose_attention(model, settings.model.attention)
+    family, depth = decoder_blocks(model), num_blocks_of(model)
+    blocks, keeps_labels = list(model.get_submodule(family.blocks).children()), split.labels == "client"
+    last = depth - (split.tail_blocks if keeps_labels else 0)
+    largest = _largest(settings, row_passes(model), sample, device, num_clients=1)
+    whole = replace(_training_pass(settings, sample, largest, merges=False), ranks=(rank,))
+    bottom = whole
+    if split.client_half == "frozen":
+        bottom = replace(whole, lengths=(max(whole.lengths),), ranks=(), owners=())
+    found = []
+    for cut_layer in range(1, last):
+        held = _watched(lora, bottom, device, partial(bottom_bytes, num_blocks=cut_layer), cut_layer)
+        parts = [*map(model.get_submodule, family.before), *blocks[:cut_layer]]
+        if keeps_labels:
+            held += _watched(lora, whole, device, partial(top_bytes, num_blocks=depth - last), depth - last)
+            parts += [*blocks[last:], *map(model.get_submodule, (*family.after, family.head))]
+        own = {id(module) for part in parts for module in part.modules()}
+        shapes = {name: shape for name, shape in lora.shapes.items() if id(lora.layers[name]) in own}
+        trained = 0 if split.client_half == "frozen" else sum(rank_in(s, rank) * sum(s) for s in shapes.values())
+        weights = _weight_bytes(settings, model, [weight for part in parts for weight in part.parameters()])
+        side = _side_bytes(settings, lora, shapes)
+        found.append(weights + side + _CLIENT_BYTES * trained + _held(held + _dequantized(settings, model), device))
+    return found
+
+
 def _device(name: str) -> str:
     if name != "auto":
         return name.partition(":")[0]
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _held(pass_bytes: int, device: str) -> int:
+    """Return what the device's allocator holds for a pass of so many bytes."""
+    return round(pass_bytes * _HELD_PER_TENSOR_BYTE.get(device, 1.0)) + _WORK_SPACE.get(device, 0)
 
 
 def _ranks(settings: Settings) -> Sequence[int]:
@@ -142,10 +186,12 @@ def _clients_at_once(settings: Settings, device: str) -> int:
     return min(settings.cohort_size, CLIENTS_AT_ONCE[device])
 
 
-def _largest(settings: Settings, passes: RowPasses, sample: RowSample, device: str) -> list[_Part]:
-    """Return the members of the largest of the passes of some drawn steps."""
-    chance = stream(settings.run.seed, "describe", "passes")
-    drawn = [group for _ in range(_DRAWS) for group in _passes_of_a_step(settings, passes, sample, device, chance)]
+def _largest(
+    settings: Settings, passes: RowPasses, sample: RowSample, device: str, num_clients: int | None = None
+) -> list[_Part]:
+    """Return the members of the largest of the passes of some drawn steps of the clients that are open at once."""
+    chance, at_once = stream(settings.run.seed, "describe", "passes"), num_clients or _clients_at_once(settings, device)
+    drawn = [group for _ in range(_DRAWS) for group in _passes_of_a_step(settings, passes, sample, at_once, chance)]
 
     def tokens(group: list[_Part]) -> int:
         lengths = [int(sample.lengths_N[row]) for part in group for row in part.rows]
@@ -155,12 +201,12 @@ def _largest(settings: Settings, passes: RowPasses, sample: RowSample, device: s
 
 
 def _passes_of_a_step(
-    settings: Settings, passes: RowPasses, sample: RowSample, device: str, chance: np.random.Generator
+    settings: Settings, passes: RowPasses, sample: RowSample, num_clients: int, chance: np.random.Generator
 ) -> Iterator[list[_Part]]:
     """Yield who shares a pass in one step, as :class:`~fedloom.training.client_passes.Passes` puts them together."""
     size, training = settings.training.batch_size, training_of(settings)
     lengths = sample.lengths_N
-    clients = [chance.integers(0, len(lengths), size) for _ in range(_clients_at_once(settings, device))]
+    clients = [chance.integers(0, len(lengths), size) for _ in range(num_clients)]
     if settings.traits.is_cut:  # the server's half sees the whole batch, of one client or of all
         joint = settings.split.server_update == "joint"
         yield [_Part(slot, tuple(rows.tolist())) for slot, rows in enumerate(clients if joint else clients[:1])]
@@ -215,20 +261,20 @@ def _merged(lengths: Sequence[int], most: int) -> list[int]:
     return [sum(lengths) // rows + (i < sum(lengths) % rows) for i in range(rows)]
 
 
-def _watched(lora: LoRAModel, planned: PlannedPass, device: str, *, trains: bool) -> int:
+def _watched(lora: LoRAModel, planned: PlannedPass, device: str, watch: Watch, num_blocks: int) -> int:
+    """Return the bytes that a pass holds, or of its widths in so many blocks where its forward cannot be watched."""
     try:
-        return training_bytes(lora, planned, device) if trains else scoring_bytes(lora, planned, device)
+        return watch(lora, planned, device)
     except ModelError:  # its forward needs numbers
         text: Any = lora.model.config.get_text_config()  # type: ignore[operator, union-attr]
-        blocks = num_blocks_of(lora.model) if trains else 1
-        return int(planned.num_tokens * text.hidden_size * blocks * _WIDTHS * lora.base_weight.element_size())
+        return int(planned.num_tokens * text.hidden_size * num_blocks * _WIDTHS * lora.base_weight.element_size())
 
 
-def _base_bytes(settings: Settings, model: Any) -> int:
-    """Return the bytes of the weights; quantised ones are those of linear layers other than the head."""
+def _weight_bytes(settings: Settings, model: Any, chosen: Iterable[nn.Parameter]) -> int:
+    """Return the bytes of some of the base's weights; quantised ones are those of linear layers other than the head."""
     narrow = _QUANTIZED_BYTES.get(settings.model.quantization) or _stored_bytes(model)
     quantized = {id(layer.weight) for layer in _linears(model)} if narrow else set[int]()
-    weights = {id(weight): weight for weight in model.parameters()}
+    weights = {id(weight): weight for weight in chosen}
     held = (w.numel() * ((narrow or 0.0) if id(w) in quantized else w.element_size()) for w in weights.values())
     total: float = sum(held)
     return round(total)
@@ -257,15 +303,15 @@ def _dequantized(settings: Settings, model: Any) -> int:
     return max((w.numel() * w.element_size() for w in (layer.weight for layer in _linears(model))), default=0)
 
 
-def _side_bytes(settings: Settings, lora: LoRAModel) -> int:
-    """Return the bytes of the side at the end of a run: factors, or working copies of the weights."""
+def _side_bytes(settings: Settings, lora: LoRAModel, shapes: Mapping[str, tuple[int, int]]) -> int:
+    """Return the bytes of the side of some modules at the end of a run: factors, or working copies of the weights."""
     if not settings.traits.is_trained:
         return 0
     ranks, rank = settings.client_ranks, max(_ranks(settings))
     if settings.traits.grows_side and settings.server.step != "adamw":
         rank = round(sum(ranks) * settings.cohort_size / len(ranks)) * settings.federation.num_rounds
     size, total = lora.base_weight.element_size(), 0
-    for shape in lora.shapes.values():
+    for shape in shapes.values():
         numbers = rank_in(shape, rank) * sum(shape)
         folded = size >= 4 and is_worth_folding(numbers, shape)
         total += shape[0] * shape[1] * size if folded else numbers * size

@@ -15,7 +15,7 @@ from fedloom.data.answer_frame import AnswerFrame, answer_frame, plain_frame
 from fedloom.data.encoding import resolve_template
 from fedloom.data.records import Dialogue, Prompt, Record, Shape, Turn, detect_shape
 from fedloom.data.sources import Rows, load_rows
-from fedloom.data.templates import AUTO, ChatTemplate, Template
+from fedloom.data.templates import AUTO, ChatTemplate, Template, check_template
 from fedloom.data.token_rows import PromptTokens, record_prompts, text_prompts
 from fedloom.errors import DataError, EvaluationError
 from fedloom.evaluation.prompt_batches import let_go
@@ -166,6 +166,16 @@ def generate(
         EvaluationError: the prompt leaves no room for an answer.
     """
     return converse(opened, template=template, sampling=sampling, beside_base=beside_base).ask(prompt)
+
+
+def check_wording(template: str | None) -> None:
+    """Refuse a template that is none, before a base is loaded.
+
+    Raises:
+        DataError: there is no such template.
+    """
+    if template not in (None, NO_TEMPLATE):
+        check_template(template)
 
 
 def wording_of(opened: OpenedResult, template: str | None = None) -> Wording:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from fedloom.config.input_tables import Data
 from fedloom.data.encoding import Encoded, EncodingCounts
 from fedloom.data.groups import Grouping, grouping_of
 from fedloom.data.sources import Rows, Split, load_rows
+from fedloom.data.templates import check_template
 from fedloom.data.text_files import read_utf8
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import DataError
 from fedloom.evaluation.intervals import Difference
 from fedloom.evaluation.perplexity import Perplexity, compare_perplexity, measure_perplexity, plain_text_rows
-from fedloom.results.opened_result import OpenedResult
+from fedloom.results.opened_result import Found, OpenedResult
 from fedloom.run_folder.contents import read_file
 from fedloom.run_folder.durable import plain
 from fedloom.wording import Displayed
@@ -49,6 +51,16 @@ class RowChoice:
                 f"expected a path with {', '.join(given)}, got none (a run's own rows are read as in the run); name "
                 "rows with path, or drop these"
             )
+
+    @cached_property
+    def rows(self) -> Rows:
+        """The rows of the path, read once.
+
+        Raises:
+            DataError: they are not there, or cannot be read.
+        """
+        assert self.path is not None
+        return load_rows(self.path, Split.TEST)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,6 +174,27 @@ def evaluate(opened: OpenedResult, choice: RowChoice | None = None, *, token_bud
     return Measured(opened.found.path, held_out, scores, differences)
 
 
+def check_rows(found: Found, choice: RowChoice) -> None:
+    """Refuse rows that are not there or cannot be read, before a base is loaded.
+
+    Raises:
+        DataError: there are none, or they cannot be read.
+    """
+    if choice.path is None:
+        _check_own_rows(found)
+    elif choice.shape == TEXT:
+        read_utf8(Path(choice.path))
+    else:
+        assert choice.rows
+    if choice.template is not None:
+        check_template(choice.template)
+
+
+def _check_own_rows(found: Found) -> None:
+    if found.settings is None:
+        raise DataError(f"{found.path}: expected held-out rows, a PEFT folder has none; name some with --data FILE")
+
+
 def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
     """Return the rows that ``choice`` names, or a run's own held-out rows where it names none.
 
@@ -175,7 +208,7 @@ def held_out_rows(opened: OpenedResult, choice: RowChoice) -> HeldOut:
     if choice.shape == TEXT:
         text = read_utf8(Path(choice.path))
         return HeldOut(*plain_text_rows(opened.lora, tokenizer, [text]), choice.path)
-    encoded, rows = _read_rows(opened, choice, choice.path)
+    encoded, rows = _read_rows(opened, choice)
     return _held_out(opened, encoded.tokens, rows, choice.path, encoded.counts)
 
 
@@ -237,15 +270,15 @@ def _own_name(opened: OpenedResult) -> str:
 
 
 def _own_rows(opened: OpenedResult) -> tuple[TokenSet, Rows]:
+    _check_own_rows(opened.found)
     inputs, path = scored_inputs(opened), opened.found.path
-    if inputs is None:
-        raise DataError(f"{path}: expected held-out rows, a PEFT folder has none; name some with --data FILE")
+    assert inputs is not None
     if inputs.held_out is None or inputs.held_out_rows is None:
         raise DataError(f"{path}: expected held-out rows, the run has none; name some with --data FILE")
     return inputs.held_out, inputs.held_out_rows
 
 
-def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Encoded, Rows]:
+def _read_rows(opened: OpenedResult, choice: RowChoice) -> tuple[Encoded, Rows]:
     """Return the rows of a file as tokens; those without an answer have nothing to predict and are skipped."""
     own = None if opened.settings is None else opened.settings.data
     data = own or Data(template=None)
@@ -258,7 +291,7 @@ def _read_rows(opened: OpenedResult, choice: RowChoice, path: str) -> tuple[Enco
         "unanswered": "drop",
     }
     rows, encoded = encode_rows(
-        load_rows(path, Split.TEST),
+        choice.rows,
         data.model_copy(update=changes),
         opened.base,
         named=lambda name: f"--{name.replace('_', '-')}",

@@ -16,7 +16,7 @@ from fedloom.errors import EvaluationError
 from fedloom.evaluation.perplexity import plain_text_rows
 from fedloom.models.cut import check_cuts, cut, num_blocks
 from fedloom.results.held_out import TEXT, own_inputs
-from fedloom.results.opened_result import OpenedResult
+from fedloom.results.opened_result import Found, OpenedResult
 from fedloom.split.codecs import WireDtype
 from fedloom.split.leakage import AttackSettings, LeakageReport, measure_leakage
 from fedloom.wording import Displayed
@@ -71,11 +71,9 @@ def leakage(
         EvaluationError: if the result is not a run with rows, or public text and private rows are the same.
         CutError: if the base cannot be cut there.
     """
+    check_run(opened.found)
     run = opened.settings
-    if run is None:
-        raise EvaluationError(
-            f"{opened.found.path}: expected a run with rows of its own, got a PEFT adapter; give a run folder"
-        )
+    assert run is not None
     cuts = cut_layers or tuple(sorted(set(values_of(run.split.cut_layer))))
     wire = wire_dtype or run.split.wire_dtype
     check_cuts(cuts, num_blocks(opened.lora.model))
@@ -104,6 +102,18 @@ def leakage(
             )
         )
     return Leakages(opened.found.path, wire, tuple(reports))
+
+
+def check_run(found: Found) -> None:
+    """Refuse a result without rows of its own, before a base is loaded.
+
+    Raises:
+        EvaluationError: it is a PEFT folder.
+    """
+    if found.settings is None:
+        raise EvaluationError(
+            f"{found.path}: expected a run with rows of its own, got a PEFT adapter; give a run folder"
+        )
 
 
 def private_rows(opened: OpenedResult) -> TokenSet:

@@ -98,7 +98,18 @@ def open_result(
         AdapterError: the adapter is corrupt, or for another base.
         ModelError: the base cannot be loaded, or is not the one that the run trained on.
     """
-    found = of_client(find_result(Path(path), round), client)
+    return over_base(of_client(find_result(Path(path), round), client), base, tokenizer, device)
+
+
+def over_base(
+    found: Found, base: str | Path | None = None, tokenizer: str | Path | None = None, device: str | None = None
+) -> OpenedResult:
+    """Put what was found over its base; what can be refused without a base is refused before.
+
+    Raises:
+        AdapterError: the adapter is for another base.
+        ModelError: the base cannot be loaded, or is not the one that the run trained on.
+    """
     loaded = load_base_of(found, base, tokenizer, device)
     return OpenedResult(found, loaded, wrap(found, loaded))
 

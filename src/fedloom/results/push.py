@@ -1,4 +1,4 @@
-"""Upload an exported folder to the hub: a private repository, which its owner may make public there."""
+"""Upload a written folder to the hub: a private repository, which its owner may make public there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def push(folder: Path, name: str) -> str:
     api = HfApi()
     try:
         place = api.create_repo(name, private=True, exist_ok=True, repo_type="model")
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add an adapter exported by fedloom")
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Add what fedloom wrote")
     except (HfHubHTTPError, LocalTokenNotFoundError, HTTPError, OSError) as error:
         told = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise RunError(

@@ -1,4 +1,4 @@
-"""What a cut costs on given devices and links: operations, memory, bytes and seconds, before anything is run.
+"""What a cut costs on given devices and links: operations, bytes and seconds, before anything is run.
 
 Per token and block ``F = 2 N + 2 T d`` operations (N frozen weights, T tokens of a sample, d width, causal attention),
 the adapter ``2 Σ r (m + n)`` more; backward costs as much again, since the base needs no gradient of its own, and the
@@ -21,12 +21,6 @@ from fedloom.models.cut import cuttable_parts
 from fedloom.split.codecs import bytes_per_token
 from fedloom.split.plan import SERVER, SplitPlan, block_of, owners_of
 
-ADAMW_BYTES = 16
-"""Per trained number: factor, gradient and two moments, in fp32."""
-
-KEPT_WIDTHS = 18
-"""Widths a block keeps per token for its backward pass, an estimate without attention matrices."""
-
 
 @dataclass(frozen=True)
 class Device:
@@ -48,7 +42,6 @@ class ModelShape:
     adapter_sides: tuple[int, ...]
     embedding_parameters: int
     head_parameters: int
-    bytes_per_parameter: float = 4.0
 
     @property
     def num_blocks(self) -> int:
@@ -65,7 +58,7 @@ class ModelShape:
         return self.forward_flops(start, stop, length, rank) + 2 * rank * sum(self.adapter_sides[start:stop])
 
 
-def shape_of(model: nn.Module, shapes: Mapping[str, tuple[int, int]], bytes_per_parameter: float = 4.0) -> ModelShape:
+def shape_of(model: nn.Module, shapes: Mapping[str, tuple[int, int]]) -> ModelShape:
     """Read a model's shape; its weights may be on the meta device, its targets already wrapped."""
     family = cuttable_parts(model)
     blocks = model.get_submodule(family.blocks)
@@ -79,7 +72,7 @@ def shape_of(model: nn.Module, shapes: Mapping[str, tuple[int, int]], bytes_per_
     embeddings = [p for name in family.before for p in model.get_submodule(name).parameters()]
     head = sum(p.numel() for p in model.get_submodule(family.head).parameters())
     width: int = model.config.hidden_size  # type: ignore[union-attr, assignment]
-    return ModelShape(width, tuple(frozen), tuple(sides), sum(p.numel() for p in embeddings), head, bytes_per_parameter)
+    return ModelShape(width, tuple(frozen), tuple(sides), sum(p.numel() for p in embeddings), head)
 
 
 @dataclass(frozen=True)
@@ -109,11 +102,19 @@ class CutEstimate:
 
 
 def estimate_cut(
-    shape: ModelShape, plan: SplitPlan, client: int, work: Work, device: Device, server_flops: float, num_clients: int
+    shape: ModelShape,
+    plan: SplitPlan,
+    client: int,
+    work: Work,
+    device: Device,
+    server_flops: float,
+    num_clients: int,
+    memory_bytes: int = 0,
 ) -> CutEstimate:
     """Estimate one client's step and aggregation at its cut, with ``num_clients`` alike sharing the server.
 
-    A frozen client is charged for a step in which its rows cross; once all have, only the server's stage remains.
+    ``memory_bytes`` are what the client holds there, as planned elsewhere. A frozen client is charged for a step in
+    which its rows cross; once all have, only the server's stage remains.
     """
     c, rank = plan.cut_layers[client], 0 if plan.is_frozen else plan.ranks[client]
     tail = plan.tail_blocks or 0
@@ -141,12 +142,11 @@ def estimate_cut(
         "client backward": backward / device.flops,
     }
     adapter_bytes = 4 * rank * (sum(shape.adapter_sides[:c]) + sum(shape.adapter_sides[last:]))
-    memory = _memory(shape, plan, c, last, rank, tokens)
     links = adapter_bytes / device.upload_bytes_per_second + adapter_bytes / device.download_bytes_per_second
     return CutEstimate(
         cut_layer=c,
         client_parameters=_client_parameters(shape, plan, c, last),
-        client_memory_bytes=memory,
+        client_memory_bytes=memory_bytes,
         client_flops_per_step=forward + backward + tail_flops,
         upload_bytes_per_step=up,
         download_bytes_per_step=down,
@@ -154,7 +154,7 @@ def estimate_cut(
         step_seconds=pipelined(list(stages.values()), plan.micro_batches),
         aggregation_seconds=links + (2 * device.latency_seconds if adapter_bytes else 0.0),
         stages=stages,
-        fits=memory <= device.memory_bytes,
+        fits=memory_bytes <= device.memory_bytes,
     )
 
 
@@ -240,14 +240,6 @@ def _client_parameters(shape: ModelShape, plan: SplitPlan, cut_layer: int, last:
     if plan.labels == "client":
         own += sum(shape.block_parameters[last:]) + shape.head_parameters
     return own
-
-
-def _memory(shape: ModelShape, plan: SplitPlan, cut_layer: int, last: int, rank: int, tokens: float) -> int:
-    weights = _client_parameters(shape, plan, cut_layer, last) * shape.bytes_per_parameter
-    own_blocks = cut_layer + shape.num_blocks - last
-    adapters = ADAMW_BYTES * rank * (sum(shape.adapter_sides[:cut_layer]) + sum(shape.adapter_sides[last:]))
-    kept = KEPT_WIDTHS * own_blocks if not plan.is_frozen else KEPT_WIDTHS
-    return round(weights + adapters + tokens * shape.width * kept * shape.bytes_per_parameter)
 
 
 def trained_parameters(plan: SplitPlan, model: nn.Module, shapes: Mapping[str, tuple[int, int]], owner: int) -> int:

@@ -1,0 +1,53 @@
+"""What pages show beside their commands, and whether a command prints it.
+
+In a ``console`` block the lines below a command are lines of what it prints, in that order; others may stand between
+them. Words are the same, numbers nearly: two kinds of processor round differently.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+TOLERANCE = 0.02
+"""Share by which a printed number may differ from the one that is shown; 0.005 where the number is nearly 0."""
+_NUMBER = re.compile(r"(?<![\w.])[−+-]?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
+
+
+def shown_beside(block: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each command of a block, without its prompt and with its continued lines, and the lines shown below it."""
+    command, below = None, list[str]()
+    for line in block.replace("\\\n", " ").splitlines():
+        if line.startswith("$ ") or re.match(r"fedloom\b", line):
+            if command is not None:
+                yield command, below
+            command, below = line.removeprefix("$ "), []
+        elif line.strip() and command is not None:
+            below.append(line)
+    if command is not None:
+        yield command, below
+
+
+def is_like(shown: str, printed: str) -> bool:
+    """Tell whether a printed line has the words of the one that is shown, and nearly its numbers."""
+    if [part.split() for part in _NUMBER.split(shown)] != [part.split() for part in _NUMBER.split(printed)]:
+        return False
+    pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
+    return all(math.isclose(_value(one), _value(other), rel_tol=TOLERANCE, abs_tol=0.005) for one, other in pairs)
+
+
+def missing(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
+    """Return the shown lines that are not printed in that order."""
+    rest, absent = list(printed), []
+    for line in shown:
+        place = next((i for i, other in enumerate(rest) if is_like(line, other)), None)
+        if place is None:
+            absent.append(line)
+        else:
+            rest = rest[place + 1 :]
+    return absent
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "").replace("−", "-"))
