@@ -275,7 +275,7 @@ def _held_out(study: Study, workshop: Workshop, base: Base) -> _HeldOut:
 
 
 def _run_id(out: Path, fresh: bool) -> str:
-    """Return the id of the run in ``out``, also where it has no round yet; of another run a new one.
+    """Return the id of the run in ``out``, or a new one where no round of it is complete: that run begins anew.
 
     Sites keep by it what they remember. It is drawn, so that two runs of one study are two at the sites.
     """

@@ -168,12 +168,7 @@ class SiteSums:
         if stored is None:
             raise _LeftError("sum-untrained")
         tensors = read_tensors(unsealed(stored))
-        start, trained = (
-            Adapter.from_tensors(
-                {k.removeprefix(f"{name}/"): t for k, t in tensors.items() if k.startswith(f"{name}/")}
-            )
-            for name in ("start", "trained")
-        )
+        start, trained = _adapter_in(tensors, "start/"), _adapter_in(tensors, "trained/")
         share = terms.share(self._weight())
         return to_ring(numbers_added(self._strategy, start, trained, share), len(terms.members))
 
