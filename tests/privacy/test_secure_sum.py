@@ -251,6 +251,20 @@ def test_a_message_that_was_changed_anywhere_counts_as_none_or_ends_the_sum(step
         assert np.array_equal(words, plain(session, members))
 
 
+def test_one_member_that_tells_wrong_shares_is_left_out_where_two_more_than_the_threshold_tell() -> None:
+    session = session_of(7, 5)
+    for liar, leaver in itertools.permutations(session.members[:3], 2):
+
+        def lie(step: str, sender: int, message: bytes, liar: int = liar) -> bytes:
+            return message[:-1] + bytes([message[-1] ^ 1]) if (step, sender) == ("told", liar) else message
+
+        members, words = Sum(session, change=lie).run()
+        assert members == session.members
+        assert np.array_equal(words, plain(session, members))
+        with pytest.raises(UpdateError, match=r"a member sent a wrong one|expected shares of the key"):
+            Sum(session, {leaver: "masked"}, change=lie).run()
+
+
 def test_keys_that_the_server_changed_are_found_by_the_members_signatures() -> None:
     session = session_of(3, 3)
     begun = {k: member.begin(session, k, identity_of(k).sign) for k in session.members}

@@ -7,6 +7,7 @@ the reason. Below the threshold a step ends the sum: nothing of any member's num
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -143,8 +144,8 @@ def agreed(before: Summed, messages: Messages, why: Reasons = NOBODY) -> tuple[A
 def unmasked(before: Agreed, messages: Messages, why: Reasons = NOBODY) -> Ring:
     """Return the sum of the numbers of its members: their own masks off, and those towards whoever left.
 
-    A wrong share is found where more members than the threshold answer; of exactly as many one can spoil the sum, as it
-    can by sending other numbers.
+    A wrong share is found where more members than the threshold answer, and left out with all that its member told
+    where two more do. Of exactly as many as the threshold one can spoil the sum, as it can by sending other numbers.
 
     Raises:
         TooFewClientsError: fewer came than the threshold.
@@ -161,18 +162,43 @@ def unmasked(before: Agreed, messages: Messages, why: Reasons = NOBODY) -> Ring:
         return found
 
     told, _ = _read(session, before.members, messages, read, {**before.left, **why})
+    seeds, private_keys = _secrets(before, told)
     total = summed.words.copy()
     for member in sorted(stayed):
-        shares = {session.place(one): found.seeds[member] for one, found in told.items()}
-        total -= mask(secret_of(shares, session.threshold), session.length)
+        total -= mask(seeds[member], session.length)
     for member in sorted(gone):
-        private = secret_of({session.place(one): found.keys[member] for one, found in told.items()}, session.threshold)
-        if keys.public_of(private) != known[member].masks:
-            raise UpdateError(f"secure sum: expected shares of the key of member {member}, got others; start a new sum")
         for other in stayed:  # as ``other`` put it on
-            between = pair_mask(private, known[other].masks, session)
+            between = pair_mask(private_keys[member], known[other].masks, session)
             total = total - between if other < member else total + between
     return total
+
+
+def _secrets(before: Agreed, told: Mapping[int, wire.Told]) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    """Return the seeds of those who stayed and the keys of those who left, by shares that fit each other."""
+    session = before.summed.delivered.roster.session
+    try:
+        return _secrets_of(before, told)
+    except UpdateError:
+        # Without one wrong member the others fit; without one right member the wrong one still does not.
+        for member in told if len(told) > session.threshold + 1 else ():
+            with suppress(UpdateError):
+                return _secrets_of(before, {other: one for other, one in told.items() if other != member})
+        raise
+
+
+def _secrets_of(before: Agreed, told: Mapping[int, wire.Told]) -> tuple[dict[int, bytes], dict[int, bytes]]:
+    summed, delivered = before.summed, before.summed.delivered
+    session, known = delivered.roster.session, delivered.roster.known
+    seeds, private_keys = dict[int, bytes](), dict[int, bytes]()
+    for member in summed.members:
+        shares = {session.place(one): found.seeds[member] for one, found in told.items()}
+        seeds[member] = secret_of(shares, session.threshold)
+    for member in sorted(delivered.members - set(summed.members)):
+        shares = {session.place(one): found.keys[member] for one, found in told.items()}
+        private_keys[member] = secret_of(shares, session.threshold)
+        if keys.public_of(private_keys[member]) != known[member].masks:
+            raise UpdateError(f"secure sum: expected shares of the key of member {member}, got others; start a new sum")
+    return seeds, private_keys
 
 
 def _read(
