@@ -43,7 +43,7 @@ def test_the_coordinators_cut_model_is_a_study() -> None:
     document = {name: {**first.get(name, {}), **cut.get(name, {})} for name in {**first, **cut}}
     document["sites"]["evaluate"] = "server"
     study = resolve_study(document, "study.toml")
-    assert study.settings.per_client(study.settings.split.cut_layer) == (2, 4, 4)
+    assert study.settings.per_client(study.settings.split.cut_layer) == (1, 2, 2)
     assert study.sites.step_deadline_s == 60.0
 
 

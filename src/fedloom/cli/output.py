@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol
@@ -69,11 +70,26 @@ def takes_all_output() -> bool:
     """
     try:
         sys.stdout.flush()
+        takes = not _reader_is_gone()
     except OSError:
+        takes = False
+    if not takes:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return takes
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether standard output is a pipe that nobody reads; a flush tells so only where something is left."""
+    try:
+        place = sys.stdout.fileno()
+    except OSError:
+        return False  # no file of the system
+    if not hasattr(select, "poll"):
         return False
-    return True
+    asked = select.poll()
+    asked.register(place, 0)
+    return any(found & select.POLLERR for _, found in asked.poll(0))
 
 
 def say(message: str) -> None:
