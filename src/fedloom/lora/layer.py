@@ -144,9 +144,8 @@ class LoRAModel:
 
     def zero_grad(self) -> None:
         """Zero all slots' gradients in place: the optimisers' views must stay views of these tensors."""
-        for layer in self.layers.values():
-            for whole in (layer.a_RI, layer.bt_RO):
-                whole.grad.zero_()  # type: ignore[union-attr]
+        wholes = [whole for layer in self.layers.values() for whole in (layer.a_RI, layer.bt_RO)]
+        torch._foreach_zero_([whole.grad for whole in wholes if whole.grad is not None])
 
     @property
     def ground(self) -> Adapter:

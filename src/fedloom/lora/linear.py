@@ -60,18 +60,19 @@ class _LowRankLinear(torch.autograd.Function):
             grad_x = grad @ layer.weight_OI(grad.dtype)
             if (side := layer.side_in(grad.dtype)) is not None:
                 grad_x.addmm_(grad @ side.b_OR, side.a_RI)
-        if ctx.buckets:
-            seen_TI = x if mask_TI is None else x * mask_TI
-            grads_RX = torch.zeros_like(layer.a_RI), torch.zeros_like(layer.bt_RO)
-            add_backward((grad_x, *grads_RX), grad, seen_TI, (a, bt), middles, ctx.buckets, mask_TI)
-            return grad_x, *grads_RX, None, None, None
         # On a CPU samples are added one by one to the gradients themselves: a batch that is cut into more passes, or
         # shares one with other clients, then has the same sums in the same order, so the same bits wherever a row of a
         # matrix product does not depend on how many there are. Elsewhere many small products cost more than that gives.
-        adds_samples = grad.device.type == "cpu" and all(block.samples for block in ctx.blocks)
+        told_apart = all(block.samples for block in ctx.blocks)
+        adds_samples = grad.device.type == "cpu" and told_apart
         grad_a, grad_bt = layer.a_RI.grad, layer.bt_RO.grad
-        if not adds_samples or grad_a is None or grad_bt is None:
+        if not (adds_samples or (ctx.buckets and told_apart)) or grad_a is None or grad_bt is None:
             grad_a, grad_bt = torch.zeros_like(layer.a_RI), torch.zeros_like(layer.bt_RO)
+        given = (None, None) if grad_a is layer.a_RI.grad else (grad_a, grad_bt)
+        if ctx.buckets:
+            seen_TI = x if mask_TI is None else x * mask_TI
+            add_backward((grad_x, grad_a, grad_bt), grad, seen_TI, (a, bt), middles, ctx.buckets, mask_TI)
+            return grad_x, *given, None, None, None
         mine, grad_middles = nullcontext() if ctx.turn is None else ctx.turn.adding(id(layer)), []
         for (slot, tokens, rows, _), _ in zip(ctx.blocks, middles, strict=True):
             grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
@@ -86,9 +87,7 @@ class _LowRankLinear(torch.autograd.Function):
                 for own in samples if adds_samples else [slice(None)]:
                     _add_product(grad_a[rows], grad_middle[own], seen[own])
                     _add_product(grad_bt[rows], middle[own], grad[tokens][own])
-        if grad_a is layer.a_RI.grad:
-            return grad_x, None, None, None, None, None
-        return grad_x, grad_a, grad_bt, None, None, None
+        return grad_x, *given, None, None, None
 
 
 def _add_product(sum_RX: Tensor, left_TR: Tensor, right_TX: Tensor) -> None:
