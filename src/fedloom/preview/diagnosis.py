@@ -205,7 +205,8 @@ def _memory(settings: Settings, machine: Machine) -> Finding:
         return Finding("memory", Verdict.YES, why)
     stored = stored_method(files.base_config(settings.model.base) or {})
     smaller = ", or model.quantization = 4bit on a GPU" if settings.model.quantization == "none" and not stored else ""
-    return Finding("memory", Verdict.NO, f"{why}; lower training.token_budget{smaller}")
+    kept = ", or set training.checkpoint_activations" if settings.traits.runs_rounds else ""
+    return Finding("memory", Verdict.NO, f"{why}; lower training.token_budget{kept}{smaller}")
 
 
 def _memory_unknown() -> Finding:

@@ -35,8 +35,12 @@ from fedloom.training.packing import PackedBatch, Row, pack
 from fedloom.training.rotation import replaced_forward
 from fedloom.training.row_passes import RowPasses, row_passes
 
-_DEPTHS = (1, 2)
-"""Blocks of which a pass is watched: every other one holds as much as the second."""
+_DEPTHS, _CHECKPOINTED_DEPTHS = (1, 2), (3, 4)
+"""Blocks of which a pass is watched: every other one adds what the last that came has added.
+
+With checkpoints backward holds most where it runs a block again; the first block, which has no gradient to hand on, and
+the last, which is not run again, are no examples of that.
+"""
 _CHUNK_PROBE = 16
 """Targets with which the bytes of one target's logits are measured: no chunk is smaller."""
 
@@ -191,7 +195,11 @@ def _through_blocks(
     few, more, stated = _REMEMBERED[key]
     if step is _score:  # nothing is kept from block to block
         return more
-    return few + ((stated if num_blocks is None else num_blocks) - _DEPTHS[0]) * (more - few)
+    return few + ((stated if num_blocks is None else num_blocks) - _depths(planned)[0]) * (more - few)
+
+
+def _depths(planned: PlannedPass) -> tuple[int, int]:
+    return _CHECKPOINTED_DEPTHS if planned.checkpoint_activations else _DEPTHS
 
 
 def _of_first_blocks(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) -> tuple[int, int, int]:
@@ -205,12 +213,12 @@ def _of_first_blocks(lora: LoRAModel, planned: PlannedPass, device: str, step: _
         return (whole := _tried(lora, planned, device, step)), whole, 1
     parent, _, leaf = name.rpartition(".")
     owner, blocks = lora.model.get_submodule(parent), list(lora.model.get_submodule(name).children())
-    if len(blocks) < max(_DEPTHS):
+    if len(blocks) < max(_depths(planned)):
         return (whole := _tried(lora, planned, device, step)), whole, 1
     text: Any = lora.model.config.get_text_config()  # type: ignore[operator, union-attr]
     stated, found = text.num_hidden_layers, []
     try:
-        for depth in _DEPTHS:
+        for depth in _depths(planned):
             setattr(owner, leaf, nn.ModuleList(blocks[:depth]))
             text.num_hidden_layers = depth
             found.append(_tried(lora, planned, device, step))
