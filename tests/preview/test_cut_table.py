@@ -58,7 +58,8 @@ def test_a_clients_planned_pass_holds_what_its_pass_holds() -> None:
     real = wrapped("llama")
     shapes = LoRAModel(wrapped("llama").unwrap().to("meta"), list(real.shapes))
     for cut_layer in (1, 2, 3):
-        held = held_for_real(real, cut_layer)
+        # What is freed may be used again before it is told, so that a pass may count too little, never too much.
+        held = max(held_for_real(real, cut_layer) for _ in range(5))
         assert bottom_bytes(shapes, planned, "cpu", cut_layer) == pytest.approx(held, rel=0.15)
 
 
