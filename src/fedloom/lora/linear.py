@@ -63,10 +63,9 @@ class _LowRankLinear(torch.autograd.Function):
         # On a CPU samples are added one by one to the gradients themselves: a batch that is cut into more passes, or
         # shares one with other clients, then has the same sums in the same order, so the same bits wherever a row of a
         # matrix product does not depend on how many there are. Elsewhere many small products cost more than that gives.
-        told_apart = all(block.samples for block in ctx.blocks)
-        adds_samples = grad.device.type == "cpu" and told_apart
+        in_place = all(block.samples for block in ctx.blocks) and (grad.device.type == "cpu" or bool(ctx.buckets))
         grad_a, grad_bt = layer.a_RI.grad, layer.bt_RO.grad
-        if not (adds_samples or (ctx.buckets and told_apart)) or grad_a is None or grad_bt is None:
+        if not in_place or grad_a is None or grad_bt is None:
             grad_a, grad_bt = torch.zeros_like(layer.a_RI), torch.zeros_like(layer.bt_RO)
         given = (None, None) if grad_a is layer.a_RI.grad else (grad_a, grad_bt)
         if ctx.buckets:
@@ -84,7 +83,7 @@ class _LowRankLinear(torch.autograd.Function):
         with mine:
             for (_, tokens, rows, samples), middle, grad_middle in zip(ctx.blocks, middles, grad_middles, strict=True):
                 seen = x[tokens] if mask_TI is None else x[tokens] * mask_TI[tokens]
-                for own in samples if adds_samples else [slice(None)]:
+                for own in samples if in_place else [slice(None)]:
                     _add_product(grad_a[rows], grad_middle[own], seen[own])
                     _add_product(grad_bt[rows], middle[own], grad[tokens][own])
         return grad_x, *given, None, None, None

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from fedloom.errors import ModelError
-from fedloom.lora.dropout import dropout_of, row_keys
+from fedloom.lora.dropout import Dropout, dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.cut import part_of
 from fedloom.models.discovery import num_blocks_of
@@ -183,7 +183,7 @@ _REMEMBERED: dict[object, tuple[int, int, int]] = {}
 def _through_blocks(
     lora: LoRAModel, planned: PlannedPass, device: str, step: _Step, num_blocks: int | None = None
 ) -> int:
-    """Return what a pass through so many blocks holds, or through all: every other block as much as the second."""
+    """Return what a pass through so many blocks holds, or through all, by those that are watched."""
     model = lora.model
     config: Any = model.config
     sizes = tuple((name, number.dtype, tuple(number.shape)) for name, number in model.named_parameters())
@@ -263,17 +263,20 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) ->
 
 
 def _train(lora: LoRAModel, planned: PlannedPass, batch: Any, passes: RowPasses) -> Tensor:
-    keys = row_keys(0, 0, 0, np.arange(len(planned.lengths)))
-    dropout = dropout_of(planned.dropout, [keys], batch.lengths, torch.device("meta"))
+    dropout = _dropout(planned, batch)
     segments = list(zip(planned.owners, batch.lengths, strict=True))
     lora.route(segments, dropout, batch.lengths, vars(batch).get("needed_on_cpu"))
     return passes.target_states(lora.model, batch)
 
 
+def _dropout(planned: PlannedPass, batch: Any) -> Dropout | None:
+    keys = row_keys(0, 0, 0, np.arange(len(planned.lengths)))
+    return dropout_of(planned.dropout, [keys], batch.lengths, torch.device("meta"))
+
+
 def _bottom(lora: LoRAModel, planned: PlannedPass, batch: Any, _: RowPasses) -> Tensor:
     """Run the blocks at hand as a client does that is cut behind them."""
-    keys = row_keys(0, 0, 0, np.arange(len(planned.lengths)))
-    dropout = dropout_of(planned.dropout, [keys], batch.lengths, torch.device("meta"))
+    dropout = _dropout(planned, batch)
     if planned.ranks:
         lora.route([(0, planned.num_tokens)], dropout, batch.lengths)
     else:

@@ -77,6 +77,11 @@ class Layout:
     _masks: dict[tuple[int | None, torch.dtype], Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return max(self.lengths)
+
+    @cached_property
     def bounds_N1(self) -> Tensor:
         """Where samples begin and end (N + 1, int32)."""
         return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32).to(self.device)
@@ -104,8 +109,7 @@ class Layout:
         """
         key = (sliding_window, like.dtype)
         if key not in self._masks:
-            longest = max(self.lengths)
-            unseen = torch.full((longest, longest), -math.inf, dtype=like.dtype, device=like.device)
+            unseen = torch.full((self.longest, self.longest), -math.inf, dtype=like.dtype, device=like.device)
             behind = 0.0 if sliding_window is None else unseen.tril(-sliding_window)
             self._masks[key] = unseen.triu(1) + behind
         return self._masks[key][:length, :length]
@@ -196,8 +200,8 @@ def attend(
         attended = [call(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)]
         return torch.cat(attended, dim=1), None
     if softcap is None and runs_at_once(query):
-        window = None if sliding_window is None or sliding_window >= max(rows.lengths) else sliding_window
-        ends = (rows.bounds_N1, max(rows.lengths))
+        window = None if sliding_window is None or sliding_window >= rows.longest else sliding_window
+        ends = (rows.bounds_N1, rows.longest)
         return attend_at_once(query, key, value, *ends, scaling=scale, sliding_window=window), None
     return _attend_in_buckets(call, query, key, value, rows.in_buckets), None
 
