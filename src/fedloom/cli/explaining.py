@@ -44,8 +44,9 @@ def explain(
         refuse_other_file(html, beginning("fedloom explain"), "explanation", "choose another --html")
     found = explained(run, round=round, module=module)
     if html is not None:
-        from fedloom.explanation.page import write_page
+        from fedloom.explanation.page import html_of
+        from fedloom.reporting.page.document import write_page
 
-        write_page(found, html)
+        write_page(html_of(found), html)
         say(f"note: plots are in {html}")
     print_result(found, as_json=as_json)

@@ -101,8 +101,8 @@ def _at_cuts(
 def _of_rounds(
     results: list[Found], settings: MeterSettings, base: str | None, html: Path | None, as_json: bool
 ) -> None:
-    from fedloom.reporting.page.document import beginning
-    from fedloom.results.leak_table import TITLE, write_page
+    from fedloom.reporting.page.document import beginning, write_page
+    from fedloom.results.leak_table import TITLE, html_of
     from fedloom.results.opened_result import over_base
     from fedloom.results.round_leaks import RoundLeakages, noted, round_leakage
     from fedloom.run_folder.durable import refuse_other_file
@@ -112,7 +112,7 @@ def _of_rounds(
     runs = [round_leakage(over_base(one, base), settings, say) for one in results]
     found = RoundLeakages(tuple(runs), noted(runs))
     if html is not None:
-        write_page(found, html)
+        write_page(html_of(found), html)
         say(f"note: the plot is in {html}")
     print_result(found, as_json=as_json)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from fedloom.explanation.explain import Explanation
 from fedloom.explanation.facts import ModuleFacts, RoundFacts
@@ -16,7 +15,6 @@ from fedloom.reporting.page.document import page, scheme_button
 from fedloom.reporting.page.parts import figure, section, table
 from fedloom.reporting.spectra import NOTHING
 from fedloom.reporting.svg import element
-from fedloom.run_folder import durable
 
 TITLE = "fedloom explain"
 _ROUND = Axis("round", whole=True)
@@ -33,17 +31,6 @@ _OF_MODULES = (
     ("aggregation_noise", "Noise by module", "share of the clients' mean"),
     ("effective_rank", "Effective rank by module", "directions"),
 )
-
-
-def write_page(found: Explanation, out: Path) -> None:
-    """Write the page.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    with durable.explained(str(out), "choose another place for the page"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_bytes(out, html_of(found).encode())
 
 
 def html_of(found: Explanation) -> str:

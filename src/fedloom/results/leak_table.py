@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedloom.reporting.charts import Axis, Level, Line, line_chart
 from fedloom.reporting.page.document import page, scheme_button
 from fedloom.reporting.page.parts import figure, section, table
 from fedloom.reporting.svg import element
-from fedloom.run_folder import durable
 
 if TYPE_CHECKING:
     from fedloom.results.round_leaks import RoundLeakage, RoundLeakages
@@ -90,17 +88,6 @@ def _legend(runs: Sequence[RoundLeakage]) -> list[str]:
             "rightly named; control: those that another client read; commonest: of the commonest public tokens"
         )
     return lines
-
-
-def write_page(found: RoundLeakages, out: Path) -> None:
-    """Write the page.
-
-    Raises:
-        RunError: it cannot be written.
-    """
-    with durable.explained(str(out), "choose another place for the page"):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        durable.write_bytes(out, html_of(found).encode())
 
 
 def html_of(found: RoundLeakages) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from importlib import resources
+from pathlib import Path
 
 from fedloom.reporting.svg import element
+from fedloom.run_folder import durable
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
@@ -22,6 +24,17 @@ def page(title: str, body: str) -> str:
     )
     script = f"<script>{_asset('report.js')}</script>"
     return f'<!doctype html>\n<html lang="en">{head}{element("body", body, script)}</html>\n'
+
+
+def write_page(html: str, out: Path) -> None:
+    """Write a page.
+
+    Raises:
+        RunError: it cannot be written.
+    """
+    with durable.explained(str(out), "choose another place for the page"):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        durable.write_bytes(out, html.encode())
 
 
 def beginning(title: str) -> str:
