@@ -184,6 +184,7 @@ def _tried(bench: Bench, name: str, number: int, say: Say) -> SiteTally:
                 tally.num_left_out += _happened(case, act, at, seconds, rng)
         except WrongError as error:
             tally.wrong.append(f"{name}, {seconds:.2f} s after round {at} (trial {turn}): {error}")
+            say(f"WRONG  {tally.wrong[-1]}")
         tally.num_trials += 1
     tally.seconds = time.monotonic() - begun
     say(f"{name}: {tally.num_trials} moments, {tally.num_left_out} answers left out, {len(tally.wrong)} wrong, "
