@@ -30,10 +30,11 @@ def test_every_schedule_is_of_the_recipes_rows_and_few_bits_are_few_bytes() -> N
         (20, 3, 5, 4),
         (80, 3, 5, 1),
         (100, 3, 1, 4),
+        (300, 1, 1, 4),
     ]
     # Five times the rounds of few clients in an eighth of the bits.
-    few, _, synchronised = others
-    assert synchronised.upload_bytes < 0.9 * few.upload_bytes
+    few, _, synchronised, one_client = others
+    assert synchronised.upload_bytes == one_client.upload_bytes < 0.9 * few.upload_bytes
 
 
 def test_the_options_of_a_schedule_choose_it() -> None:
@@ -61,6 +62,7 @@ def test_a_recipe_of_epochs_has_schedules_once_the_rows_are_told() -> None:
         "few clients a round",
         "short rounds",
         "synchronised steps",
+        "one client a step",
     ]
 
 

@@ -1,7 +1,7 @@
 """Which schedules train on as many rows as a recipe: its rounds, local steps and clients a round, and what each sends.
 
 At equal rows the number of steps of the global model is what counts most (docs/choosing.md): few clients a round, and
-short rounds. Bytes and round trips are what it costs.
+short rounds; of a step that the server takes, one client. Bytes and round trips are what it costs.
 """
 
 from __future__ import annotations
@@ -74,13 +74,17 @@ def proposed_schedules(
         return ()
     drawn = min(MOST_DRAWN, math.ceil(DRAWN * federation.num_clients))
     rows = min(MOST_ROWS, training.batch_size)
-    wanted = [("few clients a round", settings.method.name, STEPS, rows)]
+    wanted = [("few clients a round", settings.method.name, drawn, STEPS, rows)]
     for method in _made_for_many_rounds():
-        wanted += [("short rounds", method, STEPS, max(1, rows // 4)), ("synchronised steps", method, 1, rows)]
-    for title, method, steps, batch_size in wanted:
+        wanted += [
+            ("short rounds", method, drawn, STEPS, max(1, rows // 4)),
+            ("synchronised steps", method, drawn, 1, rows),
+            ("one client a step", method, 1, 1, rows),
+        ]
+    for title, method, clients, steps, batch_size in wanted:
         values = {
-            "federation.num_rounds": max(1, round(num_rows / (drawn * steps * batch_size))),
-            "federation.clients_per_round": drawn,
+            "federation.num_rounds": max(1, round(num_rows / (clients * steps * batch_size))),
+            "federation.clients_per_round": clients,
             "training.local_steps": steps,
             "training.batch_size": batch_size,
         }
