@@ -3,13 +3,13 @@
     FEDLOOM_DATA=../shared/data python benchmarks/device.py
     FEDLOOM_DATA=../shared/data python benchmarks/device.py --shapes llama7b --sides together --steps 2 --profile
 
-The rows, starts and baselines are those of ``round.py``; every side trains the same adapters (q and v, or GPT-2's
+The rows, starts and baselines are those of ``baselines.py``; every side trains the same adapters (q and v, or GPT-2's
 c_attn) on the same batches, and the losses must agree. ``llama7b`` has the sizes of Llama-2-7B with random weights
 (13.5 GB in bf16; GPT-2's 40,000 tokens of text stand for its own).
 
 * ``together``: one cohort, several clients' rows in one pass;
 * ``alone``: the same code, one client after another;
-* ``peft``, ``parts``: as in ``round.py``.
+* ``peft``, ``parts``: as in ``baselines.py``.
 
 The sides run in turn; reported are medians of the wall time with the device's queue empty at both ends, paired ratios,
 the share of the matrix ceiling (the floor of ``round.py`` at the rate of a large product of the same type, over the
@@ -28,7 +28,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from round import SCALE, SEED, Work, floor_flops, num_tokens, run_parts, run_peft, start_of, work_of
+from baselines import SCALE, SEED, Work, run_parts, run_peft, start_of
+from round import floor_flops, num_tokens, work_of
 from shapes import load_clients, load_shape
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM

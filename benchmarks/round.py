@@ -1,19 +1,12 @@
-"""Time a round of clients over Dolly against the same work with peft: in a plain loop, and in the best from parts.
+"""Time a round of clients over Dolly against the same work with peft: in loops and in TRL's trainer.
 
     FEDLOOM_DATA=../shared/data python benchmarks/round.py
     FEDLOOM_DATA=../shared/data python benchmarks/round.py --batch-size 8 --steps 1 --repeats 7 --threads 1
     FEDLOOM_DATA=../shared/data python benchmarks/round.py --shape gpt2 --ranks 8 --batch-size 8 --steps 1 --threads 1
 
 All sides train the same adapters (q and v, ranks 64 to 4, alpha = 2r) from the same start on the same batches of real
-rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. Both baselines are lean
-loops: one base in memory, `peft` injected once per client, SDPA attention, fused AdamW; no Trainer, no copies, no
-tokenising inside the timed part.
-
-* ``peft`` pads a batch to its longest row and takes the model's own loss;
-* ``parts`` is the best loop from parts that others ship: transformers' packing (one row, positions that restart, which
-  its mask keeps apart) and its ``logits_to_keep``, by which logits are computed only in front of a label.
-
-TRL's trainer is not among them; it pads or packs by the same means, beside what a Trainer costs.
+rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. ``baselines.py`` says what
+the others are; TRL's two train only where they are named (``--against``).
 
 The sides run in turn in one process; reported are medians, and the median of the paired ratios, in wall time and in
 CPU time. Peak memory is what a process of its own per side needs beyond base, rows and libraries (Linux).
@@ -25,60 +18,24 @@ import argparse
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from baselines import SCALE, SEED, Clock, Side, Work, run_parts, run_peft, run_trl, run_trl_packed, start_of
 from shapes import SHAPES, cpu_seconds, load_clients, load_shape
-from torch.nn.functional import cross_entropy
 
 from fedloom.data.batches import batches
 from fedloom.data.tokens import TokenSet
-from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
-from fedloom.lora.pair import Adapter
 from fedloom.models.families import resolve_targets
 from fedloom.seeding import stream
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 
 RANKS = (64, 32, 16, 16, 8, 8, 4, 4, 4, 4)
-SCALE = 2.0
-SEED = 1
 CLOCKS = ("seconds", "cpu_seconds")
-LossOf = Callable[[Any, list[Any]], tuple[torch.Tensor, int]]
-"""A baseline's mean loss of some rows, and its number of targets."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What both sides do in a round."""
-
-    rows: list[TokenSet]
-    ranks: list[int]
-    training: LocalTraining
-
-
-@dataclass(frozen=True)
-class Side:
-    """What a side did: seconds on the wall and on the CPU, and the clients' losses, which must agree."""
-
-    seconds: float
-    cpu_seconds: float
-    losses: list[float]
-
-
-class Clock:
-    """Time since it was made."""
-
-    def __init__(self) -> None:
-        self._wall, self._cpu = time.perf_counter(), time.process_time()
-
-    def side(self, losses: list[float]) -> Side:
-        return Side(time.perf_counter() - self._wall, time.process_time() - self._cpu, losses)
 
 
 def run_fedloom(model: Any, work: Work) -> Side:
@@ -94,79 +51,13 @@ def run_fedloom(model: Any, work: Work) -> Side:
     return side
 
 
-def run_peft(model: Any, work: Work, loss_of: LossOf | None = None) -> Side:
-    names = resolve_targets(model)
-    lora = LoRAModel(model, names)
-    shapes = lora.shapes
-    lora.unwrap()
-    clock = Clock()
-    losses = [
-        _train_with_peft(model, work, k, start_of(shapes, rank, k), loss_of or _padded_loss)
-        for k, rank in enumerate(work.ranks)
-    ]
-    return clock.side(losses)
-
-
-def run_parts(model: Any, work: Work) -> Side:
-    return run_peft(model, work, _packed_loss)
-
-
-def start_of(shapes: dict[str, tuple[int, int]], rank: int, client: int) -> Adapter:
-    return fresh_adapter(shapes, rank, SEED, 1, client)
-
-
-def _train_with_peft(base: Any, work: Work, client: int, start: Adapter, loss_of: LossOf) -> float:
-    """Train one client and return its mean loss over the round."""
-    from peft import LoraConfig, get_peft_model
-
-    rank, training = work.ranks[client], work.training
-    targets = [name.rpartition(".")[2] for name in start]
-    config = LoraConfig(r=rank, lora_alpha=SCALE * rank, target_modules=sorted(set(targets)), task_type="CAUSAL_LM")
-    model: Any = get_peft_model(base, config)
-    for name, pair in start.items():
-        model.base_model.model.get_submodule(name).lora_A["default"].weight.data.copy_(pair.a_RI)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    adamw = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=0.0, fused=True)
-    rng = stream(SEED, "batches", 1, client)
-    total, count = 0.0, 0
-    for indices in batches(len(work.rows[client]), training.batch_size, rng, steps=training.steps):
-        loss, num_targets = loss_of(model, [work.rows[client].row(int(i)) for i in indices])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, training.max_grad_norm)
-        adamw.step()
-        adamw.zero_grad()
-        total, count = total + float(loss.detach()) * num_targets, count + num_targets
-    model.unload()
-    return total / count
-
-
-def _padded_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
-    longest = max(len(ids) for ids, _ in rows)
-    ids_BT = torch.zeros(len(rows), longest, dtype=torch.long)
-    labels_BT = torch.full_like(ids_BT, -100)
-    seen_BT = torch.zeros_like(ids_BT)
-    for i, (ids, supervised) in enumerate(rows):
-        row = torch.from_numpy(ids.astype(np.int64))
-        ids_BT[i, : len(ids)], seen_BT[i, : len(ids)] = row, 1
-        labels_BT[i, : len(ids)] = torch.where(torch.from_numpy(supervised.copy()), row, -100)
-    inputs = {"input_ids": ids_BT, "attention_mask": seen_BT, "labels": labels_BT}
-    loss = model(**{name: held.to(model.device) for name, held in inputs.items()}, use_cache=False).loss
-    return loss, int((labels_BT[:, 1:] >= 0).sum())
-
-
-def _packed_loss(model: Any, rows: list[Any]) -> tuple[torch.Tensor, int]:
-    ids_T = torch.from_numpy(np.concatenate([ids for ids, _ in rows]).astype(np.int64))
-    positions_T = torch.cat([torch.arange(len(ids)) for ids, _ in rows])
-    learned_T = torch.from_numpy(np.concatenate([supervised for _, supervised in rows])) & (positions_T > 0)
-    (target_S,) = learned_T.nonzero(as_tuple=True)
-    ids_T, positions_T, target_S = (t.to(model.device) for t in (ids_T, positions_T, target_S))
-    outputs = model(input_ids=ids_T[None], position_ids=positions_T[None], logits_to_keep=target_S - 1, use_cache=False)
-    return cross_entropy(outputs.logits[0].float(), ids_T[target_S]), len(target_S)
-
-
-SIDES: dict[str, Callable[[Any, Work], Side]] = {"fedloom": run_fedloom, "peft": run_peft, "parts": run_parts}
-
-BASELINES = ("peft", "parts")
+SIDES: dict[str, Callable[[Any, Work], Side]] = {
+    "fedloom": run_fedloom,
+    "peft": run_peft,
+    "parts": run_parts,
+    "trl": run_trl,
+    "trl-packed": run_trl_packed,
+}
 
 
 def peak_memory_mib(side: str, dtype: str, arguments: argparse.Namespace) -> float:
@@ -237,14 +128,14 @@ def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     model, tokenizer = load_shape(arguments.shape, data, dtype)
     work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
     real, padded = num_tokens(work)
-    runs: dict[str, list[Side]] = {name: [] for name in SIDES}
+    runs: dict[str, list[Side]] = {name: [] for name in ("fedloom", *arguments.against)}
     rates = []
-    for _ in range(arguments.repeats + 1):
-        for name, run in SIDES.items():
-            runs[name].append(run(model, work))
+    for repeat in range(arguments.repeats + 1):
+        for name in list(runs)[:: -1 if repeat % 2 else 1]:
+            runs[name].append(SIDES[name](model, work))
         rates.append(matmul_rate(model.dtype))
     ours = runs["fedloom"][0].losses
-    difference = max(abs(a - b) for name in BASELINES for a, b in zip(ours, runs[name][0].losses, strict=True))
+    difference = max(abs(a - b) for name in runs for a, b in zip(ours, runs[name][0].losses, strict=True))
     print(
         f"{arguments.shape}, {dtype}: {real} real tokens, {padded} padded ({padded / real:.2f}x), losses within "
         f"{difference:.1e} nats"
@@ -252,10 +143,12 @@ def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     for name, sides in runs.items():
         wall, cpu = (float(np.median([getattr(side, clock) for side in sides[1:]])) for clock in CLOCKS)
         print(f"  {name:12s} {wall:.2f} s, {cpu:.2f} CPU s, {real / wall:.0f} real tokens/s")
+        if setup := float(np.median([side.setup_cpu_seconds for side in sides[1:]])):
+            print(f"  {'':12s} {setup:.2f} CPU s more to make its trainers")
     floor, rate = floor_flops(model, work), float(np.median(rates[1:]))
     share = floor / rate / float(np.median([side.cpu_seconds for side in runs["fedloom"][1:]]))
     print(f"  floor {floor:.2e} operations, {rate / 1e9:.0f} GFLOP/s: the floor is {share:.0%} of fedloom's CPU time")
-    for name in BASELINES:
+    for name in arguments.against:
         for clock in CLOCKS:
             pairs = zip(runs[name][1:], runs["fedloom"][1:], strict=True)
             ratios = np.array([getattr(theirs, clock) / getattr(ours, clock) for theirs, ours in pairs])
@@ -263,7 +156,7 @@ def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
             print(f"  {name} / fedloom, {clock}: {np.median(ratios):.2f} ({spread})", flush=True)
     if not arguments.memory:
         return
-    for name in SIDES:
+    for name in runs:
         print(f"  {name:12s} peak {peak_memory_mib(name, dtype, arguments):.0f} MiB above base and rows", flush=True)
 
 
@@ -286,6 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="stories3M")
     parser.add_argument("--ranks", nargs="+", type=int, default=list(RANKS), help="one client each, ten at most")
+    others = [name for name in SIDES if name != "fedloom"]
+    parser.add_argument("--against", nargs="*", choices=others, default=["peft", "parts"], help="the other sides")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help="measure peaks too")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=4, help="steps per client")

@@ -40,6 +40,43 @@ def test_the_stack_is_the_weighted_sum_of_the_deltas(cohort: tuple[list[Pair], l
     assert torch.allclose(algebra.stack_pairs(pairs, weights).delta(), dense_sum(pairs, weights), atol=TOLERANCE)
 
 
+def test_the_stack_is_the_weighted_sum_on_a_device(device: str) -> None:
+    pairs, weights = [random_pair(k, 7, 5, rank) for k, rank in enumerate((3, 1, 2))], [0.5, 0.0, 2.0]
+    stacked = algebra.stack_pairs([pair.to(device) for pair in pairs], weights)
+    assert stacked.b_OR.device.type == stacked.a_RI.device.type == device
+    assert torch.allclose(stacked.delta().cpu(), dense_sum(pairs, weights), atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((20, 15), 8), ((6, 5), 8)], ids=["below the sides", "above them"])
+def test_compression_on_a_device_keeps_the_product_and_is_the_cpus(
+    device: str, shape: tuple[int, int], rank: int
+) -> None:
+    pair = random_pair(1, *shape, rank)
+    whole, cut = algebra.compress_pair(pair.to(device)), algebra.compress_pair(pair.to(device), rank=3)
+    assert torch.allclose(whole.pair.delta().cpu(), pair.delta(), atol=1e-11)
+    expected = algebra.compress_pair(pair, rank=3)
+    assert cut.pair.b_OR.device.type == device
+    assert torch.allclose(cut.pair.delta().cpu(), expected.pair.delta(), atol=1e-11)
+    assert cut.error == pytest.approx(float(torch.linalg.matrix_norm(pair.delta() - cut.pair.delta().cpu())), rel=1e-9)
+
+
+def test_norms_and_distances_on_a_device_are_the_dense_ones(device: str) -> None:
+    left, right = random_pair(1, 20, 15, 4), random_pair(2, 20, 15, 3)
+    there, other = Adapter({"m": left}).to(device), Adapter({"m": right}).to(device)
+    assert algebra.norm(there) == pytest.approx(float(left.delta().norm()), rel=1e-10)
+    assert algebra.inner(there, other) == pytest.approx(float((left.delta() * right.delta()).sum()), rel=1e-10)
+    assert algebra.distance(there, other) == pytest.approx(float((left.delta() - right.delta()).norm()), rel=1e-10)
+
+
+def test_adapters_of_different_modules_are_united_on_a_device(device: str) -> None:
+    one, two = random_pair(1, 6, 5, 2), random_pair(2, 4, 5, 3)
+    both = Adapter({"first": one, "second": two}).to(device)
+    united = algebra.united([both, Adapter({"second": two}).to(device)])
+    assert {pair.b_OR.device.type for pair in united.values()} == {device}
+    assert torch.allclose(united["first"].delta().cpu(), one.delta(), atol=TOLERANCE)
+    assert torch.allclose(united["second"].delta().cpu(), 2.0 * two.delta(), atol=TOLERANCE)
+
+
 @given(cohorts())
 def test_lossless_compression_keeps_the_delta_and_never_exceeds_the_smaller_side(
     cohort: tuple[list[Pair], list[float]],

@@ -75,6 +75,23 @@ def test_the_product_is_that_of_the_papers_formula(method: str, ranks: list[int]
 
 
 @pytest.mark.parametrize("method", COMBINING)
+def test_the_formula_holds_for_adapters_on_a_device_and_the_result_stays_there(method: str, device: str) -> None:
+    ranks = (2, 2, 2) if table.traits_of(method).needs_one_rank else (3, 1, 2)
+    pairs, weights = [random_pair(k, rank) for k, rank in enumerate(ranks)], [0.5, 0.25, 0.25]
+    adapters = [Adapter({"layer": pair}).to(device) for pair in pairs]
+    before = [adapter["layer"].delta().clone() for adapter in adapters]
+    found = aggregate(adapters, weights, method)["layer"]
+    assert found.b_OR.device.type == found.a_RI.device.type == device
+    exact = sum(weight * pair.delta() for weight, pair in zip(weights, pairs, strict=True))
+    expected = by_formula(method, exact, pairs, weights)  # type: ignore[arg-type]
+    assert torch.allclose(found.delta().cpu(), expected, atol=1e-12)
+    order = [2, 0, 1]
+    again = aggregate([adapters[k] for k in order], [weights[k] for k in order], method)["layer"].delta()
+    assert torch.allclose(again.cpu(), expected, atol=1e-12)
+    assert all(torch.equal(adapter["layer"].delta(), old) for adapter, old in zip(adapters, before, strict=True))
+
+
+@pytest.mark.parametrize("method", COMBINING)
 def test_it_is_what_a_server_puts_in_place_of_its_clients_adapters(method: str) -> None:
     pairs = [random_pair(k, 2, torch.float32) for k in range(3)]
     adapters = [Adapter({"layer": pair}) for pair in pairs]

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from fedloom.assembly import engine_choice
 from fedloom.config import Settings
 from fedloom.errors import MissingExtraError, SettingsError
 from fedloom.experiment import describe, run
@@ -57,13 +56,10 @@ def test_every_kind_of_method_hides_rows(
 
 
 @pytest.mark.extra("privacy")
-def test_clients_at_once_and_a_resumption_change_no_bit(
-    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clients_at_once_and_a_resumption_change_no_bit(settings_for: Make, tmp_path: Path) -> None:
     run(private(settings_for), tmp_path / "one")
-    monkeypatch.setitem(engine_choice.CLIENTS_AT_ONCE, "cpu", 3)
-    run(private(settings_for, federation__num_rounds=1), tmp_path / "many")
-    run(private(settings_for), tmp_path / "many")
+    run(private(settings_for, federation__num_rounds=1, engine__clients_at_once=3), tmp_path / "many")
+    run(private(settings_for, engine__clients_at_once=3), tmp_path / "many")
     assert adapter(tmp_path / "many") == adapter(tmp_path / "one")
     costs = [
         [(record["privacy"], [client["epsilon"] for client in record["clients"]]) for record in records(folder)]

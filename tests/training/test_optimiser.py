@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from fedloom.errors import AdapterError, SettingsError
-from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, first_step, schedule
+from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, first_step, schedule, step_together
 
 SETTINGS = AdamWSettings(0.1, weight_decay=0.2)
 
@@ -67,6 +69,32 @@ def test_only_the_clients_own_norm_is_clipped() -> None:
     ClientOptimiser(parameters, AdamWSettings(0.1, max_grad_norm=0.5), lambda _: 1.0).step()
     for name, parameter in parameters.items():
         torch.testing.assert_close(parameter.grad, before[name] * 0.5 / norm, rtol=1e-5, atol=0)
+
+
+def test_clients_that_step_in_one_call_step_as_torchs_own_alone() -> None:
+    """Of three sizes and two learning rates, the last for fewer steps; one of them has a gradient of infinity."""
+    settings = AdamWSettings(0.1, weight_decay=0.2, max_grad_norm=0.5)
+    clients = [{f"m.{k}": nn.Parameter(torch.linspace(-1, 1, 5 * size + k)) for k in range(3)} for size in (3, 7, 20)]
+    theirs = [[nn.Parameter(factor.detach().clone()) for factor in client.values()] for client in clients]
+    rates = [1.0, 0.5, 1.0]
+    ours = [ClientOptimiser(own, settings, lambda _, r=r: r) for own, r in zip(clients, rates, strict=True)]
+    alone = [
+        torch.optim.AdamW(own, 0.1 * r, weight_decay=0.2, fused=True) for own, r in zip(theirs, rates, strict=True)
+    ]
+    for step in range(4):
+        active = [0, 1, 2] if step < 3 else [0, 1]
+        for k in active:
+            for i, (mine, same) in enumerate(zip(clients[k].values(), theirs[k], strict=True)):
+                mine.grad = torch.sin(torch.arange(mine.numel()) * (k + 1.0) + step + i)
+                mine.grad[0] = math.inf if step == 2 and k == 1 else 0.0
+                same.grad = mine.grad.clone()
+            nn.utils.clip_grad_norm_(theirs[k], 0.5)
+            alone[k].step()
+        assert step_together([ours[k] for k in active]) == [0.1 * rates[k] for k in active]
+    for mine, same in zip(clients, theirs, strict=True):
+        for a, b in zip(mine.values(), same, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    assert [bool(torch.isfinite(client["m.0"]).all()) for client in clients] == [True, False, True]
 
 
 def test_an_exported_state_goes_on_exactly() -> None:

@@ -15,7 +15,8 @@ from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
 from fedloom.models.families import resolve_targets
-from fedloom.training.cohort_round import SKETCH_ROWS, ClientResult, ClientTask, LocalTraining, train_cohort
+from fedloom.training.cohort_round import ClientResult, ClientTask, train_cohort
+from fedloom.training.local_training import SKETCH_ROWS, LocalTraining
 
 TRAINING = LocalTraining(1e-2, batch_size=1, steps=5, dropout=0.3, warmup_steps=9, schedule_span="run", start_rounds=1)
 LENGTHS = [9, 3, 17, 5]

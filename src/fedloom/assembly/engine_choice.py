@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from fedloom.assembly.clients_at_once import clients_at_once_here
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.round_plan import Population, training_of
 from fedloom.clients.memory import Memory
@@ -25,9 +26,6 @@ from fedloom.models.load import Base
 from fedloom.training.cohort_round import StepReport
 from fedloom.training.row_losses import PassLosses, score_pass
 from fedloom.training.row_passes import row_passes
-
-CLIENTS_AT_ONCE = {"cpu": 1, "mps": 1, "cuda": 16}
-"""Adapters open together by device: a CPU is busy with one client's batch, a GPU is not."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +91,7 @@ def _local(
         training=training_of(settings),
         seed=settings.run.seed,
         wire=None if settings.traits.is_control else WireDtype(settings.wire.dtype),
-        clients_at_once=CLIENTS_AT_ONCE[_device(around.lora)],
+        clients_at_once=_clients_at_once(settings, around),
         half=half,
         memories=memories,
         version=state.round,
@@ -139,7 +137,7 @@ def _ray(
                 shapes=around.lora.shapes,
                 seed=settings.run.seed,
                 wire=WireDtype(settings.wire.dtype),
-                clients_at_once=CLIENTS_AT_ONCE[device],
+                clients_at_once=_clients_at_once(settings, around),
                 memories=memories,
                 version=state.round,
                 side=state.side,
@@ -147,6 +145,13 @@ def _ray(
             )
         finally:
             hiring.dismiss_all()
+
+
+def _clients_at_once(settings: Settings, around: Surroundings) -> int:
+    chosen, limit = clients_at_once_here(settings, around.lora)
+    if limit is not None:
+        around.note(limit)
+    return chosen
 
 
 def _device(lora: LoRAModel) -> str:

@@ -101,6 +101,13 @@ class Engine(Table):
         None, "A running Ray cluster: auto, or host:port; default: one is started on this machine.", when=ON_RAY
     )
     retries: Natural = setting(2, "Times a client is given to another worker because its worker died.", when=ON_RAY)
+    clients_at_once: Count | None = setting(
+        None,
+        "Clients whose adapters are open together, and whose rows share passes; default: 1 on a CPU, on a GPU 16 or as "
+        "many as a quarter of its free memory holds. Changes the result by rounding only, on a CPU by no bit where "
+        "those of a matrix product's rows do not depend on how many there are. Private rows train client by client.",
+        when=ROUNDS,
+    )
     cores: Threads = setting(
         1,
         "Threads over which the rows of a step are spread on a CPU, in parts of about a thousand tokens. The bits are "

@@ -15,6 +15,11 @@ from fedloom.training.row_losses import RowLosses
 class RunningEngine(Engine, Protocol):
     """An engine that has been started."""
 
+    @property
+    def clients_at_once(self) -> int:
+        """How many clients train together in one place."""
+        ...
+
     def held(self) -> Mapping[int, Memory]:
         """Return what clients keep, for a checkpoint; nothing of those that keep it elsewhere."""
         ...

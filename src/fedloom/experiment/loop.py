@@ -187,7 +187,7 @@ class AdapterRounds:
 
             plan = self.plan if self.client_books is None else self.client_books.booked(self.plan)
             for record in run_rounds(self.state, plan, shown, scored, keep):
-                metrics = self.metrics(record)
+                metrics = {**self.metrics(record), "clients_at_once": engine.clients_at_once}
                 files, standing = round_files(record.state, engine.held()), standing_of(record.state, engine.held())
                 yield Completed(record.round, metrics, files, self._writers(record, keeper), standing)
 

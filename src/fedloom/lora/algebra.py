@@ -179,13 +179,16 @@ def stack(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
 
 def covering(adapters: Sequence[Adapter]) -> list[Adapter]:
     """Return the adapters over the modules of all of them; one that lacked a module holds a pair of rank 0 there."""
-    shapes: dict[str, tuple[int, int]] = {}
+    nothing: dict[str, Pair] = {}
     for adapter in adapters:
-        shapes |= {name: shape for name, shape in adapter.shapes.items() if name not in shapes}
-    nothing = {
-        name: Pair(torch.zeros(num_out, 0), torch.zeros(0, num_in)) for name, (num_out, num_in) in shapes.items()
-    }
-    return [Adapter({name: adapter.get(name, nothing[name]) for name in sorted(shapes)}) for adapter in adapters]
+        nothing |= {name: _nothing_like(pair) for name, pair in adapter.items() if name not in nothing}
+    return [Adapter({name: adapter.get(name, nothing[name]) for name in sorted(nothing)}) for adapter in adapters]
+
+
+def _nothing_like(pair: Pair) -> Pair:
+    """Return a pair of rank 0 of the same shape, on the same device."""
+    (num_out, num_in), device = pair.shape, pair.b_OR.device
+    return Pair(torch.zeros(num_out, 0, device=device), torch.zeros(0, num_in, device=device))
 
 
 def united(adapters: Iterable[Adapter]) -> Adapter:

@@ -35,7 +35,7 @@ from fedloom.preview.planned_memory import PlannedMemory, planned_memory
 from fedloom.preview.planned_time import PlannedTime, planned_time
 from fedloom.preview.row_sample import known_rows
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
-from fedloom.training.cohort_round import SKETCH_ROWS
+from fedloom.training.local_training import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
 from fedloom.wording import Displayed, counted, written_bytes
 

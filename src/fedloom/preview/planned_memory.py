@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.assembly.engine_choice import CLIENTS_AT_ONCE
+from fedloom.assembly.clients_at_once import CLIENT_BYTES, client_bytes, clients_at_once, free_on
 from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.errors import ModelError
@@ -35,8 +35,6 @@ _HELD_PER_TENSOR_BYTE = {"cpu": 1.4}
 """What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.25 to 1.6."""
 _WORK_SPACE = {"cpu": 20 << 20}
 """Libraries' code and buffers that the first passes bring in."""
-_CLIENT_BYTES = 16
-"""Per trained number of an open client: AdamW's two moments, the start and the answer; its pass holds the rest."""
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5625}
 """Bytes a weight in bitsandbytes' layers; nf4 has one fp32 scale for 64 weights."""
 _WIDTHS = 18
@@ -99,24 +97,24 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     model, device = lora.model, _device(settings.model.device)
     choose_attention(model, settings.model.attention)
     passes = row_passes(model)
-    parts, at_once = _largest(settings, passes, sample, device), _clients_at_once(settings, device)
+    at_once = _clients_at_once(settings, lora, device)
+    parts = _largest(settings, passes, sample, at_once)
     exact = passes.attends_by_mask and not (device == "cpu" and model.dtype in (torch.float16, torch.bfloat16))
     lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]
     trained = settings.traits.is_trained
-    training, client_bytes = 0, 0
+    training, open_bytes = 0, 0
     depth = num_blocks_of(model)
     if trained:
         planned = _training_pass(settings, sample, parts, merges=exact)
         training = _watched(lora, planned, device, training_bytes, depth)
-        numbers = sum(rank_in(shape, max(_ranks(settings))) * sum(shape) for shape in lora.shapes.values())
-        client_bytes = _CLIENT_BYTES * numbers * at_once
+        open_bytes = client_bytes(lora.shapes, max(_ranks(settings))) * at_once
     scoring = _watched(lora, _scoring_pass(settings, sample, merges=exact), device, scoring_bytes, 1)
     most = max(training, scoring) + _dequantized(settings, model)
     return PlannedMemory(
         device=device,
         base_bytes=_weight_bytes(settings, model, model.parameters()),
         side_bytes=_side_bytes(settings, lora, lora.shapes),
-        client_bytes=client_bytes,
+        client_bytes=open_bytes,
         pass_bytes=most,
         held_bytes=_held(most, device),
         pass_tokens=sum(lengths),
@@ -138,7 +136,7 @@ def planned_client_memory(settings: Settings, lora: LoRAModel, sample: RowSample
     family, depth = decoder_blocks(model), num_blocks_of(model)
     blocks, keeps_labels = list(model.get_submodule(family.blocks).children()), split.labels == "client"
     last = depth - (split.tail_blocks if keeps_labels else 0)
-    largest = _largest(settings, row_passes(model), sample, device, num_clients=1)
+    largest = _largest(settings, row_passes(model), sample, num_clients=1)
     whole = replace(_training_pass(settings, sample, largest, merges=False), ranks=(rank,))
     bottom = whole
     if split.client_half == "frozen":
@@ -155,7 +153,7 @@ def planned_client_memory(settings: Settings, lora: LoRAModel, sample: RowSample
         trained = 0 if split.client_half == "frozen" else sum(rank_in(s, rank) * sum(s) for s in shapes.values())
         weights = _weight_bytes(settings, model, [weight for part in parts for weight in part.parameters()])
         side = _side_bytes(settings, lora, shapes)
-        found.append(weights + side + _CLIENT_BYTES * trained + _held(held + _dequantized(settings, model), device))
+        found.append(weights + side + CLIENT_BYTES * trained + _held(held + _dequantized(settings, model), device))
     return found
 
 
@@ -177,21 +175,22 @@ def _ranks(settings: Settings) -> Sequence[int]:
     return [*settings.per_client(split.client_rank or settings.method.ranks), split.server_rank or max(ranks)]
 
 
-def _clients_at_once(settings: Settings, device: str) -> int:
+def _clients_at_once(settings: Settings, lora: LoRAModel, device: str) -> int:
     traits = settings.traits
     if traits.is_cut:
         return settings.federation.num_clients
     if traits.pools_rows or training_of(settings).privacy is not None:
         return 1
-    return min(settings.cohort_size, CLIENTS_AT_ONCE[device])
+    free = None
+    if device == "cuda" and torch.cuda.is_available():
+        free = free_on(torch.device(device)) - _weight_bytes(settings, lora.model, lora.model.parameters())
+    return min(settings.cohort_size, clients_at_once(settings, device, lora.shapes, free))
 
 
-def _largest(
-    settings: Settings, passes: RowPasses, sample: RowSample, device: str, num_clients: int | None = None
-) -> list[_Part]:
+def _largest(settings: Settings, passes: RowPasses, sample: RowSample, num_clients: int) -> list[_Part]:
     """Return the members of the largest of the passes of some drawn steps of the clients that are open at once."""
-    chance, at_once = stream(settings.run.seed, "describe", "passes"), num_clients or _clients_at_once(settings, device)
-    drawn = [group for _ in range(_DRAWS) for group in _passes_of_a_step(settings, passes, sample, at_once, chance)]
+    chance = stream(settings.run.seed, "describe", "passes")
+    drawn = [group for _ in range(_DRAWS) for group in _passes_of_a_step(settings, passes, sample, num_clients, chance)]
 
     def tokens(group: list[_Part]) -> int:
         lengths = [int(sample.lengths_N[row]) for part in group for row in part.rows]

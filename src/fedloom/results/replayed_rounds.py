@@ -13,7 +13,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from fedloom.assembly.engine_choice import CLIENTS_AT_ONCE
+from fedloom.assembly.clients_at_once import clients_at_once_here
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.round_plan import Population, plan_of, population_of, training_of
 from fedloom.assembly.round_state import read_round
@@ -178,7 +178,7 @@ class Replay:
             seed=settings.run.seed,
             half=plan.strategy.client,
             wire=WireDtype(settings.wire.dtype),
-            clients_at_once=CLIENTS_AT_ONCE[lora.base_weight.device.type],
+            clients_at_once=clients_at_once_here(settings, lora)[0],
             memories=memories,
             version=state.round,
             side=state.side,

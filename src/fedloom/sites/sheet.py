@@ -29,7 +29,7 @@ from fedloom.methods.options import ClientPrivacy, MethodOptions, ServerAdamW
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
-from fedloom.training.cohort_round import SKETCH_ROWS, LocalTraining
+from fedloom.training.local_training import SKETCH_ROWS, LocalTraining
 from fedloom.training.private_rows import RowPrivacy
 
 _LARGEST = 10**9

@@ -228,6 +228,11 @@ class SitesEngine(Attendance):
     state: ServerState
     tasks: dict[int, str] = field(default_factory=dict)
 
+    @property
+    def clients_at_once(self) -> int:
+        """Return 1: a site is one client."""
+        return 1
+
     def train(self, broadcasts: Sequence[Broadcast]) -> Iterator[Arrival]:
         """Give every site its task, and yield what came back in the order of the broadcasts."""
         if not broadcasts:

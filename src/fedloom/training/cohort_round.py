@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
@@ -30,71 +30,18 @@ from fedloom.seeding import stream
 from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.client_passes import MicroBatch, Passes, can_spread
 from fedloom.training.control_variates import Variates, corrected_steps
+from fedloom.training.local_training import LocalTraining
 from fedloom.training.loss import output_head
 from fedloom.training.moments import Prior, means_of, state_of
-from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, Schedule, ScheduleSpan, first_step, schedule
+from fedloom.training.optimiser import ClientOptimiser, first_step, schedule, step_together
 from fedloom.training.packing import num_targets
-from fedloom.training.private_rows import UNITS_AT_ONCE, PrivateSteps, RowPrivacy, Unit
+from fedloom.training.private_rows import PrivateSteps, Unit
 from fedloom.training.proximal import pull_to_start
 from fedloom.training.row_passes import row_passes
 from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
 from fedloom.training.stats import TrainingStats
 
-SKETCH_ROWS = 4
-"""Rows of a client on which the gradient of the weights is sketched, or all where it has fewer."""
-
-
-@dataclass(frozen=True)
-class LocalTraining:
-    """What a client does in a round. Exactly one of ``steps`` and ``epochs`` is given.
-
-    A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and ``token_budget`` tokens of
-    all clients; a batch beyond either is accumulated over several passes, which changes the result by rounding only: a
-    row's dropout mask is its own. Draws and schedule count from the round after the first ``start_rounds``, which train
-    nothing. With ``privacy`` no single row shows in what a client trains. On a CPU a step's passes, then smaller, are
-    spread over ``cores`` threads, whose number changes no bit; not private steps. With ``checkpoint_activations`` a
-    pass keeps what enters its blocks, and backward runs them once more.
-    """
-
-    learning_rate: float
-    batch_size: int
-    steps: int | None = None
-    epochs: float | None = None
-    micro_batch_size: int | None = None
-    schedule: Schedule = "constant"
-    warmup_steps: int = 0
-    schedule_span: ScheduleSpan = "round"
-    total_rounds: int = 1
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float | None = None
-    dropout: float = 0.0
-    label_smoothing: float = 0.0
-    proximal: float = 0.0
-    token_budget: int = 8192
-    start_rounds: int = 0
-    privacy: RowPrivacy | None = None
-    cores: int = 1
-    checkpoint_activations: bool = False
-
-    @property
-    def num_unit_slots(self) -> int:
-        """Slots that a client needs beside its own: one for each unit of a private pass."""
-        return 0 if self.privacy is None else min(self.micro_batch_size or UNITS_AT_ONCE, self.batch_size)
-
-    @property
-    def most_at_once(self) -> int | None:
-        """Rows, or units of private steps, that a pass holds of a client at most."""
-        return self.micro_batch_size if self.privacy is None else self.num_unit_slots
-
-    def for_sketch(self) -> LocalTraining:
-        """Return what a client does to sketch a gradient: one batch at the base, without dropout."""
-        return replace(self, batch_size=SKETCH_ROWS, steps=1, epochs=None, dropout=0.0, schedule_span="round")
-
-    @property
-    def adamw(self) -> AdamWSettings:
-        """AdamW's part of the settings."""
-        return AdamWSettings(self.learning_rate, self.betas, self.weight_decay, self.max_grad_norm)
+__all__ = ["ClientResult", "ClientTask", "LocalTraining", "StepReport", "train_cohort"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,14 +139,24 @@ def train_cohort(
         with checkpointed_blocks(lora) if settings.checkpoint_activations else nullcontext():
             while active := [client for client in clients if not client.is_done]:
                 passes.gather([client.micro_batches() for client in active])
-                for client in active:
-                    report = client.update()
+                for report in _update(active):
                     if on_step is not None:
                         on_step(report)
                 lora.zero_grad()
         return [client.result() for client in clients]
     finally:
         lora.close()
+
+
+def _update(clients: Sequence[_Client]) -> list[StepReport]:
+    """Take every client's step on the gradients that have gathered, AdamW's of all in one."""
+    begun = time.perf_counter()
+    moving = [client for client in clients if client.settle()]
+    rates = dict(zip(moving, step_together([client.optimiser for client in moving]), strict=True))
+    reports = [client.close_step(rates.get(client, 0.0)) for client in clients]
+    for client in clients:
+        client.seconds += (time.perf_counter() - begun) / len(clients)
+    return reports
 
 
 @dataclass(frozen=True)
@@ -247,11 +204,11 @@ class _Client:
         state = self._state_to_begin_with()
         if state is not None and trained.keys() != self._factors.keys():
             state = {key: tensor for key, tensor in state.items() if key.rpartition(".")[0] in trained} or None
-        self._optimiser = ClientOptimiser(trained, settings.adamw, factor, first=first, state=state)
+        self.optimiser = ClientOptimiser(trained, settings.adamw, factor, first=first, state=state)
         self._gradient: Adapter | None = None
         self._step, self._broken = 0, False
         self._examples = self._tokens = self._targets = 0
-        self._nats = self._seconds = 0.0
+        self._nats = self.seconds = 0.0
         self._batch_tokens = self._batch_targets = 0
         self._batch_nats, self._last_loss = 0.0, math.nan
 
@@ -297,20 +254,23 @@ class _Client:
         """Record the losses and the time of one of this client's micro-batches, and take its units' gradients."""
         for of_row in nats:  # one by one: the sum then does not depend on how the batch was cut
             self._batch_nats += of_row
-        self._seconds += seconds
+        self.seconds += seconds
         if self._private is not None:
             self._private.gather(len(micro_batch.slots))
 
-    def update(self) -> StepReport:
-        """Take the optimiser's step on the gradients that have gathered."""
-        begun = time.perf_counter()
+    def settle(self) -> bool:
+        """Make of the gradients that have gathered those of the step; return whether the optimiser is to take it."""
         if self._private is not None:
             self._private.release()
         if self.task.measures_gradient:
-            self._gradient, learning_rate = gradient_of(self._factors, self.task.scale), 0.0
-        else:
-            self._pull()
-            learning_rate = self._optimiser.step()
+            self._gradient = gradient_of(self._factors, self.task.scale)
+            return False
+        self._pull()
+        return True
+
+    def close_step(self, learning_rate: float) -> StepReport:
+        """Correct the step that was taken, if one was, and count it."""
+        if not self.task.measures_gradient:
             self._correct(learning_rate)
         self._step += 1
         self._tokens += self._batch_tokens
@@ -319,13 +279,12 @@ class _Client:
         self._last_loss = self._batch_nats / max(1, self._batch_targets)
         # Of private steps the loss is nobody's to see: where training blew up, the adapter tells.
         self._broken = self._private is None and not math.isfinite(self._last_loss)
-        self._seconds += time.perf_counter() - begun
         tokens = self._batch_tokens
         return StepReport(self.task.client, self._step, self._num_steps, self._last_loss, learning_rate, tokens)
 
     def result(self) -> ClientResult:
         """Read the slot and what was counted."""
-        state = self._optimiser.export_state() if self.task.keeps_moments or self.task.shares_moments else {}
+        state = self.optimiser.export_state() if self.task.keeps_moments or self.task.shares_moments else {}
         kept = {**(self.task.optimiser_state or {}), **state} if self.task.keeps_moments else None
         shared = means_of(state, self.task.scale, self._settings.betas[1]) if self.task.shares_moments else {}
         stats = TrainingStats(
@@ -335,7 +294,7 @@ class _Client:
             num_steps=0 if self.task.sketches else self._step,
             loss_nats=self._nats / max(1, self._targets),
             loss_last_nats=self._last_loss,
-            seconds=self._seconds,
+            seconds=self.seconds,
         )
         return ClientResult(
             client=self.task.client,

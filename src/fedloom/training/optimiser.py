@@ -1,14 +1,19 @@
-"""The local optimiser: AdamW over one client's factors, its learning-rate schedule and its own gradient clipping."""
+"""The local optimiser: AdamW over one client's factors, its learning-rate schedule and its own gradient clipping.
+
+The steps of several clients are taken in calls that they share: a client's arithmetic is its own, and so are its bits.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from fedloom.errors import AdapterError, SettingsError
 
@@ -16,6 +21,7 @@ Schedule = Literal["constant", "linear", "cosine"]
 ScheduleSpan = Literal["round", "run"]
 
 _STATES = ("step", "exp_avg", "exp_avg_sq")
+_EPSILON = 1e-8
 _OWN_STATE = "use the state of this client, at this rank"
 
 
@@ -98,34 +104,34 @@ class ClientOptimiser:
     ) -> None:
         self._factors, self._settings, self._factor = dict(factors), settings, factor
         self._next = first
-        # Fused: one kernel per client instead of one per factor; it exists for the CPU and for CUDA.
-        self._adamw = torch.optim.AdamW(
-            self._factors.values(),
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._state: dict[str, dict[str, Tensor]] = {}
         if state is not None:
             self._import_state(state)
 
     def step(self) -> float:
         """Clip, update the factors in place from their gradients, and return the learning rate used."""
-        if self._settings.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self._factors.values(), self._settings.max_grad_norm)
-        learning_rate = self._settings.learning_rate * self._factor(self._next)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
+        return step_together([self])[0]
+
+    def _take(self) -> tuple[list[_Moved], float]:
+        """Return what the next step moves, and its learning rate."""
+        moved = []
+        for name, factor in self._factors.items():
+            if factor.grad is None:
+                continue
+            if name not in self._state:
+                # The fused kernel keeps its step count as an fp32 tensor on the factor's device.
+                fresh = {"step": torch.zeros((), dtype=torch.float32, device=factor.device)}
+                self._state[name] = {**fresh, **{key: torch.zeros_like(factor) for key in _STATES[1:]}}
+            moved.append(_Moved(factor, factor.grad, self._state[name]))
         self._next += 1
-        return learning_rate
+        return moved, self._settings.learning_rate * self._factor(self._next - 1)
 
     def export_state(self) -> dict[str, Tensor]:
         """Return AdamW's state as ``<factor>.step``, ``.exp_avg``, ``.exp_avg_sq``, copies on the CPU."""
         return {
-            f"{name}.{key}": self._adamw.state[parameter][key].detach().cpu().clone()
-            for name, parameter in self._factors.items()
-            if parameter in self._adamw.state
+            f"{name}.{key}": self._state[name][key].detach().cpu().clone()
+            for name in self._factors
+            if name in self._state
             for key in _STATES
         }
 
@@ -142,8 +148,66 @@ class ClientOptimiser:
                 if moment.shape != parameter.shape:
                     shapes = f"{tuple(parameter.shape)}, got {tuple(moment.shape)}"
                     raise AdapterError(f"{name}.{key}: expected an optimiser state of shape {shapes}; {_OWN_STATE}")
-            self._adamw.state[parameter] = {
-                # fused AdamW keeps its step count as an fp32 tensor on the parameter's device
+            self._state[name] = {
                 "step": state[f"{name}.step"].to(parameter.device, torch.float32, copy=True),
                 **{key: moment.to(parameter, copy=True) for key, moment in moments.items()},
             }
+
+
+@dataclass(frozen=True, eq=False)
+class _Moved:
+    """A factor that a step moves, its gradient and its state."""
+
+    factor: nn.Parameter
+    grad: Tensor
+    state: dict[str, Tensor]
+
+
+@torch.no_grad()
+def step_together(optimisers: Sequence[ClientOptimiser]) -> list[float]:
+    """Take a step of each of several clients' optimisers, and return the learning rates used.
+
+    Clients whose numbers are the same at this step share the calls: one for the norms of all gradients, one for all of
+    AdamW. Beside them are a client's norm of norms and its product that clips. No bit depends on who else steps.
+    """
+    groups: dict[tuple[AdamWSettings, float], list[list[_Moved]]] = defaultdict(list)
+    rates = []
+    for optimiser in optimisers:
+        moved, rate = optimiser._take()
+        groups[optimiser._settings, rate].append(moved)
+        rates.append(rate)
+    for (settings, rate), clients in groups.items():
+        if settings.max_grad_norm is not None:
+            _clip([[one.grad for one in moved] for moved in clients if moved], settings.max_grad_norm)
+        _move([one for moved in clients for one in moved], settings, rate)
+    return rates
+
+
+def _clip(clients: Sequence[list[Tensor]], bound: float) -> None:
+    """Scale each client's gradients to a norm of at most the bound, as ``torch.nn.utils.clip_grad_norm_`` does."""
+    norms = torch.stack(torch._foreach_norm([grad for grads in clients for grad in grads]))
+    of_client_K = [torch.linalg.vector_norm(own) for own in torch.split(norms, [len(g) for g in clients])]
+    scale_K = (bound / (torch.stack(of_client_K) + 1e-6)).clamp(max=1.0)
+    for grads, scale in zip(clients, scale_K.unbind(), strict=True):
+        torch._foreach_mul_(grads, scale)
+
+
+def _move(moved: Sequence[_Moved], settings: AdamWSettings, learning_rate: float) -> None:
+    """Take AdamW's step of all factors, each by its own state."""
+    states = {key: [one.state[key] for one in moved] for key in _STATES}
+    adamw(
+        [one.factor for one in moved],
+        [one.grad for one in moved],
+        states["exp_avg"],
+        states["exp_avg_sq"],
+        [],
+        states["step"],
+        fused=True,  # one kernel for many factors; it exists for the CPU and for CUDA
+        amsgrad=False,
+        beta1=settings.betas[0],
+        beta2=settings.betas[1],
+        lr=learning_rate,
+        weight_decay=settings.weight_decay,
+        eps=_EPSILON,
+        maximize=False,
+    )
