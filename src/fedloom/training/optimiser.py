@@ -174,11 +174,12 @@ def step_together(optimisers: Sequence[ClientOptimiser]) -> list[float]:
     rates = []
     for optimiser in optimisers:
         moved, rate = optimiser._take()
-        groups[optimiser._settings, rate].append(moved)
+        if moved:
+            groups[optimiser._settings, rate].append(moved)
         rates.append(rate)
     for (settings, rate), clients in groups.items():
         if settings.max_grad_norm is not None:
-            _clip([[one.grad for one in moved] for moved in clients if moved], settings.max_grad_norm)
+            _clip([[one.grad for one in moved] for moved in clients], settings.max_grad_norm)
         _move([one for moved in clients for one in moved], settings, rate)
     return rates
 
