@@ -126,6 +126,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "privacy.delta": (1e-6, {"privacy.unit": "row"}),
     "privacy.max_epsilon": (3.0, {"privacy.unit": "row"}),
     "privacy.sum": ("masked", {}),
+    "privacy.sketch_rank": (1, {"privacy.sum": "sketch"}),
     "privacy.threshold": (3, {"privacy.sum": "masked", "federation.num_clients": 4}),
     "split.cut_layer": (2, {}),
     "split.aggregation": ("flora", {}),

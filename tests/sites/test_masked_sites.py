@@ -13,6 +13,7 @@ import pytest
 from four_sites import FOUR, Four, alone
 from memory_link import Hub, SiteThread, adapter_of, records_of, served
 
+from fedloom import embedded
 from fedloom.config import Settings
 from fedloom.errors import TooFewClientsError
 from fedloom.experiment.session import run
@@ -124,6 +125,36 @@ def test_a_site_that_drops_out_at_a_message_is_in_the_sum_if_its_numbers_came_an
     assert all(client["reason"] is None for client in [*second["clients"], *(first["clients"][k] for k in (0, 2, 3))])
     assert (first["clients"][1]["reason"] is None) is came
     assert came or f"no answer at step {step}" in first["clients"][1]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [None, 2])
+def test_sketches_of_sites_give_the_adapter_of_one_process_and_the_policy_takes_them_for_masked(
+    rank: int | None, recipe: Callable[..., Settings], tmp_path: Path
+) -> None:
+    """Of the embedded base, whose modules are wide enough to be sketched; a site leaves the first round's sum."""
+    base = embedded.base_path("embedded")
+
+    def meddle(sender: str, _to: str, data: bytes) -> list[bytes]:
+        is_late = sender == FOUR[1] and b'"sum-answer"' in data and unframe(data, TO_SERVER, 1 << 30)[0].round == 1
+        return [] if is_late and unframe(data, TO_SERVER, 1 << 30)[0].step != "keys" else [data]
+
+    four, hub = Four(recipe, Path(base), tmp_path), Hub(meddle)
+    ranks = {"method__ranks": [2, 1, 1, 1], "privacy__sketch_rank": rank}
+    settings = four.settings(model__base=str(base), method__name="flora", privacy__sum="sketch", **ranks)
+    wanted = alone(settings, tmp_path / "alone", {1: (1, Step.SHARES)})
+    try:
+        four.start(hub, sum="masked")
+        served(four.study(settings), tmp_path / "served", hub)
+    finally:
+        for site in four.started:
+            site.end()
+    assert adapter_of(tmp_path / "served") == wanted
+    first, second = records_of(tmp_path / "served")
+    assert [client["reason"] is None for client in first["clients"]] == [True, False, True, True]
+    assert [client["reason"] for client in second["clients"]] == [None] * 4
+    (numbers,) = {client["num_parameters"] for client in second["clients"]}
+    assert numbers < 500_000, "the products themselves are 786,432 numbers"
 
 
 @pytest.mark.slow

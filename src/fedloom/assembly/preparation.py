@@ -86,7 +86,7 @@ class Preparation:
         """What counts the cost of privacy, and what masks sums, is installed."""
         if self.settings.privacy.unit != "none":
             check_accountant()
-        if self.settings.privacy.sum == "masked":
+        if self.settings.privacy.sum != "plain":
             check_masks()
 
     @cached_property

@@ -99,7 +99,9 @@ def strategy_of(settings: Settings, cohort: Cohort, draws: Drawn = SEED) -> Stra
         moments_prior=settings.training.moments_prior,
         control_clients=settings.federation.num_clients if settings.training.control_variates else 0,
         client_privacy=client_privacy_of(settings, draws),
-        masked=settings.privacy.sum == "masked",
+        masked=settings.privacy.sum != "plain",
+        sketch_rank=sketch_rank_of(settings),
+        sketch_is_whole=is_sketch_whole(settings),
     )
     strategy: Strategy = table.make(method.name, cohort, options)
     start = start_adapter(settings.model) if settings.model.train_adapter else None
@@ -175,9 +177,21 @@ def plan_of(settings: Settings, population: Population, lora: LoRAModel, draws: 
 
 def masking_of(settings: Settings) -> Masking | None:
     """Return how the clients' sum is masked; None where it is not."""
-    if settings.privacy.sum != "masked":
+    if settings.privacy.sum == "plain":
         return None
     return Masking(settings.privacy.threshold, f"simulation {settings.run.seed}")
+
+
+def sketch_rank_of(settings: Settings) -> int | None:
+    """Return the rank of a sum of products that sketches give exactly; None where nothing is sketched."""
+    if settings.privacy.sum != "sketch":
+        return None
+    return settings.privacy.sketch_rank or settings.ranks_of_a_round
+
+
+def is_sketch_whole(settings: Settings) -> bool:
+    """Tell whether no round's sum can have a higher rank than sketches give exactly."""
+    return (sketch_rank_of(settings) or settings.ranks_of_a_round) >= settings.ranks_of_a_round
 
 
 def _sample_of(settings: Settings, population: Population) -> Callable[[int], list[int]]:

@@ -108,20 +108,33 @@ _UNDER_MASKS: dict[str, tuple[tuple[Any, ...], str]] = {
     "run.keep_updates": ((False,), "since there is no update to keep"),
 }
 """Under masks: the values that a setting may have, and why no other."""
+_SUMMED = {"masked": "needs a sum of factors", "sketch": "stacks products, whatever their ranks"}
 _FEWEST = 3
 
 
 def masked(settings: Settings) -> Iterator[Problem]:
     """What looks at single updates has no place where sums alone are seen; one of two clients knows the other's."""
-    if settings.privacy.sum != "masked" or not settings.traits.sums_factors:
+    kind = settings.privacy.sum
+    if kind == "plain" or not settings.traits.sums:
         return
-    yield from _restricted(settings, _UNDER_MASKS, "privacy.sum = masked", "privacy.sum")
+    wanted = "masked" if settings.traits.sums_factors else "sketch"
+    if kind != wanted:
+        yield Problem(
+            "privacy.sum",
+            f"{wanted} with method.name = {settings.method.name}, which {_SUMMED[wanted]}",
+            kind,
+            f"set {wanted}, or choose {either(table.names('sums_factors' if kind == 'masked' else 'stacks_products'))}",
+            ("method.name",),
+        )
+        return
+    under = {name: own for name, own in _UNDER_MASKS.items() if kind == "masked" or name != "method.initialisation"}
+    yield from _restricted(settings, under, f"privacy.sum = {kind}", "privacy.sum")
     drawn, threshold = settings.cohort_size, settings.privacy.threshold
     if drawn < _FEWEST:
         yield Problem(
             "privacy.sum",
-            f"masked only with {_FEWEST} clients a round or more, since one of two knows the other's update",
-            f"masked with {drawn}",
+            f"{kind} only with {_FEWEST} clients a round or more, since one of two knows the other's update",
+            f"{kind} with {drawn}",
             "draw more clients, or set privacy.sum = plain",
             ("federation.clients_per_round", "federation.num_clients"),
         )
@@ -133,6 +146,19 @@ def masked(settings: Settings) -> Iterator[Problem]:
             str(threshold),
             f"set {2 * drawn // 3 + 1} to {drawn}, or leave it out",
             ("federation.clients_per_round", "federation.num_clients"),
+        )
+
+
+def sketched(settings: Settings) -> Iterator[Problem]:
+    """No sum has a higher rank than its clients have together."""
+    rank, most = settings.privacy.sketch_rank, settings.ranks_of_a_round
+    if settings.privacy.sum == "sketch" and settings.traits.stacks_products and rank is not None and rank > most:
+        yield Problem(
+            "privacy.sketch_rank",
+            f"at most {most}, to which the ranks of a round's clients add up",
+            str(rank),
+            "lower it, or leave it out",
+            ("method.ranks", "federation.clients_per_round"),
         )
 
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 from fedloom.config.setting import Count, OpenFraction, Positive, Table, having, setting
 
-MASKED = {"privacy.sum": ("masked",)}
+SUMMED = {"privacy.sum": ("masked", "sketch")}
 PRIVATE = {"privacy.unit": ("row", "client")}
 
 
@@ -40,15 +40,22 @@ class Privacy(Table):
         "and its record says so; where clients are, the run ends. Default: no limit, ε is counted all the same.",
         when=PRIVATE,
     )
-    sum: Literal["plain", "masked"] = setting(
+    sum: Literal["plain", "masked", "sketch"] = setting(
         "plain",
-        "Whether the server sees each client's update, or, `masked`, their sum alone: clients put masks on that cancel "
-        "in it.",
-        when={"method.name": having("sums_factors")},
+        "Whether the server sees each client's update, or their sum alone: clients put masks on that cancel in it. "
+        "`masked`: a sum of factors, for methods that average them. `sketch`: a sum of sketches of the products, for "
+        "methods that stack them, whatever the ranks.",
+        when={"method.name": having("sums")},
+    )
+    sketch_rank: Count | None = setting(
+        None,
+        "Rank of the clients' sum, in each module, that sketches give exactly. Lower than its default it sends less, "
+        "and what a sum has beyond that rank is lost. Default: the largest ranks that a round's clients have together.",
+        when={"privacy.sum": ("sketch",)},
     )
     threshold: Count | None = setting(
         None,
         "Clients of a round that must stay to the end of a masked sum, more than two thirds of those drawn; default: "
         "the fewest that are.",
-        when=MASKED,
+        when=SUMMED,
     )

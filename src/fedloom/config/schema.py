@@ -99,6 +99,12 @@ class Settings(Table):
                 return max(math.floor(drawn * self.federation.num_clients + 1e-9), 1)
 
     @property
+    def ranks_of_a_round(self) -> int:
+        """The most that the ranks of a round's clients add up to."""
+        every = self.federation.participation is not None
+        return sum(sorted(self.client_ranks, reverse=True)[: None if every else self.cohort_size])
+
+    @property
     def sampling_rate(self) -> float:
         """The chance of each client to be drawn where each is drawn by itself."""
         drawn, clients = self.federation.clients_per_round, self.federation.num_clients

@@ -122,9 +122,9 @@ def masked_round(
         def numbers(client: int) -> Ring:
             update, broadcast = arrived.updates.pop(client), sent[client]
             check_update(update, broadcast, work, plan.shapes, plan.asked(client))
-            start = broadcast.trained
-            assert isinstance(start, Adapter)
-            added = numbers_added(strategy, start, update.adapter, terms.share(weights[client]))
+            start = broadcast.trained if isinstance(broadcast.trained, Adapter) else Adapter()
+            share = terms.share(weights[client])
+            added = numbers_added(strategy, broadcast.round, start, update.adapter, share)
             return to_ring(added, len(session.members))
 
         ask, verify = _here(session, present, numbers)

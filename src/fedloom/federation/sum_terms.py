@@ -96,8 +96,10 @@ def check_hides(terms: SumTerms, client: int, known: Sequence[int], fewest: int)
         )
 
 
-def numbers_added(strategy: MaskedSums, start: Adapter, trained: Adapter, share: float) -> NDArray[np.float64]:
-    """Return what a client adds to the sum, that began with ``start`` and ended with ``trained``."""
-    found = strategy.rule.summand(start, trained, share)
+def numbers_added(
+    strategy: MaskedSums, round: int, start: Adapter, trained: Adapter, share: float
+) -> NDArray[np.float64]:
+    """Return what a client adds to a round's sum, that began with ``start`` and ended with ``trained``."""
+    found = strategy.rule.summand(round, start, trained, share)
     numbers: NDArray[Any] = torch.cat([found[key].flatten() for key in strategy.sizes()]).numpy()
     return numbers

@@ -4,7 +4,8 @@
     the server takes Σ x_k / Σ q_k,   both over those who stayed
 
 It is the weighted mean of the factors, as without masks; shares are known before the round, so they tell nothing new.
-Where whole clients are hidden, a client clips its change itself, and the server adds the noise to the sum.
+Where whole clients are hidden, a client clips its change itself, and the server adds the noise to the sum. Where
+products are summed, a client sends a sketch of its own, of a size that is the same for all ranks.
 """
 
 from __future__ import annotations
@@ -17,19 +18,29 @@ import torch
 from torch import Tensor
 
 from fedloom.lora.pair import Adapter, rank_in
+from fedloom.lora.sketches import PairSketch, SketchSize
 from fedloom.methods.around import Around
 from fedloom.methods.state import Aggregate, ServerState
-from fedloom.methods.strategy import Strategy, normalised
+from fedloom.methods.strategy import Cohort, Strategy, normalised
 
 Numbers = Mapping[str, Tensor]
-"""Numbers by name as in ``Adapter.as_tensors``, in float64."""
+"""Numbers by name, module and what of it, in float64."""
+Sizes = dict[str, tuple[int, int]]
+"""The shape of every tensor of a summand, the same for all clients."""
 
 
 class Rule(Protocol):
     """A method that needs nothing but a sum over its clients."""
 
-    def summand(self, start: Adapter, trained: Adapter, share: float) -> Numbers:
-        """Return what a client adds to the sum: it began with ``start`` and ended with ``trained``."""
+    def sizes(self) -> Sizes:
+        """Return the shapes of what a client adds."""
+        ...
+
+    def summand(self, round: int, start: Adapter, trained: Adapter, share: float) -> Numbers:
+        """Return what a client adds to a round's sum: it began with ``start`` and ended with ``trained``.
+
+        A start that was drawn afresh, of which the product is zero, may be given as an empty adapter.
+        """
         ...
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
@@ -43,7 +54,11 @@ class MeanOfFactors:
 
     method: Strategy
 
-    def summand(self, start: Adapter, trained: Adapter, share: float) -> Numbers:
+    def sizes(self) -> Sizes:
+        """Return the shapes of the factors that cross, at the largest rank."""
+        return factor_sizes(self.method)
+
+    def summand(self, round: int, start: Adapter, trained: Adapter, share: float) -> Numbers:
         """Return the factors times the share, padded to the largest rank."""
         sent = self.method.client.work(1).sends
         found = {key: share * tensor.double() for key, tensor in trained.as_tensors(sent).items()}
@@ -62,25 +77,64 @@ class MeanOfFactors:
 
 
 @dataclass(frozen=True)
+class SumOfProducts:
+    """The weighted sum of the clients' products, which joins the side as one update: FLoRA's, from sketches.
+
+    Its rank is that of the stack of those who stayed, or that of the sketches where it is lower.
+    """
+
+    cohort: Cohort
+    size: SketchSize
+
+    def sizes(self) -> Sizes:
+        """Return the shapes of a sketch of every module."""
+        sketches = self._sketches(0).items()  # of any round
+        return {f"{name}.{part}": shape for name, one in sketches for part, shape in one.sizes().items()}
+
+    def summand(self, round: int, start: Adapter, trained: Adapter, share: float) -> Numbers:
+        """Return the sketches of the products times the share."""
+        sketches = self._sketches(round).items()
+        return {f"{name}.{part}": t for name, one in sketches for part, t in one.of(trained[name], share).items()}
+
+    def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
+        """Return the mean product as what joins the side; how far the clients' products are apart nobody knows."""
+        total, pairs = sum(shares.values()), {}
+        for name, sketch in self._sketches(state.round + 1).items():
+            ranks = sum(rank_in(sketch.shape, self.cohort.rank_of(client)) for client in shares)
+            parts = {part: numbers[f"{name}.{part}"] / total for part in sketch.sizes()}
+            pairs[name] = sketch.pair(parts, rank_in(sketch.shape, min(ranks, self.size.rank))).to(torch.float32)
+        return Aggregate(None, Adapter(pairs), Adapter(), 0.0, normalised(shares))
+
+    def _sketches(self, round: int) -> dict[str, PairSketch]:
+        shapes, seed = sorted(self.cohort.shapes.items()), self.cohort.seed
+        return {name: PairSketch(shape, self.size, seed, (round, name)) for name, shape in shapes}
+
+
+@dataclass(frozen=True)
 class MaskedSums(Around):
     """A method whose server sees sums alone; ``rule`` says of what."""
 
     rule: Rule
 
-    def sizes(self) -> dict[str, tuple[int, int]]:
+    def sizes(self) -> Sizes:
         """Return the shape of every tensor of a summand, the same for all clients."""
-        cohort, sends = self.cohort, self.client.work(1).sends
-        found: dict[str, tuple[int, int]] = {}
-        for name, (num_out, num_in) in sorted(cohort.shapes.items()):
-            rank = rank_in((num_out, num_in), cohort.max_rank)
-            both = {"a": (rank, num_in), "b": (num_out, rank)}
-            found |= {f"{name}.{factor}": both[factor] for factor in sorted(sends)}
-        return found
+        return self.rule.sizes()
 
     @property
     def num_numbers(self) -> int:
         """Numbers of a summand."""
         return sum(num_rows * num_columns for num_rows, num_columns in self.sizes().values())
+
+
+def factor_sizes(method: Strategy) -> Sizes:
+    """Return the shapes of the factors that a method's clients send, at the largest rank."""
+    cohort, sends = method.cohort, method.client.work(1).sends
+    found: Sizes = {}
+    for name, (num_out, num_in) in sorted(cohort.shapes.items()):
+        rank = rank_in((num_out, num_in), cohort.max_rank)
+        both = {"a": (rank, num_in), "b": (num_out, rank)}
+        found |= {f"{name}.{factor}": both[factor] for factor in sorted(sends)}
+    return found
 
 
 def _padded(tensor: Tensor, key: str, rank: int) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from fedloom.lora.sketches import SketchSize
 from fedloom.methods.around import FewBits, SynchronisedSteps, WithControlVariates, WithOtherMoments
 from fedloom.methods.client_half import Moments
 from fedloom.methods.gradient_start import GradientStart
-from fedloom.methods.masked_sums import MaskedSums, MeanOfFactors, Rule
+from fedloom.methods.masked_sums import MaskedSums, MeanOfFactors, Rule, SumOfProducts
 from fedloom.methods.options import MethodOptions
 from fedloom.methods.private_clients import PrivateClients
 from fedloom.methods.strategy import Strategy
@@ -15,6 +16,8 @@ from fedloom.methods.traits import GRADIENT
 def with_options(strategy: Strategy, options: MethodOptions, *, starts_fresh: bool) -> Strategy:
     """Return a method's strategy with what the options put around it."""
     rule: Rule = MeanOfFactors(strategy)
+    if options.sketch_rank is not None:
+        rule = SumOfProducts(strategy.cohort, SketchSize(options.sketch_rank, options.sketch_is_whole))
     if options.client_privacy is not None:
         strategy = rule = PrivateClients(strategy, options.client_privacy)
     if options.adamw is not None:

@@ -54,7 +54,9 @@ class MethodOptions:
         few_bits: whether updates cross as codes of few bits.
         moments, moments_prior: ``training.moments`` and ``training.moments_prior``.
         control_clients: clients of the population, where ``training.control_variates`` is on; 0: it is not.
-        masked: whether the server sees sums alone (``privacy.sum = masked``).
+        masked: whether the server sees sums alone (``privacy.sum``).
+        sketch_rank: the rank of a sum of products that sketches give exactly; None: sums are of factors.
+        sketch_is_whole: whether no round's sum can have a higher rank.
         client_privacy: how the server hides whole clients (``privacy.unit = client``).
     """
 
@@ -67,3 +69,5 @@ class MethodOptions:
     control_clients: int = 0
     client_privacy: ClientPrivacy | None = None
     masked: bool = False
+    sketch_rank: int | None = None
+    sketch_is_whole: bool = True

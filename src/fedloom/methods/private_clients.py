@@ -26,6 +26,7 @@ from torch import Tensor
 from fedloom.errors import MethodError
 from fedloom.lora.pair import Adapter, rank_in
 from fedloom.methods.around import Around
+from fedloom.methods.masked_sums import Sizes, factor_sizes
 from fedloom.methods.options import ClientPrivacy
 from fedloom.methods.state import Aggregate, ServerState, Update
 from fedloom.privacy.clipping import add_noise
@@ -153,7 +154,11 @@ class PrivateClients(Around):
         ideal = sums.shared.moved({name: one / number for name, one in sums.whole.items()})
         return self._aggregate(state, sums, ideal)
 
-    def summand(self, start: Adapter, trained: Adapter, share: float) -> dict[str, Tensor]:
+    def sizes(self) -> Sizes:
+        """Return the shapes of what a client adds to a sum."""
+        return factor_sizes(self.inner)
+
+    def summand(self, round: int, start: Adapter, trained: Adapter, share: float) -> dict[str, Tensor]:
         """Return a client's clipped change, padded to the largest rank, for a sum that nobody sees into."""
         shared, cohort = SharedA.of(start), self.cohort
         clipped = shared.clipped(shared.change(trained), self.privacy.clip)

@@ -42,6 +42,7 @@ SHIPPED: dict[str, Method] = {
                 "fresh adapters every round, stacked: the exact mean of the products",
                 starts_fresh=True,
                 grows_side=True,
+                stacks_products=True,
                 is_standard=True,
             ),
             f"{MAKERS}:flora",

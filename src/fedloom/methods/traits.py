@@ -68,6 +68,8 @@ class Traits:
         grows_side: its aggregate, or a part of it, joins the side adapter, in the form of ``method.broadcast``.
         averages_factors: its next start is the mean of the clients' factors, so that a server may step along the mean
             of their gradients instead (``server.step = adamw``).
+        stacks_products: its aggregate is the weighted sum of the clients' products, all of which joins the side, so
+            that a sum of sketches will do (``privacy.sum = sketch``).
         freezes_a: its clients train B alone, over one A that all share and nobody changes, and its aggregate is the
             mean of the B's: noise on the sum of their changes is of known size (``privacy.unit = client``).
         aggregates_split: it may aggregate the clients' half of a cut model (``split.aggregation``).
@@ -91,6 +93,7 @@ class Traits:
     starts_fresh: bool = False
     grows_side: bool = False
     averages_factors: bool = False
+    stacks_products: bool = False
     freezes_a: bool = False
     aggregates_split: bool = True
     combines: bool = True
@@ -131,6 +134,11 @@ class Traits:
                 raise MethodError(
                     f"method {self.name}: expected {trait}=False with is_personal, got True; set {trait}=False"
                 )
+        if self.stacks_products and not (self.starts_fresh and self.grows_side):
+            raise MethodError(
+                f"method {self.name}: expected stacks_products with starts_fresh and grows_side, got one of them "
+                "False; set it to True"
+            )
         if self.freezes_a and (self.starts_fresh or self.grows_side or self.is_personal):
             raise MethodError(
                 f"method {self.name}: expected freezes_a with none of starts_fresh, grows_side and is_personal, got "
@@ -164,6 +172,11 @@ class Traits:
     def sums_factors(self) -> bool:
         """Whether one weighted sum of the clients' factors is all that its aggregate needs."""
         return self.averages_factors and not self.grows_side
+
+    @property
+    def sums(self) -> bool:
+        """Whether one weighted sum over the clients is all that its aggregate needs: of factors, or of sketches."""
+        return self.sums_factors or self.stacks_products
 
     @property
     def takes_start(self) -> bool:

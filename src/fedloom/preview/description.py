@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
 from fedloom.assembly.inputs import known_names, lora_of
+from fedloom.assembly.round_plan import sketch_rank_of
 from fedloom.assembly.start_adapter import targets_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
@@ -57,7 +58,8 @@ class Description(Displayed):
     """A recipe's sizes. ``client`` lists are in the order of the clients; bytes are of serialised messages.
 
     ``names`` are those of the clients, None where only the rows name them. ``start_bytes`` are up and down of each of
-    ``sketch_cohort_size`` clients where the first A comes from the gradient.
+    ``sketch_cohort_size`` clients where the first A comes from the gradient. ``summed_ranks`` are the rank of a sum
+    that sketches give exactly, and the most that one can have (``privacy.sum = sketch``).
 
     A later download is exact where every client takes part in every round and no server step adds to it; for a
     compressed broadcast it is the most that can come.
@@ -83,6 +85,7 @@ class Description(Displayed):
     sketch_cohort_size: int = 0
     start_bytes: tuple[int, int] = (0, 0)
     privacy: PlannedPrivacy | PlannedClients | None = None
+    summed_ranks: tuple[int, int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the description as plain values."""
@@ -140,21 +143,29 @@ class Description(Displayed):
         schedules = ["", *schedule_lines(self.schedules)] if self.schedules else []
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
         privacy = ["", *self.privacy.lines()] if self.privacy is not None else []
-        if self.settings["privacy"]["sum"] == "masked":
-            stay = threshold_of(self.settings["privacy"]["threshold"], self.cohort_size)
-            privacy += [
-                "",
-                f"sum: masked; the server sees no update, and of {self.cohort_size} clients a round {stay} must stay",
-            ]
         return [
             *lines,
             *cuts,
             *privacy,
+            *self._sum_lines(),
             *schedules,
             "",
             *chosen,
             "Settings not shown have their defaults; --json prints all.",
         ]
+
+    def _sum_lines(self) -> list[str]:
+        """Return how clients' updates are summed, where the server sees the sum alone."""
+        privacy = self.settings["privacy"]
+        if (kind := privacy["sum"]) == "plain":
+            return []
+        stay = threshold_of(privacy["threshold"], self.cohort_size)
+        found = f"sum: {kind}; the server sees no update, and of {self.cohort_size} clients a round {stay} must stay"
+        if self.summed_ranks is None:
+            return ["", found]
+        exact, most = self.summed_ranks
+        lost = f", and what it has beyond up to rank {most} is lost" if exact < most else ", as high as it can be"
+        return ["", found, f"each module's sum is exact up to rank {exact}{lost}"]
 
     def _narrow_lines(self) -> list[str]:
         """Return which modules are narrower than a client's rank, by their last names."""
@@ -218,6 +229,7 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         sketch_cohort_size=sizes.sketch_cohort_size,
         start_bytes=sizes.start,
         privacy=_privacy(written),
+        summed_ranks=None if (exact := sketch_rank_of(settings)) is None else (exact, settings.ranks_of_a_round),
     )
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedloom.assembly.round_plan import rules_of, strategy_of
+from fedloom.assembly.round_plan import rules_of, sketch_rank_of, strategy_of
 from fedloom.config import Settings
 from fedloom.federation.blob import WireDtype
 from fedloom.federation.broadcasts import encode_broadcast
@@ -129,14 +129,17 @@ def _addition(settings: Settings, lora: LoRAModel, ranks: tuple[int, ...]) -> tu
     stacked = round(sum(ranks) * share)
     if not settings.traits.starts_fresh:
         return (_zeros(lora, stacked + max(ranks)),), 0
+    cut = sketch_rank_of(settings)
     if settings.method.broadcast == "compressed":
-        return (_zeros(lora, stacked),), 0
+        return (_zeros(lora, stacked if cut is None else min(stacked, cut)),), 0
     # A narrow module's part of the stack is lower: each client's is of the rank that the module takes.
     having = Counter(ranks).items()
     stacks = {
         name: round(sum(num * rank_in(shape, rank) for rank, num in having) * share)
         for name, shape in lora.shapes.items()
     }
+    if cut is not None:  # the sum has a pair of the rank that it can have
+        stacks = {name: rank_in(lora.shapes[name], min(rank, cut)) for name, rank in stacks.items()}
     most = max(1, MEASURED_NUMBERS // sum(map(sum, lora.shapes.values())))
     beyond = sum(max(0, stacks[name] - most) * sum(shape) for name, shape in lora.shapes.items())
     measured = _pairs(lora, {name: min(rank, most) for name, rank in stacks.items()})

@@ -133,7 +133,7 @@ def _tokens(replay: Replay, settings: MeterSettings) -> tuple[Tokens | None, str
     """Return what a round's updates give away, or why that is not measured."""
     if replay.settings.traits.is_control:
         return None, NOTHING_CROSSES
-    if replay.settings.privacy.sum == "masked":
+    if replay.settings.privacy.sum != "plain":
         return None, MASKED
     known = inputs_of_tokens(replay.opened.lora)
     if not known:

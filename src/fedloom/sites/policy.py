@@ -56,7 +56,7 @@ _WORDS: Mapping[str, str] = {
     LOST: "it ended within the period and came back; it takes part again from the next one",
     ENDED: "its training process ended with code {code}; its own log says why",
     "unusable": "its update could not be used; its own log says why",
-    "unmasked": "its policy (policy.sum) wants its update in masked sums alone (privacy.sum = masked)",
+    "unmasked": "its policy (policy.sum) wants its update in masked sums alone (privacy.sum = masked or sketch)",
     "sum-few": "its policy (policy.min_sites_in_sum) wants {allowed} sites in a sum at least, the study has {asked}",
     "sum": "it left the secure sum; its own log says why",
     SUM_LOST: "it ended within the secure sum and came back; it takes part again from the next round",

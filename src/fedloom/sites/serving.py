@@ -26,6 +26,7 @@ from fedloom.experiment.session import NOTHING_HELD_OUT, Session
 from fedloom.federation.blob import WireDtype, largest_message
 from fedloom.federation.rounds import RoundPlan, RoundRecord
 from fedloom.lora.layer import LoRAModel
+from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.state import Standing
 from fedloom.models.causal import longest_row
 from fedloom.models.load import Base
@@ -181,8 +182,8 @@ class _Served:
         shapes, rank = self._lora.shapes, max(self.population.ranks.values())
         numbers = sum(rank * (num_out + num_in) for num_out, num_in in shapes.values())
         largest = largest_message(2 * len(shapes), 4 * numbers)
-        if self._study.settings.privacy.sum == "masked":
-            largest = max(largest, largest_sum_message(self.population.clients_per_round, numbers))
+        if self._plan is not None and isinstance(summed := self._plan.strategy, MaskedSums):
+            largest = max(largest, largest_sum_message(self.population.clients_per_round, summed.num_numbers))
         return MAX_HEAD_BYTES + largest
 
 

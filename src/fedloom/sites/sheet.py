@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import StringConstraints, ValidationError
 
-from fedloom.assembly.round_plan import training_of
+from fedloom.assembly.round_plan import is_sketch_whole, sketch_rank_of, training_of
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.encoding import LossOn, Overlong, Unanswered
@@ -105,12 +105,15 @@ class SheetSplit(Part):
 class SheetSum(Part):
     """How updates are summed under masks: what all send as many numbers as, and how many stay in a sum at least.
 
-    ``clip`` is given where the study hides whole sites: each clips its own change, to this norm.
+    ``clip`` is given where the study hides whole sites: each clips its own change, to this norm; ``sketch_rank``
+    where products are summed, which sketches give exactly up to that rank.
     """
 
     max_rank: Annotated[int, Ge(1), Le(1 << 20)]
     fewest: Annotated[int, Ge(FEWEST_MEMBERS), Le(4096)]
     clip: Annotated[float, Gt(0), Le(1e9)] | None = None
+    sketch_rank: Number | None = None
+    sketch_is_whole: bool = True
 
 
 class SheetTemplate(Part):
@@ -234,6 +237,8 @@ class Sheet(Part):
             control_clients=1 if self.corrects else 0,  # the number stays at the server
             client_privacy=None if clip is None else ClientPrivacy(clip, noise_multiplier=0.0, expected_clients=1.0),
             masked=self.sum is not None,
+            sketch_rank=None if self.sum is None else self.sum.sketch_rank,
+            sketch_is_whole=self.sum is None or self.sum.sketch_is_whole,
         )
         strategy: Strategy = table.make(self.method, cohort, options)
         return strategy
@@ -305,11 +310,13 @@ def _budget_of(settings: Settings) -> SheetBudget | None:
 
 def _sum_of(settings: Settings, cohort_size: int) -> SheetSum | None:
     privacy = settings.privacy
-    if privacy.sum != "masked":
+    if privacy.sum == "plain":
         return None
     fewest = threshold_of(privacy.threshold, cohort_size)
     clip = privacy.clip if privacy.unit == "client" else None
-    return SheetSum(max_rank=max(settings.client_ranks), fewest=fewest, clip=clip)
+    rank, is_whole = sketch_rank_of(settings), is_sketch_whole(settings)
+    largest = max(settings.client_ranks)
+    return SheetSum(max_rank=largest, fewest=fewest, clip=clip, sketch_rank=rank, sketch_is_whole=is_whole)
 
 
 def read_sheet(body: bytes, run: str | None = None) -> Sheet:

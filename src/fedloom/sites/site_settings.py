@@ -85,7 +85,7 @@ class Policy(Table):
     delta: OpenFraction = setting(1e-5, "The δ at which ε is counted, or the study's where that is smaller.")
     sum: Literal["any", "masked"] = setting(
         "any",
-        "`masked`: only studies whose server sees sums of updates and no update (`privacy.sum = masked`).",
+        "`masked`: only studies whose server sees sums of updates and no update (`privacy.sum` = masked or sketch).",
     )
     min_sites_in_sum: Count = setting(
         3, "Least number of sites, this one among them, whose updates are in a masked sum with its own."

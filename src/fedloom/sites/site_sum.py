@@ -170,7 +170,7 @@ class SiteSums:
         tensors = read_tensors(unsealed(stored))
         start, trained = _adapter_in(tensors, "start/"), _adapter_in(tensors, "trained/")
         share = terms.share(self._weight())
-        return to_ring(numbers_added(self._strategy, start, trained, share), len(terms.members))
+        return to_ring(numbers_added(self._strategy, terms.round, start, trained, share), len(terms.members))
 
     def _weight(self) -> float:
         """Return the site's own weight, as the server counts it too."""

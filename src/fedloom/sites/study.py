@@ -103,7 +103,7 @@ class Study:
     def quorum(self) -> int:
         """Sites that a round waits for until its deadline: of masked sums those at least that must stay."""
         privacy, quorum = self.settings.privacy, self.sites.quorum
-        return max(quorum, threshold_of(privacy.threshold, self.cohort_size)) if privacy.sum == "masked" else quorum
+        return max(quorum, threshold_of(privacy.threshold, self.cohort_size)) if privacy.sum != "plain" else quorum
 
     def on(self, date: str) -> Study:
         """Return the study of a run that began on ``date``, which every site's chat template is told."""
