@@ -25,6 +25,7 @@ from fedloom.lora.peft_settings import CONFIG_NAME, Scales, read_peft_settings, 
 
 PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
 
 
 def save_peft(
@@ -170,7 +171,12 @@ def _with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise AdapterError(f"{folder}: expected {WEIGHTS_NAME}, found none; convert .bin files to safetensors")
+        if not (folder / _PICKLED).is_file():
+            raise AdapterError(f"{folder}: expected {WEIGHTS_NAME}, found none; fetch the folder again")
+        raise AdapterError(
+            f"{folder}: expected {WEIGHTS_NAME}, found {_PICKLED}, which may run code when it is read; if you trust "
+            "it, load it with stock peft and write it by save_pretrained, which gives safetensors"
+        )
     with _explained(path):
         return load_file(path)
 
