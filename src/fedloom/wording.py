@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable
 from html import escape
+from pathlib import Path
 from typing import Literal
 
 Unit = Literal["", "%", "B", "s"]
@@ -56,6 +58,23 @@ class Displayed:
 def counted(number: int, noun: str) -> str:
     """Return a number with its noun: 1 round, 1,200 rounds."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def worded(value: object) -> str:
+    """Return a setting's value as people say it, not as Python does: not set, true, 0.2, flora."""
+    if value is None:
+        return "not set"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def typed(*words: object) -> str:
+    """Return a command as a shell takes it: a word with a blank in it is quoted."""
+    return " ".join(shlex.quote(str(word)) for word in words)
+
+
+def resuming(run: Path) -> str:
+    """Return the command that goes on with a run, or writes what is missing of its result."""
+    return typed("fedloom", "run", run / "config.json", "--out", run)
 
 
 def either(words: Iterable[str]) -> str:

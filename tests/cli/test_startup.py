@@ -68,18 +68,22 @@ REFUSED = {
     "judge adapter --endpoint http://localhost:1/v1 --judge m --questions none": "expected a file of questions",
 }
 """What options and files tell, and a part of the refusal; the adapter's base is not there."""
+WRITTEN = ("export adapter --to out", "export adapter --to served --for vllm", "aggregate adapter out --to merged")
 
 
-def test_what_options_and_files_tell_is_refused_before_modelling_code_is_loaded(tmp_path: Path) -> None:
+def test_modelling_code_is_loaded_neither_for_a_refusal_nor_to_write_an_adapter_whose_base_is_elsewhere(
+    tmp_path: Path,
+) -> None:
     stated = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["m.q_proj"]}
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(stated | {"base_model_name_or_path": "org/base"}))
     factors = {"A.weight": torch.ones(1, 2), "B.weight": torch.ones(3, 1)}
     weights = {f"base_model.model.m.q_proj.lora_{name}": factor for name, factor in factors.items()}
     save_file(weights, tmp_path / "adapter/adapter_model.safetensors")
-    for one in ran(list(REFUSED), MODELLING, tmp_path):
-        assert (one["code"], one["loaded"]) == (2, []), one
-        assert REFUSED[one["line"]] in one["told"]
+    for one in ran([*REFUSED, *WRITTEN], MODELLING, tmp_path):
+        assert (one["code"], one["loaded"]) == (0 if one["line"] in WRITTEN else 2, []), one
+        assert REFUSED.get(one["line"], "") in one["told"]
+    assert (tmp_path / "merged/adapter_model.safetensors").is_file()
 
 
 @pytest.mark.slow

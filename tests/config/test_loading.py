@@ -99,6 +99,19 @@ def test_an_override_needs_table_setting_and_value(recipe: Path, override: str) 
     assert line.startswith(f"--set {override}: expected table.setting=value")
 
 
+def test_a_setting_without_its_table_is_led_home(recipe: Path) -> None:
+    for override, meant in (("learning_rate=1e-3", "training.learning_rate"), ("lr=1", "training.learning_rate")):
+        (line,) = problems(recipe, override)
+        assert line.endswith(f"did you mean {meant}?")
+
+
+def test_what_is_given_nowhere_has_no_place_in_the_message(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[run]\nseed = 1\n")
+    (line,) = problems(tmp_path / "mine.toml")
+    assert line.startswith("training.local_steps: expected exactly one of")
+    assert "got none; set one" in line
+
+
 def test_where_a_value_came_from_stands_in_the_message(recipe: Path) -> None:
     recipe.write_text(MINIMAL + "[run]\nseed = -1\n", encoding="utf-8")
     of_override, of_file = problems(recipe, "wire.dtype=fp64")

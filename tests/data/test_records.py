@@ -67,6 +67,7 @@ def test_columns_rename_what_the_shape_expects() -> None:
     [
         ({"instruction": "i", "output": "o", "response": "r"}, "fit alpaca and dolly; set data.shape"),
         ({"prompt": "p"}, "row 1: its columns are 'prompt', which fit no shape"),
+        ({"data": [{"instruction": "a", "output": "b"}]}, "write the list 'data', which seems to hold the rows"),
         ({"question": "q", "choice0": "a", "choice1": "b", "answer": "0"}, "fit no shape"),
     ],
 )

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import subprocess
 from pathlib import Path
 
 import datasets
@@ -107,6 +110,10 @@ def test_selected_rows_keep_their_place(tmp_path: Path) -> None:
         ("empty.csv", "mr,ref\n", "empty.csv: expected rows, found none"),
         ("not.parquet", "text", "not.parquet: expected a Parquet file"),
         ("a.xml", "<a/>", "expected one of .json"),
+        ("a.jsonl.gz", "", "got '.gz'; unpack the file"),
+        ("semicolons.csv", "mr;ref\na;b\n", "line 1: .* separated by commas, got 'mr;ref', as if by semicolons; write"),
+        ("tabs.csv", "mr\tref\na\tb\n", "as if by tabs; rename the file to .tsv"),
+        ("commas.tsv", "mr,ref\na,b\n", "as if by commas; rename the file to .csv"),
     ],
 )
 def test_a_malformed_file_is_refused_with_its_place(tmp_path: Path, name: str, text: str, message: str) -> None:
@@ -121,10 +128,25 @@ def test_a_value_that_pandas_writes_for_a_missing_one_is_missing(tmp_path: Path,
     assert list(rows.rows) == [{"instruction": "i", "output": None}]
 
 
-def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_bytes("mr\ncafé\n".encode("latin-1"))
-    with pytest.raises(DataError, match="UTF-8"):
-        load_rows(tmp_path / "a.csv")
+def test_a_column_of_a_csv_file_may_be_the_only_one(tmp_path: Path) -> None:
+    assert list(load_rows(_write(tmp_path / "a.csv", "text\na;b\n")).rows) == [{"text": "a;b"}]
+
+
+@pytest.mark.skipif(shutil.which("iconv") is None, reason="runs the command that the message gives")
+@pytest.mark.parametrize("name", ["a b.csv", "a b.json", "a b.jsonl", "a b.txt"])
+@pytest.mark.parametrize(
+    ("encoding", "found"), [("utf-16", "UTF-16 by its first two bytes"), ("latin-1", "the byte 0xe9 at position 26")]
+)
+def test_a_file_in_another_encoding_is_told_with_what_converts_it(
+    tmp_path: Path, name: str, encoding: str, found: str
+) -> None:
+    file = tmp_path / name
+    file.write_bytes('{"instruction": "i"}\n{"caf\u00e9": 1}\n'.encode(encoding))
+    with pytest.raises(DataError, match=f"expected UTF-8 text, got {found}; convert the file") as refused:
+        load_rows(file)
+    command = str(refused.value).partition("by iconv ")[2].replace("ENCODING", "ISO-8859-1")
+    subprocess.run(f"iconv {command.replace('NEW', shlex.quote(str(tmp_path / 'new')))}", shell=True, check=True)
+    assert (tmp_path / "new").read_text(encoding="utf-8") == file.read_text(encoding=encoding)
 
 
 @pytest.mark.parametrize("path", ["absent.json", "./absent", "a/b/c"])

@@ -84,6 +84,24 @@ def test_the_file_states_alpha_as_scale_times_rank(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (3, 6, "tiny")
 
 
+def test_a_pickle_in_place_of_safetensors_is_told_from_nothing_at_all(tmp_path: Path) -> None:
+    save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
+    (tmp_path / WEIGHTS_NAME).rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(AdapterError, match=r"found adapter_model\.bin, which may run code .* save_pretrained"):
+        load_peft(tmp_path)
+    (tmp_path / "adapter_model.bin").unlink()
+    with pytest.raises(AdapterError, match="found none; fetch the folder again"):
+        load_peft(tmp_path)
+
+
+def test_a_stated_rank_that_is_not_the_tensors_is_written_as_a_whole_number(tmp_path: Path) -> None:
+    save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
+    config = json.loads((tmp_path / CONFIG_NAME).read_text())
+    (tmp_path / CONFIG_NAME).write_text(json.dumps(config | {"r": 6}))
+    with pytest.raises(AdapterError, match="expected rank 6 of q"):
+        load_peft(tmp_path)
+
+
 def test_a_truncated_file_is_refused_by_name(tmp_path: Path) -> None:
     save_peft(Adapter({"q": Pair(torch.ones(4, 3), torch.ones(3, 4))}), tmp_path, base_name="tiny")
     weights = tmp_path / WEIGHTS_NAME

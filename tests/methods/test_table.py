@@ -72,6 +72,12 @@ def test_a_registered_method_is_a_method_everywhere_in_this_process(registered: 
         config.resolve({**ENOUGH, "method": {"name": "floara"}}, "a test")
 
 
+def test_other_names_of_a_method_lead_to_it_and_to_nothing_else() -> None:
+    assert set(table.OTHER_NAMES.values()) <= set(table.names())
+    assert "did you mean fedit?" in table.remedy("FedAvg", table.names())
+    assert "name one of them" in table.remedy("FedAvg", ["flora", "weave"])
+
+
 @pytest.mark.usefixtures("registered")
 def test_a_name_is_given_once() -> None:
     with pytest.raises(MethodError, match=r"registered already: call unregister_method\('mine'\) first"):

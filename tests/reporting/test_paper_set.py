@@ -33,6 +33,21 @@ def test_every_part_has_tables_figures_and_their_numbers_and_is_written_again(co
             assert list(csv.reader(numbers))[1:]
 
 
+def test_a_file_that_is_not_there_is_told_from_one_that_is_no_toml(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"absent\.toml: expected a TOML file .* no such file .*; check the path"):
+        read_parts(tmp_path / "absent.toml")
+    (tmp_path / "wide.toml").write_text("[a]", encoding="utf-16")
+    with pytest.raises(SettingsError, match=r"wide\.toml: expected UTF-8 text"):
+        read_parts(tmp_path / "wide.toml")
+
+
+@pytest.mark.extra("figures")
+def test_a_reference_that_no_run_has_names_its_part(comparison: Path, tmp_path: Path) -> None:
+    file = listed(tmp_path, f"[first]\nruns = ['{comparison}']\nreference = 'floar'\n")
+    with pytest.raises(FedloomError, match=r"^first\.reference: expected one of .*, got 'floar'"):
+        list(write_paper(read_parts(file), tmp_path / "paper"))
+
+
 def test_runs_are_named_from_the_files_own_folder_on(tmp_path: Path) -> None:
     (part,) = read_parts(listed(tmp_path, "[a]\nruns = ['runs/x']\n"))
     assert part.runs == (tmp_path / "runs/x",)

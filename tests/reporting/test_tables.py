@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedloom.errors import EvaluationError
 from fedloom.reporting.metrics import Metric
-from fedloom.reporting.tables import compare, paired_difference, student_t975
+from fedloom.reporting.tables import compare, paired_difference, reference_among, student_t975
 from fedloom.wording import one_line, written, written_bytes
 
 LOSS = Metric("loss_nats", "loss [nats]")
@@ -153,6 +153,13 @@ def test_nothing_to_compare_is_refused() -> None:
         compare({}, [LOSS])
     with pytest.raises(EvaluationError, match=r"expected one of fedit, flora.*, got 'floar'"):
         compare(RESULTS, [LOSS], reference="floar")
+
+
+def test_a_methods_bare_name_is_its_first_group_where_settings_tell_several_apart() -> None:
+    labels = ["fedit", "flora (step=plain)", "flora (step=momentum)"]
+    assert reference_among(labels, "flora") == "flora (step=plain)"
+    with pytest.raises(EvaluationError, match="got 'flo'"):
+        reference_among(labels, "flo")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,32 @@ def test_four_folders_of_stock_peft_of_different_ranks_come_to_what_it_adds_itse
     loaded = PeftModel.from_pretrained(tiny_model("llama"), tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(loaded(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_source_of_another_shape_is_named_with_the_one_it_differs_from(site: Write, tmp_path: Path) -> None:
+    one, other = site("a", 1), tmp_path / "other"
+    pairs = {"m.0.q_proj": Pair(torch.ones(7, 1), torch.ones(1, 5))}
+    save_peft(Adapter(pairs), other, base_name="org/base")
+    with pytest.raises(
+        AdapterError, match=r"other: expected m\.0\.q_proj with 6 outputs and 5 inputs, as in .*/a, got 7"
+    ):
+        aggregate_adapters([one, other], tmp_path / "out")
+
+
+def test_the_same_weights_twice_and_an_adapter_that_adds_nothing_are_remarked(site: Write, tmp_path: Path) -> None:
+    one, copied, untrained = site("a", 1), tmp_path / "copy", tmp_path / "untrained"
+    shutil.copytree(one, copied)
+    zeros = {name: Pair(torch.zeros(num_out, 1), torch.ones(1, num_in)) for name, (num_out, num_in) in SHAPES.items()}
+    save_peft(Adapter(zeros), untrained, base_name="org/base")
+    written = aggregate_adapters([one, copied, site("b", 2), untrained], tmp_path / "out")
+    assert (
+        written.remarks()
+        == written.lines()[-2:]
+        == [
+            "copy holds the same weights as a: they count twice",
+            "untrained adds nothing (all of its products are zero): was it trained?",
+        ]
+    )
 
 
 def test_a_command_line_merges_and_says_what_the_rank_costs(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from fedloom.errors import RunError
-from fedloom.run_folder.reader import find_runs, read_run
+from fedloom.run_folder.reader import check_result_folder, find_runs, read_run
 
 
 def test_a_stored_run_says_what_it_is(make_run: Callable[..., Path]) -> None:
@@ -18,6 +19,21 @@ def test_a_stored_run_says_what_it_is(make_run: Callable[..., Path]) -> None:
     assert run.finished is not None
     assert run.adapter_folder == run.path / "adapter"
     assert sum(run.holdings[0].rows_by_group.values()) == run.holdings[0].num_rows
+
+
+def test_a_folder_of_runs_and_a_whole_model_are_told_for_what_they_are(
+    make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_run("fedit")
+    with pytest.raises(RunError, match=rf"as {path}, or compare all: fedloom report") as refused:
+        check_result_folder(path.parent)
+    assert shlex.split(str(refused.value).partition("all: ")[2]) == ["fedloom", "report", str(path.parent)]
+    model = tmp_path / "whole"
+    model.mkdir()
+    for name in ("config.json", "model-00001-of-00002.safetensors"):
+        (model / name).touch()
+    with pytest.raises(RunError, match="this is a whole model: give it as --base"):
+        check_result_folder(model)
 
 
 def test_a_run_that_goes_on_can_be_read(make_run: Callable[..., Path]) -> None:

@@ -91,6 +91,10 @@ def test_other_settings_are_refused_by_name_with_both_values(tmp_path: Path) -> 
     expected = r"method\.name is 'fedit' there, 'flora' asked; run\.seed is 1 there, 2 asked.*--fresh"
     with pytest.raises(RunError, match=expected), opened(tmp_path, other):
         pass
+    other = {**CONFIG, "evaluation": {"patience": 3, "beside": True}}
+    expected = r"evaluation\.beside is not set there, true asked; evaluation\.patience is not set there, 3 asked"
+    with pytest.raises(RunError, match=expected), opened(tmp_path, other):
+        pass
 
 
 def test_a_run_may_be_extended_and_is_then_no_longer_finished(tmp_path: Path) -> None:

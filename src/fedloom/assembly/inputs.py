@@ -99,6 +99,7 @@ class Workshop:
     _records: dict[str, Records] = field(default_factory=dict)
     _rows: dict[str, tuple[Rows, Encoded, Rows]] = field(default_factory=dict)
     _base_scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)  # what is the same of all runs of a comparison is said once
 
     def base(self, settings: Settings) -> tuple[Base, LoRAModel]:
         """Return the base of the settings, wrapped, without slots or side, and checked to run as its rows pass.

@@ -10,6 +10,7 @@ import typer
 from fedloom import recipes
 from fedloom.cli.options import JsonOption
 from fedloom.cli.output import print_json, print_line, say
+from fedloom.wording import typed
 
 app = typer.Typer(invoke_without_command=True)
 
@@ -45,4 +46,4 @@ def copy_recipe(
     """Copy a shipped recipe to a new file, to edit."""
     file = recipes.copy(name, to)
     print_line(str(file))
-    say(f"edit it, then: fedloom validate {file}")
+    say(f"edit it, then: {typed('fedloom', 'validate', file)}")

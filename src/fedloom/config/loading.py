@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from fedloom.config import checks, files
-from fedloom.config.problems import Problem, refuse, schema_problems
+from fedloom.config.problems import Problem, refuse, schema_problems, suggestion
 from fedloom.config.schema import Settings
 from fedloom.config.variants import filled_in, with_method
 from fedloom.errors import SettingsError
@@ -43,7 +43,7 @@ def read(path: Path) -> Document:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise SettingsError(f"{path}: expected a recipe (a TOML file), got {error.strerror}; check the path") from error
+        raise SettingsError(f"{path}: expected a TOML file, got {error.strerror}; check the path") from error
     except UnicodeDecodeError as error:
         raise SettingsError(f"{path}: expected UTF-8 text, got other bytes; name a TOML file") from error
     except ValueError as error:
@@ -171,7 +171,9 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     for override in overrides:
         match = OVERRIDE.fullmatch(override)
         if match is None:
-            malformed.append(f"--set {override}: expected table.setting=value, got {override!r}; e.g. --set run.seed=2")
+            meant = suggestion(override.partition("=")[0].strip())
+            action = meant if meant.startswith("did") else "e.g. --set run.seed=2"
+            malformed.append(f"--set {override}: expected table.setting=value, got {override!r}; {action}")
             continue
         parsed[f"{match[1]}.{match[2]}"] = parse_value(match[3].strip())
     if malformed:

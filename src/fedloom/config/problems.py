@@ -37,6 +37,7 @@ KNOWN_ELSEWHERE = {
     "fraction_fit": "federation.clients_per_round",
     "cutoff_len": "data.max_length",
     "max_seq_length": "data.max_length",
+    "learning_rate": "training.learning_rate",
     "dataset": "data.path",
     "model_name_or_path": "model.base",
     "dirichlet_alpha": "partition.concentration",
@@ -55,8 +56,11 @@ class Problem:
 
     def line(self, origins: Mapping[str, str]) -> str:
         """Say it in one line, with where each value came from."""
-        place = origins.get(self.setting) or origins.get(self.setting.partition(".")[0], "the defaults")
-        return f"{self.setting}: expected {self.expected}, got {self.got}, in {place}; {self.action}"
+        place = origins.get(self.setting) or origins.get(self.setting.partition(".")[0])
+        if place is None and self.got != "none":  # what is given nowhere stands nowhere
+            place = "the defaults"
+        got = self.got if place is None else f"{self.got}, in {place}"
+        return f"{self.setting}: expected {self.expected}, got {got}; {self.action}"
 
 
 def refuse(problems: Sequence[Problem], origins: Mapping[str, str]) -> None:

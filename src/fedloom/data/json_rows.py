@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from fedloom.data.text_files import not_utf8
 from fedloom.errors import DataError
 
 _SPACE = " \t\n\r"
@@ -65,9 +66,7 @@ def decoded(line: bytes, file: Path, begin: int) -> str:
     try:
         return line.decode("utf-8" if begin else "utf-8-sig")
     except UnicodeDecodeError as cause:
-        raise DataError(
-            f"{file}: expected UTF-8 text, got {cause} of the line at byte {begin}; convert the file"
-        ) from cause
+        raise not_utf8(file, cause, begin) from cause
 
 
 def row_of_line(line: str, place: str) -> dict[str, Any]:

@@ -185,7 +185,15 @@ def detect_shape(rows: Rows, columns: Mapping[str, str] | None = None) -> Shape:
             f"{found}, which fit {' and '.join(fitting)}; set data.shape (--shape of evaluate) to the one you mean"
         )
     known = "; ".join(f"{shape}: {', '.join(fields.required)}" for shape, fields in _FIELDS.items())
-    raise DataError(f"{found}, which fit no shape ({known}); name your columns by data.columns, or rename them")
+    action = "name your columns by data.columns, or rename them"
+    inner = next((name for name, value in first.items() if _holds_rows(value)), None)
+    if len(rows) == len(first) == 1 and inner is not None:
+        action = f"write the list {inner!r}, which seems to hold the rows, to a file of its own"
+    raise DataError(f"{found}, which fit no shape ({known}); {action}")
+
+
+def _holds_rows(value: object) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, Mapping) for row in value)
 
 
 def _parse_shape(shape: Shape | str) -> Shape:

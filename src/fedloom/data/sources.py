@@ -280,6 +280,7 @@ def _hub_split(name: str, split: Split, available: Sequence[str]) -> str:
     )
 
 
+_PACKED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"})
 _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     ".json": _read_json,
     ".jsonl": _read_json_lines,
@@ -293,7 +294,8 @@ _READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
 def _reader(file: Path) -> Callable[[Path], Iterator[tuple[int, Row]]]:
     reader = _READERS.get(file.suffix.lower())
     if reader is None:
-        raise DataError(f"{file}: expected one of {' '.join(_READERS)}, got {file.suffix!r}; convert the file")
+        action = "unpack the file" if file.suffix.lower() in _PACKED else "convert the file"
+        raise DataError(f"{file}: expected one of {' '.join(_READERS)}, got {file.suffix!r}; {action}")
     return reader
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import assert_never
 
 from fedloom.data.records import Dialogue, Prompt, Record, Shape
+from fedloom.data.text_files import not_utf8
 from fedloom.data.turns import CALLS, REASONING
 from fedloom.errors import DataError
 
@@ -204,7 +205,7 @@ def _read(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as cause:
-        raise DataError(f"{file}: expected UTF-8 text, got {cause}; convert the file") from cause
+        raise not_utf8(file, cause) from cause
     except OSError as cause:
         raise DataError(f"{file}: expected a template that can be read, got {cause.strerror}; check it") from cause
 

@@ -74,7 +74,8 @@ def run(
     prepared = Preparation(settings, out, workshop or Workshop(progress), fresh, date)
     prepared.complete()
     inputs, placed = prepared.inputs, prepared.placed
-    if inputs.held_out is None:
+    if inputs.held_out is None and NOTHING_HELD_OUT not in prepared.workshop.said:
+        prepared.workshop.said.add(NOTHING_HELD_OUT)
         progress.note(NOTHING_HELD_OUT)
     kind = loop_of(prepared)
     # What is written down stays as the user wrote it; what runs has a value per client, in the partition's order.

@@ -25,6 +25,7 @@ from fedloom.lora.peft_settings import CONFIG_NAME, Scales, read_peft_settings, 
 
 PREFIX = "base_model.model."
 WEIGHTS_NAME = "adapter_model.safetensors"
+_PICKLED = "adapter_model.bin"
 
 
 def save_peft(
@@ -48,8 +49,6 @@ def save_peft(
         AdapterError: if no module has a rank above 0, since PEFT cannot express an adapter that adds nothing; if
             ``scale`` is not above 0, or a number in the file would not be finite; if a file is where the folder goes.
     """
-    from peft import LoraConfig
-
     if not (math.isfinite(scale) and scale > 0.0):
         raise AdapterError(f"scale: expected a finite number above 0, got {scale}; choose a positive scale")
     pairs = {name: pair for name, pair in adapter.items() if pair.rank > 0}
@@ -68,26 +67,32 @@ def save_peft(
     # peft says of patterns for parameters that it ignores them, so these have the common rank, padded with zeros.
     stored |= pad(Adapter({name: stored[name] for name in by_parameter}), rank) if by_parameter else {}
     differing = {name: pair.rank for name, pair in stored.items() if pair.rank != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=_plain(scale * rank),
-        rank_pattern=differing,
-        alpha_pattern={name: _plain(scale * r) for name, r in differing.items()},
-        target_modules=sorted(pairs.keys() - by_parameter.keys()) or None,
-        target_parameters=sorted(by_parameter.values()) or None,
-        fan_in_fan_out=conv1d,
-        lora_dropout=0.0 if by_parameter else dropout,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base.name,
-        inference_mode=True,
-    )
+    # What peft's own LoraConfig writes, but for what only its other kinds of adapters read: peft is slow to load.
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base.name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": _plain(scale * rank),
+        "rank_pattern": differing,
+        "alpha_pattern": {name: _plain(scale * r) for name, r in differing.items()},
+        "target_modules": sorted(pairs.keys() - by_parameter.keys()) or None,
+        "target_parameters": sorted(by_parameter.values()) or None,
+        "modules_to_save": None,
+        "fan_in_fan_out": conv1d,
+        "lora_dropout": 0.0 if by_parameter else dropout,
+        "bias": "none",
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+    }
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise AdapterError(f"{folder}: expected a folder to write to, found a file; choose another folder") from error
-    config.save_pretrained(str(folder))
-    _order_targets(folder / CONFIG_NAME)
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
     (folder / WEIGHTS_NAME).write_bytes(_with_metadata(save(_peft_tensors(stored)), {"format": "pt"} | base.metadata))
 
 
@@ -151,14 +156,6 @@ def _peft_tensors(pairs: Mapping[str, Pair]) -> dict[str, Tensor]:
     return tensors
 
 
-def _order_targets(path: Path) -> None:
-    """Sort the names of the targets: peft keeps them as a set, and writes it in another order in every process."""
-    written = json.loads(path.read_text(encoding="utf-8"))
-    for key in ("target_modules", "target_parameters"):
-        written[key] = sorted(written[key]) if written.get(key) else written.get(key)
-    path.write_text(json.dumps(written, indent=2, sort_keys=True), encoding="utf-8")
-
-
 def _with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
     """Return a safetensors file with metadata in the given order; safetensors writes several keys in any order."""
     end = 8 + int.from_bytes(blob[:8], "little")
@@ -170,7 +167,12 @@ def _with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
-        raise AdapterError(f"{folder}: expected {WEIGHTS_NAME}, found none; convert .bin files to safetensors")
+        if not (folder / _PICKLED).is_file():
+            raise AdapterError(f"{folder}: expected {WEIGHTS_NAME}, found none; fetch the folder again")
+        raise AdapterError(
+            f"{folder}: expected {WEIGHTS_NAME}, found {_PICKLED}, which may run code when it is read; if you trust "
+            "it, load it with stock peft and write it by save_pretrained, which gives safetensors"
+        )
     with _explained(path):
         return load_file(path)
 

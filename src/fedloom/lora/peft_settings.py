@@ -131,7 +131,7 @@ class Scales:
         stated = self._number("rank_pattern", "r", module)
         if stated != rank:
             raise AdapterError(
-                f"{self._path.parent}: expected rank {shortened(stated)} of {module} as {CONFIG_NAME} states, its "
+                f"{self._path.parent}: expected rank {stated:g} of {module} as {CONFIG_NAME} states, its "
                 f"tensors have rank {rank}; fetch it again"
             )
         if rank < 1:

@@ -14,6 +14,7 @@ Imports no torch. The packages' entry points are looked up when a name is not a 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -33,6 +34,14 @@ BASELINE = "fedit"
 EXACT = "flora"
 """The default of ``fedloom.aggregate``, and the method whose answers the demo shows: its product is the exact mean."""
 
+OTHER_NAMES = {
+    "fedavg": "fedit",
+    "fedavglora": "fedit",
+    "hetlora": "zero-padding",
+    "padding": "zero-padding",
+    "local": "standalone",
+}
+"""What others call a method, in small letters without signs; meant for messages."""
 
 _LOCAL: dict[str, Method] = {}
 
@@ -82,7 +91,9 @@ def remedy(name: str, among: Iterable[str]) -> str:
     """Say what to do about a name that is not ``among`` the methods asked for: why an installed one cannot be used."""
     if name in _installed().faults:
         return _installed().faults[name]
-    close = difflib.get_close_matches(name, list(among), 1, 0.5)
+    among = list(among)
+    known = OTHER_NAMES.get(re.sub(r"[^a-z]", "", name.lower()))
+    close = [known] if known in among else difflib.get_close_matches(name, among, 1, 0.6)
     nearest = f"did you mean {close[0]}?" if close else "name one of them"
     return nearest if has(name) else f"{nearest} (a method of your own must be registered or installed first)"
 

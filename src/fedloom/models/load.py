@@ -221,7 +221,7 @@ def _load_model(
 
 @contextmanager
 def bars_on_terminals_only() -> Iterator[None]:
-    """Keep the loader's progress bar out of logs and pipes."""
+    """Keep the progress bars of transformers out of logs and pipes."""
     if sys.stderr.isatty():
         yield
         return

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedloom import embedded
 from fedloom.assembly.inputs import Workshop, lora_of
@@ -148,13 +150,16 @@ _ALONE: dict[str, Callable[[Preparation], str]] = {
 
 def _rows(prepared: Preparation, absent: frozenset[str]) -> Iterator[Finding]:
     data = prepared.settings.data
-    for setting, name, look in (("path", data.path, _training), ("eval_path", data.eval_path, _held_out)):
+    for setting, kind, name, look in (
+        ("path", "data", data.path, _training),
+        ("eval_path", "held-out data", data.eval_path, _held_out),
+    ):
         if name is None or f"data.{setting}" in absent:
             continue
         if _is_of_hub(name):
-            yield Finding(f"data {name}", Verdict.UNKNOWN, "a data set of the hub, which a run reads there")
+            yield Finding(f"{kind} {name}", Verdict.UNKNOWN, "a data set of the hub, which a run reads there")
         else:
-            yield _looked(f"data {name}", look, prepared)
+            yield _looked(f"{kind} {name}", look, prepared)
 
 
 def _training(prepared: Preparation) -> str:
@@ -194,16 +199,20 @@ def _base(prepared: Preparation) -> str:
 def _inputs(prepared: Preparation) -> str:
     inputs = prepared.inputs
     sizes = inputs.partition.sizes
-    each = f"{sizes.min():,}" if sizes.min() == sizes.max() else f"{sizes.min():,} to {sizes.max():,}"
     lengths = inputs.tokens.lengths
     told = [
-        f"{counted(len(inputs.tokens), 'row')} of {lengths.min():,} to {lengths.max():,} tokens to train on",
-        f"{counted(len(sizes), 'client')} of {each} rows",
+        f"{counted(len(inputs.tokens), 'row')} of {_span(lengths, 'token')} to train on",
+        f"{counted(len(sizes), 'client')} of {_span(sizes, 'row')}",
         "" if inputs.own.tokens is None else f"{counted(len(inputs.own.tokens), 'row')} of their own to be scored on",
         inputs.counts.told,
         f"left out: client {', '.join(inputs.left_out)}" if inputs.left_out else "",
     ]
     return "; ".join(filter(None, told))
+
+
+def _span(numbers: NDArray[np.int64], noun: str) -> str:
+    low, high = int(numbers.min()), int(numbers.max())
+    return counted(high, noun) if low == high else f"{low:,} to {counted(high, noun)}"
 
 
 def _clients(prepared: Preparation) -> str:

@@ -1,7 +1,8 @@
 """A paper's whole set of tables and figures from finished folders, as one file lists them.
 
 The file is TOML: one table per part of the paper, with ``runs`` (folders of runs and comparisons, from the file's own
-folder on) and ``reference``, the method that differences are taken from.
+folder on) and ``reference``, the method that differences are taken from: where settings tell several groups of runs of
+that method apart, the group of the runs that are named first.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedloom.errors import SettingsError
+from fedloom.errors import EvaluationError, SettingsError
 from fedloom.reporting.collected import collect
 from fedloom.reporting.figures import write_figures
 from fedloom.reporting.paper import write_tables
@@ -38,7 +39,14 @@ def read_parts(file: Path) -> list[Part]:
     """
     try:
         document = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise SettingsError(
+            f"{file}: expected a TOML file with a table for each part, got: {reason}; check the path"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SettingsError(f"{file}: expected UTF-8 text, got other bytes; name a TOML file") from error
+    except (ValueError, RecursionError) as error:
         raise SettingsError(f"{file}: expected TOML, got {error}; correct the file") from error
     problems, parts = list[str](), list[Part]()
     if not document:
@@ -63,7 +71,12 @@ def write_paper(parts: list[Part], to: Path) -> Iterator[Path]:
         MissingExtraError: matplotlib is not installed.
         RunError: a folder holds no finished run, or a file cannot be written.
     """
-    told = {part.name: collect(list(part.runs), part.reference) for part in parts}  # nothing is written if one is wrong
+    told = {}  # of all parts before anything is written, so that nothing is if one is wrong
+    for part in parts:
+        try:
+            told[part.name] = collect(list(part.runs), part.reference)
+        except EvaluationError as error:
+            raise EvaluationError(f"{part.name}.{error}") from error
     for name, one in told.items():
         folder = to / name
         files = {kind: folder / file for kind, file in TABLES.items()}

@@ -15,7 +15,7 @@ from fedloom.reporting.metrics import CLIENT_LOSS, LOSS, Metric, figures_of, met
 from fedloom.reporting.tables import Comparison, compare
 from fedloom.run_folder.manifest import flatten
 from fedloom.run_folder.reader import StoredRun
-from fedloom.wording import one_line
+from fedloom.wording import one_line, worded
 
 _INDIVIDUAL = {"run.seed"}
 
@@ -78,7 +78,7 @@ def _label(run: StoredRun, runs: Sequence[StoredRun], called: Callable[[str], st
     same = [flatten(other.config) for other in runs if other.method == run.method]
     mine = flatten(run.config)
     shown = [
-        f"{called(name)}={mine[name]}"
+        f"{called(name)}={worded(mine[name])}"
         for name in mine
         if name not in _INDIVIDUAL and any(other.get(name) != mine[name] for other in same)
     ]

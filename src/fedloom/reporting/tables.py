@@ -167,10 +167,15 @@ def compare(
 def reference_among(methods: Collection[str], wanted: str | None = None) -> str | None:
     """Return the method that the others are set against: ``wanted``, else the baseline where it is one of several.
 
+    Of a method in several groups, which are labelled by the settings that differ, the bare name is the first group.
+
     Raises:
         EvaluationError: ``wanted`` is not among the methods.
     """
     if wanted is not None and wanted not in methods:
+        labelled = next((label for label in methods if label.startswith(f"{wanted} (")), None)
+        if labelled is not None:
+            return labelled
         raise EvaluationError(f"reference: expected one of {', '.join(methods)}, got {wanted!r}: name one of them")
     return wanted or (BASELINE if BASELINE in methods and len(methods) > 1 else None)
 

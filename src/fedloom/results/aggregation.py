@@ -20,6 +20,7 @@ from fedloom.errors import AdapterError
 from fedloom.file_formats import SOURCES
 from fedloom.lora.algebra import covering, distance, norm, norm_of_pair
 from fedloom.lora.base_reference import BaseReference
+from fedloom.lora.pair import Adapter
 from fedloom.lora.peft_files import WEIGHTS_NAME, parameters_of, save_peft
 from fedloom.lora.peft_settings import CONFIG_NAME
 from fedloom.methods.combination import aggregate, shares_of
@@ -59,12 +60,14 @@ class Source:
         weight: its share; the shares of all sum to one.
         ranks: by module.
         sha256: of each of its files.
+        norm: Frobenius norm of what it adds.
     """
 
     name: str
     weight: float
     ranks: Mapping[str, int]
     sha256: Mapping[str, str]
+    norm: float
 
     def line(self) -> str:
         """Return the source in one line."""
@@ -110,7 +113,20 @@ class Aggregated(Displayed):
             lines.insert(
                 2, f"by module it drops {least:.3%} ({least_of}) to {most:.3%} ({most_of}); {SOURCES_FILE} lists all"
             )
-        return [*lines, *(source.line() for source in self.sources)]
+        return [*lines, *(source.line() for source in self.sources), *self.remarks()]
+
+    def remarks(self) -> list[str]:
+        """Return what is seldom meant: the same numbers from two sources, and a source that adds nothing."""
+        seen: dict[str, str] = {}
+        found = []
+        for source in self.sources:
+            earlier = seen.get(source.sha256[WEIGHTS_NAME])
+            seen[source.sha256[WEIGHTS_NAME]] = source.name
+            if earlier is not None:
+                found.append(f"{one_line(source.name)} holds the same weights as {one_line(earlier)}: they count twice")
+            if source.norm == 0.0:
+                found.append(f"{one_line(source.name)} adds nothing (all of its products are zero): was it trained?")
+        return found
 
 
 def aggregate_adapters(
@@ -145,6 +161,7 @@ def aggregate_adapters(
     found = [chosen_result(_folder(source), None) for source in sources]
     _refuse_twice(found)
     adapters = [only_adapter(one) for one in found]
+    _refuse_other_shapes(found, adapters)
     reference = _agreed_base(found, None if base is None else str(base))
     exact = compacted(aggregate(covering(adapters), shares))
     kept, errors = at_rank(exact, rank)
@@ -193,6 +210,18 @@ def _refuse_twice(found: Sequence[Found]) -> None:
             raise AdapterError(f"{found[position].path}: expected each adapter once, got it twice; give it a weight")
 
 
+def _refuse_other_shapes(found: Sequence[Found], adapters: Sequence[Adapter]) -> None:
+    first: dict[str, tuple[tuple[int, int], Path]] = {}
+    for one, adapter in zip(found, adapters, strict=True):
+        for name, shape in adapter.shapes.items():
+            expected, holder = first.setdefault(name, (shape, one.path))
+            if shape != expected:
+                raise AdapterError(
+                    f"{one.path}: expected {name} with {expected[0]} outputs and {expected[1]} inputs, as in {holder}, "
+                    f"got {shape[0]} and {shape[1]}; they are for different bases, or one is damaged: leave one out"
+                )
+
+
 def _agreed_base(found: Sequence[Found], base: str | None) -> BaseReference:
     """Return the base that all adapters are for: of one hash where they hold one, of one name where they do not.
 
@@ -235,7 +264,8 @@ def _described(sources: Sequence[str | Path], found: Sequence[Found], shares: Se
     for one, share, name in zip(found, shares, _names(sources, found), strict=True):
         folder = own_folder(one)
         digests = {file: durable.file_sha256(folder / file) for file in _ADAPTER_FILES}
-        described.append(Source(name, share, only_adapter(one).ranks, digests))
+        adapter = only_adapter(one)
+        described.append(Source(name, share, adapter.ranks, digests, norm(adapter)))
     return tuple(described)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedloom.errors import AdapterError, ModelError
 from fedloom.lora.algebra import norm
 from fedloom.lora.linear import LoRALinear, is_transposed
-from fedloom.models.load import Base
+from fedloom.models.load import Base, bars_on_terminals_only
 from fedloom.results.card import merged_card
 from fedloom.results.conversation import wording_of
 from fedloom.results.exported import (
@@ -79,7 +79,8 @@ def export_merged(
         loaded.model.generation_config = generation_config(loaded.model, stops)
         for name, (weight, _) in merged.items():
             loaded.model.get_submodule(name).weight = nn.Parameter(weight, requires_grad=False)
-        loaded.model.save_pretrained(folder)
+        with bars_on_terminals_only():
+            loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(merged_card(found, exported.lines(), exported.is_exact), encoding="utf-8")
 

@@ -32,6 +32,7 @@ from fedloom.run_folder.manifest import MANIFEST
 from fedloom.run_folder.reader import StoredRun, check_result_folder, missing_adapters, read_run
 from fedloom.run_folder.run_date import date_of
 from fedloom.training.loss import obstacle
+from fedloom.wording import resuming
 
 
 @dataclass(frozen=True, eq=False)
@@ -221,10 +222,7 @@ def unfinished_note(run: StoredRun) -> str:
     planned = run.config.get("federation", {}).get("num_rounds", "?")
     if isinstance(planned, int) and run.config.get("method", {}).get("initialisation") == GRADIENT:
         planned += 1
-    return (
-        f"{run.path} has not finished (round {len(run.records)} of {planned}); finish it with: "
-        f"fedloom run {run.path / 'config.json'} --out {run.path}"
-    )
+    return f"{run.path} has not finished (round {len(run.records)} of {planned}); finish it with: {resuming(run.path)}"
 
 
 def _find_adapter(path: Path) -> Found:
@@ -254,7 +252,7 @@ def _find_run(path: Path, round: int | str | None) -> Found:
         if missing := missing_adapters(path, run.finished):
             raise RunError(
                 f"{missing[0]}: expected the adapter that this run wrote, found none; write it again with: "
-                f"fedloom run {path / 'config.json'} --out {path}"
+                f"{resuming(path)}"
             )
         return Found(path, _finished_adapters(run), settings.model.base, settings, run, (), reference)
     if not run.records:

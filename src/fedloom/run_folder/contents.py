@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from fedloom.errors import RunError
 from fedloom.run_folder import durable
 from fedloom.run_folder.manifest import FORMAT, MANIFEST, read_manifest, sealed, unsealed
+from fedloom.wording import resuming
 
 ADAPTER = "adapter"
 ROUNDS = "rounds"
@@ -89,7 +90,7 @@ def check_adapter(run: Path, manifest: Mapping[str, Any], name: str) -> None:
     Raises:
         RunError: a file of it is missing or not what was written.
     """
-    remedy = f"remove {run / ADAPTER} and run again to write it anew: fedloom run {run / 'config.json'} --out {run}"
+    remedy = f"remove {run / ADAPTER} and run again to write it anew: {resuming(run)}"
     for file in PEFT_FILES:
         path = f"{name}/{file}"
         _check(run, manifest, path, _hash_of(run / path, remedy), remedy)

@@ -23,6 +23,7 @@ from fedloom.errors import RunError
 from fedloom.file_formats import RUN_FOLDER
 from fedloom.run_folder import durable
 from fedloom.run_folder.durable import plain
+from fedloom.wording import worded
 
 FORMAT = "fedloom-run"
 MANIFEST = "manifest.json"
@@ -192,7 +193,10 @@ def differences(there: Mapping[str, Any], asked: Mapping[str, Any], may_change: 
     for name in sorted(old.keys() | new.keys()):
         allowed = any(name == free or name.startswith(f"{free}.") for free in may_change)
         if not allowed and old.get(name) != new.get(name):
-            phrases.append(f"{name} is {old.get(name)!r} there, {new.get(name)!r} asked")
+            one, other = (
+                worded(v) if v is None or isinstance(v, bool) else repr(v) for v in (old.get(name), new.get(name))
+            )
+            phrases.append(f"{name} is {one} there, {other} asked")
     return phrases
 
 

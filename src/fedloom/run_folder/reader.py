@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedloom.run_folder.contents import (
     records_of,
 )
 from fedloom.run_folder.manifest import MANIFEST, read_manifest
+from fedloom.wording import typed
 
 
 @dataclass(frozen=True)
@@ -114,10 +116,16 @@ def check_result_folder(path: Path) -> None:
     if not path.is_dir():
         raise RunError(f"{path}: expected the folder of a run or of a PEFT adapter, found no folder; check the path")
     if not any((path / name).exists() for name in (MANIFEST, PEFT_FILES[0])):
-        found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "an empty folder"
+        names = sorted(entry.name for entry in path.iterdir())
+        found = ", ".join(names[:5]) or "an empty folder"
+        inside = next((path / name for name in names if (path / name / MANIFEST).exists()), None)
+        action = "give the folder of the run or adapter itself"
+        if inside is not None:
+            action = f"give one of the runs in it, as {inside}, or compare all: {typed('fedloom', 'report', path)}"
+        elif "config.json" in names and any(re.fullmatch(r"model.*\.safetensors", name) for name in names):
+            action = "this is a whole model: give it as --base of an adapter, or as model.base of a run"
         raise RunError(
-            f"{path}: expected a run ({MANIFEST}) or a PEFT adapter ({PEFT_FILES[0]}), found {found}; "
-            "give the folder of the run or adapter itself"
+            f"{path}: expected a run ({MANIFEST}) or a PEFT adapter ({PEFT_FILES[0]}), found {found}; {action}"
         )
 
 
