@@ -296,4 +296,6 @@ def training_of(settings: Settings) -> LocalTraining:
 def privacy_of(settings: Settings) -> RowPrivacy | None:
     """Return how clients hide their rows; None where they do not."""
     privacy = settings.privacy
-    return RowPrivacy(privacy.clip, privacy.noise_multiplier) if privacy.unit == "row" else None
+    if privacy.unit != "row":
+        return None
+    return RowPrivacy(privacy.clip, privacy.noise_multiplier, privacy.rows_per_unit)

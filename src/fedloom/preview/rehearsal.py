@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from fedloom import embedded
@@ -199,11 +200,21 @@ def _inputs(prepared: Preparation) -> str:
     told = [
         f"{counted(len(inputs.tokens), 'row')} of {lengths.min():,} to {lengths.max():,} tokens to train on",
         f"{counted(len(sizes), 'client')} of {each} rows",
+        _units(prepared),
         "" if inputs.own.tokens is None else f"{counted(len(inputs.own.tokens), 'row')} of their own to be scored on",
         inputs.counts.told,
         f"left out: client {', '.join(inputs.left_out)}" if inputs.left_out else "",
     ]
     return "; ".join(filter(None, told))
+
+
+def _units(prepared: Preparation) -> str:
+    """Say how many units a column tells apart, and how many rows the largest has."""
+    column, units = prepared.settings.data.unit_column, prepared.inputs.tokens.units
+    if column is None or units is None:
+        return ""
+    sizes = np.unique(units, return_counts=True)[1]
+    return f"{counted(len(sizes), 'value')} of {column} of up to {counted(int(sizes.max()), 'row')}"
 
 
 def _clients(prepared: Preparation) -> str:

@@ -18,4 +18,6 @@ def privacy_line(privacy: Mapping[str, Any]) -> str:
     where = _SERVERS if unit == "client" and drawn == "system" else _DRAWS.get(drawn, "")
     counted = ", counted without amplification by sampling" if privacy.get("amplified") is False else ""
     cost = "an ε that no site told" if spent is None else f"ε = {spent:.3f}"
-    return f"every {unit} hidden with at most {cost} at δ = {privacy.get('delta'):g}{counted}; {where}"
+    column = privacy.get("unit_column")
+    hidden = f"every {unit} hidden" if column is None else f"every {column} hidden with all its rows at a client,"
+    return f"{hidden} with at most {cost} at δ = {privacy.get('delta'):g}{counted}; {where}"

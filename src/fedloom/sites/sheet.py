@@ -45,6 +45,7 @@ class SheetPrivacy(Part):
 
     clip: Annotated[float, Gt(0), Le(1e9)]
     noise_multiplier: Annotated[float, Gt(0), Le(1e9)]
+    rows_per_unit: Number | None = None
 
 
 class SheetBudget(Part):
@@ -178,6 +179,7 @@ class Sheet(Part):
     sketch_rank: Annotated[int, Ge(1), Le(1 << 20)] | None = None
     budget: SheetBudget | None = None
     sum: SheetSum | None = None
+    unit_column: Pattern | None = None
 
     def rank_asked(self, round: int) -> int:
         """Return the rank of a round's task: the client's own, but where it sketches a gradient."""
@@ -203,7 +205,8 @@ class Sheet(Part):
             cut = f", the model cut after block {self.split.cut_layer}: activations cross, labels {labels}"
         hidden = ""
         if (privacy := training.privacy) is not None:
-            hidden = f", rows hidden by noise of {privacy.noise_multiplier:g} times the clip"
+            units = "rows" if self.unit_column is None else f"all rows of each {self.unit_column}"
+            hidden = f", {units} hidden by noise of {privacy.noise_multiplier:g} times the clip"
         if self.sum is not None:
             hidden += f", updates in sums of at least {self.sum.fewest} sites under masks"
         return f"run {self.run}: {self.method}, rank {self.rank}, {rounds}, base {self.base_sha256[:12]}{cut}{hidden}"
@@ -288,6 +291,7 @@ def sheet_of(
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
         budget=_budget_of(settings),
         sum=_sum_of(settings, cohort_size),
+        unit_column=data.unit_column,
     )
 
 
