@@ -128,6 +128,16 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "privacy.rows_per_unit": (2, {"privacy.unit": "row"}),
     "privacy.max_epsilon": (3.0, {"privacy.unit": "row"}),
     "privacy.sum": ("masked", {}),
+    "privacy.noise": (
+        "clients",
+        {
+            "privacy.unit": "client",
+            "privacy.sum": "masked",
+            "method.ranks": 4,
+            "method.weighting": "uniform",
+            "federation.num_clients": 4,
+        },
+    ),
     "privacy.threshold": (3, {"privacy.sum": "masked", "federation.num_clients": 4}),
     "split.cut_layer": (2, {}),
     "split.aggregation": ("flora", {}),

@@ -54,6 +54,12 @@ class Privacy(Table):
         "in it.",
         when={"method.name": having("sums_factors")},
     )
+    noise: Literal["server", "clients"] = setting(
+        "server",
+        "Who adds the noise to a masked sum of hidden clients: the server, which then sees the sum without it, or "
+        "`clients`, each a share, of which those of `threshold` clients make up the whole.",
+        when={"privacy.unit": ("client",), "privacy.sum": ("masked",)},
+    )
     threshold: Count | None = setting(
         None,
         "Clients of a round that must stay to the end of a masked sum, more than two thirds of those drawn; default: "

@@ -4,7 +4,8 @@
     the server takes Σ x_k / Σ q_k,   both over those who stayed
 
 It is the weighted mean of the factors, as without masks; shares are known before the round, so they tell nothing new.
-Where whole clients are hidden, a client clips its change itself, and the server adds the noise to the sum.
+Where whole clients are hidden, a client clips its change itself, and the server adds the noise to the sum, or each
+client its share of it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,17 @@ Numbers = Mapping[str, Tensor]
 class Rule(Protocol):
     """A method that needs nothing but a sum over its clients."""
 
+    @property
+    def agreed(self) -> tuple[float, ...]:
+        """Numbers that all in a sum must have been told alike."""
+        ...
+
     def summand(self, start: Adapter, trained: Adapter, share: float) -> Numbers:
         """Return what a client adds to the sum: it began with ``start`` and ended with ``trained``."""
+        ...
+
+    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
+        """Return the noise that a client adds to its summand, by the same names; nothing where it adds none."""
         ...
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
@@ -43,11 +53,20 @@ class MeanOfFactors:
 
     method: Strategy
 
+    @property
+    def agreed(self) -> tuple[float, ...]:
+        """Nothing beside the terms of the sum."""
+        return ()
+
     def summand(self, start: Adapter, trained: Adapter, share: float) -> Numbers:
         """Return the factors times the share, padded to the largest rank."""
         sent = self.method.client.work(1).sends
         found = {key: share * tensor.double() for key, tensor in trained.as_tensors(sent).items()}
         return {key: _padded(tensor, key, rank) for key, tensor in found.items() for rank in [self._rank_of(key)]}
+
+    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
+        """Add nothing."""
+        return {}
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
         """Return the mean as the next start; how far the clients' products are from its product nobody knows."""

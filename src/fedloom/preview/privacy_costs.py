@@ -60,16 +60,13 @@ class PlannedPrivacy:
             return [f"privacy: what the run costs is not known: {self.unknown}"]
         width = max(6, *(len(one.name) for one in self.clients))
         column = self.unit_column
-        what, units, of_rows = "every row is hidden", "rows", ""
+        what, counted, of_rows = "every row is hidden", "rows", ""
         if column is not None:
-            hidden, units, of_rows = (
-                f"every {column} is hidden with all its rows at a client",
-                "units",
-                f"  {'rows':>8}",
-            )
+            what = f"every {column} is hidden with all its rows at a client"
+            counted, of_rows = "units", f"  {'rows':>8}"
         lines = [
             f"privacy: {what}; what the whole run costs each client, at δ = {self.delta:g}:",
-            f"{'client':>{width}}  {units:>8}{of_rows}  {'rounds':>6}  {'steps':>8}  {'ε':>8}",
+            f"{'client':>{width}}  {counted:>8}{of_rows}  {'rounds':>6}  {'steps':>8}  {'ε':>8}",
         ]
         shown = sorted(self.clients, key=lambda one: -one.epsilon)[:LISTED]
         shown = [one for one in self.clients if one in shown]

@@ -21,14 +21,14 @@ from fedloom.data.records import Shape
 from fedloom.data.templates import AUTO, CHAT, Template, read_template, template_text
 from fedloom.errors import UpdateError
 from fedloom.federation.blob import WireDtype
-from fedloom.federation.sum_terms import FEWEST_MEMBERS, threshold_of
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.gradient_start import sketch_rank
-from fedloom.methods.options import ClientPrivacy, MethodOptions, ServerAdamW
+from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
+from fedloom.sites.sheet_sum import SheetSum, client_privacy_of, sum_of
 from fedloom.training.cohort_round import SKETCH_ROWS, LocalTraining
 from fedloom.training.private_rows import RowPrivacy
 
@@ -101,17 +101,6 @@ class SheetSplit(Part):
     def num_periods(self) -> int:
         """Periods in all: the rounds of a split run."""
         return -(-self.num_steps // self.aggregate_every)
-
-
-class SheetSum(Part):
-    """How updates are summed under masks: what all send as many numbers as, and how many stay in a sum at least.
-
-    ``clip`` is given where the study hides whole sites: each clips its own change, to this norm.
-    """
-
-    max_rank: Annotated[int, Ge(1), Le(1 << 20)]
-    fewest: Annotated[int, Ge(FEWEST_MEMBERS), Le(4096)]
-    clip: Annotated[float, Gt(0), Le(1e9)] | None = None
 
 
 class SheetTemplate(Part):
@@ -225,7 +214,7 @@ class Sheet(Part):
         Raises:
             MethodError: the method is not installed here, or sends nothing.
         """
-        largest, clip = (self.rank, None) if self.sum is None else (self.sum.max_rank, self.sum.clip)
+        largest = self.rank if self.sum is None else self.sum.max_rank
         cohort = Cohort(shapes, largest, lambda client: self.rank, self.seed)
         options = MethodOptions(
             weighting=self.weighting,
@@ -235,7 +224,7 @@ class Sheet(Part):
             moments=self.moments,
             moments_prior=self.moments_prior,
             control_clients=1 if self.corrects else 0,  # the number stays at the server
-            client_privacy=None if clip is None else ClientPrivacy(clip, noise_multiplier=0.0, expected_clients=1.0),
+            client_privacy=client_privacy_of(self.sum),
             masked=self.sum is not None,
         )
         strategy: Strategy = table.make(self.method, cohort, options)
@@ -290,7 +279,7 @@ def sheet_of(
         corrects=settings.training.control_variates,
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
         budget=_budget_of(settings),
-        sum=_sum_of(settings, cohort_size),
+        sum=sum_of(settings, cohort_size),
         unit_column=data.unit_column,
     )
 
@@ -305,15 +294,6 @@ def _training_of(settings: Settings) -> SheetTraining:
 def _budget_of(settings: Settings) -> SheetBudget | None:
     privacy = settings.privacy
     return None if privacy.unit != "row" else SheetBudget(delta=privacy.delta, max_epsilon=privacy.max_epsilon)
-
-
-def _sum_of(settings: Settings, cohort_size: int) -> SheetSum | None:
-    privacy = settings.privacy
-    if privacy.sum != "masked":
-        return None
-    fewest = threshold_of(privacy.threshold, cohort_size)
-    clip = privacy.clip if privacy.unit == "client" else None
-    return SheetSum(max_rank=max(settings.client_ranks), fewest=fewest, clip=clip)
 
 
 def read_sheet(body: bytes, run: str | None = None) -> Sheet:
