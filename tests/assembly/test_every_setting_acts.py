@@ -63,6 +63,7 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.validation_fraction": (0.25, {}),
     "data.scored_seeds": ((2, 3), {"data.validation_fraction": 0.25, "data.eval_rows": 4}),
     "data.max_rows": (20, {}),
+    "data.unit_column": ("patient", {"privacy.unit": "row"}),
     "data.canaries": (2, {}),
     "data.canary_clients": (("0",), {"data.canaries": 2}),
     "data.canary_repetitions": (3, {"data.canaries": 2}),
@@ -124,9 +125,20 @@ OTHER: dict[str, tuple[Any, dict[str, Any]]] = {
     "privacy.clip": (0.5, {"privacy.unit": "row"}),
     "privacy.noise_multiplier": (2.0, {"privacy.unit": "row"}),
     "privacy.delta": (1e-6, {"privacy.unit": "row"}),
+    "privacy.rows_per_unit": (2, {"privacy.unit": "row"}),
     "privacy.max_epsilon": (3.0, {"privacy.unit": "row"}),
     "privacy.sum": ("masked", {}),
     "privacy.sketch_rank": (1, {"privacy.sum": "sketch"}),
+    "privacy.noise": (
+        "clients",
+        {
+            "privacy.unit": "client",
+            "privacy.sum": "masked",
+            "method.ranks": 4,
+            "method.weighting": "uniform",
+            "federation.num_clients": 4,
+        },
+    ),
     "privacy.threshold": (3, {"privacy.sum": "masked", "federation.num_clients": 4}),
     "split.cut_layer": (2, {}),
     "split.aggregation": ("flora", {}),
@@ -315,9 +327,10 @@ class Recorder:
             "context_of": 256,
             "emptied": ("a client without a row",),
             "load_rows": Rowlike(40),
+            "by_unit": Rowlike(40),
             "read_records": None,
             "encode": SimpleNamespace(tokens=tokens, kept=np.arange(40), counts=SimpleNamespace(told="")),
-            "hold_out": split,
+            "hold_out_units": split,
             "hold_out_by_category": split,
             "set_aside": (split, None),
             "plant": (tokens, None, ()),
@@ -374,6 +387,9 @@ class Rowlike:
         return np.arange(self.size)
 
     def distinct(self) -> Rowlike:
+        return self
+
+    def one_of_each_unit(self) -> Rowlike:
         return self
 
     def select(self, chosen: Any) -> Rowlike:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -46,3 +48,20 @@ def test_what_is_missing_is_named(division: Division, message: str) -> None:
 def test_rows_that_were_not_the_encoded_ones_are_refused() -> None:
     with pytest.raises(PartitionError, match="12 rows and 2 encoded"):
         divide(Division(Scheme.IID, 2), ROWS, TOKENS.select([0, 1]), seed=1)
+
+
+@pytest.mark.parametrize("scheme", list(Scheme))
+def test_rows_of_one_person_are_dealt_together_and_natural_ones_stay_where_they_are(scheme: Scheme) -> None:
+    rows = replace(ROWS, grouped=np.arange(12) % 4)
+    owner = divide(
+        Division(scheme, num_clients=2, column=None if scheme is Scheme.NATURAL else "category"), rows, TOKENS, seed=1
+    )
+    owners = [set(owner.owner_of_row()[rows.grouped == one].tolist()) for one in range(4)]
+    assert [len(one) for one in owners] == [2 if scheme is Scheme.NATURAL else 1] * 4
+
+
+def test_where_every_row_is_its_own_unit_nothing_changes() -> None:
+    division = Division(Scheme.SIZE, num_clients=3)
+    plain = divide(division, ROWS, TOKENS, seed=1)
+    alone = divide(division, replace(ROWS, grouped=np.arange(12)), TOKENS, seed=1)
+    assert np.array_equal(plain.rows, alone.rows)

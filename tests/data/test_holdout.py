@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fedloom.data import hold_out, hold_out_by_category
-from fedloom.data.holdout import hold_out_of_owners
+from fedloom.data.holdout import hold_out_of_owners, hold_out_units
 from fedloom.errors import DataError
 from fedloom.seeding import stream
 
@@ -50,3 +50,16 @@ def test_owners_with_no_row_to_spare_are_refused() -> None:
         hold_out_of_owners(np.array([0, 1, 2, 2]), 2, stream(1, "validation"))
     with pytest.raises(DataError, match=r"hold-out of 0\.1 from the rows to train on"):
         hold_out_of_owners(np.array([0, 1, 2, 2]), 0.1, stream(1, "validation"))
+
+
+def test_units_are_held_out_whole_until_there_are_as_many_rows_and_one_by_one_as_rows_are() -> None:
+    sizes = np.array([1, 5, 2, 2, 7, 3])
+    for seed in range(20):
+        held = hold_out_units(sizes, 6, stream(seed, "hold-out")).held
+        assert 6 <= sizes[held].sum() < 6 + 7
+    assert len(hold_out_units(sizes, 0.5, stream(1, "hold-out")).held) == 3
+    for amount in (3, 0.25):
+        alone = hold_out_units(np.ones(20, np.int64), amount, stream(1, "hold-out"))
+        assert np.array_equal(alone.held, hold_out(20, amount, stream(1, "hold-out")).held)
+    with pytest.raises(DataError, match="expected one of its 2 units to be left, got none"):
+        hold_out_units(np.array([9, 9]), 17, stream(1, "hold-out"))

@@ -17,6 +17,8 @@ from fedloom import embedded
 from fedloom.config import Settings
 from fedloom.errors import TooFewClientsError
 from fedloom.experiment.session import run
+from fedloom.methods import private_clients
+from fedloom.privacy.draws import SeededDraws
 from fedloom.privacy.secure_sum.steps import Step
 from fedloom.seeding import stream
 from fedloom.sites import sites_engine
@@ -96,6 +98,31 @@ def test_sums_of_one_study_hide_rows_and_whole_sites_too(four: Four, tmp_path: P
     last = records_of(tmp_path / "sites")[-1]
     assert last["privacy"]["unit"] == "client"
     assert [client["weight"] for client in last["clients"]] == [0.25] * 4
+
+
+@pytest.mark.slow
+def test_sites_add_their_own_noise_and_the_server_none(
+    four: Four, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = {"privacy__unit": "client", "method__name": "ffa-lora", "method__weighting": "uniform"}
+    settings = four.settings(**hidden, method__ranks=2, privacy__noise="clients")
+    adapters = []
+    for place in ("one", "other"):
+        hub = Hub()
+        sites = four.start(hub)
+        served(four.study(settings), tmp_path / place, hub)
+        adapters.append(adapter_of(tmp_path / place))
+        told = records_of(tmp_path / place)[-1]["privacy"]
+        assert (told["draws"], told["noise"]) == ("system", "clients")
+        for site in sites:
+            site.end()
+    assert adapters[0] != adapters[1], "each draws from its own system"
+    monkeypatch.setattr(private_clients, "SystemDraws", SeededDraws)
+    hub = Hub()
+    four.start(hub)
+    served(four.study(settings), tmp_path / "seeded", hub)
+    wanted = run(settings, tmp_path / "alone")
+    assert adapter_of(tmp_path / "seeded") == adapter_of(wanted.folder)
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,7 @@ def test_a_study_within_the_policy_is_taken() -> None:
         ({"max_tokens_per_pass": 8000}, {}, "tokens", {"asked": 8192, "allowed": 8000}),
         ({"max_tokens_per_pass": 9000}, {"batch_tokens": 9001}, "tokens", {"asked": 9001, "allowed": 9000}),
         ({"max_epsilon": 2.0}, {}, "unhidden", {}),
+        ({"unit_column": "patient"}, {"unit_column": "person"}, "units", {}),
         ({"hide_row_count": True}, {"steps": None, "epochs": 1.0}, "rows-hidden", {}),
         ({"sum": "masked"}, {}, "unmasked", {}),
         ({"min_sites_in_sum": 4}, {"sum": {"max_rank": 8, "fewest": 3}}, "sum-few", {"asked": 3, "allowed": 4}),
@@ -94,7 +95,7 @@ def test_what_base_and_rows_show_refuses_too(line: dict[str, Any], given: dict[s
 
 def test_every_line_of_the_policy_has_a_test_here_or_where_it_acts() -> None:
     here = {"methods", "bases", "max_rank", "max_rounds", "max_steps_per_round", "max_tokens_per_pass", "min_rows"}
-    here |= {"hide_row_count", "row_cap", "max_epsilon", "sum", "min_sites_in_sum"}
+    here |= {"hide_row_count", "row_cap", "max_epsilon", "sum", "min_sites_in_sum", "unit_column"}
     assert set(Policy.model_fields) == here | {"max_message_mib", "confirm", "split", "delta"}
 
 

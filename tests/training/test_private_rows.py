@@ -20,6 +20,7 @@ from fedloom.models.families import resolve_targets
 from fedloom.privacy.clipping import add_clipped, add_noise
 from fedloom.privacy.draws import SeededDraws, SystemDraws
 from fedloom.seeding import stream
+from fedloom.training.client_passes import Passes
 from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, train_cohort
 from fedloom.training.private_rows import RowPrivacy
 
@@ -123,6 +124,67 @@ def test_rows_of_one_unit_are_clipped_together(llama_lora: LoRAModel, task: Clie
         alone = gradient(llama_lora, replace(task, rows=task.rows.select(rows)), PLAIN)
         own = gradient(llama_lora, grouped, UNCLIPPED, draws=drawn([left_out]))
         assert_close(own, {key: tensor / 3 for key, tensor in alone.items()})
+
+
+@pytest.mark.parametrize("changes", [{}, {"token_budget": 12}, {"micro_batch_size": 1}])
+@pytest.mark.parametrize("most", [None, 1, 2])
+def test_leaving_out_any_group_of_rows_moves_the_sum_by_at_most_the_clip_however_many_are_read(
+    llama_lora: LoRAModel, task: ClientTask, changes: dict[str, int], most: int | None
+) -> None:
+    units = np.array([4, 4, 9, 4, 2, 9])
+    grouped = replace(task, rows=replace(task.rows, units=units))
+    settings = replace(PLAIN, privacy=RowPrivacy(2.0, 0.0, most), **changes)
+
+    class Some(Given):
+        """Draws of the last rows of each unit: which ones are read of one does not depend on the others."""
+
+        def some(self, num_rows: int, most: int) -> Any:
+            return np.arange(num_rows)[-most:]
+
+    def summed(drawn: Sequence[int]) -> dict[str, torch.Tensor]:
+        found = gradient(llama_lora, grouped, settings, draws=lambda *_: Some(drawn))
+        return {key: 3 * tensor for key, tensor in found.items()}
+
+    everybody, moves = summed([0, 1, 2]), []
+    for left_out, rows in enumerate(grouped.rows.by_unit()):
+        rest = summed([unit for unit in range(3) if unit != left_out])
+        moves.append(norm({key: everybody[key] - rest[key] for key in rest}))
+        alone = gradient(llama_lora, replace(task, rows=task.rows.select(rows[-most:] if most else rows)), PLAIN)
+        assert moves[-1] == pytest.approx(min(2.0, norm(alone))), "the mean over its tokens, clipped as one"
+    assert max(moves) == pytest.approx(2.0)
+
+
+def test_a_unit_that_is_too_large_for_a_pass_is_read_in_several(llama_lora: LoRAModel, task: ClientTask) -> None:
+    units, seen = np.array([4, 4, 9, 4, 2, 4]), list[int]()
+    grouped = replace(task, rows=replace(task.rows, units=units))
+    noisy = replace(PLAIN, privacy=RowPrivacy(CLIP, 0.7), dropout=0.2)
+    whole = train(llama_lora, grouped, noisy).adapter.as_tensors()
+    run = Passes._run
+
+    def counted(passes: Passes, parts: Any, turn: Any = None) -> Any:
+        seen.append(sum(len(ids) for part in parts for ids, _ in part.rows))
+        return run(passes, parts, turn)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Passes, "_run", counted)
+        assert_close(train(llama_lora, grouped, replace(noisy, token_budget=17)).adapter.as_tensors(), whole)
+    assert max(seen) == 17, "no pass is larger than the largest row and the budget"
+
+
+def test_where_every_row_is_its_own_unit_no_bit_changes(llama_lora: LoRAModel, task: ClientTask) -> None:
+    noisy = replace(PLAIN, privacy=RowPrivacy(CLIP, 0.7), dropout=0.2, batch_size=3)
+    plain = train(llama_lora, task, noisy).adapter.as_tensors()
+    grouped = replace(task, rows=replace(task.rows, units=np.arange(40, 46)))
+    for privacy in (noisy.privacy, RowPrivacy(CLIP, 0.7, 1)):
+        alone = train(llama_lora, grouped, replace(noisy, privacy=privacy)).adapter.as_tensors()
+        assert all(torch.equal(alone[key], plain[key]) for key in plain)
+
+
+@pytest.mark.parametrize("draws", [SeededDraws(1, 2, 3), SystemDraws(1, 2, 3)])
+def test_every_row_of_a_unit_is_read_as_often(draws: Any) -> None:
+    found = [draws.some(7, 3) for _ in range(700)]
+    assert all(len(set(one.tolist())) == 3 and np.array_equal(one, np.sort(one)) for one in found)
+    assert abs(np.bincount(np.concatenate(found), minlength=7) / 700 - 3 / 7).max() < 0.1
 
 
 def test_without_clip_and_noise_it_is_plain_training_on_the_same_batches(

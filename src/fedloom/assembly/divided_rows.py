@@ -10,11 +10,12 @@ import numpy as np
 from fedloom.config import Settings
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.division import Division, Scheme, divide
-from fedloom.data.holdout import HoldOut, hold_out, hold_out_by_category, with_units
+from fedloom.data.holdout import HoldOut, hold_out_by_category, hold_out_units, with_units
 from fedloom.data.partition import Partition
-from fedloom.data.sources import Rows
+from fedloom.data.sources import Rows, client_names_of_files
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import PartitionError
+from fedloom.names import name_order
 from fedloom.run_folder.contents import check_in_run
 from fedloom.seeding import stream
 
@@ -24,18 +25,18 @@ def divided(settings: Settings, rows: Rows) -> tuple[np.ndarray[Any, Any], np.nd
     amount = settings.data.eval_rows if settings.data.eval_rows is not None else settings.data.eval_fraction
     if amount is None:
         return np.arange(len(rows)), None
-    split = with_units(_held_out(settings, rows.distinct(), amount), rows.units)
+    split = with_units(_held_out(settings, rows, amount), rows.units)
     return split.kept, split.held
 
 
 def _held_out(settings: Settings, rows: Rows, amount: float) -> HoldOut:
-    """Draw the held-out rows; a fraction of a natural federation is drawn from every client."""
-    rng = stream(settings.run.seed, "hold-out")
+    """Draw the held-out units; a fraction of a natural federation is drawn from every client."""
+    rng, whole = stream(settings.run.seed, "hold-out"), rows.one_of_each_unit()
     natural = settings.partition.scheme == "natural"
     if natural and isinstance(amount, float):
         column = settings.partition.column
-        return hold_out_by_category(rows.client_of_file() if column is None else rows.column(column), amount, rng)
-    return hold_out(len(rows), amount, rng)
+        return hold_out_by_category(whole.client_of_file() if column is None else whole.column(column), amount, rng)
+    return hold_out_units(np.bincount(rows.distinct().units), amount, rng)
 
 
 def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, saved: Path | None) -> Partition:
@@ -72,3 +73,19 @@ def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, 
             f"set it to {partition.num_clients}{advice}"
         )
     return partition
+
+
+def known_names(settings: Settings) -> list[str] | None:
+    """Return the clients' names where they are known before a row is read: not those a column's values give.
+
+    Raises:
+        DataError: a folder has no files of the split.
+    """
+    if settings.partition.path is not None:
+        return None
+    if settings.partition.scheme != "natural":
+        return [str(client) for client in range(settings.federation.num_clients)]
+    if settings.partition.column is not None:
+        return None
+    names = client_names_of_files(settings.data.path, settings.data.split)
+    return None if names is None else sorted(names, key=name_order)

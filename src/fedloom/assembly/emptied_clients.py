@@ -13,6 +13,11 @@ def _owners(settings: Settings, rows: Rows) -> list[str]:
     return rows.client_of_file() if column is None else list(map(str, rows.column(column)))
 
 
+def natural_owners(settings: Settings, rows: Rows) -> list[str] | None:
+    """Return whose client's each row is where the data say so; None where rows are dealt."""
+    return _owners(settings, rows) if settings.partition.scheme == "natural" and settings.data.unit_column else None
+
+
 def emptied(settings: Settings, read: Rows, training: Rows) -> tuple[str, ...]:
     """Return the clients that the data name and that have no row to train on."""
     if settings.partition.scheme != "natural" or settings.partition.path is not None:

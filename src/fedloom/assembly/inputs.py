@@ -12,7 +12,7 @@ import numpy as np
 
 from fedloom.assembly.client_rows import own_rows
 from fedloom.assembly.divided_rows import divided, partition_of
-from fedloom.assembly.emptied_clients import emptied, without_emptied
+from fedloom.assembly.emptied_clients import emptied, natural_owners, without_emptied
 from fedloom.assembly.start_adapter import lay_start, targets_of
 from fedloom.assembly.token_cache import TokenCache
 from fedloom.assembly.validation_rows import set_aside, unvalidated
@@ -20,10 +20,11 @@ from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.canaries import Canary, Planting, plant
 from fedloom.data.encoding import Encoded, EncodingCounts, encode
+from fedloom.data.groups import by_unit
 from fedloom.data.own_rows import OwnRows
 from fedloom.data.partition import Partition
 from fedloom.data.records import Records, read_records
-from fedloom.data.sources import Rows, Split, client_names_of_files, load_rows
+from fedloom.data.sources import Rows, Split, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.layer import LoRAModel
@@ -31,7 +32,6 @@ from fedloom.models.causal import context_of, longest_row
 from fedloom.models.families import ALL_LINEAR, resolve_targets
 from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
-from fedloom.names import name_order
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
 from fedloom.training.loss import output_head
@@ -207,6 +207,8 @@ class Workshop:
     def read(self, settings: Settings, name: str, split: str, max_rows: int | None) -> Rows:
         """Return the rows of the data ``name``, which have the columns they need; ``max_rows`` are drawn by the seed.
 
+        Those to train on are put together by ``data.unit_column``.
+
         Raises:
             DataError: if they cannot be read, or lack a column.
         """
@@ -217,6 +219,8 @@ class Workshop:
             if max_rows is not None and max_rows < len(rows):
                 drawn = stream(settings.run.seed, "max_rows").permutation(len(rows))[:max_rows]
                 rows = rows.select(np.sort(drawn))
+            if (name, split) == (data.path, data.split):
+                rows = by_unit(rows, data.unit_column, natural_owners(settings, rows))
             self._records[key] = read_records(rows, data.shape, data.columns)
             self._read[key] = rows
         return self._read[key]
@@ -275,7 +279,8 @@ def planting_of(data: Data) -> Planting:
 def _reading(settings: Settings, name: str, split: str, max_rows: int | None) -> str:
     """Return what decides which rows are read, and how."""
     drawn = "" if max_rows is None else f" {settings.run.seed}"
-    return f"{name} {split} {settings.data.model_dump_json(exclude=_OF_ANY_READING)}{drawn}"
+    owners = "" if settings.data.unit_column is None else f" {settings.partition.scheme} {settings.partition.column}"
+    return f"{name} {split} {settings.data.model_dump_json(exclude=_OF_ANY_READING)}{drawn}{owners}"
 
 
 def lora_of(model: Any, patterns: Sequence[str] | None, part: Any = None) -> LoRAModel:
@@ -289,22 +294,6 @@ def lora_of(model: Any, patterns: Sequence[str] | None, part: Any = None) -> LoR
         targets = [name for name in targets if name in held]
     narrow = targets if patterns is not None and ALL_LINEAR in patterns else ()
     return LoRAModel(model if part is None else part, targets, narrow)
-
-
-def known_names(settings: Settings) -> list[str] | None:
-    """Return the clients' names where they are known before a row is read: not those a column's values give.
-
-    Raises:
-        DataError: a folder has no files of the split.
-    """
-    if settings.partition.path is not None:
-        return None
-    if settings.partition.scheme != "natural":
-        return [str(client) for client in range(settings.federation.num_clients)]
-    if settings.partition.column is not None:
-        return None
-    names = client_names_of_files(settings.data.path, settings.data.split)
-    return None if names is None else sorted(names, key=name_order)
 
 
 def encode_rows(

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -184,6 +185,8 @@ class Preparation:
             "row_counts": inputs.counts.as_dict(),
             "held_out_row_counts": None if held is None else held.as_dict(),
         }
+        if self.settings.data.unit_column is not None and inputs.tokens.units is not None:
+            found["units_sha256"] = hashlib.sha256(inputs.tokens.units.astype("<i8").tobytes()).hexdigest()
         if (start := start_adapter(self.settings.model)) is not None:
             found["adapter_sha256"] = digest(start)
         if not found["base_sha256"]:

@@ -28,6 +28,7 @@ from fedloom.federation.robust import Robust, RobustRule
 from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.sampling import sample_by_rows, sample_clients, sample_poisson
 from fedloom.federation.server import BroadcastForm, ServerRules
+from fedloom.federation.sum_terms import threshold_of
 from fedloom.federation.update_checks import Asked
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import BOTH
@@ -119,7 +120,8 @@ def client_privacy_of(settings: Settings, draws: Drawn = SEED) -> ClientPrivacy 
         return None
     is_poisson = settings.federation.sampling == "poisson"
     expected = settings.sampling_rate * clients if is_poisson else float(settings.cohort_size)
-    return ClientPrivacy(privacy.clip, privacy.noise_multiplier, expected, draws)
+    shares = threshold_of(privacy.threshold, settings.cohort_size) if privacy.noise == "clients" else None
+    return ClientPrivacy(privacy.clip, privacy.noise_multiplier, expected, draws, shares)
 
 
 def _adamw_of(settings: Settings) -> ServerAdamW:
@@ -310,4 +312,6 @@ def training_of(settings: Settings) -> LocalTraining:
 def privacy_of(settings: Settings) -> RowPrivacy | None:
     """Return how clients hide their rows; None where they do not."""
     privacy = settings.privacy
-    return RowPrivacy(privacy.clip, privacy.noise_multiplier) if privacy.unit == "row" else None
+    if privacy.unit != "row":
+        return None
+    return RowPrivacy(privacy.clip, privacy.noise_multiplier, privacy.rows_per_unit)

@@ -148,7 +148,7 @@ def _checked(
     if len(kept) == 0 or kept.min() < 0 or kept.max() >= len(records):
         raise ValueError("of other rows")
     check_ids(tokens.input_ids, tokenizer, "an entry of the cache")
-    return Encoded(replace(tokens, units=kept), kept, counts)
+    return Encoded(replace(tokens, units=records.rows.units_of(kept)), kept, counts)
 
 
 def _digest(tokens: TokenSet, kept: Any) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from fedloom.config.privacy_checks import masked, private_clients, private_rows, sketched
+from fedloom.config.privacy_checks import masked, noise_of_clients, private_clients, private_rows, sketched
 from fedloom.config.problems import Problem
 from fedloom.config.round_checks import (
     canaries,
@@ -55,7 +55,7 @@ def problems(settings: Settings) -> list[Problem]:
             sampling,
         ),
         *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued, canaries),
-        *(private_rows, private_clients, masked, sketched),
+        *(private_rows, private_clients, masked, sketched, noise_of_clients),
     )
     return [problem for check in checks for problem in check(settings)]
 

@@ -122,6 +122,12 @@ class Data(Table):
         "With `validation_fraction`: seeds of runs that will be scored; rows that any of them holds out are not used.",
     )
     max_rows: Count | None = setting(None, "Use only that many rows, drawn at random; default: all.")
+    unit_column: Name | None = setting(
+        None,
+        "Column that says whose a row is, such as a patient or a person: all rows of a value are hidden together, and "
+        "ε is counted in values; default: each row is hidden by itself.",
+        when={"privacy.unit": ("row",)},
+    )
     canaries: Natural = setting(
         0,
         "Sequences of random tokens planted among the rows of each client that gets any; `fedloom leakage` says if "

@@ -162,6 +162,19 @@ def sketched(settings: Settings) -> Iterator[Problem]:
         )
 
 
+def noise_of_clients(settings: Settings) -> Iterator[Problem]:
+    """A client adds noise wherever another one's change may be: all have one rank."""
+    if settings.privacy.noise == "clients" and len(set(settings.client_ranks)) > 1:
+        yield Problem(
+            "privacy.noise",
+            "clients only with one method.ranks for all, since a client of a smaller rank could not hide what others "
+            "add beyond it",
+            f"clients with ranks {min(settings.client_ranks)} to {max(settings.client_ranks)}",
+            "set one rank, or privacy.noise = server",
+            ("method.ranks",),
+        )
+
+
 def _restricted(
     settings: Settings, allowed_of: Mapping[str, tuple[tuple[Any, ...], str]], why: str, about: str
 ) -> Iterator[Problem]:

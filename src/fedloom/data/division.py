@@ -54,10 +54,12 @@ def divide(division: Division, rows: Rows, tokens: TokenSet, *, seed: int) -> Pa
             column or a number of clients.
     """
     _check_encoded(rows, tokens)
-    if len(whole := rows.distinct()) < len(rows):  # a dialogue's rows have one owner
-        _, first = np.unique(rows.units, return_index=True)
-        of_units = divide(division, whole, tokens.select(first), seed=seed)
-        return Partition.from_owners(of_units.owner_of_row()[rows.units], of_units.names, of_units.how)
+    # A dialogue's rows have one owner, and so have a person's where they are dealt; natural owners are as they are.
+    units = rows.originals if division.scheme is Scheme.NATURAL else rows.units
+    _, first = np.unique(units, return_index=True)
+    if len(first) < len(rows):
+        of_units = divide(division, rows.select(first), tokens.select(first), seed=seed)
+        return Partition.from_owners(of_units.owner_of_row()[units], of_units.names, of_units.how)
     partition = _divided(division, rows, tokens, seed)
     sizes = np.diff(partition.starts)
     short = np.flatnonzero(sizes < division.min_rows)

@@ -177,7 +177,7 @@ def encode(
         longer = shorter if limit == at_most else f"raise {named('max_length')}"
         remedy = longer if answered else "check the rows and their shape"
         raise DataError(f"expected at least one usable row, got none in {len(records)} ({counts.told}); {remedy}")
-    return Encoded(replace(tokens, units=indices), indices, counts)
+    return Encoded(replace(tokens, units=records.rows.units_of(indices)), indices, counts)
 
 
 def resolve_template(

@@ -30,6 +30,24 @@ def hold_out(num_rows: int, amount: float, rng: np.random.Generator) -> HoldOut:
     return _split(num_rows, rng.permutation(num_rows)[: _count(num_rows, amount, "the data")])
 
 
+def hold_out_units(rows_of_unit: npt.NDArray[np.int64], amount: float, rng: np.random.Generator) -> HoldOut:
+    """Set aside units at random, given by their rows: a fraction of them, or as many as have ``amount`` rows (int).
+
+    Raises:
+        DataError: the amount is not positive or would leave no unit.
+    """
+    if not isinstance(amount, int):
+        return hold_out(len(rows_of_unit), amount, rng)
+    count, order = _count(int(rows_of_unit.sum()), amount, "the data"), rng.permutation(len(rows_of_unit))
+    held = order[: 1 + int(np.searchsorted(np.cumsum(rows_of_unit[order]), count))]
+    if len(held) == len(order):
+        raise DataError(
+            f"hold-out of {amount} from the data: expected one of its {len(order)} units to be left, got none, since "
+            "all rows of a unit are held out together; lower it"
+        )
+    return _split(len(order), held)
+
+
 def hold_out_by_category(categories: Sequence[Hashable], amount: float, rng: np.random.Generator) -> HoldOut:
     """Set aside ``amount`` rows of each category: a number (int) or a fraction (float below 1).
 

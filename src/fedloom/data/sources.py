@@ -52,13 +52,14 @@ class Rows:
     """Rows in reading order, and the file and number each one has in it.
 
     ``file_of_row`` holds positions in ``files``; ``numbers`` count from 1 inside a file (for JSON Lines, CSV and
-    text: the line the row begins on).
+    text: the line the row begins on). ``grouped`` are equal for rows of one person, say, where a column names them.
     """
 
     rows: Sequence[Row]
     files: tuple[str, ...]
     file_of_row: npt.NDArray[np.int64]
     numbers: npt.NDArray[np.int64]
+    grouped: npt.NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,17 +87,34 @@ class Rows:
         """Return the rows at ``indices``, in that order; the files stay listed."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = ChosenRows(self.rows, chosen) if is_stored(self.rows) else [self.rows[i] for i in chosen]
-        return Rows(rows, self.files, self.file_of_row[chosen], self.numbers[chosen])
+        grouped = None if self.grouped is None else self.grouped[chosen]
+        return Rows(rows, self.files, self.file_of_row[chosen], self.numbers[chosen], grouped)
 
     @property
-    def units(self) -> npt.NDArray[np.int64]:
+    def originals(self) -> npt.NDArray[np.int64]:
         """Which rows are one row of a file: a dialogue that was encoded answer by answer is there as often."""
         same = (np.diff(self.file_of_row) == 0) & (np.diff(self.numbers) == 0)
         return np.concatenate([np.zeros(min(len(self), 1), np.int64), np.cumsum(~same)])
 
+    @property
+    def units(self) -> npt.NDArray[np.int64]:
+        """Which rows are held out, dealt and hidden together, counted from 0: one row's of a file, or one group's."""
+        return self.originals if self.grouped is None else np.unique(self.grouped, return_inverse=True)[1]
+
+    def units_of(self, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return numbers that are equal for places of one unit, where a row may be named several times."""
+        return places if self.grouped is None else self.grouped[places]
+
     def distinct(self) -> Rows:
         """Return every row once."""
-        _, first = np.unique(self.units, return_index=True)
+        return self._firsts(self.originals)
+
+    def one_of_each_unit(self) -> Rows:
+        """Return the first row of every unit, in the order of the units' numbers."""
+        return self._firsts(self.units)
+
+    def _firsts(self, numbers: npt.NDArray[np.int64]) -> Rows:
+        _, first = np.unique(numbers, return_index=True)
         return self if len(first) == len(self) else self.select(first)
 
     def client_of_file(self) -> list[str]:

@@ -48,6 +48,8 @@ class ClientBooks:
             "draws": self.draws,
             "amplified": amplified,
         }
+        if self.settings.privacy.noise == "clients":
+            privacy["noise"] = "clients"
         return {**metrics, "clients": clients, "privacy": privacy}
 
 

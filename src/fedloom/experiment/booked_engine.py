@@ -23,6 +23,7 @@ class PrivacyBooks:
 
     ledger: Ledger
     booking: Callable[[int, int], Booking]
+    unit_column: str | None = None
 
     def book(self, client: int, round: int) -> None:
         """Book a client's round.
@@ -69,7 +70,7 @@ def books_of(settings: Settings, population: Population, folder: Path) -> Privac
             units[client] = num_units_of(population.rows_of(client))
         return booking_of(training, units[client], client, round)
 
-    return PrivacyBooks(Ledger(folder / LEDGER, budget_of(settings)), booking)
+    return PrivacyBooks(Ledger(folder / LEDGER, budget_of(settings)), booking, settings.data.unit_column)
 
 
 def with_privacy(metrics: Mapping[str, Any], books: PrivacyBooks | None) -> dict[str, Any]:
@@ -78,11 +79,17 @@ def with_privacy(metrics: Mapping[str, Any], books: PrivacyBooks | None) -> dict
         return dict(metrics)
     ledger = books.ledger
     clients = [{**client, "epsilon": ledger.epsilon(client["client"])} for client in metrics["clients"]]
-    privacy = privacy_record([ledger.most()], ledger.budget.delta, SEED)
+    privacy = privacy_record([ledger.most()], ledger.budget.delta, SEED, books.unit_column)
     return {**metrics, "clients": clients, "privacy": privacy}
 
 
-def privacy_record(spent: Sequence[float | None], delta: float, draws: str) -> dict[str, Any]:
-    """Return a round's record of privacy: what whoever spent most has spent so far, as far as it is known."""
+def privacy_record(
+    spent: Sequence[float | None], delta: float, draws: str, unit_column: str | None = None
+) -> dict[str, Any]:
+    """Return a round's record of privacy: what whoever spent most has spent so far, as far as it is known.
+
+    ``unit_column`` names what is hidden where that is not a row.
+    """
     known = [cost for cost in spent if cost is not None]
-    return {"unit": "row", "epsilon": max(known, default=None), "delta": delta, "draws": draws}
+    named = {} if unit_column is None else {"unit_column": unit_column}
+    return {"unit": "row", **named, "epsilon": max(known, default=None), "delta": delta, "draws": draws}

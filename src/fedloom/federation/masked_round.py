@@ -123,8 +123,8 @@ def masked_round(
             update, broadcast = arrived.updates.pop(client), sent[client]
             check_update(update, broadcast, work, plan.shapes, plan.asked(client))
             start = broadcast.trained if isinstance(broadcast.trained, Adapter) else Adapter()
-            share = terms.share(weights[client])
-            added = numbers_added(strategy, broadcast.round, start, update.adapter, share)
+            share, noise = terms.share(weights[client]), strategy.rule.noise_share(start, terms.round, client)
+            added = numbers_added(strategy, broadcast.round, start, update.adapter, share, noise)
             return to_ring(added, len(session.members))
 
         ask, verify = _here(session, present, numbers)
@@ -196,7 +196,7 @@ def _session(terms: SumTerms, strategy: MaskedSums) -> Session:
         TooFewClientsError: the clients are too few for a sum that hides one, or for the threshold.
     """
     try:
-        return terms.session(strategy.num_numbers)
+        return terms.session(strategy)
     except ValueError as error:
         raise TooFewClientsError(
             f"round {terms.round}: expected at least {FEWEST_MEMBERS} clients for a secure sum (privacy.sum), of whom "

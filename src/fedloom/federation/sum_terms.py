@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from fedloom.errors import UpdateError
 from fedloom.federation.weights import capped
 from fedloom.lora.pair import Adapter
-from fedloom.methods.masked_sums import MaskedSums
+from fedloom.methods.masked_sums import MaskedSums, Numbers
 from fedloom.methods.strategy import normalised
 from fedloom.privacy.secure_sum.wire import Session, context_of
 
@@ -51,14 +51,15 @@ class SumTerms:
     unit_share: float
     largest_share: float
 
-    def session(self, length: int) -> Session:
-        """Return the session of so many numbers.
+    def session(self, strategy: MaskedSums) -> Session:
+        """Return the session of a method's numbers, which binds what each client is told of the noise too.
 
         Raises:
             ValueError: the members are too few or not ascending, or the threshold does not fit them.
         """
         bound = (self.run, self.round, self.token, *self.members, self.threshold, self.unit_share, self.largest_share)
-        return Session(context_of("masked round", *bound, length), self.members, self.threshold, length)
+        length, agreed = strategy.num_numbers, strategy.rule.agreed
+        return Session(context_of("masked round", *bound, length, *agreed), self.members, self.threshold, length)
 
     def share(self, weight: float) -> float:
         """Return the share of a client of this weight.
@@ -97,9 +98,10 @@ def check_hides(terms: SumTerms, client: int, known: Sequence[int], fewest: int)
 
 
 def numbers_added(
-    strategy: MaskedSums, round: int, start: Adapter, trained: Adapter, share: float
+    strategy: MaskedSums, round: int, start: Adapter, trained: Adapter, share: float, noise: Numbers
 ) -> NDArray[np.float64]:
-    """Return what a client adds to a round's sum, that began with ``start`` and ended with ``trained``."""
+    """Return what a client adds to a round's sum, its noise too: it began with ``start``, ended with ``trained``."""
     found = strategy.rule.summand(round, start, trained, share)
-    numbers: NDArray[Any] = torch.cat([found[key].flatten() for key in strategy.sizes()]).numpy()
+    whole = [found[key] + noise[key] if noise else found[key] for key in strategy.sizes()]
+    numbers: NDArray[Any] = torch.cat([one.flatten() for one in whole]).numpy()
     return numbers

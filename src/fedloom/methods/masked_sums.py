@@ -4,8 +4,9 @@
     the server takes Σ x_k / Σ q_k,   both over those who stayed
 
 It is the weighted mean of the factors, as without masks; shares are known before the round, so they tell nothing new.
-Where whole clients are hidden, a client clips its change itself, and the server adds the noise to the sum. Where
-products are summed, a client sends a sketch of its own, of a size that is the same for all ranks.
+Where whole clients are hidden, a client clips its change itself, and the server adds the noise to the sum, or each
+client its share of it. Where products are summed, a client sends a sketch of its own, of a size that is the same for
+all ranks.
 """
 
 from __future__ import annotations
@@ -32,6 +33,11 @@ Sizes = dict[str, tuple[int, int]]
 class Rule(Protocol):
     """A method that needs nothing but a sum over its clients."""
 
+    @property
+    def agreed(self) -> tuple[float, ...]:
+        """Numbers that all in a sum must have been told alike."""
+        ...
+
     def sizes(self) -> Sizes:
         """Return the shapes of what a client adds."""
         ...
@@ -41,6 +47,10 @@ class Rule(Protocol):
 
         A start that was drawn afresh, of which the product is zero, may be given as an empty adapter.
         """
+        ...
+
+    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
+        """Return the noise that a client adds to its summand, by the same names; nothing where it adds none."""
         ...
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
@@ -54,6 +64,11 @@ class MeanOfFactors:
 
     method: Strategy
 
+    @property
+    def agreed(self) -> tuple[float, ...]:
+        """Nothing beside the terms of the sum."""
+        return ()
+
     def sizes(self) -> Sizes:
         """Return the shapes of the factors that cross, at the largest rank."""
         return factor_sizes(self.method)
@@ -63,6 +78,10 @@ class MeanOfFactors:
         sent = self.method.client.work(1).sends
         found = {key: share * tensor.double() for key, tensor in trained.as_tensors(sent).items()}
         return {key: _padded(tensor, key, rank) for key, tensor in found.items() for rank in [self._rank_of(key)]}
+
+    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
+        """Add nothing."""
+        return {}
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
         """Return the mean as the next start; how far the clients' products are from its product nobody knows."""
@@ -86,6 +105,12 @@ class SumOfProducts:
     cohort: Cohort
     size: SketchSize
 
+    @property
+    def agreed(self) -> tuple[float, ...]:
+        """What sketches are drawn by: a client that drew others could be told apart from the rest of a sum."""
+        seed = self.cohort.seed
+        return (float(seed >> 32), float(seed & 0xFFFFFFFF), float(self.size.rank), float(self.size.is_whole))
+
     def sizes(self) -> Sizes:
         """Return the shapes of a sketch of every module."""
         sketches = self._sketches(0).items()  # of any round
@@ -95,6 +120,10 @@ class SumOfProducts:
         """Return the sketches of the products times the share."""
         sketches = self._sketches(round).items()
         return {f"{name}.{part}": t for name, one in sketches for part, t in one.of(trained[name], share).items()}
+
+    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
+        """Add nothing."""
+        return {}
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
         """Return the mean product as what joins the side; how far the clients' products are apart nobody knows."""

@@ -35,12 +35,14 @@ class ClientPrivacy:
         noise_multiplier: standard deviation of the noise, in multiples of the clip.
         expected_clients: what the noised sum is divided by, whoever came.
         draws: where the noise comes from: the run's seed (a simulation), or the operating system.
+        shares: the clients whose shares of noise make up the whole; None: the server adds it.
     """
 
     clip: float
     noise_multiplier: float
     expected_clients: float
     draws: Literal["seed", "system"] = "seed"
+    shares: int | None = None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,9 @@ A are orthonormal W is the identity. A client of rank r_k has zeros in the slots
 The number of those who came would tell of each of them, so the sum is never divided by it, and all weigh the same:
 rows are counts of data. Noise on A and B both would be no additive noise on the product, of no known size.
 
+Under masks the clients may add the noise themselves, in shares ``N_k ~ N(0, (z C)² / t)`` on ``D_k W`` where t of them
+stay at least: then nobody sees a sum without noise, and where all n stay its variance is n / t of what is counted.
+
 Letters: O out, R rank. Source: McMahan et al., Learning Differentially Private Recurrent Language Models (2018),
 algorithm 1, with the fixed denominator; the norm by A is this library's.
 """
@@ -154,6 +157,11 @@ class PrivateClients(Around):
         ideal = sums.shared.moved({name: one / number for name, one in sums.whole.items()})
         return self._aggregate(state, sums, ideal)
 
+    @property
+    def agreed(self) -> tuple[float, ...]:
+        """The clip and the noise, where each client relies on what the others add."""
+        return () if self.privacy.shares is None else (self.privacy.clip, self.privacy.noise_multiplier)
+
     def sizes(self) -> Sizes:
         """Return the shapes of what a client adds to a sum."""
         return factor_sizes(self.inner)
@@ -163,11 +171,26 @@ class PrivateClients(Around):
         shared, cohort = SharedA.of(start), self.cohort
         clipped = shared.clipped(shared.change(trained), self.privacy.clip)
         ranks = {name: rank_in(cohort.shapes[name], cohort.max_rank) for name in clipped}
+        if self.privacy.shares is not None:  # what the product does not show would have neither clip nor noise
+            clipped = {name: one @ shared.roots[name] @ shared.inverses[name] for name, one in clipped.items()}
         pads = {name: (0, ranks[name] - one.shape[1]) for name, one in clipped.items()}
         return {f"{name}.b": torch.nn.functional.pad(one, pads[name]) for name, one in clipped.items()}
 
+    def noise_share(self, start: Adapter, round: int, client: int) -> dict[str, Tensor]:
+        """Return a client's share of the noise, to be added to its summand; none where the server adds it all.
+
+        The start has the rank of all: noise goes where any client's change may be. It is of float32, as files are.
+        """
+        privacy = self.privacy
+        if privacy.shares is None:
+            return {}
+        shared, draws = SharedA.of(start), self._draws(round, client)
+        noise = {name: torch.zeros(pair.b_OR.shape, dtype=torch.float64) for name, pair in start.items()}
+        add_noise(list(noise.values()), draws, privacy.noise_multiplier * privacy.clip / math.sqrt(privacy.shares))
+        return {f"{name}.b": (one @ shared.inverses[name]).float() for name, one in noise.items()}
+
     def of_sum(self, state: ServerState, numbers: Mapping[str, Tensor], shares: Mapping[int, float]) -> Aggregate:
-        """Return what a sum of clipped changes amounts to, with the noise on it."""
+        """Return what a sum of clipped changes amounts to, with the noise on it, which may be in it already."""
         sums = self.empty(state)
         sums.clients |= shares.keys()
         for name, one in sums.clipped.items():
@@ -186,8 +209,10 @@ class PrivateClients(Around):
         """Return the change of B that everybody may know."""
         shared, privacy = sums.shared, self.privacy
         noised = {name: one @ shared.roots[name] for name, one in sums.clipped.items()}
-        add_noise(list(noised.values()), self._draws(round), privacy.noise_multiplier * privacy.clip)
+        if privacy.shares is None:
+            add_noise(list(noised.values()), self._draws(round), privacy.noise_multiplier * privacy.clip)
         return {name: one @ shared.inverses[name] / privacy.expected_clients for name, one in noised.items()}
 
-    def _draws(self, round: int) -> Draws:
-        return SystemDraws() if self.privacy.draws == "system" else SeededDraws(self.cohort.seed, round, SERVER)
+    def _draws(self, round: int, who: int = SERVER) -> Draws:
+        kind: type[SystemDraws | SeededDraws] = SystemDraws if self.privacy.draws == "system" else SeededDraws
+        return kind(self.cohort.seed, round, who)

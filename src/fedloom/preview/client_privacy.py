@@ -27,6 +27,7 @@ class PlannedClients:
         rate: the chance by which each client is drawn; 1 where the draw is no secret.
         expected_clients: what the noised sum is divided by.
         noise_to_clip: norm of the noise on the mean, relative to the largest norm that a mean of clipped changes has.
+        noise_excess: variance of the clients' shares of noise where all stay, relative to what ε counts.
         enough_noise: the multiplier with which all rounds stay within the budget, where they do not.
     """
 
@@ -39,6 +40,7 @@ class PlannedClients:
     expected_clients: float = 0.0
     noise_to_clip: float = 0.0
     enough_noise: float | None = None
+    noise_excess: float = 1.0
     unknown: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -58,6 +60,11 @@ class PlannedClients:
             f"noise: {self.noise_to_clip:.2f} times as large as a mean change of the clip's norm; it falls as clients "
             "a round grow",
         ]
+        if self.noise_excess > 1.0:
+            more = 100.0 * (math.sqrt(self.noise_excess) - 1.0)
+            lines.append(
+                f"noise: added by the clients in shares; where all stay it is {more:.0f} % larger than ε needs"
+            )
         if self.enough_noise is not None:
             ends = "is not enough for a round"
             if self.allowed_rounds:
@@ -84,6 +91,7 @@ def planned_clients(prepared: Preparation) -> PlannedClients:
             enough = noise_multiplier_for(step.rate, paid[-1], privacy.delta, limit)
             affordable = {count: epsilon_at_most(step, count, privacy.delta) <= limit for count in set(paid)}
             allowed = sum(affordable[count] for count in paid)
+        excess = 1.0 if hidden.shares is None else settings.cohort_size / hidden.shares
         ranks = max(prepared.population.ranks.values())
         size = sum(num_out * rank_in((num_out, num_in), ranks) for num_out, num_in in plan.shapes.values())
     except FedloomError as error:
@@ -96,6 +104,7 @@ def planned_clients(prepared: Preparation) -> PlannedClients:
         allowed_rounds=allowed,
         rate=step.rate if is_amplified(settings) else 1.0,
         expected_clients=hidden.expected_clients,
-        noise_to_clip=hidden.noise_multiplier * math.sqrt(size) / hidden.expected_clients,
+        noise_to_clip=hidden.noise_multiplier * math.sqrt(size * excess) / hidden.expected_clients,
+        noise_excess=excess,
         enough_noise=enough,
     )

@@ -15,7 +15,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedloom import embedded
-from fedloom.assembly.inputs import known_names, lora_of
+from fedloom.assembly.divided_rows import known_names
+from fedloom.assembly.inputs import lora_of
 from fedloom.assembly.round_plan import sketch_rank_of
 from fedloom.assembly.start_adapter import targets_of
 from fedloom.config import Settings

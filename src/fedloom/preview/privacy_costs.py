@@ -25,20 +25,22 @@ LISTED = 100
 
 @dataclass(frozen=True)
 class ClientCost:
-    """What a run costs a client: its rows as units, the rounds that it is drawn for, its steps in all, and ε."""
+    """What a run costs a client: its units, the rounds that it is drawn for, its steps in all, and ε; and its rows."""
 
     name: str
     num_units: int
     rounds: int
     steps: int
     epsilon: float
+    num_rows: int
 
 
 @dataclass(frozen=True)
 class PlannedPrivacy:
     """What a run costs its clients; ``enough_noise`` is the multiplier with which all stay within the budget.
 
-    ``unknown`` says why it cannot be told; then no client is listed.
+    ``unit_column`` names what is hidden where that is not a row. ``unknown`` says why it cannot be told; then no client
+    is listed.
     """
 
     delta: float
@@ -46,6 +48,7 @@ class PlannedPrivacy:
     clients: tuple[ClientCost, ...] = ()
     enough_noise: float | None = None
     unknown: str | None = None
+    unit_column: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -56,14 +59,20 @@ class PlannedPrivacy:
         if self.unknown is not None:
             return [f"privacy: what the run costs is not known: {self.unknown}"]
         width = max(6, *(len(one.name) for one in self.clients))
+        column = self.unit_column
+        what, counted, of_rows = "every row is hidden", "rows", ""
+        if column is not None:
+            what = f"every {column} is hidden with all its rows at a client"
+            counted, of_rows = "units", f"  {'rows':>8}"
         lines = [
-            f"privacy: every row is hidden; what the whole run costs each client, at δ = {self.delta:g}:",
-            f"{'client':>{width}}  {'rows':>8}  {'rounds':>6}  {'steps':>8}  {'ε':>8}",
+            f"privacy: {what}; what the whole run costs each client, at δ = {self.delta:g}:",
+            f"{'client':>{width}}  {counted:>8}{of_rows}  {'rounds':>6}  {'steps':>8}  {'ε':>8}",
         ]
         shown = sorted(self.clients, key=lambda one: -one.epsilon)[:LISTED]
         shown = [one for one in self.clients if one in shown]
         lines += [
-            f"{one.name:>{width}}  {one.num_units:>8,}  {one.rounds:>6,}  {one.steps:>8,}  {one.epsilon:>8.3f}"
+            f"{one.name:>{width}}  {one.num_units:>8,}{f'  {one.num_rows:>8,}' if of_rows else ''}"
+            f"  {one.rounds:>6,}  {one.steps:>8,}  {one.epsilon:>8.3f}"
             for one in shown
         ]
         if (hidden := len(self.clients) - len(shown)) > 0:
@@ -93,7 +102,8 @@ def planned_privacy(settings: Settings) -> PlannedPrivacy | PlannedClients | Non
             enough = noise_multiplier_for(rate, most.steps, privacy.delta, privacy.max_epsilon)
     except FedloomError as error:
         return PlannedPrivacy(privacy.delta, privacy.max_epsilon, unknown=str(error))
-    return PlannedPrivacy(privacy.delta, privacy.max_epsilon, clients, enough)
+    column = settings.data.unit_column
+    return PlannedPrivacy(privacy.delta, privacy.max_epsilon, clients, enough, unit_column=column)
 
 
 def _costs(prepared: Preparation) -> list[ClientCost]:
@@ -103,9 +113,10 @@ def _costs(prepared: Preparation) -> list[ClientCost]:
     drawn = Counter(client for round in range(1, plan.num_rounds + 1) for client in plan.sample(round))
     found = []
     for client, name in enumerate(population.names):
-        units = num_units_of(population.rows_of(client))
+        rows = population.rows_of(client)
+        units = num_units_of(rows)
         one = booking_of(training, units, client, 1)
         steps = one.steps * drawn[client]
         cost = epsilon_at_most(PrivateStep(one.rate, one.noise_multiplier), steps, settings.privacy.delta)
-        found.append(ClientCost(name, units, drawn[client], steps, math.ceil(cost * 1e6) / 1e6))
+        found.append(ClientCost(name, units, drawn[client], steps, math.ceil(cost * 1e6) / 1e6, len(rows)))
     return found

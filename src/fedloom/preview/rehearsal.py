@@ -203,6 +203,7 @@ def _inputs(prepared: Preparation) -> str:
     told = [
         f"{counted(len(inputs.tokens), 'row')} of {_span(lengths, 'token')} to train on",
         f"{counted(len(sizes), 'client')} of {_span(sizes, 'row')}",
+        _units(prepared),
         "" if inputs.own.tokens is None else f"{counted(len(inputs.own.tokens), 'row')} of their own to be scored on",
         inputs.counts.told,
         f"left out: client {', '.join(inputs.left_out)}" if inputs.left_out else "",
@@ -213,6 +214,15 @@ def _inputs(prepared: Preparation) -> str:
 def _span(numbers: NDArray[np.int64], noun: str) -> str:
     low, high = int(numbers.min()), int(numbers.max())
     return counted(high, noun) if low == high else f"{low:,} to {counted(high, noun)}"
+
+
+def _units(prepared: Preparation) -> str:
+    """Say how many units a column tells apart, and how many rows the largest has."""
+    column, units = prepared.settings.data.unit_column, prepared.inputs.tokens.units
+    if column is None or units is None:
+        return ""
+    sizes = np.unique(units, return_counts=True)[1]
+    return f"{counted(len(sizes), 'value')} of {column} of up to {counted(int(sizes.max()), 'row')}"
 
 
 def _clients(prepared: Preparation) -> str:

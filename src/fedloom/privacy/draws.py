@@ -22,6 +22,9 @@ class Draws(Protocol):
     def units(self, num_units: int, rate: float) -> NDArray[np.int64]:
         """Return a Poisson batch: every unit is in it with probability ``rate``, whichever others are."""
 
+    def some(self, num_rows: int, most: int) -> NDArray[np.int64]:
+        """Return ``most`` of so many rows in rising order, each choice as likely."""
+
     def normals(self, size: int) -> NDArray[np.float32]:
         """Return so many independent numbers from N(0, 1)."""
 
@@ -31,11 +34,16 @@ class SeededDraws:
 
     def __init__(self, seed: int, round: int, client: int) -> None:
         self._batches = stream(seed, "private batches", round, client)
+        self._rows = stream(seed, "private rows", round, client)
         self._noise = stream(seed, "private noise", round, client)
 
     def units(self, num_units: int, rate: float) -> NDArray[np.int64]:
         """Return a Poisson batch."""
         return np.flatnonzero(self._batches.random(num_units) < rate)
+
+    def some(self, num_rows: int, most: int) -> NDArray[np.int64]:
+        """Return some of so many rows."""
+        return np.sort(self._rows.permutation(num_rows)[:most])
 
     def normals(self, size: int) -> NDArray[np.float32]:
         """Return numbers from N(0, 1)."""
@@ -51,6 +59,10 @@ class SystemDraws:
     def units(self, num_units: int, rate: float) -> NDArray[np.int64]:
         """Return a Poisson batch."""
         return np.flatnonzero(_uniforms(num_units) < rate)
+
+    def some(self, num_rows: int, most: int) -> NDArray[np.int64]:
+        """Return some of so many rows."""
+        return np.sort(np.argsort(_uniforms(num_rows))[:most])
 
     def normals(self, size: int) -> NDArray[np.float32]:
         """Return numbers from N(0, 1)."""

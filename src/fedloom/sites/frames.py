@@ -27,7 +27,7 @@ from fedloom.sites.frame_parts import Count, Hash, Members, Part, Refusal, Round
 from fedloom.sites.split_frames import SplitToServer, SplitToSite
 from fedloom.sites.sum_frames import SumAnswered, SumAsked
 
-FORMAT = 3
+FORMAT = 4
 """Version of the frames and of what they mean: both ends must have the same."""
 MAX_HEAD_BYTES = 1 << 16
 MAX_SHEET_BYTES = 1 << 20

@@ -35,6 +35,7 @@ _WORDS: Mapping[str, str] = {
     "rows": "its policy (policy.min_rows) takes part from {allowed} rows on, it has {rows}",
     "rows-hidden": "its policy (policy.hide_row_count) wants training.local_steps: epochs would tell its rows",
     "unhidden": "its policy (policy.max_epsilon) wants its rows hidden (privacy.unit = row)",
+    "units": "its policy (policy.unit_column) wants all rows of one hidden together, by its column (data.unit_column)",
     BUDGET: "its rows have cost what they may (privacy.max_epsilon, or policy.max_epsilon of the site)",
     "extra": "fedloom lacks an extra there that the study needs; its own log says which",
     UNCONFIRMED: "its owner has not agreed to this run yet (fedloom site confirm)",
@@ -106,6 +107,8 @@ def of_sheet(policy: Policy, sheet: Sheet) -> Refusal | None:
         return Refusal(code="rows-hidden")
     if policy.max_epsilon is not None and training.privacy is None:
         return Refusal(code="unhidden")
+    if policy.unit_column is not None and sheet.unit_column != policy.unit_column:
+        return Refusal(code="units")
     if policy.sum == "masked" and sheet.sum is None:
         return Refusal(code="unmasked")
     if sheet.sum is not None and sheet.sum.fewest < policy.min_sites_in_sum:

@@ -246,7 +246,8 @@ class SitesRounds(AdapterRounds):
             told = {client: self.sites.sites[name].epsilon for client, name in enumerate(self.sites.names)}
             for one in metrics["clients"]:
                 one["epsilon"] = told[one["client"]]
-            metrics["privacy"] = privacy_record([*told.values()], privacy.delta, SYSTEM)
+            column = self.kind.settings.data.unit_column
+            metrics["privacy"] = privacy_record([*told.values()], privacy.delta, SYSTEM, column)
         for line in self.sites.lines():
             self.progress.note(f"  {line}")
         write_holdings(self.folder, self.kind.population)

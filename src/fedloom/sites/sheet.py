@@ -13,7 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import StringConstraints, ValidationError
 
-from fedloom.assembly.round_plan import is_sketch_whole, sketch_rank_of, training_of
+from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
 from fedloom.data.encoding import LossOn, Overlong, Unanswered
@@ -21,14 +21,14 @@ from fedloom.data.records import Shape
 from fedloom.data.templates import AUTO, CHAT, Template, read_template, template_text
 from fedloom.errors import UpdateError
 from fedloom.federation.blob import WireDtype
-from fedloom.federation.sum_terms import FEWEST_MEMBERS, threshold_of
 from fedloom.methods import table
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.gradient_start import sketch_rank
-from fedloom.methods.options import ClientPrivacy, MethodOptions, ServerAdamW
+from fedloom.methods.options import MethodOptions, ServerAdamW
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
+from fedloom.sites.sheet_sum import SheetSum, client_privacy_of, sum_of
 from fedloom.training.local_training import SKETCH_ROWS, LocalTraining
 from fedloom.training.private_rows import RowPrivacy
 
@@ -45,6 +45,7 @@ class SheetPrivacy(Part):
 
     clip: Annotated[float, Gt(0), Le(1e9)]
     noise_multiplier: Annotated[float, Gt(0), Le(1e9)]
+    rows_per_unit: Number | None = None
 
 
 class SheetBudget(Part):
@@ -100,20 +101,6 @@ class SheetSplit(Part):
     def num_periods(self) -> int:
         """Periods in all: the rounds of a split run."""
         return -(-self.num_steps // self.aggregate_every)
-
-
-class SheetSum(Part):
-    """How updates are summed under masks: what all send as many numbers as, and how many stay in a sum at least.
-
-    ``clip`` is given where the study hides whole sites: each clips its own change, to this norm; ``sketch_rank``
-    where products are summed, which sketches give exactly up to that rank.
-    """
-
-    max_rank: Annotated[int, Ge(1), Le(1 << 20)]
-    fewest: Annotated[int, Ge(FEWEST_MEMBERS), Le(4096)]
-    clip: Annotated[float, Gt(0), Le(1e9)] | None = None
-    sketch_rank: Number | None = None
-    sketch_is_whole: bool = True
 
 
 class SheetTemplate(Part):
@@ -181,6 +168,7 @@ class Sheet(Part):
     sketch_rank: Annotated[int, Ge(1), Le(1 << 20)] | None = None
     budget: SheetBudget | None = None
     sum: SheetSum | None = None
+    unit_column: Pattern | None = None
 
     def rank_asked(self, round: int) -> int:
         """Return the rank of a round's task: the client's own, but where it sketches a gradient."""
@@ -206,7 +194,8 @@ class Sheet(Part):
             cut = f", the model cut after block {self.split.cut_layer}: activations cross, labels {labels}"
         hidden = ""
         if (privacy := training.privacy) is not None:
-            hidden = f", rows hidden by noise of {privacy.noise_multiplier:g} times the clip"
+            units = "rows" if self.unit_column is None else f"all rows of each {self.unit_column}"
+            hidden = f", {units} hidden by noise of {privacy.noise_multiplier:g} times the clip"
         if self.sum is not None:
             hidden += f", updates in sums of at least {self.sum.fewest} sites under masks"
         return f"run {self.run}: {self.method}, rank {self.rank}, {rounds}, base {self.base_sha256[:12]}{cut}{hidden}"
@@ -225,7 +214,7 @@ class Sheet(Part):
         Raises:
             MethodError: the method is not installed here, or sends nothing.
         """
-        largest, clip = (self.rank, None) if self.sum is None else (self.sum.max_rank, self.sum.clip)
+        largest = self.rank if self.sum is None else self.sum.max_rank
         cohort = Cohort(shapes, largest, lambda client: self.rank, self.seed)
         options = MethodOptions(
             weighting=self.weighting,
@@ -235,7 +224,7 @@ class Sheet(Part):
             moments=self.moments,
             moments_prior=self.moments_prior,
             control_clients=1 if self.corrects else 0,  # the number stays at the server
-            client_privacy=None if clip is None else ClientPrivacy(clip, noise_multiplier=0.0, expected_clients=1.0),
+            client_privacy=client_privacy_of(self.sum),
             masked=self.sum is not None,
             sketch_rank=None if self.sum is None else self.sum.sketch_rank,
             sketch_is_whole=self.sum is None or self.sum.sketch_is_whole,
@@ -292,7 +281,8 @@ def sheet_of(
         corrects=settings.training.control_variates,
         sketch_rank=sketch_rank(max(settings.client_ranks)) if settings.start_rounds else None,
         budget=_budget_of(settings),
-        sum=_sum_of(settings, cohort_size),
+        sum=sum_of(settings, cohort_size),
+        unit_column=data.unit_column,
     )
 
 
@@ -306,17 +296,6 @@ def _training_of(settings: Settings) -> SheetTraining:
 def _budget_of(settings: Settings) -> SheetBudget | None:
     privacy = settings.privacy
     return None if privacy.unit != "row" else SheetBudget(delta=privacy.delta, max_epsilon=privacy.max_epsilon)
-
-
-def _sum_of(settings: Settings, cohort_size: int) -> SheetSum | None:
-    privacy = settings.privacy
-    if privacy.sum == "plain":
-        return None
-    fewest = threshold_of(privacy.threshold, cohort_size)
-    clip = privacy.clip if privacy.unit == "client" else None
-    rank, is_whole = sketch_rank_of(settings), is_sketch_whole(settings)
-    largest = max(settings.client_ranks)
-    return SheetSum(max_rank=largest, fewest=fewest, clip=clip, sketch_rank=rank, sketch_is_whole=is_whole)
 
 
 def read_sheet(body: bytes, run: str | None = None) -> Sheet:

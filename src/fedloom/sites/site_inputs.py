@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.data.encoding import Encoded, encode
+from fedloom.data.groups import by_unit
 from fedloom.data.holdout import hold_out, with_units
 from fedloom.data.records import read_records
 from fedloom.data.sources import load_rows
@@ -54,7 +55,7 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) 
     Raises:
         DataError: they cannot be read or used.
     """
-    rows = load_rows(str(Path(site.data.path)), site.data.split)
+    rows = by_unit(load_rows(str(Path(site.data.path)), site.data.split), sheet.unit_column)
     return encode(
         read_records(rows, sheet.shape, site.data.columns),
         tokenizer,
@@ -69,10 +70,11 @@ def encoded_rows(site: SiteSettings, sheet: Sheet, tokenizer: Any, config: Any) 
 
 
 def divided(encoded: Encoded, fraction: float | None, seed: int) -> tuple[TokenSet, TokenSet | None]:
-    """Return the rows that the site trains on, and those that it holds out, if any: a dialogue is not divided."""
+    """Return the rows that the site trains on, and those that it holds out, if any: a unit is not divided."""
     rows = encoded.tokens
     if fraction is None:
         return rows, None
-    whole, units = np.unique(encoded.kept, return_inverse=True)
+    numbers = encoded.kept if rows.units is None else rows.units
+    whole, units = np.unique(numbers, return_inverse=True)
     split = with_units(hold_out(len(whole), fraction, stream(seed, "hold-out")), units)
     return rows.select(split.kept), rows.select(split.held)

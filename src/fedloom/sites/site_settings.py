@@ -83,6 +83,11 @@ class Policy(Table):
         "refused, and so is a study that does not hide rows (`privacy.unit = row`); default: what a study says itself.",
     )
     delta: OpenFraction = setting(1e-5, "The δ at which ε is counted, or the study's where that is smaller.")
+    unit_column: Name | None = setting(
+        None,
+        "Column of the site's rows, such as `patient`: a study is refused that does not hide all rows of each of its "
+        "values together (`data.unit_column`). Then `max_epsilon` is a patient's, over all studies; default: a row's.",
+    )
     sum: Literal["any", "masked"] = setting(
         "any",
         "`masked`: only studies whose server sees sums of updates and no update (`privacy.sum` = masked or sketch).",

@@ -42,6 +42,7 @@ from fedloom.sites.site_settings import SiteSettings
 from fedloom.sites.sum_frames import SumAnswered, SumAsked
 
 _FILE = "sums.json"
+_NOISE = "noise/"
 _RETRY = "free space or mend the disk; the site takes part again from the next round"
 _MOST_ATTEMPTS = 1 << 12
 
@@ -102,6 +103,9 @@ class SiteSums:
         check_update(update, asked, assignment.work, self.shapes, None)
         both = {"start": task.start, "trained": update.adapter}
         tensors = {f"{name}/{k}": t.contiguous() for name, one in both.items() for k, t in one.as_tensors().items()}
+        # Drawn once and kept: a second attempt at the sum adds the same numbers, and averages no noise away.
+        noise = self._strategy.rule.noise_share(task.start, assignment.round, update.client)
+        tensors |= {f"{_NOISE}{key}": tensor.contiguous() for key, tensor in noise.items()}
         return [sealed(save(tensors))]
 
     def answer(self, asked: SumAsked, body: bytes) -> tuple[SumAnswered, bytes]:
@@ -140,7 +144,7 @@ class SiteSums:
         numbers = self._numbers(asked.task, terms)
         identity = identity_of(read_kit(self.site.site.kit, "client"), members.names)
         try:
-            session = terms.session(self._strategy.num_numbers)
+            session = terms.session(self._strategy)
         except ValueError as error:
             raise UpdateError(f"expected a sum that hides its members, got another ({error}); take no part") from error
         new = record if asked.round == record.round else _Record(round=asked.round)
@@ -170,7 +174,11 @@ class SiteSums:
         tensors = read_tensors(unsealed(stored))
         start, trained = _adapter_in(tensors, "start/"), _adapter_in(tensors, "trained/")
         share = terms.share(self._weight())
-        return to_ring(numbers_added(self._strategy, terms.round, start, trained, share), len(terms.members))
+        noise = {key.removeprefix(_NOISE): one for key, one in tensors.items() if key.startswith(_NOISE)}
+        if not noise and self.sheet.sum is not None and self.sheet.sum.noise_multiplier is not None:
+            raise _LeftError("sum-untrained")
+        added = numbers_added(self._strategy, terms.round, start, trained, share, noise)
+        return to_ring(added, len(terms.members))
 
     def _weight(self) -> float:
         """Return the site's own weight, as the server counts it too."""

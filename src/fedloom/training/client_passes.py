@@ -40,7 +40,7 @@ class MicroBatch:
     """Rows of one client's batch that go through in one pass.
 
     ``slots`` says which slot trains on how many of the rows, in order. ``targets`` are those of each slot's rows, and
-    ``weights`` what each of them weighs in the loss that is minimised.
+    ``weights`` what each of them weighs in the loss that is minimised. A unit may go on in the next one.
     """
 
     owner: Owner
@@ -49,6 +49,7 @@ class MicroBatch:
     slots: list[tuple[int, int]]
     targets: list[int]
     weights: list[float]
+    ends_units: bool = True
 
     @property
     def lengths(self) -> list[int]:

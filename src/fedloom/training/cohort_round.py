@@ -35,7 +35,7 @@ from fedloom.training.loss import output_head
 from fedloom.training.moments import Prior, means_of, state_of
 from fedloom.training.optimiser import ClientOptimiser, first_step, schedule, step_together
 from fedloom.training.packing import num_targets
-from fedloom.training.private_rows import PrivateSteps, Unit
+from fedloom.training.private_rows import PrivateSteps, Unit, shares
 from fedloom.training.proximal import pull_to_start
 from fedloom.training.row_passes import row_passes
 from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
@@ -230,24 +230,25 @@ class _Client:
         rows = [[self.task.rows.row(int(index)) for index in unit] for unit in units]
         lengths = [[len(ids) for ids, _ in unit] for unit in rows]
         parts = self._passes.parts(lengths, settings.most_at_once)
-        targets = [sum(num_targets(supervised) for _, supervised in unit) for unit in rows]
-        count, learnt = sum(map(len, units)), sum(targets)
+        targets = [[num_targets(supervised) for _, supervised in unit] for unit in rows]
+        count, learnt = sum(map(len, units)), sum(map(sum, targets))
         self._batch_tokens, self._batch_targets, self._batch_nats = sum(map(sum, lengths)), learnt, 0.0
         self._examples += count
         found = []
-        for part in parts:
+        for share, ends in shares(parts, lengths, targets, self._passes.parts):
+            own = [rows[i][j] for i, members in share for j in members]
+            weighed = [sum(targets[i][j] for j in members) for i, members in share]
             if self._private is None:
                 # A row's mask is that of its place in the order in which rows are read.
-                places = self._examples - count + np.array(part)
-                slots, weights = [(self.slot, len(part))], [1 / max(1, learnt)]
-                weighed = [sum(targets[i] for i in part)]
+                places = self._examples - count + np.array([i for i, _ in share])
+                slots, weighed, weights = [(self.slot, len(share))], [sum(weighed)], [1 / max(1, learnt)]
             else:
                 # Of its place among the client's: whether another row was drawn changes no mask.
-                places = self._step * len(self.task.rows) + np.concatenate([units[i] for i in part])
-                slots = [(self.slot + 1 + place, len(units[i])) for place, i in enumerate(part)]
-                weighed, weights = [targets[i] for i in part], [1 / (targets[i] or 1) for i in part]
+                places = self._step * len(self.task.rows) + np.concatenate([units[i][members] for i, members in share])
+                slots = [(self.slot + 1 + place, len(members)) for place, (_, members) in enumerate(share)]
+                weights = [1 / (sum(targets[i]) or 1) for i, _ in share]
             keys = row_keys(self._seed, self._round, self.task.client, places)
-            found.append(MicroBatch(self, [row for i in part for row in rows[i]], keys, slots, weighed, weights))
+            found.append(MicroBatch(self, own, keys, slots, weighed, weights, ends))
         return found
 
     def add(self, micro_batch: MicroBatch, nats: Sequence[float], seconds: float) -> None:
@@ -255,7 +256,7 @@ class _Client:
         for of_row in nats:  # one by one: the sum then does not depend on how the batch was cut
             self._batch_nats += of_row
         self.seconds += seconds
-        if self._private is not None:
+        if self._private is not None and micro_batch.ends_units:
             self._private.gather(len(micro_batch.slots))
 
     def settle(self) -> bool:

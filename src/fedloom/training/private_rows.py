@@ -1,9 +1,13 @@
-"""Training in which no single row shows: Poisson batches, a gradient per unit, its norm clipped, noise on the sum.
+"""Training in which no single unit shows: Poisson batches, a gradient per unit, its norm clipped, noise on the sum.
 
-A unit is a row of the client's file, with all that was encoded of it. In a pass each unit has a slot of its own that
-holds the client's factors, so a slot's gradient is that of one unit; how a batch is cut into passes changes no bit of
-the sum on a CPU. Whatever is made of a released gradient (the optimiser's step and moments, what the wire rounds off,
-what the server aggregates) costs nothing more: it is post-processing.
+A unit is a row of the client's file, with all that was encoded of it, or all rows that a column names as one's. Its
+gradient is that of the mean loss over the learned tokens of all its rows, or of some that each step draws anew; either
+way one clip bounds it. In a pass each unit has a slot of its own that holds the client's factors, so a slot's gradient
+is that of one unit; how a batch is cut into passes changes no bit of the sum on a CPU. A unit that is too large for a
+pass has several, whose gradients gather in its slot before they are clipped: that changes rounding.
+
+Whatever is made of a released gradient (the optimiser's step and moments, what the wire rounds off, what the server
+aggregates) costs nothing more: it is post-processing.
 
 Letters: U units of a pass, R rank, I in, O out. Source: Abadi et al. (2016), algorithm 1; Poisson batches as in its
 analysis, and the mean is over the batch size that is expected.
@@ -11,7 +15,7 @@ analysis, and the mean is over the batch size that is expected.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,10 +38,14 @@ Unit = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RowPrivacy:
-    """A unit's gradient has at most the norm ``clip``; the sum gets noise of ``noise_multiplier`` times that."""
+    """A unit's gradient has at most the norm ``clip``; the sum gets noise of ``noise_multiplier`` times that.
+
+    Of a unit's rows a step reads at most ``rows_per_unit``; None: all.
+    """
 
     clip: float
     noise_multiplier: float
+    rows_per_unit: int | None = None
 
 
 def sampling_rate(num_units: int, batch_size: int) -> float:
@@ -48,6 +56,40 @@ def sampling_rate(num_units: int, batch_size: int) -> float:
 def private_steps_of(num_units: int, batch_size: int, steps: int | None, epochs: float | None) -> int:
     """Return how many steps a client of so many units takes in a round."""
     return steps if steps is not None else num_batches(num_units, batch_size, epochs=epochs or 0.0)
+
+
+def drawn_units(units: Sequence[Unit], batch_size: int, draws: Draws, most: int | None) -> list[Unit]:
+    """Return a Poisson batch of units, of each of which at most so many rows are read."""
+    batch = [units[index] for index in draws.units(len(units), sampling_rate(len(units), batch_size))]
+    if most is None:
+        return batch
+    return [unit if len(unit) <= most else unit[draws.some(len(unit), most)] for unit in batch]
+
+
+Share = list[tuple[int, list[int]]]
+"""What of a batch is in one pass: units, as positions in the batch, each with positions of its rows in it."""
+
+
+def shares(
+    parts: Sequence[Sequence[int]],
+    lengths: Sequence[Sequence[int]],
+    targets: Sequence[Sequence[int]],
+    cut: Callable[[Sequence[Sequence[int]], int | None], list[list[int]]],
+) -> Iterator[tuple[Share, bool]]:
+    """Yield what is in one pass after another, and whether its units end there.
+
+    ``parts`` are the batch's units that share a pass; ``lengths`` and ``targets`` are the tokens of each unit's rows,
+    all and those learned. A unit alone in its part may be too large for a pass: ``cut`` then divides its rows among
+    several. Those of which nothing is learned are left out, so that the last one is run.
+    """
+    for part in parts:
+        unit = part[0]
+        pieces = cut([[length] for length in lengths[unit]], None) if len(part) == 1 else []
+        if len(pieces) > 1:
+            pieces = [piece for piece in pieces if any(targets[unit][row] for row in piece)]
+            yield from (([(unit, piece)], piece is pieces[-1]) for piece in pieces)
+        else:
+            yield [(unit, list(range(len(lengths[unit])))) for unit in part], True
 
 
 class UnitSlots:
@@ -124,7 +166,7 @@ class PrivateSteps:
         """Yield one batch after another, with the unit slots made ready for it; it may be empty."""
         while True:
             self.slots.spread()
-            yield [self.units[index] for index in self.draws.units(len(self.units), self.rate)]
+            yield drawn_units(self.units, self.batch_size, self.draws, self.privacy.rows_per_unit)
 
     def gather(self, num_units: int) -> None:
         """Take the gradients of a pass's units."""

@@ -12,7 +12,7 @@ from fedloom.data.tokens import TokenSet
 from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
 from fedloom.training.cohort_round import LocalTraining
-from fedloom.training.private_rows import private_steps_of, sampling_rate
+from fedloom.training.private_rows import drawn_units, private_steps_of
 
 
 def rows_read(
@@ -34,6 +34,6 @@ def rows_read(
         read = list(batches(len(rows), size, rng, steps=steps, epochs=epochs))
     else:
         units, drawn = rows.by_unit(), draws(seed, round, client)
-        count, rate = private_steps_of(len(units), size, steps, epochs), sampling_rate(len(units), size)
-        read = [units[unit] for _ in range(count) for unit in drawn.units(len(units), rate)]
+        count, most = private_steps_of(len(units), size, steps, epochs), settings.privacy.rows_per_unit
+        read = [unit for _ in range(count) for unit in drawn_units(units, size, drawn, most)]
     return np.unique(np.concatenate([*read, np.zeros(0, np.int64)])).astype(np.int64)
