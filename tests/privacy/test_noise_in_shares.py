@@ -77,10 +77,12 @@ def test_the_noise_of_those_who_stay_is_all_of_it_and_their_share_of_the_rest(st
     found = []
     for round in range(1, 5):
         whole = [
-            to_ring(numbers_added(method, start, moved(start, k, 3.0), 1.0, rule.noise_share(start, round, k)), CLIENTS)
+            to_ring(
+                numbers_added(method, 1, start, moved(start, k, 3.0), 1.0, rule.noise_share(start, round, k)), CLIENTS
+            )
             for k in range(stay)
         ]
-        quiet = [numbers_added(method, start, moved(start, k, 3.0), 1.0, {}) for k in range(stay)]
+        quiet = [numbers_added(method, 1, start, moved(start, k, 3.0), 1.0, {}) for k in range(stay)]
         noise = from_ring(np.sum(whole, axis=0, dtype=np.uint64)) - np.sum(quiet, axis=0)
         found.append(on_the_product(method, start, noise))
     numbers = torch.stack(found)
@@ -98,7 +100,7 @@ def test_a_client_adds_at_most_the_clip_beside_its_noise_and_nothing_that_the_pr
     assert SharedA.of(start).roots["narrow"].shape == (2, 2)
     flat = Adapter({name: Pair(pair.b_OR, torch.cat([pair.a_RI[:1]] * pair.rank)) for name, pair in start.items()})
     for one in (start, flat):
-        added = numbers_added(method, one, moved(one, 3, 50.0), 1.0, {})
+        added = numbers_added(method, 1, one, moved(one, 3, 50.0), 1.0, {})
         assert float(on_the_product(method, one, added).norm()) == pytest.approx(CLIP)
         assert float(np.linalg.norm(added)) < 1e3
     shared, (key, *_) = SharedA.of(flat), method.sizes()
@@ -112,7 +114,7 @@ def test_what_the_server_makes_of_the_sum_has_no_noise_but_the_clients() -> None
     start = method.start_for(state, 0)
     assert isinstance(start, Adapter)
     assert not by_server.noise_share(start, 1, 0)
-    numbers = rule.summand(start, moved(start, 1, 0.1), 1.0)
+    numbers = rule.summand(1, start, moved(start, 1, 0.1), 1.0)
     shares = dict.fromkeys(range(STAY), 1.0)
     found, other = (one.of_sum(state, numbers, shares).start for one in (rule, by_server))
     assert found is not None
