@@ -104,7 +104,7 @@ def test_a_client_adds_at_most_the_clip_beside_its_noise_and_nothing_that_the_pr
         assert float(on_the_product(method, one, added).norm()) == pytest.approx(CLIP)
         assert float(np.linalg.norm(added)) < 1e3
     shared, (key, *_) = SharedA.of(flat), method.sizes()
-    alone = rule.summand(flat, moved(flat, 3, 50.0), 1.0)[key]
+    alone = rule.summand(1, flat, moved(flat, 3, 50.0), 1.0)[key]
     torch.testing.assert_close(alone @ shared.roots[key[:-2]] @ shared.inverses[key[:-2]], alone)
 
 
