@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import transformers
 
 from fedloom.data.tokenizer import byte_tokenizer
 from fedloom.data.tokens import TokenSet
+from fedloom.errors import ModelError
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.linear import _dense_weight
@@ -41,6 +44,17 @@ def rows() -> TokenSet:
     rng = np.random.default_rng(0)
     lengths = (6, 11, 9, 17)
     return TokenSet.from_rows((rng.integers(1, 256, n).tolist(), [False] * 3 + [True] * (n - 3)) for n in lengths)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_says_it_is_quantised_and_is_not_is_refused(folder: Path, tmp_path: Path, bits: int) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", f"load_in_{bits}bit": True}
+    (base / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="choose the unquantised base"):
+        load_base(base)
 
 
 def moved(adapter: Adapter) -> float:
