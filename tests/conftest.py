@@ -5,10 +5,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 from installed_extras import absent
 
 os.environ["FEDLOOM_CACHE"] = "off"  # a test keeps nothing outside its folder, and finds nothing there
+
+hypothesis.settings.register_profile("untimed", deadline=None)  # how long a case takes says how busy the machine is
+hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ["small_settings", "example_runs", "installed_methods"]
 
