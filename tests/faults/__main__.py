@@ -83,7 +83,8 @@ def site_stage() -> list[str]:
     print("| fault | moments | answers left out | wrong |\n|---|---|---|---|")
     for one in tallies:
         print(f"| {one.name} | {one.num_trials} | {one.num_left_out} | {len(one.wrong)} |")
-    say(f"{rounds} rounds in {soak.seconds:.0f} s, {soak.num_left_out} of {3 * rounds} answers left out")
+    say(f"{rounds} rounds in {soak.seconds:.0f} s, {soak.num_left_out} of {3 * rounds} answers left out, "
+        f"served again {soak.num_served_again} times")  # fmt: skip
     for name, began in soak.began.items():
         print(f"{name}: {began} after round {max(1, rounds // 10)}, then {soak.ended.get(name)}")
     return [line for one in tallies for line in one.wrong] + soak.wrong

@@ -252,6 +252,10 @@ class Case:
         said = {path.stem: path.read_text(errors="replace").splitlines()[-number:] for path in self.logs()}
         return "; ".join(f"{name}: {' | '.join(lines)}" for name, lines in said.items())
 
+    def last_words(self, name: str) -> str:
+        """Return the last line that a process said."""
+        return ((self.folder / "logs" / f"{name}.log").read_text(errors="replace").splitlines() or [""])[-1]
+
     def close(self) -> None:
         """End every process of the case."""
         for process in self.started.values():
