@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -48,15 +49,21 @@ class Dropping:
         return self.link.send(to, frame)
 
 
+@pytest.mark.parametrize(("method", "sum"), [("ffa-lora", "masked"), ("flora", "sketch")])
 def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
-    recipe: Callable[..., Settings], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Callable[..., Settings],
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    sum: str,
 ) -> None:
     """With the noise of a simulation in place of the systems' the adapter is that of one process, bit for bit."""
     four = Four(recipe, base_folder, tmp_path)
     every = list(load_rows("embedded", Split.TRAIN).rows)
     sizes = (160, 120, 140, 100)
-    for number, size in enumerate(sizes):
-        start = sum(sizes[:number])
+    starts = [0, *accumulate(sizes)]
+    for number, (start, size) in enumerate(zip(starts, sizes, strict=False)):
         (four.rows / f"local_training_{number}.json").write_text(json.dumps(every[start : start + size]))
     settings = four.settings(
         model__base="embedded",
@@ -64,12 +71,13 @@ def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
         data__shape="auto",
         data__eval_path="embedded",
         data__overlong="drop",
-        method__name="ffa-lora",
+        method__name=method,
         method__ranks=[8, 4, 4, 2],
         federation__num_rounds=len(STEPS) + 1,
         training__batch_size=8,
         training__local_steps=1,
         training__dropout=0.0,
+        privacy__sum=sum,
         privacy__unit="row",
         privacy__noise_multiplier=1.0,
         evaluation__every=6,
