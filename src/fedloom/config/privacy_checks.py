@@ -114,10 +114,9 @@ _FEWEST = 3
 
 def masked(settings: Settings) -> Iterator[Problem]:
     """What looks at single updates has no place where sums alone are seen; one of two clients knows the other's."""
-    kind = settings.privacy.sum
-    if kind == "plain" or not settings.traits.sums:
+    kind, wanted = settings.privacy.sum, settings.traits.secure_sum
+    if kind == "plain" or wanted is None:
         return
-    wanted = "masked" if settings.traits.sums_factors else "sketch"
     if kind != wanted:
         yield Problem(
             "privacy.sum",

@@ -37,7 +37,7 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
         changed = _without(changed, "server.robust")
     if changed.privacy.unit == "client" and not changed.traits.freezes_a and "privacy.unit" not in keep:
         changed = _without(changed, "privacy.unit")
-    if changed.privacy.sum == ("sketch" if changed.traits.sums_factors else "masked") and "privacy.sum" not in keep:
+    if changed.privacy.sum not in ("plain", changed.traits.secure_sum) and "privacy.sum" not in keep:
         changed = _without(changed, "privacy.sum")
     if changed.federation.sampling == "poisson" and changed.privacy.unit != "client":
         changed = changed if "federation.sampling" in keep else _without(changed, "federation.sampling")

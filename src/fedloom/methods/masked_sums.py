@@ -35,8 +35,8 @@ class Rule(Protocol):
 
     @property
     def agreed(self) -> tuple[float, ...]:
-        """Numbers that all in a sum must have been told alike."""
-        ...
+        """Numbers that all in a sum must have been told alike, beside its terms."""
+        return ()
 
     def sizes(self) -> Sizes:
         """Return the shapes of what a client adds."""
@@ -51,7 +51,7 @@ class Rule(Protocol):
 
     def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
         """Return the noise that a client adds to its summand, by the same names; nothing where it adds none."""
-        ...
+        return {}
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
         """Return what a sum amounts to; ``shares`` are of those who are in it."""
@@ -59,15 +59,10 @@ class Rule(Protocol):
 
 
 @dataclass(frozen=True)
-class MeanOfFactors:
+class MeanOfFactors(Rule):
     """The weighted mean of the factors that cross, of a method whose next start it is."""
 
     method: Strategy
-
-    @property
-    def agreed(self) -> tuple[float, ...]:
-        """Nothing beside the terms of the sum."""
-        return ()
 
     def sizes(self) -> Sizes:
         """Return the shapes of the factors that cross, at the largest rank."""
@@ -78,10 +73,6 @@ class MeanOfFactors:
         sent = self.method.client.work(1).sends
         found = {key: share * tensor.double() for key, tensor in trained.as_tensors(sent).items()}
         return {key: _padded(tensor, key, rank) for key, tensor in found.items() for rank in [self._rank_of(key)]}
-
-    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
-        """Add nothing."""
-        return {}
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
         """Return the mean as the next start; how far the clients' products are from its product nobody knows."""
@@ -96,7 +87,7 @@ class MeanOfFactors:
 
 
 @dataclass(frozen=True)
-class SumOfProducts:
+class SumOfProducts(Rule):
     """The weighted sum of the clients' products, which joins the side as one update: FLoRA's, from sketches.
 
     Its rank is that of the stack of those who stayed, or that of the sketches where it is lower.
@@ -120,10 +111,6 @@ class SumOfProducts:
         """Return the sketches of the products times the share."""
         sketches = self._sketches(round).items()
         return {f"{name}.{part}": t for name, one in sketches for part, t in one.of(trained[name], share).items()}
-
-    def noise_share(self, start: Adapter, round: int, client: int) -> Numbers:
-        """Add nothing."""
-        return {}
 
     def of_sum(self, state: ServerState, numbers: Numbers, shares: Mapping[int, float]) -> Aggregate:
         """Return the mean product as what joins the side; how far the clients' products are apart nobody knows."""

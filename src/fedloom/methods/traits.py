@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 from fedloom.errors import MethodError
 
@@ -174,9 +174,16 @@ class Traits:
         return self.averages_factors and not self.grows_side
 
     @property
+    def secure_sum(self) -> Literal["masked", "sketch"] | None:
+        """Which ``privacy.sum`` its aggregate can be made of: a sum of factors, or of sketches; None: of neither."""
+        if self.sums_factors:
+            return "masked"
+        return "sketch" if self.stacks_products else None
+
+    @property
     def sums(self) -> bool:
         """Whether one weighted sum over the clients is all that its aggregate needs: of factors, or of sketches."""
-        return self.sums_factors or self.stacks_products
+        return self.secure_sum is not None
 
     @property
     def takes_start(self) -> bool:
