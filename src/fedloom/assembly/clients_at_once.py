@@ -1,6 +1,6 @@
 """How many clients train together: by the device, and on a GPU by its free memory.
 
-Their number changes no bit on a CPU and rounding at most on a GPU, so that it may differ from machine to machine.
+Their number changes the result by rounding at most, so that it may differ from machine to machine.
 """
 
 from __future__ import annotations

@@ -21,14 +21,14 @@ from fedloom.cli.options import (
     ReferenceOption,
     SetOption,
 )
-from fedloom.cli.output import print_json, print_line, print_result, say
+from fedloom.cli.output import print_json, print_line, print_result, say, say_folder
 from fedloom.config import Settings
 from fedloom.config.compared_variants import check_methods, check_seeds, refuse_ignored
 from fedloom.config.method_settings import split_overrides
 from fedloom.config.setting import values_of
 from fedloom.errors import SettingsError
 from fedloom.methods import table
-from fedloom.wording import counted, typed
+from fedloom.wording import counted
 
 RUNS = Path("runs")
 STANDARD_ROUNDS = [name for name in table.shipped("runs_rounds") if table.traits_of(name).is_standard]
@@ -156,7 +156,7 @@ def run(
     with progress_for() as progress:
         result = experiment.run(settings, folder, fresh=fresh, progress=progress)
     print_result(result, as_json=as_json)
-    say(f"run folder: {folder}; for a report: {typed('fedloom', 'report', folder)}")
+    say_folder("run", folder)
 
 
 def compare(
@@ -235,7 +235,7 @@ def compare(
             parallel=parallel,
         )
     print_result(result, as_json=as_json)
-    say(f"comparison folder: {folder}; for a report: {typed('fedloom', 'report', folder)}")
+    say_folder("comparison", folder)
 
 
 def parse_methods(text: str) -> list[str]:

@@ -8,10 +8,11 @@ import os
 import select
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from fedloom.errors import FedloomError
-from fedloom.wording import printable
+from fedloom.wording import printable, typed
 
 
 class Result(Protocol):
@@ -90,6 +91,11 @@ def _reader_is_gone() -> bool:
     asked = select.poll()
     asked.register(place, 0)
     return any(found & select.POLLERR for _, found in asked.poll(0))
+
+
+def say_folder(kind: str, folder: Path) -> None:
+    """Say where a result lies, and what makes a report of it."""
+    say(f"{kind} folder: {folder}; for a report: {typed('fedloom', 'report', folder)}")
 
 
 def say(message: str) -> None:

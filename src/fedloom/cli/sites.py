@@ -9,8 +9,7 @@ import typer
 
 from fedloom.cli.experiments import RUNS
 from fedloom.cli.options import FreshOption, JsonOption, OutOption, SetOption
-from fedloom.cli.output import print_json, print_line, print_result, say
-from fedloom.wording import typed
+from fedloom.cli.output import print_json, print_line, print_result, say, say_folder
 
 site_app = typer.Typer(help="Take part in studies as a site.", no_args_is_help=True)
 sites_app = typer.Typer(help="Sites of a study, for its coordinator.", no_args_is_help=True)
@@ -41,7 +40,7 @@ def serve(
             loaded, folder, lambda study, largest: listening(study, largest, say), fresh=fresh, progress=progress
         )
     print_result(result, as_json=as_json)
-    say(f"run folder: {folder}; for a report: {typed('fedloom', 'report', folder)}")
+    say_folder("run", folder)
 
 
 @site_app.command("run")

@@ -154,8 +154,9 @@ def _update(clients: Sequence[_Client]) -> list[StepReport]:
     moving = [client for client in clients if client.settle()]
     rates = dict(zip(moving, step_together([client.optimiser for client in moving]), strict=True))
     reports = [client.close_step(rates.get(client, 0.0)) for client in clients]
+    each = (time.perf_counter() - begun) / len(clients)
     for client in clients:
-        client.seconds += (time.perf_counter() - begun) / len(clients)
+        client.seconds += each
     return reports
 
 
