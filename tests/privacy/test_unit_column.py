@@ -107,6 +107,7 @@ def test_epsilon_is_of_units_and_is_said_before_a_run_and_after_it(
     assert last["privacy"]["epsilon"] == pytest.approx(max(one.epsilon for one in planned.clients), rel=1e-2)
 
 
+@pytest.mark.extra("privacy")
 def test_a_row_of_nobody_is_refused_before_a_run_and_by_validate(
     settings_for: Make, people: Callable[..., str], tmp_path: Path
 ) -> None:
