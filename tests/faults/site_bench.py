@@ -164,16 +164,20 @@ class Case:
         return self.start(file or name, "site", "run", str(self.folder / f"{file or name}.toml"))
 
     def trainer_of(self, name: str) -> int:
-        """Return the pid of a site's trainer: the process at the other end of the pipe that the site writes to."""
-        until = time.monotonic() + 30.0
-        while time.monotonic() < until:
+        """Return the pid of a site's trainer: the process at the other end of the pipe that the site writes to.
+
+        A case that has only begun has none yet, and on a busy machine for long.
+        """
+        found: list[int] = []
+
+        def is_found() -> bool:
             site = self.started[name].pid
-            pipes = _pipes(site)
-            for child in psutil.Process(self.bench.nursery.pid).children():
-                if child.pid != site and _stdin(child.pid) in pipes:
-                    return child.pid
-            time.sleep(0.02)
-        raise WrongError(f"{name} has no trainer")
+            pipes, others = _pipes(site), psutil.Process(self.bench.nursery.pid).children()
+            found.extend(one.pid for one in others if one.pid != site and _stdin(one.pid) in pipes)
+            return bool(found)
+
+        self.wait(is_found, f"trainer of {name}")
+        return found[0]
 
     def num_rounds_done(self) -> int:
         """Return how many rounds are complete."""

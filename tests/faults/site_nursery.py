@@ -7,6 +7,7 @@ any other: it has its own connections and threads, and can be killed or stopped.
 from __future__ import annotations
 
 import array
+import contextlib
 import functools
 import json
 import os
@@ -143,7 +144,8 @@ def main(path: Path) -> None:
                     _child(acts, json.loads(asked), files)
                 for file in files:
                     os.close(file)
-                asking.send(str(pid).encode())
+                with contextlib.suppress(BrokenPipeError):  # a site that asked for a trainer may be killed meanwhile
+                    asking.send(str(pid).encode())
                 alive[pid] = asking
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
