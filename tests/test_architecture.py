@@ -143,6 +143,7 @@ def test_only_the_composition_root_knows_settings(path: Path) -> None:
     assert not [name for _, name in imports(parse(path)) if name.startswith("fedloom.config")]
 
 
+PLAIN_WORDS = ("base", "standalone", "carry")
 # The same words with another meaning: the untouched model, a setting of [model], a judge's protocol of FedIT's paper.
 NO_METHOD = {
     ("cli/score_commands.py", "base"),

@@ -140,6 +140,15 @@ def few_bits(settings: Settings) -> Iterator[Problem]:
             "choose one of those",
             ("method.name",),
         )
+    elif settings.traits.turns_slots:
+        yield Problem(
+            "wire.dtype",
+            f"fp32, bf16 or fp16 with method.name = {settings.method.name}, whose slots have other directions every "
+            "round: few bits hold the small difference of a slot to what it was",
+            settings.wire.dtype,
+            "choose one of those, or another method",
+            ("method.name",),
+        )
     elif settings.traits.grows_side and (settings.method.broadcast != "compressed" or not settings.method.tolerance):
         yield Problem(
             "wire.dtype",
