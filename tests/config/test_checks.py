@@ -212,7 +212,7 @@ def test_what_goes_slot_by_slot_is_refused_where_slots_turn() -> None:
         assert found(method=method, **tables) == [name]
     assert "server.step" in found(method=method, server={"step": "adamw"})
     (problem,) = problems(Settings.model_validate({**ENOUGH, "method": method, "wire": {"dtype": "int4"}}))
-    assert "whose slots have other directions every round" in problem.expected
+    assert "whose slots are other directions every round" in problem.expected
     assert found(method=method, wire={"dtype": "bf16"}, server={"step": "fedadam"}) == []
 
 

@@ -191,7 +191,7 @@ class Training(Table):
         "fresh",
         "Where AdamW's moments start in a round: at zero, where the client left them, or from what the clients of "
         "earlier rounds found.",
-        when={"method.name": having("keeps_slots"), "server.step": LOCAL_STEPS},
+        when={"method.name": having("continues"), "server.step": LOCAL_STEPS},
     )
     moments_prior: Count = setting(
         2, "Steps that shared moments count for when a round starts.", when={"training.moments": ("shared",)}

@@ -185,11 +185,6 @@ class Traits:
         return self.aggregates and not self.starts_fresh
 
     @property
-    def keeps_slots(self) -> bool:
-        """Whether clients go on in the slots in which they left off, as the mean or the server's step moved them."""
-        return self.continues and not self.turns_slots
-
-    @property
     def sums_factors(self) -> bool:
         """Whether one weighted sum of the clients' factors is all that its aggregate needs."""
         return self.averages_factors and not self.grows_side
