@@ -31,7 +31,7 @@ def test_every_method_is_accepted_with_one_rank(method: str) -> None:
 def test_fedit_refuses_different_ranks_and_names_the_methods_that_take_them() -> None:
     settings = Settings.model_validate({**ENOUGH, "method": {"ranks": (4, 2)}, "federation": {"num_clients": 2}})
     (problem,) = problems(settings)
-    assert "zero-padding, flora, weave, flexlora" in problem.action
+    assert "zero-padding, flora, weave, carry, flexlora" in problem.action
 
 
 def test_an_empty_list_is_not_answered_with_no_clients() -> None:
@@ -200,6 +200,20 @@ def test_control_variates_need_a_second_step_and_slots_that_all_clients_move() -
     short = {"name": "weave", "ranks": (4, 2, 2)}
     assert found(training=drift, method=short, federation=clients, server={"step": "plain"}) == []
     assert found(training=drift, method={"name": "flora", "ranks": 4}) == ["training.control_variates"]
+
+
+def test_what_goes_slot_by_slot_is_refused_where_slots_turn() -> None:
+    method = {"name": "carry", "ranks": 4}
+    refused: dict[str, object] = {"wire.dtype": "int4", "training.moments": "own", "training.control_variates": True}
+    for name, value in refused.items():
+        table_name, setting = name.split(".")
+        tables: dict[str, dict[str, object]] = {"training": {"local_steps": 4}}
+        tables.setdefault(table_name, {})[setting] = value
+        assert found(method=method, **tables) == [name]
+    assert "server.step" in found(method=method, server={"step": "adamw"})
+    (problem,) = problems(Settings.model_validate({**ENOUGH, "method": method, "wire": {"dtype": "int4"}}))
+    assert "whose slots are other directions every round" in problem.expected
+    assert found(method=method, wire={"dtype": "bf16"}, server={"step": "fedadam"}) == []
 
 
 def test_a_proximal_term_needs_a_second_step() -> None:

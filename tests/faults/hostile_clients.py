@@ -35,6 +35,7 @@ from fedloom.federation.rounds import RoundPlan
 from fedloom.federation.server import ServerRules, broadcasts_for
 from fedloom.lora.algebra import distance
 from fedloom.lora.pair import Adapter
+from fedloom.methods.carry import Carry
 from fedloom.methods.client_half import Work
 from fedloom.methods.rolora import RoLoRA
 from fedloom.methods.server_steps import PlainStep
@@ -48,6 +49,7 @@ EVERY_METHOD: Mapping[str, Callable[[], Strategy]] = {
     **METHODS,
     "rolora": lambda: RoLoRA(COHORT),
     "weave": lambda: Weave(COHORT),
+    "carry": lambda: Carry(COHORT),
 }
 
 

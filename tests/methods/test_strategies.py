@@ -17,6 +17,7 @@ from fedloom.federation.server import aggregation_noise
 from fedloom.lora.algebra import compress, distance, norm, truncate
 from fedloom.lora.initial import Draw
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.methods.carry import Carry
 from fedloom.methods.fedex import FedEx
 from fedloom.methods.ffa_lora import FFALoRA
 from fedloom.methods.flexlora import FlexLoRA
@@ -93,6 +94,7 @@ BATTERY: list[tuple[str, Callable[[Cohort], Strategy], dict[int, int]]] = [
     ("ffa-lora, mixed ranks", FFALoRA, MIXED),
     ("rolora, b's round, mixed ranks", RoLoRA, MIXED),
     ("rolora, a's round, mixed ranks", RoLoRAInRoundTwo, MIXED),
+    ("carry, equal ranks", Carry, EQUAL),
     ("flora, equal ranks", FLoRA, EQUAL),
     ("flora, mixed ranks", FLoRA, MIXED),
     ("flora, shared draws", lambda c: FLoRA(c, initialisation=Initialisation.SHARED), MIXED),

@@ -20,6 +20,7 @@ from fedloom.config.round_checks import (
     robust,
     sampling,
     synchronised,
+    turning,
 )
 from fedloom.config.schema import PER_CLIENT, Settings, counted_by_data, every_setting
 from fedloom.config.setting import Values, conditions, in_words, shown, values_of
@@ -52,6 +53,7 @@ def problems(settings: Settings) -> list[Problem]:
             synchronised,
             control_variates,
             few_bits,
+            turning,
             sampling,
         ),
         *(columns, batches, suites, cuts, devices, validation, stopping, tracking, continued, canaries),

@@ -140,6 +140,8 @@ def few_bits(settings: Settings) -> Iterator[Problem]:
             "choose one of those",
             ("method.name",),
         )
+    elif settings.traits.turns_slots:
+        return  # never, see :func:`turning`
     elif settings.traits.grows_side and (settings.method.broadcast != "compressed" or not settings.method.tolerance):
         yield Problem(
             "wire.dtype",
@@ -149,6 +151,30 @@ def few_bits(settings: Settings) -> Iterator[Problem]:
             f"{settings.method.tolerance:g}",
             "set method.broadcast = compressed and method.tolerance, e.g. 0.02, or another wire.dtype",
             ("method.broadcast", "method.tolerance", "method.name"),
+        )
+
+
+def turning(settings: Settings) -> Iterator[Problem]:
+    """What goes on slot by slot from one round to the next has no meaning where a slot is another direction by then."""
+    method = settings.method.name
+    if not settings.traits.turns_slots:
+        return
+    reason = f"with method.name = {method}, whose slots are other directions every round"
+    if settings.training.moments != "fresh":
+        yield Problem(
+            "training.moments",
+            f"fresh {reason}, so that no moment is that of its slot any more",
+            settings.training.moments,
+            "drop it (--set training.moments=), or choose another method",
+            ("method.name",),
+        )
+    if settings.wire.dtype.startswith("int"):
+        yield Problem(
+            "wire.dtype",
+            f"fp32, bf16 or fp16 {reason}: few bits hold a slot's small difference to what it was",
+            settings.wire.dtype,
+            "choose one of those, or another method",
+            ("method.name",),
         )
 
 

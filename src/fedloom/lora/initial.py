@@ -14,6 +14,9 @@ from fedloom.lora.algebra import truncate
 from fedloom.lora.pair import Adapter, Pair, rank_in
 from fedloom.seeding import torch_stream
 
+A_ROW_NORM = math.sqrt(1 / 3)
+"""Length of a row of a random A, of variance 1 / (3 · in): see :func:`fresh_adapter`."""
+
 
 @dataclass(frozen=True)
 class Draw:

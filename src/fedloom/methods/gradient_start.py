@@ -14,7 +14,6 @@ the gradient is the clients' mean, sketched as in randomised SVD (Halko et al., 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 
 from fedloom.errors import MethodError
 from fedloom.lora.algebra import right_space
-from fedloom.lora.initial import Draw
+from fedloom.lora.initial import A_ROW_NORM, Draw
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.methods.around import Around, GradientSum
 from fedloom.methods.client_half import ClientHalf, SketchesFirst
@@ -32,8 +31,6 @@ from fedloom.methods.sums import RunningFactors
 
 OVERSAMPLING = 8
 """Columns of Ω beyond the rank."""
-SCALE = math.sqrt(1 / 3)
-"""Length of a row of A: that of a random one of variance 1 / (3 · in), see ``fresh_adapter``."""
 
 
 def sketch_rank(max_rank: int) -> int:
@@ -93,5 +90,5 @@ def _as_inner(state: ServerState) -> ServerState:
 
 def _towards(drawn: Pair, sketch: Pair) -> Pair:
     """Return a pair whose A spans the sketch's largest directions; slots for which it has none keep their draw."""
-    found_RI = right_space(sketch.a_RI, drawn.rank).to(drawn.a_RI.dtype) * SCALE
+    found_RI = right_space(sketch.a_RI, drawn.rank).to(drawn.a_RI.dtype) * A_ROW_NORM
     return Pair(drawn.b_OR, torch.cat([found_RI, drawn.a_RI[len(found_RI) :]], dim=0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fedloom.methods import zero_padding as padding
+from fedloom.methods.carry import Carry
 from fedloom.methods.fedex import FedEx
 from fedloom.methods.fedsa import FedSALoRA
 from fedloom.methods.ffa_lora import FFALoRA
@@ -33,6 +34,11 @@ def fedex_lora(cohort: Cohort, options: MethodOptions) -> Strategy:
 def weave(cohort: Cohort, options: MethodOptions) -> Strategy:
     """Make weave."""
     return Weave(cohort, Weighting(options.weighting))
+
+
+def carry(cohort: Cohort, options: MethodOptions) -> Strategy:
+    """Make carry."""
+    return Carry(cohort, Weighting(options.weighting))
 
 
 def flexlora(cohort: Cohort, options: MethodOptions) -> Strategy:

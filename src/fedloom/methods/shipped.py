@@ -75,6 +75,21 @@ SHIPPED: dict[str, Method] = {
         ),
         Method(
             Traits(
+                "carry",
+                "the whole adapter at every client, its strongest directions trained: the exact mean at any ranks",
+                grows_side=True,
+                turns_slots=True,
+                combines=False,
+                defaults={
+                    "method.broadcast": "compressed",
+                    "method.tolerance": 0.02,
+                    "method.broadcast_max_bytes": 0.25,
+                },
+            ),
+            f"{MAKERS}:carry",
+        ),
+        Method(
+            Traits(
                 "flexlora",
                 "the best approximation of the exact mean at the largest rank",
                 unclaimed=(Law.EXACTNESS, *_FADING),

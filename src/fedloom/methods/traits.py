@@ -68,6 +68,8 @@ class Traits:
         grows_side: its aggregate, or a part of it, joins the side adapter, in the form of ``method.broadcast``.
         averages_factors: its next start is the mean of the clients' factors, so that a server may step along the mean
             of their gradients instead (``server.step = adamw``).
+        turns_slots: every round the server gives the slots other directions, so that nothing that is kept or counted
+            slot by slot goes on: moments, differences of few bits.
         stacks_products: its aggregate is the weighted sum of the clients' products, all of which joins the side, so
             that a sum of sketches will do (``privacy.sum = sketch``).
         freezes_a: its clients train B alone, over one A that all share and nobody changes, and its aggregate is the
@@ -93,6 +95,7 @@ class Traits:
     starts_fresh: bool = False
     grows_side: bool = False
     averages_factors: bool = False
+    turns_slots: bool = False
     stacks_products: bool = False
     freezes_a: bool = False
     aggregates_split: bool = True
@@ -123,7 +126,15 @@ class Traits:
                 f"method {self.name}: expected weightings with {chosen}, the default of method.weighting, got "
                 f"{self.weightings}; add it, or name another in defaults"
             )
-        for trait in ("starts_fresh", "grows_side", "averages_factors", "freezes_a", "aggregates_split", "combines"):
+        for trait in (
+            "starts_fresh",
+            "grows_side",
+            "averages_factors",
+            "turns_slots",
+            "freezes_a",
+            "aggregates_split",
+            "combines",
+        ):
             if getattr(self, trait) and not self.aggregates:
                 raise MethodError(
                     f"method {self.name}: expected {trait} with kind = federated only, got {self.kind}; "
@@ -134,6 +145,11 @@ class Traits:
                 raise MethodError(
                     f"method {self.name}: expected {trait}=False with is_personal, got True; set {trait}=False"
                 )
+        if self.turns_slots and (self.starts_fresh or self.averages_factors):
+            raise MethodError(
+                f"method {self.name}: expected turns_slots with neither starts_fresh nor averages_factors, got one; "
+                "set it to False"
+            )
         if self.stacks_products and not (self.starts_fresh and self.grows_side):
             raise MethodError(
                 f"method {self.name}: expected stacks_products with starts_fresh and grows_side, got one of them "
