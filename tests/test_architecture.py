@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -82,8 +83,9 @@ MODULES = sorted(SOURCE.rglob("*.py"))
 PROGRAMS = [*MODULES, *sorted((ROOT / "examples").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
 
-def module_name(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def assert_nothing_is_found(paths: Iterable[Path], look: Callable[[Path], Iterable[str]]) -> None:
+    """Look into every module, each of which is parsed once, and name all that is wrong."""
+    assert not [f"{path.relative_to(ROOT)}: {what}" for path in paths for what in look(path)]
 
 
 def package_of(path: Path) -> str:
@@ -116,34 +118,37 @@ def dotted(node: ast.expr) -> str:
             return ""
 
 
+@functools.cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_imports_go_down_the_list(path: Path) -> None:
+def test_imports_go_down_the_list() -> None:
+    assert_nothing_is_found(MODULES, upward_imports)
+
+
+def upward_imports(path: Path) -> Iterator[str]:
     package = package_of(path)
     if package in {"__init__", "__main__"}:
         return
-    assert package in ORDER, f"{package} has no place in the order of packages: give it one"
+    if package not in ORDER:
+        yield f"{package} has no place in the order of packages: give it one"
+        return
     allowed = {"__init__", *ORDER[: ORDER.index(package) + 1]}
-    upward = []
     for line, name in imports(parse(path)):
         parts = name.split(".")
         entry = entry_of(parts[1:]) if parts[0] == "fedloom" and len(parts) > 1 else ""
         if entry in ORDER and entry not in allowed:
-            upward.append(f"line {line}: {package} imports {name}")
-    assert not upward
+            yield f"line {line}: {package} imports {name}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_only_the_composition_root_knows_settings(path: Path) -> None:
-    if package_of(path) in CONFIG_READERS:
-        return
-    assert not [name for _, name in imports(parse(path)) if name.startswith("fedloom.config")]
+def test_only_the_composition_root_knows_settings() -> None:
+    others = [path for path in MODULES if package_of(path) not in CONFIG_READERS]
+    assert_nothing_is_found(
+        others, lambda path: [name for _, name in imports(parse(path)) if name.startswith("fedloom.config")]
+    )
 
 
-PLAIN_WORDS = ("base", "standalone", "carry")
 # The same words with another meaning: the untouched model, a setting of [model], a judge's protocol of FedIT's paper.
 NO_METHOD = {
     ("cli/score_commands.py", "base"),
@@ -154,82 +159,92 @@ NO_METHOD = {
     ("results/held_out.py", "base"),
     ("results/judgement.py", "fedit"),
 }
+# Plain words as well, so within a text they mean nothing.
+PLAIN_WORDS = {"base", "standalone", "carry"}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_only_the_methods_know_a_method_by_name(path: Path) -> None:
+def test_only_the_methods_know_a_method_by_name() -> None:
     """Other code asks for a trait. Names in longer texts (messages, help) come from the table too."""
-    if path.relative_to(SOURCE).parts[0] in ("methods", "recipes"):
-        return
+    others = [path for path in MODULES if path.relative_to(SOURCE).parts[0] not in ("methods", "recipes")]
+    assert_nothing_is_found(others, methods_named)
+
+
+def methods_named(path: Path) -> Iterator[str]:
     tree, place = parse(path), str(path.relative_to(SOURCE))
     documents = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-    texts = [n for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
-    found = [
-        f"line {node.lineno}: {name}"
-        for node in texts
-        for name in table.shipped()
-        if id(node) not in documents and (place, name) not in NO_METHOD
-        # These are plain words as well, so within a text they mean nothing.
-        if node.value == name or (name not in PLAIN_WORDS and name in re.findall(r"[\w-]+", node.value))
-    ]
-    assert not found
+    names = set(table.shipped())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in documents:
+            named = {node.value} & names | set(re.findall(r"[\w-]+", node.value)) & names - PLAIN_WORDS
+            yield from (f"line {node.lineno}: {name}" for name in named if (place, name) not in NO_METHOD)
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=module_name)
-def test_nothing_banned_is_called_or_imported(path: Path) -> None:
+def test_nothing_banned_is_called_or_imported() -> None:
+    assert_nothing_is_found(PROGRAMS, banned)
+
+
+def banned(path: Path) -> Iterator[str]:
     tree = parse(path)
-    found = [f"line {line}: import {name}" for line, name in imports(tree) if name.split(".")[0] in BANNED_IMPORTS]
+    yield from (f"line {line}: import {name}" for line, name in imports(tree) if name.split(".")[0] in BANNED_IMPORTS)
     for node in ast.walk(tree):
         match node:
             case ast.Call(func=function) if dotted(function) in BANNED_CALLS:
-                found.append(f"line {node.lineno}: {dotted(function)}")
+                yield f"line {node.lineno}: {dotted(function)}"
             case ast.ExceptHandler(type=None):
-                found.append(f"line {node.lineno}: bare except")
+                yield f"line {node.lineno}: bare except"
             case ast.Call(func=function, keywords=keywords) if dotted(function) != "zip":
                 lax = [word for word in keywords if word.arg == "strict" and ast.unparse(word.value) == "False"]
-                found.extend(f"line {node.lineno}: strict=False" for _ in lax)
+                yield from (f"line {node.lineno}: strict=False" for _ in lax)
             case ast.ImportFrom(level=level) if level:
-                found.append(f"line {node.lineno}: relative import")
+                yield f"line {node.lineno}: relative import"
             case _:
                 continue
-    assert not found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_modules_and_functions_are_small(path: Path) -> None:
-    text = path.read_text(encoding="utf-8")
-    long = [f"{len(text.splitlines())} lines"] if len(text.splitlines()) > MAX_MODULE_LINES else []
-    for node in ast.walk(ast.parse(text)):
+def test_modules_and_functions_are_small() -> None:
+    assert_nothing_is_found(MODULES, what_is_long)
+
+
+def what_is_long(path: Path) -> Iterator[str]:
+    num_lines = len(path.read_text(encoding="utf-8").splitlines())
+    if num_lines > MAX_MODULE_LINES:
+        yield f"{num_lines} lines"
+    for node in ast.walk(parse(path)):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             size = sum(isinstance(inner, ast.stmt) for inner in ast.walk(node)) - 1
             if size > MAX_FUNCTION_STATEMENTS:
-                long.append(f"{node.name}: {size} statements")
-    assert not long
+                yield f"{node.name}: {size} statements"
 
 
-@pytest.mark.parametrize("path", PROGRAMS, ids=module_name)
-def test_every_module_has_a_name_that_says_something_and_a_docstring(path: Path) -> None:
-    assert not VAGUE_NAMES & set(path.stem.split("_"))
-    assert ast.get_docstring(parse(path))
+def test_every_module_has_a_name_that_says_something_and_a_docstring() -> None:
+    assert_nothing_is_found(PROGRAMS, vague_name_or_no_docstring)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
-def test_every_public_name_is_documented(path: Path) -> None:
+def vague_name_or_no_docstring(path: Path) -> Iterator[str]:
+    yield from (f"vague name {word}" for word in VAGUE_NAMES & set(path.stem.split("_")))
+    if not ast.get_docstring(parse(path)):
+        yield "no docstring"
+
+
+def test_every_public_name_is_documented() -> None:
+    assert_nothing_is_found(MODULES, undocumented)
+
+
+def undocumented(path: Path) -> Iterator[str]:
     tree = parse(path)
     members = [*tree.body]
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
             members.extend(node.body)
-    bare = [
-        f"line {node.lineno}: {node.name}"
-        for node in members
-        if isinstance(node, ast.FunctionDef | ast.ClassDef)
-        and not node.name.startswith("_")
-        and node.name != "forward"
-        and not ast.get_docstring(node)
-        and not any(dotted(decorator).endswith(("setter", "overload")) for decorator in node.decorator_list)
-    ]
-    assert not bare
+    for node in members:
+        if (
+            isinstance(node, ast.FunctionDef | ast.ClassDef)
+            and not node.name.startswith("_")
+            and node.name != "forward"
+            and not ast.get_docstring(node)
+            and not any(dotted(decorator).endswith(("setter", "overload")) for decorator in node.decorator_list)
+        ):
+            yield f"line {node.lineno}: {node.name}"
 
 
 def test_the_test_folders_mirror_the_packages() -> None:

@@ -7,7 +7,9 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -37,6 +39,7 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
 SHELLS = ("console", "bash", "sh")
 TRAINING = ("run", "compare")
 OFFLINE = (["recipes"], *([name, "demo"] for name in ("doctor", "validate", "describe", "run", "compare")))
+COMMAND: Any = typer.main.get_command(app)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 MARKDOWN = sorted({*PAGES, *(ROOT / "src").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md"), *ROOT.glob("*.md")})
 MAX_COLUMNS = 120
@@ -89,6 +92,12 @@ def test_every_line_of_markdown_fits_the_columns(page: Path) -> None:
     assert not [f"line {number}: {len(line)} columns" for number, line in lines if len(line) > MAX_COLUMNS]
 
 
+@cache
+def defined_tests() -> set[str]:
+    files = (ROOT / "tests").rglob("test_*.py")
+    return {name for file in files for name in re.findall(r"def (test_\w+)\(", text_of(file))}
+
+
 def nav_pages(entry: object) -> list[str]:
     match entry:
         case str():
@@ -108,9 +117,8 @@ def test_the_navigation_holds_every_page_once() -> None:
 @every_page
 def test_every_test_and_file_that_a_page_names_exists(page: Path) -> None:
     prose = prose_of(page)
-    tests = "\n".join(text_of(file) for file in (ROOT / "tests").rglob("test_*.py"))
     for name in re.findall(r"`(test_\w+)`", prose):
-        assert f"def {name}(" in tests, name
+        assert name in defined_tests(), name
     for path in re.findall(r"`((?:src|tests|scripts|examples|benchmarks)/[\w./-]+\.\w+)`", prose):
         assert (ROOT / path).exists(), path
 
@@ -135,7 +143,7 @@ def test_the_map_of_the_design_holds_every_package() -> None:
 @every_page
 def test_every_command_parses(page: Path) -> None:
     for words in commands(page):
-        command, context = typer.main.get_command(app), None
+        command, context = COMMAND, None
         while words and hasattr(command, "commands") and words[0] in command.commands:
             context = typer.Context(command, info_name=words[0], parent=context)
             command, words = command.commands[words[0]], words[1:]

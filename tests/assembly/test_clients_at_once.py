@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from fedloom.assembly import clients_at_once as module
-from fedloom.assembly.clients_at_once import client_bytes, clients_at_once, free_on
+from fedloom.assembly.clients_at_once import client_bytes, clients_at_once
+from fedloom.assembly.free_memory import free_on
 from fedloom.config import Settings
 from fedloom.engines.local_engine import LocalEngine
 from fedloom.experiment.session import run

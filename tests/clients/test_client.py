@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 
 import pytest
 import torch
@@ -178,7 +179,14 @@ METHODS: dict[str, Callable[[], Setup]] = {
 
 
 CODED = [wire for wire in WireDtype if wire.is_coded]
+UNCODED = [wire for wire in WireDtype if not wire.is_coded]
 ABSENCES = {2: [0, 1], 3: [0], 4: [0, 1], 5: [0], 6: [0, 1], 7: [0]}
+
+
+def in_turn(names: Iterable[str], wires: Sequence[WireDtype]) -> list[tuple[str, WireDtype]]:
+    """Return every method with one of the wires, and every wire once at least."""
+    names = list(names)
+    return list(zip(names, cycle(wires), strict=False)) + [(names[0], wire) for wire in wires[len(names) :]]
 
 
 def in_few_bits(name: str, wire: WireDtype) -> Setup:
@@ -186,8 +194,7 @@ def in_few_bits(name: str, wire: WireDtype) -> Setup:
     return strategy, ServerRules(PlainStep(), BroadcastForm.COMPRESSED, 0.05, wire)
 
 
-@pytest.mark.parametrize("wire", CODED)
-@pytest.mark.parametrize("name", table.shipped("aggregates"))
+@pytest.mark.parametrize(("name", "wire"), in_turn(table.shipped("aggregates"), CODED))
 def test_in_few_bits_a_client_holds_what_the_server_knows_it_to_hold_whatever_it_missed(
     name: str, wire: WireDtype
 ) -> None:
@@ -213,8 +220,7 @@ def test_in_few_bits_a_client_holds_what_the_server_knows_it_to_hold_whatever_it
         assert distance(held, start) <= {8: 0.03, 4: 0.4, 2: 1.5}[wire.bits] * distance(start, first)
 
 
-@pytest.mark.parametrize("wire", CODED)
-@pytest.mark.parametrize("name", table.shipped("continues"))
+@pytest.mark.parametrize(("name", "wire"), in_turn(table.shipped("continues"), CODED))
 def test_in_few_bits_every_client_comes_to_hold_the_start_from_the_gradient(name: str, wire: WireDtype) -> None:
     strategy, rules = with_gradient_start(name, wire)
     engine, records = run(strategy, rules, lambda n: ABSENCES.get(n, [0, 1, 2]), 8)
@@ -294,8 +300,7 @@ def test_shared_moments_are_the_mean_over_those_that_have_a_slot_and_reach_every
     assert said[0].keys() == records[0].state.optimiser.keys()
 
 
-@pytest.mark.parametrize("wire", [wire for wire in WireDtype if not wire.is_coded])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(("name", "wire"), in_turn(METHODS, UNCODED))
 def test_a_client_that_missed_rounds_ends_bit_equal_to_one_that_did_not(name: str, wire: WireDtype) -> None:
     strategy, rules = METHODS[name]()
     engine, records = run(strategy, replace(rules, wire=wire), lambda n: ABSENCES.get(n, [0, 1, 2]), 8)

@@ -17,8 +17,11 @@ import pytest
 
 from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
-from fedloom.experiment import compare
+from fedloom.experiment import compare, comparison
 from fedloom.experiment.parallel_runs import run_in_processes
+from fedloom.preview import runs_at_once
+from fedloom.preview.description import memory_of
+from fedloom.preview.runs_at_once import PROCESS_BYTES, SHARE_OF_FREE
 from fedloom.reporting.progress import PlainProgress, SilentProgress
 
 Make = Callable[..., Settings]
@@ -85,6 +88,25 @@ def test_an_interruption_ends_every_run_and_the_same_command_goes_on(settings_fo
     resumed = [*command, "--set", f"federation.num_rounds={more}"]
     subprocess.run(resumed, check=True, capture_output=True)
     assert (out / f"flora-seed2/rounds/{more}").exists()
+
+
+def test_no_more_runs_begin_than_fit_into_memory(
+    settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = []
+
+    def run(*given: object, **_: object) -> list[object]:
+        begun.append(given[1])
+        raise RunError("enough")
+
+    monkeypatch.setattr(comparison, "run_in_processes", run)
+    each = memory_of(settings_for(method__name="flora")).total_bytes + PROCESS_BYTES
+    monkeypatch.setattr(runs_at_once, "free_on", lambda _: 2.5 * each / SHARE_OF_FREE)
+    told = io.StringIO()
+    with pytest.raises(RunError, match="enough"):
+        compare(settings_for(), ["flora", "base"], [1, 2], tmp_path / "out", parallel=4, progress=PlainProgress(told))
+    assert begun == [2]
+    assert "--parallel: expected memory for 4 runs at once" in told.getvalue()
 
 
 def test_what_cannot_have_a_process_of_its_own_is_refused(settings_for: Make, tmp_path: Path) -> None:

@@ -136,8 +136,17 @@ def test_a_toml_date_is_the_text_of_it() -> None:
     assert Data.model_validate({"date": date}).day == date
 
 
-@pytest.mark.parametrize("wanted", ["%d %b %Y", "%B %d, %Y", "%-d.%-m.%y", "%Y-%m-%d %H:%M", "100%% %A", "%%d %j"])
-@pytest.mark.parametrize("start", ["", "\n", "  ", "\n{# a note #}\n"])
+@pytest.mark.parametrize(
+    ("wanted", "start"),
+    [
+        ("%d %b %Y", ""),
+        ("%B %d, %Y", "\n"),
+        ("%-d.%-m.%y", "  "),
+        ("%Y-%m-%d %H:%M", "\n{# a note #}\n"),
+        ("100%% %A", ""),
+        ("%%d %j", "\n"),
+    ],
+)
 def test_a_day_is_written_as_the_clock_would_write_it_and_nothing_else_changes(wanted: str, start: str) -> None:
     day = datetime.date(2024, 2, 3)
     template = f"{start}{{% if strftime_now is defined %}}\n  {{{{ strftime_now({wanted!r}) }}}}\n{{% endif %}}{CHATML}"

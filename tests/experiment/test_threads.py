@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +25,13 @@ def threads_of_this_process() -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def settings_for(settings_for: Make) -> Make:
+    """Make settings of as little training as there is: threads that wait for each other cost time on a busy machine."""
+    small: dict[str, Any] = {"federation__num_rounds": 1, "training__local_steps": 1, "training__batch_size": 1}
+    return lambda **changes: settings_for(**small | {"data__eval_rows": 1} | changes)
 
 
 def notes_of(settings: Settings, out: Path) -> str:

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
+from fedloom.assembly.free_memory import free_on
 from fedloom.config import Settings
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
@@ -52,10 +51,3 @@ def clients_at_once_here(settings: Settings, lora: LoRAModel) -> tuple[int, str 
         f"{counted(chosen, 'client')} at once instead of {wanted}: each holds up to {each}, and "
         f"{written_bytes(free_bytes)} are free on {device}, of which a quarter is for them"
     )
-
-
-def free_on(device: torch.device) -> int:
-    """Return the bytes that this process can still take on a GPU."""
-    # What torch has reserved and does not use is free for this process, and would not be there after an earlier run.
-    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0]) + idle

@@ -177,7 +177,12 @@ def compare(
     ] = None,
     reference: ReferenceOption = None,
     parallel: Annotated[
-        int, typer.Option("--parallel", metavar="N", help="Runs at once, each in a process of its own on this machine.")
+        int,
+        typer.Option(
+            "--parallel",
+            metavar="N",
+            help="Runs at once, each in a process of its own on this machine; fewer where memory holds no more.",
+        ),
     ] = 1,
     overrides: OwnSetOption = None,
     grid: GridOption = None,

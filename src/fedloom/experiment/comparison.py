@@ -20,6 +20,7 @@ from fedloom.experiment.run_summary import RunSummary
 from fedloom.experiment.session import run
 from fedloom.experiment.tuning import TuningPlan
 from fedloom.file_formats import COMPARISON, TUNING
+from fedloom.preview.runs_at_once import runs_at_once
 from fedloom.reporting import tuned
 from fedloom.reporting.budget import unequal_rows
 from fedloom.reporting.paper import tuned_to
@@ -98,7 +99,8 @@ def compare(
 
     All are of one day, that of the first. Runs that are complete are not run again, so a comparison resumes and grows
     by methods and seeds. The table sets each method against ``reference``, by default FedIT where it is one of several.
-    With ``parallel`` above 1 that many run at once, each in a process of its own, to the same results.
+    With ``parallel`` above 1 that many run at once, each in a process of its own, to the same results; fewer where the
+    memory planned for them is more than is free.
 
     ``overrides`` are settings of one method, ``METHOD:table.setting=value``. ``grid`` holds values to choose from, for
     all methods or for one: ``[METHOD:]table.setting=value,value,...``. Of the product of all, each method gets the
@@ -117,6 +119,9 @@ def compare(
     reference = reference_among(methods, reference)
     refuse_other_folder(out)
     check_parallel([one.points[0].settings for one in grids], parallel)
+    parallel, too_many = runs_at_once([point.settings for one in grids for point in one.points], parallel)
+    if too_many is not None:
+        progress.note(too_many)
     folders = [out / f"{method}-seed{seed}" for seed in seeds for method in methods]
     date = date_of_all([*folders, *(folder for _, folder in plan.runs())], fresh)
     workshop, tuning = Workshop(progress), None

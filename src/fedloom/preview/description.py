@@ -195,12 +195,9 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
     written, names = settings, known_names(settings)
     if names is not None:
         settings = resolve_names(settings, names)
-    model = skeleton(settings)
-    check_passes(model, settings.model.attention)
-    if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
-        model = model.to(dtype)
+    lora = _sketched(settings)
+    model: Any = lora.model
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    lora = lora_of(model, targets_of(settings.model))
     ranks = settings.client_ranks
     of_rank = {}  # clients may be a million, their ranks are few
     for rank in set(ranks):
@@ -232,6 +229,28 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         privacy=_privacy(written),
         summed_ranks=None if (exact := sketch_rank_of(settings)) is None else (exact, settings.ranks_of_a_round),
     )
+
+
+def memory_of(settings: Settings) -> PlannedMemory:
+    """Return the memory of a run, without the rest of its description.
+
+    Raises:
+        FedloomError: as for :func:`describe`.
+    """
+    if (names := known_names(settings)) is not None:
+        settings = resolve_names(settings, names)
+    lora = _sketched(settings)
+    model: Any = lora.model
+    return planned_memory(settings, lora, known_rows(settings, model.config))
+
+
+def _sketched(settings: Settings) -> LoRAModel:
+    """Return the base's shapes with its adapted modules, in the type that it would have."""
+    model = skeleton(settings)
+    check_passes(model, settings.model.attention)
+    if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
+        model = model.to(dtype)
+    return lora_of(model, targets_of(settings.model))
 
 
 def _privacy(settings: Settings) -> PlannedPrivacy | PlannedClients | None:

@@ -16,6 +16,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
+from fedloom.assembly.free_memory import free_here
 from fedloom.assembly.inputs import Workshop
 from fedloom.assembly.preparation import Preparation
 from fedloom.config import Settings, files
@@ -131,12 +132,11 @@ def diagnose(
 
 def this_machine() -> Machine:
     """Return what this machine has."""
-    memory = psutil.virtual_memory()
     return Machine(
         versions=versions(),
         devices=tuple(_devices()),
-        memory_bytes=memory.total,
-        free_memory_bytes=memory.available,
+        memory_bytes=psutil.virtual_memory().total,
+        free_memory_bytes=free_here(),
         num_cores=os.cpu_count() or 1,
         extras=_extras(),
         methods=tuple(name for name in table.names() if name not in table.shipped()),

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fedloom.assembly.clients_at_once import CLIENT_BYTES, client_bytes, clients_at_once, free_on
+from fedloom.assembly.clients_at_once import CLIENT_BYTES, client_bytes, clients_at_once
+from fedloom.assembly.free_memory import free_on
 from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.errors import ModelError
