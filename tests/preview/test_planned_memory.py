@@ -20,7 +20,7 @@ from fedloom.config import Settings
 from fedloom.models.load import DTYPES
 from fedloom.preview.description import describe, skeleton
 from fedloom.preview.planned_memory import PlannedMemory, planned_memory
-from fedloom.preview.row_sample import known_rows
+from fedloom.preview.row_sample import known_rows, rows_here
 from fedloom.wording import written_bytes
 
 Make = Callable[..., Settings]
@@ -87,7 +87,9 @@ def planned_of_recipe(name: str, folder: Path, *overrides: str) -> PlannedMemory
     model = skeleton(settings)
     if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
         model = model.to(dtype)
-    return planned_memory(settings, lora_of(model, settings.model.target_modules), known_rows(settings, model.config))
+    return planned_memory(
+        settings, lora_of(model, settings.model.target_modules), known_rows(settings, model.config, rows_here(settings))
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.names() if name not in ("demo", "default")])
