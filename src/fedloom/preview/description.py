@@ -22,6 +22,7 @@ from fedloom.assembly.start_adapter import targets_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
+from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.sum_terms import threshold_of
@@ -270,6 +271,9 @@ def skeleton(settings: Settings) -> Any:
     except (OSError, ValueError, StrictDataclassError) as error:
         if (refusal := own_code_refusal(error, settings.model.base)) is not None:
             raise refusal from error
+        if isinstance(error, OSError) and not Path(embedded.base_path(settings.model.base)).expanduser().is_dir():
+            wanted = "a folder or a name on the hub"
+            raise ModelError(hub_refusal("model.base", wanted, settings.model.base, error)) from error
         reason = first_line(error)
         raise ModelError(
             f"model.base: expected a causal LM's configuration, got {settings.model.base!r} ({reason}); choose another "
