@@ -1,7 +1,8 @@
 """What pages show beside their commands, and whether a command prints it.
 
 In a ``console`` block the lines below a command are lines of what it prints, in that order; others may stand between
-them. Words are the same, numbers nearly: two kinds of processor round differently.
+them. A block without a language right after it continues what its last command prints. Words are the same, numbers
+nearly: two kinds of processor round differently. Lines that only rule a table are not compared.
 """
 
 from __future__ import annotations
@@ -11,8 +12,24 @@ import re
 from collections.abc import Iterator, Sequence
 
 TOLERANCE = 0.02
-"""Share by which a printed number may differ from the one that is shown; 0.005 where the number is nearly 0."""
+"""Share by which a printed number may differ from the one that is shown; 0.01 where the number is nearly 0."""
+_MANY = 20
+"""A count of so many or more, as of singular values above a bound, may differ by one."""
+_BLOCKS = re.compile(
+    r"^```(?:console|bash|sh)\n(.*?)^```$(?:\n\n```\n(.*?)^```$)?",
+    re.MULTILINE | re.DOTALL,
+)
+_RULE = re.compile(r"[\s\u2500-\u257f]*")
 _NUMBER = re.compile(r"(?<![\w.])[−+-]?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
+
+
+def blocks_on(page: str) -> Iterator[list[tuple[str, list[str]]]]:
+    """Yield each block of commands in a page's text: every command, and the lines that are shown of what it prints."""
+    for commands, printed in _BLOCKS.findall(page):
+        listed = list(shown_beside(commands))
+        if listed:
+            listed[-1][1].extend(line for line in printed.splitlines() if not _RULE.fullmatch(line))
+        yield listed
 
 
 def shown_beside(block: str) -> Iterator[tuple[str, list[str]]]:
@@ -34,7 +51,7 @@ def is_like(shown: str, printed: str) -> bool:
     if [part.split() for part in _NUMBER.split(shown)] != [part.split() for part in _NUMBER.split(printed)]:
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
-    return all(math.isclose(_value(one), _value(other), rel_tol=TOLERANCE, abs_tol=0.005) for one, other in pairs)
+    return all(_is_near(_value(one), _value(other)) for one, other in pairs)
 
 
 def missing(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
@@ -47,6 +64,12 @@ def missing(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
         else:
             rest = rest[place + 1 :]
     return absent
+
+
+def _is_near(one: float, other: float) -> bool:
+    if one.is_integer() and other.is_integer() and min(one, other) >= _MANY and abs(one - other) <= 1:
+        return True
+    return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=0.0101)
 
 
 def _value(number: str) -> float:

@@ -26,7 +26,7 @@ VERBS = (
     *("serve", "set", "shorten", "sort", "start", "take", "train", "try", "update", "upgrade", "use", "wait", "write"),
 )
 """The imperatives with which our messages begin an action. A new one is added here when a message needs it."""
-ADVICE = ("remedy", "advice", "advice_after", "action", "unfinished_note", "USE_PADDED")
+ADVICE = ("remedy", "advice", "advice_after", "action", "unfinished_note", "USE_PADDED", "hub_refusal")
 """Names of values, attributes and functions that hold an action, whose text another place gives."""
 ACTION = re.compile(rf"(?:^|[;:] |, or |\bthen )(?:if [^,;]+, )?(?:{'|'.join(VERBS)})\b")
 PROGRAMMING = "a programming error, not a user's mistake"

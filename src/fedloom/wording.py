@@ -60,6 +60,13 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def counted_rounds(trained: int, before: int = 0) -> str:
+    """Return the rounds of a run, with those before the first in which anything is trained."""
+    return (
+        f"{counted(before, 'round')} for the start and {trained:,} of training" if before else counted(trained, "round")
+    )
+
+
 def worded(value: object) -> str:
     """Return a setting's value as people say it, not as Python does: not set, true, 0.2, flora."""
     if value is None:

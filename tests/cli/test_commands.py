@@ -79,6 +79,11 @@ def test_a_valid_recipe_is_said_to_be_on_standard_output(invoke: Any, recipe: st
     assert ran.out.startswith(f"{recipe} is valid: fedit, rank 8")
 
 
+def test_a_round_before_training_is_told_apart(invoke: Any) -> None:
+    ran = invoke("validate")
+    assert "1 of 10 clients a round, 1 round for the start and 300 of training, base embedded" in ran.out
+
+
 def test_problems_go_to_standard_error_one_line_each_with_code_2(invoke: Any, recipe: str) -> None:
     ran = invoke("validate", recipe, "--set", "run.sed=1", "--set", "wire.dtype=fp64")
     assert (ran.code, ran.out) == (2, "")

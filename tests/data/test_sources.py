@@ -176,7 +176,7 @@ def test_a_hub_that_does_not_answer_is_one_clear_line(monkeypatch: pytest.Monkey
         raise ConnectionError("no route\nmore")
 
     monkeypatch.setattr(datasets, "get_dataset_split_names", refuse)
-    with pytest.raises(DataError, match=r"someone/data: .* the hub answered: .*no route; check data.path"):
+    with pytest.raises(DataError, match=r"data.path: .* got 'someone/data', .* the hub does not answer; check"):
         load_rows("someone/data")
 
 

@@ -64,6 +64,8 @@ def test_a_run_that_is_killed_after_the_sketch_goes_on_to_the_same_bits_and_all_
     if "weave" not in FORMS[form].values() and form != "rolora in 16 bits":
         assert (summary.upload_bytes, summary.download_bytes) == described.run_bytes
     assert "one round trip more" in "\n".join(described.lines())
+    for lines in (described.lines(), summary.lines()):
+        assert "1 round for the start and 2 of training" in "\n".join(lines)
 
 
 def test_after_the_sketch_the_same_clients_read_the_same_rows_as_from_a_random_start(

@@ -20,7 +20,7 @@ from fedloom.config import Settings
 from fedloom.models.load import DTYPES
 from fedloom.preview.description import describe, skeleton
 from fedloom.preview.planned_memory import PlannedMemory, planned_memory
-from fedloom.preview.row_sample import known_rows
+from fedloom.preview.row_sample import known_rows, rows_here
 from fedloom.wording import written_bytes
 
 Make = Callable[..., Settings]
@@ -50,6 +50,7 @@ def memory(field):
 
 settings = fedloom.load_settings(sys.argv[1])
 small = ["model.base=embedded", "training.batch_size=1", "data.max_length=64", "data.overlong=truncate"]
+small += sys.argv[3:]
 fedloom.run(fedloom.load_settings(sys.argv[1], small), sys.argv[2] + "-before")
 before = memory("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")
@@ -87,7 +88,9 @@ def planned_of_recipe(name: str, folder: Path, *overrides: str) -> PlannedMemory
     model = skeleton(settings)
     if isinstance(dtype := DTYPES[settings.model.dtype], torch.dtype):
         model = model.to(dtype)
-    return planned_memory(settings, lora_of(model, settings.model.target_modules), known_rows(settings, model.config))
+    return planned_memory(
+        settings, lora_of(model, settings.model.target_modules), known_rows(settings, model.config, rows_here(settings))
+    )
 
 
 @pytest.mark.parametrize("name", [name for name in recipes.names() if name not in ("demo", "default")])
@@ -102,6 +105,65 @@ def test_activations_kept_at_borders_only_need_a_quarter_at_most_of_llama_7b(tmp
     kept = planned_of_recipe("fedit-dolly", tmp_path, "training.checkpoint_activations=true")
     assert kept.pass_bytes < whole.pass_bytes / 4
     assert (kept.base_bytes, kept.client_bytes) == (whole.base_bytes, whole.client_bytes)
+
+
+def measured_bytes(recipe: Path, out: Path, *small: str) -> int:
+    """Return what a run adds to a child that has run it before with ``small`` settings."""
+    command = [sys.executable, "-c", _RUN, str(recipe), str(out), *small]
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    return int(json.loads(ran.stdout.splitlines()[-1]))
+
+
+def test_a_secure_sum_is_counted_where_it_is_larger_than_a_pass(settings_for: Make) -> None:
+    hidden: dict[str, Any] = {"method__name": "ffa-lora", "method__ranks": 2, "data__eval_rows": None}
+    plain = memory_of(settings_for(**hidden))
+    few, many = (
+        memory_of(settings_for(**hidden, privacy__sum="masked", federation__num_clients=number))
+        for number in (3, 40_000)
+    )
+    assert plain.sum_bytes == 0 < few.sum_bytes < few.held_bytes
+    assert few.total_bytes == plain.total_bytes
+    assert many.total_bytes - many.sum_bytes == few.total_bytes - few.held_bytes
+    assert "for the sum of the clients" in many.lines()[0]
+
+
+@pytest.mark.slow
+@pytest.mark.extra("privacy")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
+def test_the_plan_of_sketched_sums_is_within_15_percent_of_a_childs_peak(tmp_path: Path) -> None:
+    """Of thirty clients, whose sketches hold several times what a pass does."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(
+        """
+        [model]
+        dtype = "float32"
+        target_modules = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        [data]
+        template = "plain"
+        shape = "dolly"
+        max_rows = 800
+        eval_path = "embedded"
+        [method]
+        name = "flora"
+        ranks = 32
+        [federation]
+        num_rounds = 1
+        num_clients = 30
+        [training]
+        local_steps = 1
+        batch_size = 4
+        [privacy]
+        sum = "sketch"
+        [evaluation]
+        every = 0
+        batch_tokens = 512
+        """,
+        encoding="utf-8",
+    )
+    measured = measured_bytes(recipe, tmp_path / "run", "federation.num_clients=3", "method.ranks=1")
+    planned = memory_of(config.load(recipe))
+    assert planned.sum_bytes > 3 * planned.held_bytes
+    assert planned.total_bytes == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.slow
@@ -138,10 +200,7 @@ def test_the_plan_is_within_15_percent_or_50_mb_of_a_childs_peak(shape: str, tmp
         """,
         encoding="utf-8",
     )
-    command = [sys.executable, "-c", _RUN, str(recipe), str(tmp_path / "run")]
-    measured = json.loads(
-        subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]
-    )
+    measured = measured_bytes(recipe, tmp_path / "run")
     planned = memory_of(config.load(recipe)).total_bytes
     # What a process happens to hold beside its tensors is a fifth of the smallest shape's peak, and differs by run.
     assert planned == pytest.approx(measured, rel=0.15, abs=50e6)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import shlex
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from shown_output import missing
 
 from fedloom import config, recipes
 from fedloom.cli.experiments import load_settings
@@ -66,6 +69,22 @@ def test_the_small_run_is_what_run_takes_in_an_empty_folder(
     """By the checks of the command itself, the base's context and the files on disk among them."""
     monkeypatch.chdir(tmp_path)
     assert load_settings(name, small_overrides(name)).model.base == "embedded"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in NAMES if recipes.describe(name).prints is not None])
+def test_a_small_run_ends_with_what_its_header_says(name: str, tmp_path: Path) -> None:
+    """As typed, in an empty folder, to its end: the rest take many minutes."""
+    recipe = recipes.describe(name)
+    assert recipe.prints is not None
+    command = [sys.executable, "-m", *shlex.split(recipe.small)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert not missing([recipe.prints], done.stdout.splitlines()), done.stdout
+
+
+def test_the_cheapest_small_runs_say_what_they_print() -> None:
+    assert {"default", "demo"} <= {name for name in NAMES if recipes.describe(name).prints is not None}
 
 
 def adapter_bytes(layers: int, shapes: list[tuple[int, int]], rank: int) -> int:

@@ -160,7 +160,7 @@ def test_mistakes_are_one_line_and_write_nothing(
         ([one, two, "--rank", "9", *out], "--rank: expected 1 to 2"),
         ([one, two, "--to", str(full)], "expected a new or an empty folder"),
         ([one, str(tmp_path / "absent"), *out], "expected the folder of a run or of a PEFT adapter"),
-        ([one, "org/absent", *out], "could not be fetched from the hub"),
+        ([one, "org/absent", *out], "adapter: expected a folder or a name on the hub, got 'org/absent'"),
     ):
         assert exit_code(["aggregate", *arguments]) == 2
         error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Four sites of the embedded model over gRPC: rows hidden, sums masked, and a site drops out at each message."""
+"""Four sites of the embedded model over gRPC: rows or sites hidden, sums masked, a site drops out at each message."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 from four_sites import FOUR, Four, alone
@@ -14,6 +15,7 @@ from memory_link import SiteThread, adapter_of, joined, records_of
 
 from fedloom.config import Settings
 from fedloom.data.sources import Split, load_rows
+from fedloom.methods import private_clients
 from fedloom.privacy.accountant import PrivateStep, epsilon
 from fedloom.privacy.draws import SeededDraws
 from fedloom.privacy.secure_sum.steps import Step
@@ -49,14 +51,23 @@ class Dropping:
         return self.link.send(to, frame)
 
 
-@pytest.mark.parametrize(("method", "sum"), [("ffa-lora", "masked"), ("flora", "sketch")])
-def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
+ROWS = {"privacy__unit": "row", "privacy__noise_multiplier": 1.0, "method__ranks": [8, 4, 4, 2]}
+SITES = {"privacy__unit": "client", "privacy__noise": "clients", "method__ranks": 4, "method__weighting": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("method", "sum", "hidden"),
+    [("ffa-lora", "masked", ROWS), ("flora", "sketch", ROWS), ("ffa-lora", "masked", SITES)],
+    ids=["rows-masked", "rows-sketch", "sites-add-noise"],
+)
+def test_rows_or_sites_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
     recipe: Callable[..., Settings],
     base_folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     method: str,
     sum: str,
+    hidden: dict[str, Any],
 ) -> None:
     """With the noise of a simulation in place of the systems' the adapter is that of one process, bit for bit."""
     four = Four(recipe, base_folder, tmp_path)
@@ -72,18 +83,17 @@ def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
         data__eval_path="embedded",
         data__overlong="drop",
         method__name=method,
-        method__ranks=[8, 4, 4, 2],
         federation__num_rounds=len(STEPS) + 1,
         training__batch_size=8,
         training__local_steps=1,
         training__dropout=0.0,
         privacy__sum=sum,
-        privacy__unit="row",
-        privacy__noise_multiplier=1.0,
         evaluation__every=6,
+        **hidden,
     )
     wanted = alone(settings, tmp_path / "alone", {round: (1, step) for round, step in enumerate(STEPS, 1)})
     monkeypatch.setattr(site_training, "SystemDraws", SeededDraws)
+    monkeypatch.setattr(private_clients, "SystemDraws", SeededDraws)
     server = GrpcServerLink("127.0.0.1:0", read_kit(four.kit, "server"), tuple(FOUR), LARGEST)
     links: dict[str, Dropping | GrpcSiteLink] = {}
 
@@ -100,7 +110,7 @@ def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
     sites: list[SiteThread] = []
     try:
         for number in range(4):
-            site = four.site(number, sum="masked", max_epsilon=50.0)
+            site = four.site(number, sum="masked", **({"max_epsilon": 50.0} if hidden is ROWS else {}))
             model = site.model.model_copy(update={"base": "embedded", "tokenizer": None})
             sites.append(SiteThread(site.model_copy(update={"model": model}), Dialling(), hello_seconds=0.5))  # type: ignore[arg-type]
         study = four.study(settings, grace_s=1.5)
@@ -116,6 +126,10 @@ def test_rows_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_message(
         gone = [client["name"] for client in record["clients"] if client["reason"] is not None]
         assert gone == ([FOUR[1]] if record["round"] <= 3 else []), "its numbers had come before rounds 4 and 5 lost it"
     assert adapter_of(tmp_path / "served") == wanted
+    if hidden is SITES:
+        told = records[-1]["privacy"]
+        assert (told["unit"], told["noise"], told["draws"]) == ("client", "clients", "system")
+        return
     spent = [client["epsilon"] for client in records[-1]["clients"]]
     assert spent == [pytest.approx(epsilon({PrivateStep(8 / size, 1.0): len(records)}, 1e-5)) for size in sizes]
     write_report([tmp_path / "served"], tmp_path / "report.html")

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fedloom.config import Settings
+from fedloom.config.files import clients_may_be_lost
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.division import Division, Scheme, divide
 from fedloom.data.holdout import HoldOut, hold_out_by_category, hold_out_units, with_units
@@ -65,27 +66,45 @@ def partition_of(settings: Settings, rows: Rows, tokens: TokenSet, sha256: str, 
         )
         partition = divide(division, rows, tokens, seed=settings.run.seed)
     if partition.num_clients != wanted:
-        lists = [name for name in PER_CLIENT if isinstance(settings.value(name), tuple)]
-        advice = f" and give {partition.num_clients} values in {', '.join(lists)}" if lists else ""
-        names = "the data name" if table.path is None else "the partition has"
-        raise PartitionError(
-            f"federation.num_clients: expected {partition.num_clients}, as many as {names}, got {wanted}; "
-            f"set it to {partition.num_clients}{advice}"
-        )
+        raise _miscounted(settings, partition.num_clients)
     return partition
 
 
-def known_names(settings: Settings) -> list[str] | None:
-    """Return the clients' names where they are known before a row is read: not those a column's values give.
+def _miscounted(settings: Settings, found: int) -> PartitionError:
+    lists = [name for name in PER_CLIENT if isinstance(settings.value(name), tuple)]
+    advice = f" and give {found} values in {', '.join(lists)}" if lists else ""
+    names = "the data name" if settings.partition.path is None else "the partition has"
+    return PartitionError(
+        f"federation.num_clients: expected {found}, as many as {names}, got {settings.federation.num_clients}; "
+        f"set it to {found}{advice}"
+    )
+
+
+def known_names(settings: Settings, rows: Rows | None = None) -> list[str] | None:
+    """Return the clients' names where they are known: those that a column's values give where ``rows`` are read.
+
+    None too where clients may lose all their rows and more are named than are counted.
 
     Raises:
-        DataError: a folder has no files of the split.
+        DataError: a folder has no files of the split, or a row has no such column.
+        PartitionError: rows name another number of clients than the settings say.
     """
     if settings.partition.path is not None:
         return None
     if settings.partition.scheme != "natural":
         return [str(client) for client in range(settings.federation.num_clients)]
     if settings.partition.column is not None:
-        return None
+        return None if rows is None else _names_of_column(settings, rows)
     names = client_names_of_files(settings.data.path, settings.data.split)
     return None if names is None else sorted(names, key=name_order)
+
+
+def _names_of_column(settings: Settings, rows: Rows) -> list[str] | None:
+    assert settings.partition.column is not None
+    names = sorted(set(map(str, rows.column(settings.partition.column))), key=name_order)
+    wanted = settings.federation.num_clients
+    if len(names) == wanted:
+        return names
+    if wanted < len(names) and clients_may_be_lost(settings):
+        return None
+    raise _miscounted(settings, len(names))

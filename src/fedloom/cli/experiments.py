@@ -28,7 +28,7 @@ from fedloom.config.method_settings import split_overrides
 from fedloom.config.setting import values_of
 from fedloom.errors import SettingsError
 from fedloom.methods import table
-from fedloom.wording import counted
+from fedloom.wording import counted_rounds
 
 RUNS = Path("runs")
 STANDARD_ROUNDS = [name for name in table.shipped("runs_rounds") if table.traits_of(name).is_standard]
@@ -112,7 +112,7 @@ def summary(settings: Settings) -> str:
     ranks = settings.method.ranks
     written = f"rank {ranks}" if isinstance(ranks, int) else f"ranks {', '.join(map(str, values_of(ranks)))}"
     clients = f"{settings.cohort_size} of {settings.federation.num_clients} clients a round"
-    rounds = counted(settings.federation.num_rounds, "round")
+    rounds = counted_rounds(settings.federation.num_rounds, settings.start_rounds)
     return (
         f"{settings.method.name}, {written}, {clients}, {rounds}, base {settings.model.base}, data {settings.data.path}"
     )

@@ -31,8 +31,10 @@ def list_recipes(context: typer.Context, as_json: JsonOption = False) -> None:
             ("expect", recipe.expect),
             ("run", recipe.command),
             ("small", recipe.small),
+            ("prints", recipe.prints),
         ):
-            print_line(f"  {label:<7} {text}")
+            if text is not None:
+                print_line(f"  {label:<7} {text}")
 
 
 @app.command("copy")

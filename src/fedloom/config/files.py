@@ -140,16 +140,20 @@ def rows(settings: Settings) -> Iterator[Problem]:
             yield absent("evaluation.paths", path, f"a file or folder for {suite}")
 
 
+def clients_may_be_lost(settings: Settings) -> bool:
+    """Tell whether a client can lose all its rows; how many do, only the rows say."""
+    data = settings.data
+    return bool(data.overlong != "error" or data.unanswered == "drop" or data.eval_rows or data.max_rows)
+
+
 def clients(settings: Settings) -> Iterator[Problem]:
     """One file per client means as many files as clients."""
     folder = Path(settings.data.path)
     if settings.partition.scheme != "natural" or settings.partition.column is not None or not folder.is_dir():
         return
     files = sum(CLIENT_FILE.fullmatch(file.name) is not None for file in folder.iterdir())
-    wanted, data = settings.federation.num_clients, settings.data
-    # Clients can lose all their rows; how many do, only the rows say.
-    may_lose = data.overlong != "error" or data.unanswered == "drop" or data.eval_rows or data.max_rows
-    if files and files != wanted and not (may_lose and wanted < files):
+    wanted = settings.federation.num_clients
+    if files and files != wanted and not (clients_may_be_lost(settings) and wanted < files):
         yield Problem(
             "federation.num_clients",
             f"{files}, one per local_training_<i> file in {shown(settings.data.path)}",

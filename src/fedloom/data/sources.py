@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from fedloom import embedded
 from fedloom.data.csv_rows import read_csv
+from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.json_rows import read_json_lines, rows_of_lines, rows_of_list
 from fedloom.data.stored_rows import STORED_FROM_BYTES, ChosenRows, StoredRows, is_stored
 from fedloom.data.text_files import read_utf8
@@ -279,9 +280,12 @@ def _read_hub(name: str, split: Split, subset: str | None, revision: str | None)
     except DataError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as cause:
+        if isinstance(cause, OSError):
+            wanted = "a file, a folder or a data set of the hub"
+            raise DataError(hub_refusal("data.path", wanted, name, cause)) from cause
         raise DataError(
-            f"{name}: expected a file, a folder or a data set of the hub, found no such path, and the hub answered: "
-            f"{_root(cause)}; check data.path"
+            f"data.path: expected a data set of the hub that datasets reads, got {name!r}: {_root(cause)}; set "
+            "data.subset, or save its rows to a file and name that"
         ) from cause
     count = len(rows)
     return Rows(rows, (f"{name}[{part}]",), np.zeros(count, np.int64), np.arange(1, count + 1))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import DataError, MissingExtraError, ModelError
 
@@ -48,6 +49,9 @@ def load_tokenizer(
     except (OSError, ValueError, KeyError) as cause:
         if (refusal := own_code_refusal(cause, name_or_path)) is not None:
             raise refusal from cause
+        if isinstance(cause, OSError) and not Path(name_or_path).expanduser().exists():
+            wanted = "a folder, a name on the hub, or 'bytes' for a model of bytes"
+            raise ModelError(hub_refusal("tokenizer", wanted, name_or_path, cause)) from cause
         detail = (str(cause).splitlines() or ["no detail"])[0]
         raise ModelError(
             f"{name_or_path}: expected a tokenizer (tokenizer.json) in this folder or hub name, got {detail}; "

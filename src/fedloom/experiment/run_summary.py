@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fedloom.reporting.privacy import privacy_line
-from fedloom.wording import Displayed, counted, written_bytes
+from fedloom.wording import Displayed, counted, counted_rounds, written_bytes
 
 
 @dataclass(frozen=True)
 class RunSummary(Displayed):
-    """What a finished run came to."""
+    """What a finished run came to; ``start_rounds`` of its rounds trained nothing."""
 
     folder: Path
     method: str
@@ -29,6 +29,7 @@ class RunSummary(Displayed):
     aggregation_noise: float | None
     rank: int
     privacy: Mapping[str, Any] | None = None
+    start_rounds: int = 0
 
     def as_dict(self) -> dict[str, Any]:
         """Return the summary as plain values."""
@@ -36,7 +37,8 @@ class RunSummary(Displayed):
 
     def lines(self) -> list[str]:
         """Return the summary for people."""
-        lines = [f"{self.method}, seed {self.seed}: {counted(self.num_rounds, 'round')} in {self.seconds:.1f} s"]
+        rounds = counted_rounds(self.num_rounds - self.start_rounds, self.start_rounds)
+        lines = [f"{self.method}, seed {self.seed}: {rounds} in {self.seconds:.1f} s"]
         if "loss_nats" in self.eval:
             before = f" (base {self.base_eval['loss_nats']:.4f})" if "loss_nats" in self.base_eval else ""
             tokens = f"{self.eval['num_loss_tokens']:,} tokens of {self.eval['num_rows']:,} rows"

@@ -45,7 +45,7 @@ from fedloom.run_folder.contents import ADAPTER, check_adapter
 from fedloom.run_folder.manifest import changed_threads
 from fedloom.run_folder.reader import missing_adapters
 from fedloom.run_folder.writer import RunFolder
-from fedloom.wording import counted
+from fedloom.wording import counted, counted_rounds
 
 NOTHING_HELD_OUT = (
     "no rows are held out, so no loss is measured on rows that were not trained on: set data.eval_path, data.eval_rows "
@@ -163,6 +163,8 @@ class Session:
     def _rounds(self, loop: Loop) -> Standing:
         state = loop.standing
         title = f"{self.settings.method.name}, seed {self.settings.run.seed}"
+        if before := self.settings.start_rounds:
+            title += f", {counted_rounds(loop.num_rounds - before, before)}"
         self.progress.run_started(title, loop.num_rounds, state.round)
         if state.round and (told := changed_threads(self.folder.manifest)) is not None:
             self.progress.note(told)
@@ -312,4 +314,5 @@ class Session:
             aggregation_noise=records[-1]["aggregation_noise"] if records else None,
             rank=max(state.shared.ranks.values(), default=0),
             privacy=records[-1].get("privacy") if records else None,
+            start_rounds=min(self.settings.start_rounds, len(records)),
         )

@@ -14,6 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.own_code import named_code_refusal, own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.models.stored_quantization import check_library
@@ -53,11 +54,7 @@ def fetched(name: str, revision: str | None, what: str, wanted: list[str], unwan
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns=list(unwanted)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(
-            f"{what}: {name!r} is not a folder and could not be fetched from the hub: {reason}; "
-            "check the name and the connection"
-        ) from error
+        raise ModelError(hub_refusal(what, "a folder or a name on the hub", name, error)) from error
 
 
 def read_config(folder: Path, trust_remote_code: bool) -> Any:

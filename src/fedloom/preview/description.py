@@ -22,6 +22,7 @@ from fedloom.assembly.start_adapter import targets_of
 from fedloom.config import Settings
 from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
+from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.federation.sum_terms import threshold_of
@@ -35,11 +36,11 @@ from fedloom.preview.cut_table import CutTable, cut_table
 from fedloom.preview.message_sizes import message_sizes
 from fedloom.preview.planned_memory import PlannedMemory, planned_memory
 from fedloom.preview.planned_time import PlannedTime, planned_time
-from fedloom.preview.row_sample import known_rows
+from fedloom.preview.row_sample import known_rows, rows_here
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
 from fedloom.training.local_training import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
-from fedloom.wording import Displayed, counted, written_bytes
+from fedloom.wording import Displayed, counted, counted_rounds, written_bytes
 
 if TYPE_CHECKING:
     from fedloom.preview.client_privacy import PlannedClients
@@ -129,8 +130,8 @@ class Description(Displayed):
             up, first, down = (written_bytes(size) if size else "–" for size in of_messages)
             name = f"{name_of(k)}–{name_of(others[-1][0])}" if others else name_of(k)
             lines.append(f"{name:>{width}}  {rank:>4}  {trained:>12,}  {up:>11}  {first:>11}  {down:>12}")
-        if self.names is None and any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT):
-            lines.append("Which client has which of the named values is known once the rows are read.")
+        if self.names is None:
+            lines.append(self._unnamed_line())
         if self.sketch_cohort_size:
             up, down = map(written_bytes, self.start_bytes)
             lines.append(
@@ -139,7 +140,9 @@ class Description(Displayed):
             )
         if any(self.upload_bytes):
             up, down = (written_bytes(total) for total in self.run_bytes)
-            lines.append(f"the whole run: about {up} up and {down} down, over all rounds and clients")
+            federation = self.settings["federation"]
+            rounds = counted_rounds(federation["num_rounds"], 1 if self.sketch_cohort_size else 0)
+            lines.append(f"the whole run: about {up} up and {down} down, over all clients and {rounds}")
         cuts = [] if self.cuts is None else ["", *self.cuts.lines()]
         schedules = ["", *schedule_lines(self.schedules)] if self.schedules else []
         chosen = [f"{name} = {json.dumps(value)}" for name, value in self.chosen.items()]
@@ -154,6 +157,16 @@ class Description(Displayed):
             *chosen,
             "Settings not shown have their defaults; --json prints all.",
         ]
+
+    def _unnamed_line(self) -> str:
+        """Return what nobody knows of the clients yet, and what it decides."""
+        counted_as = f"federation.num_clients = {len(self.client_ranks)}"
+        if self.settings["partition"]["path"] is not None:
+            found = f"The saved partition names the clients; a run refuses it where they are not {counted_as}."
+        else:
+            found = f"The rows name the clients; whether a run has {counted_as} of them is known once they are read."
+        named = any(isinstance(self.chosen.get(name), dict) for name in PER_CLIENT)
+        return f"{found} So is who has which of the named values." if named else found
 
     def _sum_lines(self) -> list[str]:
         """Return how clients' updates are summed, where the server sees the sum alone."""
@@ -192,7 +205,8 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
             `model.attention` says.
         AdapterError: if a rank does not fit its modules.
     """
-    written, names = settings, known_names(settings)
+    written, rows = settings, rows_here(settings)
+    names = known_names(settings, rows)
     if names is not None:
         settings = resolve_names(settings, names)
     lora = _sketched(settings)
@@ -205,7 +219,7 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
         of_rank[rank] = num_trained(lora, rank)
     trained = tuple(of_rank[rank] for rank in ranks)
     sizes = message_sizes(settings, lora, ranks)
-    sample = known_rows(settings, model.config)
+    sample = known_rows(settings, model.config, rows)
     return Description(
         settings=written.as_dict(),
         family=str(model.config.model_type),
@@ -276,6 +290,9 @@ def skeleton(settings: Settings) -> Any:
     except (OSError, ValueError, StrictDataclassError) as error:
         if (refusal := own_code_refusal(error, settings.model.base)) is not None:
             raise refusal from error
+        if isinstance(error, OSError) and not Path(embedded.base_path(settings.model.base)).expanduser().is_dir():
+            wanted = "a folder or a name on the hub"
+            raise ModelError(hub_refusal("model.base", wanted, settings.model.base, error)) from error
         reason = first_line(error)
         raise ModelError(
             f"model.base: expected a causal LM's configuration, got {settings.model.base!r} ({reason}); choose another "

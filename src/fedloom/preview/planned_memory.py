@@ -17,17 +17,20 @@ from torch import nn
 
 from fedloom.assembly.clients_at_once import CLIENT_BYTES, client_bytes, clients_at_once
 from fedloom.assembly.free_memory import free_on
-from fedloom.assembly.round_plan import training_of
+from fedloom.assembly.round_plan import strategy_of, training_of
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.linear import is_worth_folding
 from fedloom.lora.pair import rank_in
+from fedloom.methods.masked_sums import MaskedSums
+from fedloom.methods.strategy import Cohort
 from fedloom.models.discovery import num_blocks_of
 from fedloom.models.families import decoder_blocks
 from fedloom.models.row_attention import choose_attention
 from fedloom.preview.held_bytes import PlannedPass, bottom_bytes, scoring_bytes, top_bytes, training_bytes
 from fedloom.preview.row_sample import RowSample
+from fedloom.privacy.secure_sum.fixed_point import WORD_BYTES
 from fedloom.seeding import stream
 from fedloom.training.row_passes import RowPasses, row_passes
 from fedloom.wording import counted, written_bytes
@@ -40,6 +43,10 @@ _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5625}
 """Bytes a weight in bitsandbytes' layers; nf4 has one fp32 scale for 64 weights."""
 _WIDTHS = 18
 """Widths that a block keeps of a token, where a forward needs numbers and cannot be watched."""
+_UPDATE_BYTES = 4
+"""Bytes of a number of an update, which waits for the sum."""
+_COPIES = 5
+"""How often one member's numbers are there while they are masked: as floats, whole, under a mask, and as bytes."""
 _DRAWS = 16
 """Steps that are drawn to find the largest pass."""
 Watch = Callable[[LoRAModel, PlannedPass, str], int]
@@ -58,7 +65,9 @@ class PlannedMemory:
     """Bytes of a run at its peak, on a kind of device.
 
     ``pass_bytes`` are the most that tensors of a training pass, or of one that scores, hold beside the base;
-    ``held_bytes`` what the device's allocator holds for them. The interpreter and its libraries are not counted.
+    ``held_bytes`` what the device's allocator holds for them. ``sum_bytes`` are those of a secure sum, which comes when
+    the clients have trained: their updates, their masked numbers, and those of one of them several times. The
+    interpreter and its libraries are not counted.
     """
 
     device: str
@@ -67,6 +76,7 @@ class PlannedMemory:
     client_bytes: int
     pass_bytes: int
     held_bytes: int
+    sum_bytes: int
     pass_tokens: int
     pass_rows: int
     clients_at_once: int
@@ -75,7 +85,7 @@ class PlannedMemory:
     @property
     def total_bytes(self) -> int:
         """All of it."""
-        return self.base_bytes + self.side_bytes + self.client_bytes + self.held_bytes
+        return self.base_bytes + self.side_bytes + self.client_bytes + max(self.held_bytes, self.sum_bytes)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the parts as plain values."""
@@ -85,11 +95,12 @@ class PlannedMemory:
         """Return the parts for people."""
         side = f", {written_bytes(self.side_bytes)} of adapted weights" if self.side_bytes else ""
         at_once = counted(self.clients_at_once, "client")
+        summed = f", or then {written_bytes(self.sum_bytes)} for the sum of the clients" if self.sum_bytes else ""
         return [
             f"memory: about {written_bytes(self.total_bytes)} on {self.device}, beside Python and its libraries: "
             f"{written_bytes(self.base_bytes)} of the base{side}, {written_bytes(self.client_bytes)} of adapters and "
             f"moments, {written_bytes(self.held_bytes)} for a pass of {self.pass_tokens:,} tokens "
-            f"({counted(self.pass_rows, 'row')} of {at_once} at once; {self.rows})",
+            f"({counted(self.pass_rows, 'row')} of {at_once} at once; {self.rows}){summed}",
         ]
 
 
@@ -118,6 +129,7 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
         client_bytes=open_bytes,
         pass_bytes=most,
         held_bytes=_held(most, device),
+        sum_bytes=_sum_bytes(settings, lora),
         pass_tokens=sum(lengths),
         pass_rows=len(lengths),
         clients_at_once=at_once,
@@ -268,6 +280,19 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, watch: Watch, n
     except ModelError:  # its forward needs numbers
         text: Any = lora.model.config.get_text_config()  # type: ignore[operator, union-attr]
         return int(planned.num_tokens * text.hidden_size * num_blocks * _WIDTHS * lora.base_weight.element_size())
+
+
+def _sum_bytes(settings: Settings, lora: LoRAModel) -> int:
+    """Return the bytes of a round's secure sum in this process, of which all members are."""
+    if settings.privacy.sum == "plain":
+        return 0
+    ranks = settings.client_ranks
+    cohort = Cohort(lora.shapes, max(ranks), ranks.__getitem__, settings.run.seed)
+    strategy = strategy_of(settings, cohort)
+    assert isinstance(strategy, MaskedSums)
+    of_rank = {rank: sum(rank_in(shape, rank) * sum(shape) for shape in lora.shapes.values()) for rank in set(ranks)}
+    updates = settings.cohort_size * sum(of_rank[rank] for rank in ranks) // len(ranks)
+    return _UPDATE_BYTES * updates + WORD_BYTES * strategy.num_numbers * (settings.cohort_size + _COPIES)
 
 
 def _weight_bytes(settings: Settings, model: Any, chosen: Iterable[nn.Parameter]) -> int:

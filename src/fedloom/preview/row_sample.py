@@ -13,7 +13,7 @@ from fedloom import embedded
 from fedloom.config import Settings
 from fedloom.data.encoding import encode
 from fedloom.data.records import read_records
-from fedloom.data.sources import load_rows
+from fedloom.data.sources import Rows, load_rows
 from fedloom.data.templates import AUTO
 from fedloom.data.tokenizer import BYTES, load_tokenizer
 from fedloom.errors import FedloomError
@@ -44,14 +44,31 @@ class RowSample:
         return Work(batch_size * mean, batch_size * float(self.targets_N.mean()), mean)
 
 
-def sampled_rows(settings: Settings) -> RowSample:
-    """Return a sample of the recipe's training rows.
+def rows_here(settings: Settings) -> Rows | None:
+    """Return the rows that a recipe reads; None where they are not on this machine, or cannot be read.
+
+    What is wrong with rows is said by those who read all of them.
+    """
+    if settings.data.path != embedded.NAME and not Path(settings.data.path).expanduser().exists():
+        return None
+    try:
+        return _read(settings)
+    except FedloomError:
+        return None
+
+
+def _read(settings: Settings) -> Rows:
+    data = settings.data
+    return load_rows(data.path, data.split, subset=data.subset, revision=data.revision)
+
+
+def sampled_rows(settings: Settings, rows: Rows | None = None) -> RowSample:
+    """Return a sample of the recipe's training rows, which are read where they are not given.
 
     Raises:
         DataError: if the rows cannot be read.
     """
-    data = settings.data
-    rows = load_rows(data.path, data.split, subset=data.subset, revision=data.revision)
+    data, rows = settings.data, _read(settings) if rows is None else rows
     chosen = np.sort(stream(settings.run.seed, "describe").permutation(len(rows))[:SAMPLED_ROWS])
     tokens = encode(
         read_records(rows.select(chosen), data.shape, data.columns),
@@ -71,16 +88,13 @@ def sampled_rows(settings: Settings) -> RowSample:
     return RowSample(tokens.lengths, learnt, len(rows), told)
 
 
-def known_rows(settings: Settings, config: Any) -> RowSample:
-    """Return a sample where data and tokenizer are on this machine, else rows as long as the settings allow.
-
-    What is wrong with rows is said by those who read all of them.
-    """
+def known_rows(settings: Settings, config: Any, rows: Rows | None) -> RowSample:
+    """Return a sample of :func:`rows_here` where the tokenizer is here too, else rows as long as the settings allow."""
     tokenizer = settings.model.tokenizer or settings.model.base
     is_here = tokenizer in (embedded.NAME, BYTES) or Path(tokenizer).expanduser().is_dir()
-    if is_here and (settings.data.path == embedded.NAME or Path(settings.data.path).expanduser().exists()):
+    if is_here and rows is not None:
         try:
-            return sampled_rows(settings)
+            return sampled_rows(settings, rows)
         except FedloomError:
             pass
     budget = settings.training.token_budget

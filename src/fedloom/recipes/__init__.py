@@ -1,6 +1,7 @@
 """Shipped experiments: a TOML file each, with what it claims in its header.
 
-A header is comment lines ``# key: text`` with the keys of :data:`KEYS`, continued on lines indented further.
+A header is comment lines ``# key: text`` with the keys of :data:`KEYS`, continued on lines indented further. ``prints``
+is a line that the small run prints at its end, of those that a test runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ _ENTRY = re.compile(r"# (\w+): (.*)")
 
 @dataclass(frozen=True)
 class Recipe:
-    """A shipped experiment: what it claims, how to run it, on what, the number to expect, and a run on a small base."""
+    """A shipped experiment: what it claims, how to run it, on what, the number to expect, and a run on a small base.
+
+    ``prints`` is what the small run ends with, None where no test runs it.
+    """
 
     name: str
     claim: str
@@ -28,8 +32,9 @@ class Recipe:
     machine: str
     expect: str
     small: str
+    prints: str | None = None
 
-    def as_dict(self) -> dict[str, str]:
+    def as_dict(self) -> dict[str, str | None]:
         """Return the header as plain values."""
         return asdict(self)
 
@@ -80,7 +85,7 @@ def describe(name: str) -> Recipe:
             f"{name}.toml: expected a header with {', '.join(KEYS)}, got one without {', '.join(missing)}; add what is "
             "missing"
         )
-    return Recipe(name, **{key: entries[key] for key in KEYS})
+    return Recipe(name, **{key: entries[key] for key in KEYS}, prints=entries.get("prints"))
 
 
 def copy(name: str, to: Path) -> Path:
