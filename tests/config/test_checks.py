@@ -216,6 +216,15 @@ def test_what_goes_slot_by_slot_is_refused_where_slots_turn() -> None:
     assert found(method=method, wire={"dtype": "bf16"}, server={"step": "fedadam"}) == []
 
 
+def test_a_variant_whose_slots_turn_drops_what_goes_slot_by_slot() -> None:
+    own = {"training": {"local_steps": 4, "moments": "own"}, "wire": {"dtype": "int8"}}
+    settings = Settings.model_validate(own)
+    carry = with_method(settings, "carry")
+    assert (carry.training.moments, carry.wire.dtype, carry.method.broadcast) == ("fresh", "fp32", "compressed")
+    assert with_method(settings, "zero-padding").training.moments == "own"
+    assert with_method(carry, "flora").method.broadcast == "stack"
+
+
 def test_a_proximal_term_needs_a_second_step() -> None:
     once = {"local_steps": 1, "proximal": 0.1}
     assert found(training=once) == ["training.proximal"]

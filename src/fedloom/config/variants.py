@@ -22,8 +22,8 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
 
     Methods that need one rank, alone or for the halves of a cut, get the mean of the list, so that a client trains and
     sends as much on average as with the list; alphas likewise. Settings that act only with the former method go back to
-    their defaults, and so do a weighting, an initialisation, a robust rule and hidden clients that the method does not
-    know. Settings named in ``keep`` stay as they are, whether they fit or not.
+    their defaults, and so do a weighting, an initialisation, a robust rule, moments, few bits and hidden clients that
+    the method does not know. Settings named in ``keep`` stay as they are, whether they fit or not.
     """
     changed = _with_own_defaults(_replaced(settings, "method.name", method), settings.traits.defaults, keep)
     if _knows_one_rank(changed):
@@ -41,6 +41,11 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
         changed = _without(changed, "privacy.sum")
     if changed.federation.sampling == "poisson" and changed.privacy.unit != "client":
         changed = changed if "federation.sampling" in keep else _without(changed, "federation.sampling")
+    if changed.traits.turns_slots:  # what goes slot by slot
+        unfit = [("training.moments", changed.training.moments != "fresh")]
+        unfit.append(("wire.dtype", changed.wire.dtype.startswith("int")))
+        for name, is_unfit in unfit:
+            changed = _without(changed, name) if is_unfit and name not in keep else changed
     while names := [name for name, *_ in inapplicable(changed) if name not in keep]:
         for name in names:
             changed = _without(changed, name)
@@ -52,7 +57,9 @@ def _with_own_defaults(settings: Settings, former: Mapping[str, Any], keep: Coll
     own = settings.traits.defaults
     for name in {**former, **own}:
         usual = _default_of(settings, name)
-        if name not in keep and settings.value(name) == former.get(name, usual):
+        # Of two methods with defaults of their own neither's are what the other was given: so what is usual counts too.
+        unnamed = (former.get(name, usual),) if former == own else (former.get(name, usual), usual)
+        if name not in keep and settings.value(name) in unnamed:
             settings = _replaced(settings, name, own.get(name, usual))
     return _stepping_as_trained(settings, keep)
 
