@@ -251,11 +251,12 @@ def memory_of(settings: Settings) -> PlannedMemory:
     Raises:
         FedloomError: as for :func:`describe`.
     """
-    if (names := known_names(settings)) is not None:
+    rows = rows_here(settings)
+    if (names := known_names(settings, rows)) is not None:
         settings = resolve_names(settings, names)
     lora = _sketched(settings)
     model: Any = lora.model
-    return planned_memory(settings, lora, known_rows(settings, model.config))
+    return planned_memory(settings, lora, known_rows(settings, model.config, rows))
 
 
 def _sketched(settings: Settings) -> LoRAModel:
