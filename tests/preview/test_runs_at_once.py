@@ -20,7 +20,20 @@ EACH = PROCESS_BYTES + 2 * GB
 
 
 def plan_of(total: int, device: str = "cpu") -> PlannedMemory:
-    return PlannedMemory(device, total // 2, 0, 0, 0, total - total // 2, 1, 1, 1, "no rows")
+    half = total // 2
+    return PlannedMemory(
+        device=device,
+        base_bytes=half,
+        side_bytes=0,
+        client_bytes=0,
+        pass_bytes=0,
+        held_bytes=total - half,
+        sum_bytes=0,
+        pass_tokens=1,
+        pass_rows=1,
+        clients_at_once=1,
+        rows="no rows",
+    )
 
 
 def free(monkeypatch: pytest.MonkeyPatch, **of_device: float) -> None:
