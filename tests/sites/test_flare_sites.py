@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from memory_link import adapter_of
 from site_ends import frames, free_port, wait, write_toml
@@ -26,7 +27,7 @@ from fedloom.errors import RunError
 from fedloom.experiment.session import run
 from fedloom.run_folder.reader import read_run
 from fedloom.sites import provisioning
-from fedloom.sites.flare_link import FlareLink, FlareServerLink, FlareSiteLink
+from fedloom.sites.flare_link import CONSOLE, FlareLink, FlareServerLink, FlareSiteLink
 from fedloom.sites.flare_pipe import PIECE_BYTES
 from fedloom.sites.grpc_link import check_free
 from fedloom.sites.kit_check import FlareKit, check_kit
@@ -457,6 +458,23 @@ def test_three_sites_with_one_killed_and_the_server_killed_in_a_round_train_the_
         assert commands.started["server"].wait(480) == 0, commands.told("server")
         assert len(read_run(commands.run).records) == 6
         assert adapter_of(commands.run) == commands.replayed(FLORA)
+    finally:
+        commands.end()
+
+
+def test_a_site_that_is_killed_while_no_server_is_there_leaves_no_process_of_flare_behind(
+    project: Project, tmp_path: Path
+) -> None:
+    """FLARE is not registered then, and would ask for it for ever."""
+    commands = Commands(project, tmp_path, dict(FLORA))
+    try:
+        commands.take_part("oslo")
+        console, site = project.kit("oslo").folder / CONSOLE, psutil.Process(commands.started["oslo"].pid)
+        wait(lambda: len(site.children()) == 1 and "CH0000" in console.read_text(), 60)
+        (flare,) = site.children()
+        assert "nvflare" in " ".join(flare.cmdline())
+        commands.kill("oslo")
+        wait(lambda: not flare.is_running() or flare.status() == psutil.STATUS_ZOMBIE, 30)
     finally:
         commands.end()
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import socket
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -29,7 +30,7 @@ DESCRIPTOR, NAMES = "FEDLOOM_FLARE_PIPE", "FEDLOOM_FLARE_NAMES"
 CHANNEL, UP, DOWN = "fedloom", "up", "down"
 REQUEST_SECONDS = 60.0
 """The longest that a piece may take; a small one is given up sooner, see :func:`seconds_for`."""
-_ANSWER_SECONDS = 5.0
+_ANSWER_SECONDS, _WATCH_MILLISECONDS = 5.0, 1000
 
 PIECE, DONE, CONNECTED, GONE, REFUSED, STARTED = "piece", "done", "connected", "gone", "refused", "started"
 STRANGER = b"stranger"
@@ -115,6 +116,26 @@ class Pipe:
         """End it, at both ends; a thread that waits for events here ends too, which closing alone would not do."""
         with contextlib.suppress(OSError), socket.socket(fileno=os.dup(self._connection.fileno())) as both:
             both.shutdown(socket.SHUT_RDWR)
+
+
+def end_with_starter(environment: Mapping[str, str], is_begun: threading.Event) -> None:
+    """End this process where whoever started it is gone before anything here reads from the pipe (``is_begun``).
+
+    FLARE begins its components when it is registered, and asks for that for ever where no server is there. So a site
+    that was killed meanwhile would leave a process behind that takes the site's name once the server is back.
+    """
+    descriptor = environment.get(DESCRIPTOR, "")
+    if not descriptor.isdecimal():
+        return
+    other_end = select.poll()
+    other_end.register(int(descriptor), 0)  # that it is gone is told without being asked for
+
+    def watch() -> None:
+        while not is_begun.is_set():
+            if any(what & select.POLLHUP for _, what in other_end.poll(_WATCH_MILLISECONDS)):
+                os._exit(0)
+
+    threading.Thread(target=watch, name="fedloom starter", daemon=True).start()
 
 
 @dataclass

@@ -32,6 +32,7 @@ from fedloom.sites.flare_pipe import (
     Lanes,
     Pipe,
     Place,
+    end_with_starter,
     seconds_for,
 )
 
@@ -42,10 +43,16 @@ _GONE = {ReturnCode.INVALID_TARGET, ReturnCode.TARGET_UNREACHABLE}
 class FedloomServer(FLComponent):  # type: ignore[misc]
     """The server's end of the link, as FLARE sees it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_begun = threading.Event()
+        end_with_starter(os.environ, self._is_begun)
+
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Begin when FLARE's server has started."""
         if event_type != EventType.SYSTEM_START:
             return
+        self._is_begun.set()
         pipe = Pipe.of_environment(os.environ)
         if pipe is None:
             self.log_error(fl_ctx, "this kit is started by `fedloom serve`, not by itself; no study is served")

@@ -29,6 +29,7 @@ from fedloom.sites.flare_pipe import (
     Lanes,
     Pipe,
     Place,
+    end_with_starter,
     seconds_for,
 )
 from fedloom.sites.link import SERVER
@@ -39,10 +40,16 @@ _LOOK_SECONDS = 1.0
 class FedloomSite(FLComponent):  # type: ignore[misc]
     """A site's end of the link, as FLARE sees it."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._is_begun = threading.Event()
+        end_with_starter(os.environ, self._is_begun)
+
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Begin when the site is registered at the server."""
         if event_type != EventType.SYSTEM_START:
             return
+        self._is_begun.set()
         pipe = Pipe.of_environment(os.environ)
         if pipe is None:
             self.log_error(fl_ctx, "this kit is started by `fedloom site run`, not by itself; it takes no part")
