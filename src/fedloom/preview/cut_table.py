@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from fedloom.assembly.split_run import split_plan
@@ -158,7 +159,9 @@ def devices_of(settings: Settings) -> list[Device]:
         settings.per_client(table.latency_ms),
         strict=True,
     )
-    return [
-        Device(flops * table.utilisation, memory * GIB, up * MEGABIT, down * MEGABIT, latency / 1e3)
-        for flops, memory, up, down, latency in rows
-    ]
+
+    @cache  # clients may be a million, their devices are few
+    def device(flops: float, memory: float, up: float, down: float, latency: float) -> Device:
+        return Device(flops * table.utilisation, memory * GIB, up * MEGABIT, down * MEGABIT, latency / 1e3)
+
+    return [device(*row) for row in rows]

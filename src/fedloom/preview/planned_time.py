@@ -125,8 +125,8 @@ def _simulated(settings: Settings, of_rank: Mapping[int, float], steps: int, siz
     if settings.traits.kind is Kind.SPLIT:
         return None
     seconds = []
-    messages = zip(sizes.of_clients("up"), sizes.of_clients("later_down"), strict=True)
-    for rank, device, (up, down) in zip(settings.client_ranks, devices_of(settings), messages, strict=True):
+    for rank, device in set(zip(settings.client_ranks, devices_of(settings), strict=True)):
+        up, down = sizes.by_rank[rank].up, sizes.by_rank[rank].later_down
         link = up / device.upload_bytes_per_second + down / device.download_bytes_per_second
         delay = 2 * device.latency_seconds if up or down else 0.0
         seconds.append(steps * of_rank[rank] / device.flops + link + delay)
