@@ -118,24 +118,27 @@ class Pipe:
             both.shutdown(socket.SHUT_RDWR)
 
 
-def end_with_starter(environment: Mapping[str, str], is_begun: threading.Event) -> None:
-    """End this process where whoever started it is gone before anything here reads from the pipe (``is_begun``).
+def end_with_starter(environment: Mapping[str, str]) -> threading.Event:
+    """End this process where whoever started it is gone before the event is set that is returned.
+
+    Set it when something here reads from the pipe, and so sees its end.
 
     FLARE begins its components when it is registered, and asks for that for ever where no server is there. So a site
     that was killed meanwhile would leave a process behind that takes the site's name once the server is back.
     """
-    descriptor = environment.get(DESCRIPTOR, "")
+    descriptor, is_read = environment.get(DESCRIPTOR, ""), threading.Event()
     if not descriptor.isdecimal():
-        return
+        return is_read
     other_end = select.poll()
     other_end.register(int(descriptor), 0)  # that it is gone is told without being asked for
 
     def watch() -> None:
-        while not is_begun.is_set():
+        while not is_read.is_set():
             if any(what & select.POLLHUP for _, what in other_end.poll(_WATCH_MILLISECONDS)):
                 os._exit(0)
 
     threading.Thread(target=watch, name="fedloom starter", daemon=True).start()
+    return is_read
 
 
 @dataclass

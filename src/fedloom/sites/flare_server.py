@@ -45,14 +45,13 @@ class FedloomServer(FLComponent):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_begun = threading.Event()
-        end_with_starter(os.environ, self._is_begun)
+        self._is_read = end_with_starter(os.environ)
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Begin when FLARE's server has started."""
         if event_type != EventType.SYSTEM_START:
             return
-        self._is_begun.set()
+        self._is_read.set()
         pipe = Pipe.of_environment(os.environ)
         if pipe is None:
             self.log_error(fl_ctx, "this kit is started by `fedloom serve`, not by itself; no study is served")

@@ -42,14 +42,13 @@ class FedloomSite(FLComponent):  # type: ignore[misc]
 
     def __init__(self) -> None:
         super().__init__()
-        self._is_begun = threading.Event()
-        end_with_starter(os.environ, self._is_begun)
+        self._is_read = end_with_starter(os.environ)
 
     def handle_event(self, event_type: str, fl_ctx: Any) -> None:
         """Begin when the site is registered at the server."""
         if event_type != EventType.SYSTEM_START:
             return
-        self._is_begun.set()
+        self._is_read.set()
         pipe = Pipe.of_environment(os.environ)
         if pipe is None:
             self.log_error(fl_ctx, "this kit is started by `fedloom site run`, not by itself; it takes no part")
