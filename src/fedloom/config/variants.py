@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from fedloom.config.checks import inapplicable
-from fedloom.config.round_checks import draws_apart
+from fedloom.config.round_checks import draws_apart, turning
 from fedloom.config.schema import Settings
 from fedloom.config.setting import values_of
 from fedloom.methods import table
@@ -41,11 +41,9 @@ def with_method(settings: Settings, method: str, *, keep: Collection[str] = ()) 
         changed = _without(changed, "privacy.sum")
     if changed.federation.sampling == "poisson" and changed.privacy.unit != "client":
         changed = changed if "federation.sampling" in keep else _without(changed, "federation.sampling")
-    if changed.traits.turns_slots:  # what goes slot by slot
-        unfit = [("training.moments", changed.training.moments != "fresh")]
-        unfit.append(("wire.dtype", changed.wire.dtype.startswith("int")))
-        for name, is_unfit in unfit:
-            changed = _without(changed, name) if is_unfit and name not in keep else changed
+    for problem in turning(changed):
+        if problem.setting not in keep:
+            changed = _without(changed, problem.setting)
     while names := [name for name, *_ in inapplicable(changed) if name not in keep]:
         for name in names:
             changed = _without(changed, name)
