@@ -60,6 +60,12 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def first_line(error: BaseException) -> str:
+    """Return the line of an error that says what is wrong: a validator's first only names the check."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return next((line for line in lines if "expected" in line), lines[0] if lines else type(error).__name__)
+
+
 def counted_rounds(trained: int, before: int = 0) -> str:
     """Return the rounds of a run, with those before the first in which anything is trained."""
     return (

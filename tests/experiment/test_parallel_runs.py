@@ -21,6 +21,7 @@ from fedloom.experiment import compare, comparison
 from fedloom.experiment.parallel_runs import run_in_processes
 from fedloom.preview import runs_at_once
 from fedloom.preview.description import memory_of
+from fedloom.preview.row_sample import rows_here
 from fedloom.preview.runs_at_once import PROCESS_BYTES, SHARE_OF_FREE
 from fedloom.reporting.progress import PlainProgress, SilentProgress
 
@@ -100,7 +101,8 @@ def test_no_more_runs_begin_than_fit_into_memory(
         raise RunError("enough")
 
     monkeypatch.setattr(comparison, "run_in_processes", run)
-    each = memory_of(settings_for(method__name="flora")).total_bytes + PROCESS_BYTES
+    settings = settings_for(method__name="flora")
+    each = memory_of(settings, rows_here(settings)).total_bytes + PROCESS_BYTES
     monkeypatch.setattr(runs_at_once, "free_on", lambda _: 2.5 * each / SHARE_OF_FREE)
     told = io.StringIO()
     with pytest.raises(RunError, match="enough"):

@@ -11,6 +11,7 @@ from fedloom.errors import ModelError
 from fedloom.preview import runs_at_once as module
 from fedloom.preview.description import describe, memory_of
 from fedloom.preview.planned_memory import PlannedMemory
+from fedloom.preview.row_sample import rows_here
 from fedloom.preview.runs_at_once import PROCESS_BYTES, SHARE_OF_FREE, runs_at_once
 
 Make = Callable[..., Settings]
@@ -42,7 +43,7 @@ def free(monkeypatch: pytest.MonkeyPatch, **of_device: float) -> None:
 
 
 def plans(monkeypatch: pytest.MonkeyPatch, plan: Callable[[Settings], PlannedMemory]) -> None:
-    monkeypatch.setattr(module, "memory_of", plan)
+    monkeypatch.setattr(module, "memory_of", lambda one, _rows: plan(one))
 
 
 @pytest.mark.parametrize(
@@ -115,4 +116,13 @@ def test_nothing_is_planned_for_one_at_a_time(settings_for: Make, monkeypatch: p
 
 def test_the_plan_is_the_one_that_describe_prints(settings_for: Make) -> None:
     settings = settings_for()
-    assert memory_of(settings) == describe(settings).memory
+    assert memory_of(settings, rows_here(settings)) == describe(settings).memory
+
+
+def test_the_same_rows_are_read_once_for_all_runs(settings_for: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = []
+    monkeypatch.setattr(module, "rows_here", lambda one: read.append(one.data.path))
+    plans(monkeypatch, lambda _: plan_of(GB))
+    free(monkeypatch, cpu=99 * EACH)
+    runs_at_once([settings_for(method__name=name) for name in ("zero-padding", "flora", "weave")], 3)
+    assert len(read) == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from fedloom.wording import first_line
+
 CACHE = "HF_HOME"
 OFFLINE = "HF_HUB_OFFLINE"
 _DEPTH = 8
@@ -14,11 +16,6 @@ def hub_refusal(what: str, wanted: str, name: object, error: BaseException) -> s
     reason, action = _reason(error)
     found = f"{str(name)!r}, which is not on this machine and was not fetched"
     return f"{what}: expected {wanted}, got {found}: {reason}; {action}"
-
-
-def first_words(error: BaseException) -> str:
-    """Return the first line of an error that has one, else the name of its kind."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _reason(error: BaseException) -> tuple[str, str]:
@@ -42,7 +39,7 @@ def _reason(error: BaseException) -> tuple[str, str]:
             f"the hub does not answer{_of_network(causes)}",
             f"check the name and the connection, name a folder, or set {CACHE} to a cache that has it and {OFFLINE}=1",
         )
-    return first_words(error), "check the name and the connection, or name a folder"
+    return first_line(error), "check the name and the connection, or name a folder"
 
 
 def _of_network(causes: Sequence[BaseException]) -> str:

@@ -279,10 +279,10 @@ def _read_hub(name: str, split: Split, subset: str | None, revision: str | None)
         rows = datasets.load_dataset(name, subset, split=part, revision=revision).to_list()
     except DataError:
         raise
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as cause:
-        if isinstance(cause, OSError):
-            wanted = "a file, a folder or a data set of the hub"
-            raise DataError(hub_refusal("data.path", wanted, name, cause)) from cause
+    except OSError as cause:
+        wanted = "a file, a folder or a data set of the hub"
+        raise DataError(hub_refusal("data.path", wanted, name, cause)) from cause
+    except (ValueError, datasets.exceptions.DatasetsError) as cause:
         raise DataError(
             f"data.path: expected a data set of the hub that datasets reads, got {name!r}: {_root(cause)}; set "
             "data.subset, or save its rows to a file and name that"

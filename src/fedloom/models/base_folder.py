@@ -18,6 +18,7 @@ from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.own_code import named_code_refusal, own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.models.stored_quantization import check_library
+from fedloom.wording import first_line
 
 _SNAPSHOT = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 _CODE = ["*.py"]
@@ -120,12 +121,6 @@ def weight_files(folder: Path) -> list[Path]:
         except (SafetensorError, OSError) as error:
             raise ModelError(f"model.base: {file} is truncated or corrupt ({error}); fetch the model again") from error
     return files
-
-
-def first_line(error: Exception) -> str:
-    """Return the line of an error that says what is wrong: a validator's first only names the check."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if "expected" in line), lines[0] if lines else type(error).__name__)
 
 
 def _refuse_adapter(folder: Path) -> None:

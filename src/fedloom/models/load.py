@@ -19,11 +19,12 @@ from fedloom import embedded
 from fedloom.data.own_code import own_code_refusal
 from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
-from fedloom.models.base_folder import first_line, read_config, resolve_folder, weight_files
+from fedloom.models.base_folder import read_config, resolve_folder, weight_files
 from fedloom.models.quantized_layers import is_quantized, keep_trainable
 from fedloom.models.row_attention import Attention, choose_attention
 from fedloom.models.stored_quantization import UNQUANTISED, stored_method
 from fedloom.models.threads import BUILDING
+from fedloom.wording import first_line
 
 Dtype = Literal["float32", "bfloat16", "float16", "auto"]
 Quantization = Literal["none", "4bit", "8bit"]

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from fedloom.errors import ModelError
-from fedloom.models.base_folder import first_line
 from fedloom.models.stored_quantization import UNQUANTISED
+from fedloom.wording import first_line
 
 _PACKS_FOR_INFERENCE = "support_avx512bf16_for_cpu"
 """bitsandbytes' flag of a 4-bit layer that, on some CPUs, puts its weight in a layout for inference at its first pass

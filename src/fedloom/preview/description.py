@@ -24,11 +24,12 @@ from fedloom.config.client_names import resolve_names
 from fedloom.config.schema import PER_CLIENT
 from fedloom.data.hub_refusal import hub_refusal
 from fedloom.data.own_code import own_code_refusal
+from fedloom.data.sources import Rows
 from fedloom.errors import ModelError
 from fedloom.federation.sum_terms import threshold_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
-from fedloom.models.base_folder import first_line, read_config
+from fedloom.models.base_folder import read_config
 from fedloom.models.load import DTYPES
 from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
@@ -40,7 +41,7 @@ from fedloom.preview.row_sample import known_rows, rows_here
 from fedloom.preview.schedules import Schedule, proposed_schedules, schedule_lines
 from fedloom.training.local_training import SKETCH_ROWS
 from fedloom.training.skeleton import check_passes
-from fedloom.wording import Displayed, counted, counted_rounds, written_bytes
+from fedloom.wording import Displayed, counted, counted_rounds, first_line, written_bytes
 
 if TYPE_CHECKING:
     from fedloom.preview.client_privacy import PlannedClients
@@ -245,13 +246,12 @@ def describe(settings: Settings, *, num_rows: int | None = None) -> Description:
     )
 
 
-def memory_of(settings: Settings) -> PlannedMemory:
-    """Return the memory of a run, without the rest of its description.
+def memory_of(settings: Settings, rows: Rows | None) -> PlannedMemory:
+    """Return the memory of a run on :func:`rows_here`, without the rest of its description.
 
     Raises:
         FedloomError: as for :func:`describe`.
     """
-    rows = rows_here(settings)
     if (names := known_names(settings, rows)) is not None:
         settings = resolve_names(settings, names)
     lora = _sketched(settings)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from fedloom.assembly.free_memory import free_on
 from fedloom.config import Settings
+from fedloom.data.sources import Rows
 from fedloom.errors import FedloomError
 from fedloom.preview.description import memory_of
 from fedloom.preview.planned_memory import PlannedMemory
+from fedloom.preview.row_sample import rows_here
 from fedloom.wording import counted, written_bytes
 
 PROCESS_BYTES = 600 << 20
@@ -29,7 +32,7 @@ def runs_at_once(variants: Sequence[Settings], wanted: int) -> tuple[int, str | 
     if wanted == 1:
         return 1, None
     try:
-        plans = [memory_of(one) for one in _different(variants)]
+        plans = list(_plans(_different(variants)))
     except FedloomError:  # each run says by itself what is in its way
         return wanted, None
     fitting, why = min(_fitting(variants[0].model.device, plans), key=lambda found: found[0])
@@ -51,6 +54,16 @@ def _different(variants: Sequence[Settings]) -> list[Settings]:
         tables["training"].pop("learning_rate")
         found[json.dumps(tables, sort_keys=True, default=str)] = one
     return list(found.values())
+
+
+def _plans(variants: Sequence[Settings]) -> Iterator[PlannedMemory]:
+    """Plan each; the same rows, which may be a million, are read once."""
+    read: dict[tuple[Any, ...], Rows | None] = {}
+    for one in variants:
+        named = (one.data.path, one.data.split, one.data.subset, one.data.revision)
+        if named not in read:
+            read[named] = rows_here(one)
+        yield memory_of(one, read[named])
 
 
 def _fitting(device: str, plans: Sequence[PlannedMemory]) -> list[tuple[int, str]]:
