@@ -92,7 +92,7 @@ class Watch(TorchDispatchMode):
             part = "products"
         elif "attention" in name:
             part = "attention's kernel"
-        elif any(known in name for known in OPTIMISER):
+        elif part == "others" and any(known in name for known in OPTIMISER):
             part = "optimiser"
         elif name in ("logsumexp", "exp", "exp_", "_softmax", "gather", "scatter_add_", "_log_softmax"):
             part = "loss beside its products"

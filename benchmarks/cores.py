@@ -24,6 +24,7 @@ from shapes import SHAPES, load_clients, load_shape
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.families import resolve_targets
+from fedloom.models.fused import fuse_operators
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 
 WAYS = {"one": (1, 1), "cores": (2, 1), "threads": (1, 2)}
@@ -40,6 +41,7 @@ def main() -> None:
     data = Path(os.environ["FEDLOOM_DATA"])
     for shape in arguments.shapes:
         model, tokenizer = load_shape(shape, data)
+        fuse_operators(model)
         rows = load_clients(data, tokenizer, num_clients=1)[0]
         lora = LoRAModel(model, resolve_targets(model))
         training = LocalTraining(learning_rate=3e-4, batch_size=arguments.batch_size, steps=1, max_grad_norm=1.0)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from baselines import SCALE, SEED, Work, run_parts, run_peft, start_of
 from round import floor_flops, num_tokens, work_of
-from shapes import load_clients, load_shape
+from shapes import as_shipped, load_clients, load_shape
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -70,7 +70,8 @@ def cohorts(size: int | None) -> Callable[[Any, Work], list[float]]:
         ]
         step = size or len(tasks)
         parts = [tasks[first : first + step] for first in range(0, len(tasks), step)]
-        results = [r for part in parts for r in train_cohort(lora, part, work.training, seed=SEED, round=1)]
+        with as_shipped(model):
+            results = [r for part in parts for r in train_cohort(lora, part, work.training, seed=SEED, round=1)]
         lora.unwrap()
         return [result.stats.loss_nats for result in results]
 

@@ -9,17 +9,15 @@ process. Printed are the median and the range of (CPU time without / CPU time wi
 losses. Everything else is as it ships. Levers that ship:
 
 * ``chunk``: the loss goes through at least 192 targets at a time, instead of as many as 2^20 logits hold;
-* ``targets``: the last block computes the targets' rows alone.
+* ``targets``: the last block computes the targets' rows alone;
+* ``gelu``, ``norm``, ``rope``: GPT-2's GELU, RMS norms and the rotation in fewer passes than families spell out.
 
 ``--clients 1 10`` times instead the optimisers' steps of so many clients after a pass: torch's AdamW and clipping for
 each against calls that all clients share, as they ship. It also counts the calls into torch that a step makes where
 norms are taken as on a GPU. That is a proxy: a GPU starts at least one kernel for each.
 
-Levers that were tried and do not ship, switched on here from outside:
-
-* ``malloc``: glibc keeps freed memory instead of giving it back to the system (Linux);
-* ``gelu``: GPT-2's spelled-out GELU becomes torch's;
-* ``norm``: RMS norms keep less for their backward.
+One that was tried and does not ship, switched on here from outside: ``malloc``, glibc keeps freed memory instead of
+giving it back to the system (Linux).
 """
 
 from __future__ import annotations
@@ -33,15 +31,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from shapes import SHAPES, cpu_seconds, load_clients, load_shape
-from torch import Tensor, nn
+from shapes import SHAPES, cpu_seconds, load_clients, load_shape, spell_out
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from transformers.activations import NewGELUActivation
 
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.families import resolve_targets
+from fedloom.models.fused import fuse_operators
 from fedloom.training import last_block, loss
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, step_together
@@ -76,41 +74,25 @@ OWN_WAY = (128 << 10, 64 << 20, 65536, 32 << 20)
 
 
 def gelu(model: Any, on: bool) -> None:
-    for module in list(model.modules()):
-        if isinstance(getattr(module, "act", None), NewGELUActivation | nn.GELU):
-            module.act = nn.GELU(approximate="tanh") if on else NewGELUActivation()
-
-
-class RMSNorm(torch.autograd.Function):
-    """``y = w·x / sqrt(mean(x²) + ε)`` of a frozen weight; with r the inverse root, dx = r·g − r³·x·(g·x) / D."""
-
-    @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_D: Tensor, epsilon: float) -> Tensor:
-        norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
-        inverse_N1 = norm_N1.square_().div_(x_ND.shape[-1]).add_(epsilon).rsqrt_()
-        ctx.save_for_backward(x_ND, inverse_N1, weight_D)
-        y_ND: Tensor = (x_ND * inverse_N1).mul_(weight_D)
-        return y_ND
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, inverse_N1, weight_D = ctx.saved_tensors
-        grad_ND = grads[0] * weight_D
-        along_N1 = (grad_ND * x_ND).sum(-1, keepdim=True).mul_(inverse_N1.pow(3)).div_(-x_ND.shape[-1])
-        return grad_ND.mul_(inverse_N1).addcmul_(x_ND, along_N1), None, None
+    as_its_family(model, on, "MLP")
 
 
 def norm(model: Any, on: bool) -> None:
-    for module in model.modules():
-        if type(module).__name__ == "LlamaRMSNorm":
-            module.__dict__.pop("forward", None)
-            if on:
-                module.forward = lambda x, own=module: RMSNorm.apply(x, own.weight, own.variance_epsilon)
+    as_its_family(model, on, "RMSNorm")
 
 
-LEVERS: dict[str, Switch] = {f.__name__: f for f in (chunk, targets, malloc, gelu, norm)}
-SHIPPED = ("chunk", "targets")
-ABSENT = {("stories3M", "gelu"), ("llama", "gelu"), ("gpt2", "norm")}
+def rope(model: Any, on: bool) -> None:
+    as_its_family(model, on, "Attention")
+
+
+def as_its_family(model: Any, on: bool, kind: str) -> None:
+    """Run the modules of a kind as they ship, or with the operators of their family."""
+    fuse_operators(model) if on else spell_out(model, kind)
+
+
+LEVERS: dict[str, Switch] = {f.__name__: f for f in (chunk, targets, malloc, gelu, norm, rope)}
+SHIPPED = ("chunk", "targets", "gelu", "norm", "rope")
+ABSENT = {("stories3M", "gelu"), ("llama", "gelu"), ("gpt2", "norm"), ("gpt2", "rope")}
 """Levers that change nothing on a shape."""
 
 
@@ -199,6 +181,7 @@ def main() -> None:
     data = Path(os.environ["FEDLOOM_DATA"])
     for shape in arguments.shapes:
         model, tokenizer = load_shape(shape, data)
+        fuse_operators(model)
         lora = LoRAModel(model, resolve_targets(model))
         if arguments.clients:
             for num_clients in arguments.clients:

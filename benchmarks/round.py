@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 from baselines import SCALE, SEED, Clock, Side, Work, run_parts, run_peft, run_trl, run_trl_packed, start_of
-from shapes import SHAPES, cpu_seconds, load_clients, load_shape
+from shapes import SHAPES, as_shipped, cpu_seconds, load_clients, load_shape
 
 from fedloom.data.batches import batches
 from fedloom.data.tokens import TokenSet
@@ -45,7 +45,8 @@ def run_fedloom(model: Any, work: Work) -> Side:
         ClientTask(k, rows, rank, SCALE, start_of(lora.shapes, rank, k))
         for k, (rows, rank) in enumerate(zip(work.rows, work.ranks, strict=True))
     ]
-    results = train_cohort(lora, tasks, work.training, seed=SEED, round=1)
+    with as_shipped(model):
+        results = train_cohort(lora, tasks, work.training, seed=SEED, round=1)
     side = clock.side([result.stats.loss_nats for result in results])
     lora.unwrap()
     return side

@@ -7,8 +7,10 @@ weights. Rows are Dolly's ten clients by the shape's own tokenizer, those of mor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from fedloom.data.records import read_records
 from fedloom.data.sources import load_rows
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.data.tokens import TokenSet
+from fedloom.models.fused import TanhGELU, fuse_operators
 from fedloom.models.load import DTYPES, load_base
 
 SHAPES = ("stories3M", "llama", "gpt2")
@@ -26,9 +29,10 @@ LONGEST = 512
 
 
 def load_shape(shape: str, data: Path, dtype: str = "float32") -> tuple[Any, Any]:
-    """Return a shape's frozen model and its tokenizer."""
+    """Return a shape's frozen model, its operators as its family has them, and its tokenizer."""
     if shape == "stories3M":
         base = load_base(data / "models" / shape, dtype=dtype, device="cpu")  # type: ignore[arg-type]
+        spell_out(base.model)
         return base.model, base.tokenizer
     tokenizer = load_tokenizer(data / "tokenizers" / shape)
     if shape == "gpt2":
@@ -41,6 +45,27 @@ def load_shape(shape: str, data: Path, dtype: str = "float32") -> tuple[Any, Any
         if weight.dim() > 1:
             weight.data.normal_(0.0, 0.02, generator=generator)
     return model.to(DTYPES[dtype]).requires_grad_(False).eval(), tokenizer
+
+
+def spell_out(model: Any, *kinds: str) -> None:
+    """Take back what fedloom does to the operators of a loaded base, or of these kinds of modules alone."""
+    chosen = [module for module in model.modules() if type(module).__name__.endswith(kinds or ("",))]
+    for module in chosen:
+        for name, child in module.named_children():
+            if isinstance(child, TanhGELU):
+                setattr(module, name, child.spelled_out)
+        if isinstance(vars(module).get("forward"), MethodType):
+            del module.forward
+
+
+@contextmanager
+def as_shipped(model: Any) -> Iterator[None]:
+    """Give a model the operators of a base that fedloom loaded, for a while."""
+    fuse_operators(model)
+    try:
+        yield
+    finally:
+        spell_out(model)
 
 
 def load_clients(data: Path, tokenizer: Any, num_clients: int = 10, most_rows: int | None = None) -> list[TokenSet]:

@@ -13,6 +13,7 @@ import transformers
 from fedloom.data.tokens import TokenSet
 from fedloom.lora.layer import LoRAModel
 from fedloom.models.families import resolve_targets
+from fedloom.models.fused import fuse_operators
 
 VOCABULARY = 64
 SIZES = {
@@ -58,13 +59,13 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def build(family: str, dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
-    """Build a frozen tiny model; the same weights every time."""
+    """Build a frozen tiny model, its operators as those of a loaded base; the same weights every time."""
     config_class, values = CONFIGS[family]
     config = getattr(transformers, config_class)(**(values | changes))
     with torch.random.fork_rng():
         torch.default_generator.manual_seed(7)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
-    return model.eval().requires_grad_(False)
+    return fuse_operators(model.eval().requires_grad_(False))
 
 
 def random_rows(lengths: list[int], seed: int = 0) -> TokenSet:

@@ -20,6 +20,7 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.data.tokenizer import load_tokenizer, set_vocabulary
 from fedloom.errors import MissingExtraError, ModelError
 from fedloom.models.base_folder import read_config, resolve_folder, weight_files
+from fedloom.models.fused import fuse_operators
 from fedloom.models.quantized_layers import is_quantized, keep_trainable
 from fedloom.models.row_attention import Attention, choose_attention
 from fedloom.models.stored_quantization import UNQUANTISED, stored_method
@@ -134,6 +135,7 @@ def load_base(
     digest = found.revision_hash  # of what is about to be read
     model = _load_model(found.path, found.config, DTYPES[dtype], found.device, quantization, trust_remote_code)
     model.requires_grad_(False).eval()
+    fuse_operators(model)
     choose_attention(model, attention)
     return Base(model, found.tokenizer, found.name, digest, model.dtype, found.device)
 

@@ -22,6 +22,7 @@ from fedloom.data.own_code import own_code_refusal
 from fedloom.errors import ModelError
 from fedloom.models.base_folder import read_config
 from fedloom.models.cut import Part, Passed, absent, check_cuts, cuttable_parts, num_blocks, part_of, top_of
+from fedloom.models.fused import fuse_operators
 from fedloom.models.load import DTYPES, BaseFolder, Dtype, Quantization, bars_on_terminals_only
 from fedloom.models.threads import BUILDING
 
@@ -178,7 +179,7 @@ def _laid_out(path: Path, dtype: torch.dtype, trust_remote_code: bool) -> tuple[
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise own_code_refusal(error, path) or error from None
-    return model, dict(getattr(model, "all_tied_weights_keys", None) or {})
+    return fuse_operators(model), dict(getattr(model, "all_tied_weights_keys", None) or {})
 
 
 def _load(folder: str | Path, start: int, stop: int | None, dtype: torch.dtype, trust_remote_code: bool) -> PartialBase:

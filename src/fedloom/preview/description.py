@@ -30,6 +30,7 @@ from fedloom.federation.sum_terms import threshold_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import rank_in
 from fedloom.models.base_folder import read_config
+from fedloom.models.fused import fuse_operators
 from fedloom.models.load import DTYPES
 from fedloom.models.row_attention import Attention
 from fedloom.models.threads import BUILDING
@@ -285,7 +286,7 @@ def skeleton(settings: Settings) -> Any:
         config = _config(settings)
         with BUILDING, torch.device("meta"):
             trusted = settings.model.trust_remote_code
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).eval()
+            return fuse_operators(AutoModelForCausalLM.from_config(config, trust_remote_code=trusted).eval())
     except ModelError:
         raise
     except (OSError, ValueError, StrictDataclassError) as error:
