@@ -2,7 +2,8 @@
 
 In a ``console`` block the lines below a command are lines of what it prints, in that order; others may stand between
 them. A block without a language right after it continues what its last command prints. Words are the same, numbers
-nearly: two kinds of processor round differently. Lines that only rule a table are not compared.
+nearly: two kinds of processor round differently. Lines that only rule a table are not compared. A line that ends in …
+is the beginning of what is printed: in a table of times these are left out.
 """
 
 from __future__ import annotations
@@ -48,6 +49,9 @@ def shown_beside(block: str) -> Iterator[tuple[str, list[str]]]:
 
 def is_like(shown: str, printed: str) -> bool:
     """Tell whether a printed line has the words of the one that is shown, and nearly its numbers."""
+    if shown.endswith(" …"):
+        begun = shown.split()[:-1]
+        shown, printed = " ".join(begun), " ".join(printed.split()[: len(begun)])
     if [part.split() for part in _NUMBER.split(shown)] != [part.split() for part in _NUMBER.split(printed)]:
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)

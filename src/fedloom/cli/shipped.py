@@ -33,8 +33,7 @@ def list_recipes(context: typer.Context, as_json: JsonOption = False) -> None:
             ("small", recipe.small),
             ("prints", recipe.prints),
         ):
-            if text is not None:
-                print_line(f"  {label:<7} {text}")
+            print_line(f"  {label:<7} {text}")
 
 
 @app.command("copy")

@@ -1,7 +1,8 @@
 """Shipped experiments: a TOML file each, with what it claims in its header.
 
-A header is comment lines ``# key: text`` with the keys of :data:`KEYS`, continued on lines indented further. ``prints``
-is a line that the small run prints at its end, of those that a test runs.
+A header is comment lines ``# key: text`` with the keys of :data:`KEYS`, continued on lines indented further. The
+``small`` run keeps method, ranks, clients and rounds; rate and batches are such that the small base learns from few
+rows. ``prints`` is a line that it prints at its end.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 from fedloom.errors import SettingsError
 
-KEYS = ("claim", "command", "machine", "expect", "small")
+KEYS = ("claim", "command", "machine", "expect", "small", "prints")
 _ENTRY = re.compile(r"# (\w+): (.*)")
 
 
@@ -23,7 +24,7 @@ _ENTRY = re.compile(r"# (\w+): (.*)")
 class Recipe:
     """A shipped experiment: what it claims, how to run it, on what, the number to expect, and a run on a small base.
 
-    ``prints`` is what the small run ends with, None where no test runs it.
+    ``prints`` is what the small run ends with.
     """
 
     name: str
@@ -32,9 +33,9 @@ class Recipe:
     machine: str
     expect: str
     small: str
-    prints: str | None = None
+    prints: str
 
-    def as_dict(self) -> dict[str, str | None]:
+    def as_dict(self) -> dict[str, str]:
         """Return the header as plain values."""
         return asdict(self)
 
@@ -85,7 +86,7 @@ def describe(name: str) -> Recipe:
             f"{name}.toml: expected a header with {', '.join(KEYS)}, got one without {', '.join(missing)}; add what is "
             "missing"
         )
-    return Recipe(name, **{key: entries[key] for key in KEYS}, prints=entries.get("prints"))
+    return Recipe(name, **{key: entries[key] for key in KEYS})
 
 
 def copy(name: str, to: Path) -> Path:
