@@ -123,6 +123,20 @@ def test_a_rotation_that_calls_another_function_stays() -> None:
     assert "forward" not in vars(fuse_operators(nn.Sequential(attention))[0])
 
 
+def test_a_forward_that_another_library_put_in_place_stays() -> None:
+    norm = modeling_llama.LlamaRMSNorm(8)
+    norm.forward = lambda x: x
+    x = drawn(2, 8)
+    assert fuse_operators(nn.Sequential(norm))(x) is x
+
+
+def test_once_more_changes_nothing() -> None:
+    model = fuse_operators(nn.Sequential(NewGELUActivation(), modeling_llama.LlamaRMSNorm(8)))
+    before = [model[0].spelled_out, model[1].forward]
+    fuse_operators(model)
+    assert [model[0].spelled_out, model[1].forward] == before
+
+
 def test_what_is_made_in_another_way_stays() -> None:
     exact, other_norm = GELUActivation(), modeling_gemma.GemmaRMSNorm(8)
     model = fuse_operators(nn.Sequential(exact, nn.SiLU(), other_norm))

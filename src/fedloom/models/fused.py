@@ -31,6 +31,8 @@ def fuse_operators(model: Any) -> Any:
         for name, child in module.named_children():
             if type(child) in (FastGELUActivation, NewGELUActivation):
                 setattr(module, name, TanhGELU(child))
+        if "forward" in vars(module):  # ours, or that of a library that placed the model
+            continue
         forward = type(module).forward
         if _is_copy(forward, llama.LlamaRMSNorm.forward):
             module.forward = MethodType(_normed, module)
