@@ -13,7 +13,10 @@ import re
 from collections.abc import Iterator, Sequence
 
 TOLERANCE = 0.02
-"""Share by which a printed number may differ from the one that is shown; 0.01 where the number is nearly 0."""
+"""Share by which a printed number may differ from the one that is shown; 0.01 where the number is nearly 0.
+
+A number of two digits and a decimal, as 3.2, may differ by one in its last.
+"""
 _MANY = 20
 """A count of so many or more, as of singular values above a bound, may differ by one."""
 _BLOCKS = re.compile(
@@ -55,7 +58,7 @@ def is_like(shown: str, printed: str) -> bool:
     if [part.split() for part in _NUMBER.split(shown)] != [part.split() for part in _NUMBER.split(printed)]:
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
-    return all(_is_near(_value(one), _value(other)) for one, other in pairs)
+    return all(_is_near(one, other) for one, other in pairs)
 
 
 def missing(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
@@ -70,10 +73,12 @@ def missing(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
     return absent
 
 
-def _is_near(one: float, other: float) -> bool:
+def _is_near(shown: str, printed: str) -> bool:
+    one, other = _value(shown), _value(printed)
     if one.is_integer() and other.is_integer() and min(one, other) >= _MANY and abs(one - other) <= 1:
         return True
-    return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=0.0101)
+    last = 0.1 if all(re.fullmatch(r"[1-9]\.\d", number) for number in (shown, printed)) else 0.01
+    return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1.01 * last)
 
 
 def _value(number: str) -> float:

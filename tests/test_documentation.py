@@ -247,6 +247,8 @@ def test_lines_are_compared_by_words_and_nearly_by_numbers() -> None:
     assert not missing(["held-out loss 3.42 nats …", "bytes up 3.8 …"], printed)
     assert missing(["held-out loss 3.17 nats …"], printed), "another figure in its beginning"
     assert missing(["loss 3.42 nats …"], printed), "not its beginning"
+    assert not missing(["effective 3.2"], ["effective 3.3"])
+    assert missing(["effective 3.2", "effective 0.2"], ["effective 3.4", "effective 0.3"])
 
 
 def test_a_plain_block_continues_what_the_last_command_above_it_prints() -> None:
