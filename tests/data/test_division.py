@@ -37,6 +37,7 @@ def test_natural_clients_are_the_files_or_the_values_of_a_column() -> None:
             r"partition.column: expected a column .*, got none; set it to one of 'category', 'site\'",
         ),
         (Division(Scheme.DIRICHLET, 3, column="topic"), "expected a column 'topic', found category, site"),
+        (Division(Scheme.DIRICHLET, 3, column="categry"), "did you mean 'category'. fill the row"),
         (Division(Scheme.NATURAL, 3), "expected 2, as many as the data name, got 3"),
     ],
 )

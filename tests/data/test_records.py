@@ -95,6 +95,7 @@ def test_an_unknown_column_name_names_the_nearest() -> None:
     ("row", "shape", "message"),
     [
         ({"instruction": "i"}, "alpaca", "a.json row 2: expected a column 'output', found 'instruction'"),
+        ({"instruction": "i", "outputs": "o"}, "alpaca", "'outputs'; did you mean 'outputs'. add it"),
         ({"instruction": "i", "output": ["o"]}, "alpaca", "a.json row 2: column 'output': expected text, got list"),
         ({"instruction": "i", "output": True}, "alpaca", "expected text, got bool"),
         ({"instruction": "i", "output": float("inf")}, "alpaca", "row 2: column 'output': .*got inf"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -92,8 +93,10 @@ def test_a_model_s_logits_stay(family: str) -> None:
         model: Any = transformers.AutoModelForCausalLM.from_config(config)
     model.eval().requires_grad_(False)
     ids = torch.arange(2, 20)[None]
-    expected = model(ids).logits
+    expected, in_16_bits = model(ids).logits, deepcopy(model).to(torch.bfloat16)
     torch.testing.assert_close(fuse_operators(model)(ids).logits, expected, rtol=1e-5, atol=1e-5)
+    expected = in_16_bits(ids).logits
+    assert torch.equal(fuse_operators(in_16_bits)(ids).logits, expected), "others compute these"
 
 
 @pytest.mark.parametrize("width", [24, 48, 64, 192])

@@ -60,6 +60,7 @@ def test_runs_are_named_from_the_files_own_folder_on(tmp_path: Path) -> None:
         ("runs = ['x']", "runs: expected a table"),
         ("[a]\nruns = []", "a.runs: expected a list of folders"),
         ("[a]\nruns = ['x']\ncolour = 1", "a.colour: expected runs and reference"),
+        ("[a]\nrun = ['x']", r"^\S+: a.run: expected runs and reference, got another key; did you mean runs\?$"),
         ("['../b']\nruns = ['x']", "which becomes a folder"),
         ("[a", "expected TOML"),
     ],

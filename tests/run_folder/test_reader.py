@@ -27,6 +27,8 @@ def test_a_folder_of_runs_and_a_whole_model_are_told_for_what_they_are(
     path = make_run("fedit")
     with pytest.raises(RunError, match=rf"as {path}, or compare all: fedloom report") as refused:
         check_result_folder(path.parent)
+    with pytest.raises(RunError, match=rf"without manifest.json; name one of the runs in it, as {path}$"):
+        read_run(path.parent)
     assert shlex.split(str(refused.value).partition("all: ")[2]) == ["fedloom", "report", str(path.parent)]
     model = tmp_path / "whole"
     model.mkdir()

@@ -252,8 +252,11 @@ def _after(before: Mapping[str, Any], prompt: Prompt) -> Record:
 def _value(row: Row, name: str, columns: Mapping[str, str]) -> Any:
     column = columns.get(name, name)
     if column not in row:
+        close = difflib.get_close_matches(column, row, n=1)
+        meant = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(
-            f"expected a column {column!r}, found {', '.join(map(repr, row))}; add it, or name yours with data.columns"
+            f"expected a column {column!r}, found {', '.join(map(repr, row))}; {meant}add it, or name yours with "
+            "data.columns"
         )
     return row[column]
 

@@ -12,6 +12,7 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -78,9 +79,10 @@ class Rows:
         """
         for index, row in enumerate(self.rows):
             if name not in row:
+                meant = f"did you mean {near[0]!r}? " if (near := get_close_matches(name, row, 1)) else ""
                 raise DataError(
-                    f"{self.where(index)}: expected a column {name!r}, found {_listed(row)}; fill the row, or name "
-                    "another column"
+                    f"{self.where(index)}: expected a column {name!r}, found {_listed(row)}; {meant}fill the row, "
+                    "or name another column"
                 )
         return [row[name] for row in self.rows]
 

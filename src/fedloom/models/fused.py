@@ -1,7 +1,8 @@
 """Operators that families spell out in several passes over a tensor, in fewer: GELU, the rotation, the RMS norm.
 
-The results differ by rounding. A family's function is taken for one of these where its code is, to the letter, that of
-the Llama of the installed transformers (most families copy it); every other one stays as it is.
+Results differ by the rounding of fp32 and fp64. In 16 bits a family's functions round after every pass and stay, so that
+a base gives what it gives elsewhere. A family's function is taken for one of these where its code is, to the letter,
+that of the Llama of the installed transformers (most families copy it); every other one stays as it is.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 _VECTORS = 64
-"""The most numbers that torch takes at once: two vectors of 16 bits with AVX-512. It has another tanh for the rest."""
+"""A multiple of the numbers that torch takes at once: two vectors of AVX-512. It has another tanh for the rest."""
 _ROTATE = "apply_rotary_pos_emb"
+_WIDE = (torch.float32, torch.float64)
 
 
 def fuse_operators(model: Any) -> Any:
@@ -54,7 +56,7 @@ class TanhGELU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the activation of ``x``, of any shape."""
-        if x.shape[-1] % _VECTORS:
+        if x.shape[-1] % _VECTORS or x.dtype not in _WIDE:
             spelled_out: Tensor = self.spelled_out(x)
             return spelled_out
         return functional.gelu(x, approximate="tanh")
@@ -112,7 +114,7 @@ def _inverse_root(x_ND: Tensor, epsilon: float) -> Tensor:
 
 
 def _normed(norm: Any, x: Tensor) -> Any:
-    """Run a norm's forward in fp32; in other types it rounds on its way, and keeps doing so."""
+    """Run a norm's forward in fp32, which is what families compute it in."""
     if x.dtype is torch.float32 is norm.weight.dtype and not norm.weight.requires_grad:
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return type(norm).forward(norm, x)
@@ -123,6 +125,7 @@ def _rotated(
 ) -> Any:
     """Rotate queries and keys, as ``apply_rotary_pos_emb`` does."""
     usual = all(x.shape[-1] == cos.shape[-1] and x.dtype == cos.dtype == sin.dtype for x in (q, k))
+    usual &= q.dtype in _WIDE
     if not usual or cos.shape[-1] % 2 or cos.requires_grad or sin.requires_grad:
         return spelled_out(q, k, cos, sin, unsqueeze_dim)
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)

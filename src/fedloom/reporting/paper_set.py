@@ -11,6 +11,7 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from fedloom.errors import EvaluationError, SettingsError
@@ -19,6 +20,7 @@ from fedloom.reporting.figures import write_figures
 from fedloom.reporting.paper import write_tables
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_KEYS = ("runs", "reference")
 TABLES = {"latex": "table.tex", "markdown": "table.md", "csv": "runs.csv"}
 
 
@@ -91,15 +93,22 @@ def _wrong(name: str, table: object) -> list[str]:
     if not isinstance(table, dict):
         return [f"{name}: expected a table [{name}], got {table!r}; write one"]
     problems = [
-        f"{name}.{key}: expected runs and reference, got another key; remove it"
+        f"{name}.{key}: expected runs and reference, got another key; {_instead(key)}"
         for key in table
-        if key not in ("runs", "reference")
+        if key not in _KEYS
     ]
     runs = table.get("runs")
-    if not isinstance(runs, list) or not runs or not all(isinstance(run, str) and run for run in runs):
+    if problems and runs is None:
+        pass  # it may be there under another name, as the problem says
+    elif not isinstance(runs, list) or not runs or not all(isinstance(run, str) and run for run in runs):
         problems.append(f"{name}.runs: expected a list of folders, got {runs!r}; name finished runs or comparisons")
     if not isinstance(table.get("reference", ""), str):
         problems.append(
             f"{name}.reference: expected a method, got {table['reference']!r}; name one of the runs' methods"
         )
     return problems
+
+
+def _instead(key: str) -> str:
+    close = get_close_matches(key, _KEYS, n=1)
+    return f"did you mean {close[0]}?" if close else "remove it"

@@ -91,7 +91,9 @@ def read_run(path: Path) -> StoredRun:
             f"{path}: expected a run folder, as `fedloom run --out` makes it, found no folder; check the path"
         )
     if not (path / MANIFEST).exists():
-        raise RunError(f"{path}: expected a run folder, found one without manifest.json; name the folder of a run")
+        inside = _run_inside(path)
+        action = "name the folder of a run" if inside is None else f"name one of the runs in it, as {inside}"
+        raise RunError(f"{path}: expected a run folder, found one without manifest.json; {action}")
     manifest = read_manifest(path)
     finished = read_object(path, manifest, "finished.json") if (path / "finished.json").exists() else None
     records = records_of(path, manifest)
@@ -118,7 +120,7 @@ def check_result_folder(path: Path) -> None:
     if not any((path / name).exists() for name in (MANIFEST, PEFT_FILES[0])):
         names = sorted(entry.name for entry in path.iterdir())
         found = ", ".join(names[:5]) or "an empty folder"
-        inside = next((path / name for name in names if (path / name / MANIFEST).exists()), None)
+        inside = _run_inside(path)
         action = "give the folder of the run or adapter itself"
         if inside is not None:
             action = f"give one of the runs in it, as {inside}, or compare all: {typed('fedloom', 'report', path)}"
@@ -127,6 +129,11 @@ def check_result_folder(path: Path) -> None:
         raise RunError(
             f"{path}: expected a run ({MANIFEST}) or a PEFT adapter ({PEFT_FILES[0]}), found {found}; {action}"
         )
+
+
+def _run_inside(path: Path) -> Path | None:
+    """Return the first run in a folder of runs, as a comparison makes it."""
+    return next((entry for entry in sorted(path.iterdir()) if (entry / MANIFEST).exists()), None)
 
 
 def missing_adapters(path: Path, finished: Mapping[str, Any]) -> list[Path]:
