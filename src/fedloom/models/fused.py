@@ -1,8 +1,8 @@
 """Operators that families spell out in several passes over a tensor, in fewer: GELU, the rotation, the RMS norm.
 
 Results differ by the rounding of fp32 and fp64. In 16 bits a family's functions round after every pass and stay, so
-that a base gives what it gives elsewhere. A family's function is taken for one of these where its code is, to the letter,
-that of the Llama of the installed transformers (most families copy it); every other one stays as it is.
+that a base gives what it gives elsewhere. A family's function is taken for one of these where its code is, to the
+letter, that of the Llama of the installed transformers (most families copy it); every other one stays as it is.
 """
 
 from __future__ import annotations
