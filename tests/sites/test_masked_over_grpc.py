@@ -27,6 +27,7 @@ from fedloom.sites.grpc_link import GrpcServerLink, GrpcSiteLink
 from fedloom.sites.kit import read_kit
 from fedloom.sites.link import Frame, Link
 from fedloom.sites.serving import serve
+from fedloom.sites.sites_engine import Attendance
 from fedloom.wording import written
 
 pytestmark = [pytest.mark.extra("sites"), pytest.mark.slow]
@@ -113,7 +114,10 @@ def test_rows_or_sites_are_hidden_sums_are_masked_and_a_site_drops_out_at_each_m
             site = four.site(number, sum="masked", **({"max_epsilon": 50.0} if hidden is ROWS else {}))
             model = site.model.model_copy(update={"base": "embedded", "tokenizer": None})
             sites.append(SiteThread(site.model_copy(update={"model": model}), Dialling(), hello_seconds=0.5))  # type: ignore[arg-type]
-        study = four.study(settings, grace_s=1.5)
+        # The site whose messages are lost must be there from the start, however late it greets.
+        waits = Attendance.wait_for
+        monkeypatch.setattr(Attendance, "wait_for", lambda self, quorum, seconds: waits(self, len(FOUR), seconds))
+        study = four.study(settings, grace_s=4.0)
         serve(study, tmp_path / "served", lambda study, largest: server)
     finally:
         for thread in sites:

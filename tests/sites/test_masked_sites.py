@@ -350,7 +350,7 @@ def test_a_server_cannot_put_keys_of_its_own_in_a_sites_place(four: Four, tmp_pa
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(member, "begin", watched)
             with pytest.raises(TooFewClientsError, match="it left the secure sum"):
-                served(four.study(four.settings(federation__num_rounds=1)), tmp_path / kit.name, hub)
+                served(four.study(four.settings(federation__num_rounds=1), grace_s=20.0), tmp_path / kit.name, hub)
         for site in sites[1:]:
             assert any("expected keys that member 0 signed" in line for line in site.log)
         for site in sites:
