@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +30,13 @@ def test_every_byte_of_a_character_stands_for_that_character() -> None:
 
 def test_a_name_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_config_alone_is_no_tokenizer(tmp_path: Path) -> None:
+    """transformers makes an empty one of it for some families."""
+    transformers.GPT2Config().save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"got one without a vocabulary; set model.tokenizer"):
         load_tokenizer(tmp_path)
 
 

@@ -62,6 +62,11 @@ def load_tokenizer(
             f"{name_or_path}: expected a tokenizer that gives character offsets, got a slow one; convert it to a "
             "tokenizer.json, or set model.tokenizer"
         )
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # transformers makes an empty one of a config.json alone
+        raise ModelError(
+            f"{name_or_path}: expected a tokenizer (tokenizer.json) in this folder or hub name, got one without a "
+            "vocabulary; set model.tokenizer, or 'bytes' for a model of bytes"
+        )
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = _find_end_of_text(tokenizer, Path(name_or_path))
     return tokenizer
