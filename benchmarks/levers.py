@@ -87,7 +87,10 @@ def rope(model: Any, on: bool) -> None:
 
 def as_its_family(model: Any, on: bool, kind: str) -> None:
     """Run the modules of a kind as they ship, or with the operators of their family."""
-    fuse_operators(model) if on else spell_out(model, kind)
+    if on:
+        fuse_operators(model)
+    else:
+        spell_out(model, kind)
 
 
 LEVERS: dict[str, Switch] = {f.__name__: f for f in (chunk, targets, malloc, gelu, norm, rope)}

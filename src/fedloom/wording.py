@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterable
+from difflib import get_close_matches
 from html import escape
 from pathlib import Path
 from typing import Literal
@@ -53,6 +54,12 @@ class Displayed:
 
     def _repr_html_(self) -> str:
         return f"<pre>{escape(printable(chr(10).join(self.lines())))}</pre>"
+
+
+def meant(name: str, names: Iterable[str]) -> str:
+    """Return ``did you mean 'x'? `` of the name that is nearest, nothing where none is near."""
+    near = get_close_matches(name, list(names), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def counted(number: int, noun: str) -> str:

@@ -6,7 +6,6 @@ Every shape ends as one of two records: a ``Prompt`` (an instruction, perhaps an
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -16,6 +15,7 @@ from fedloom.data.sources import Row, Rows
 from fedloom.data.stored_rows import is_stored
 from fedloom.data.turns import Turn, history_turns, message_turns, sharegpt_turns, text_of, tools_of, with_system
 from fedloom.errors import DataError
+from fedloom.wording import meant
 
 __all__ = ["Dialogue", "Prompt", "Record", "Records", "Shape", "Turn", "detect_shape", "read_records"]
 
@@ -215,8 +215,7 @@ def _check_columns(columns: Mapping[str, str], shape: Shape) -> None:
 
 
 def _nearest(name: str, names: Sequence[str] | type[Shape]) -> str:
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1)
-    return f"did you mean {close[0]!r}?" if close else "choose one of these"
+    return meant(name, map(str, names)).rstrip() or "choose one of these"
 
 
 def _read(row: Row, shape: Shape, fields: _Fields, columns: Mapping[str, str]) -> Record:
@@ -252,11 +251,9 @@ def _after(before: Mapping[str, Any], prompt: Prompt) -> Record:
 def _value(row: Row, name: str, columns: Mapping[str, str]) -> Any:
     column = columns.get(name, name)
     if column not in row:
-        close = difflib.get_close_matches(column, row, n=1)
-        meant = f"did you mean {close[0]!r}? " if close else ""
         raise DataError(
-            f"expected a column {column!r}, found {', '.join(map(repr, row))}; {meant}add it, or name yours with "
-            "data.columns"
+            f"expected a column {column!r}, found {', '.join(map(repr, row))}; {meant(column, row)}add it, or name "
+            "yours with data.columns"
         )
     return row[column]
 

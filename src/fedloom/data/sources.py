@@ -12,7 +12,6 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from fedloom.data.stored_rows import STORED_FROM_BYTES, ChosenRows, StoredRows, 
 from fedloom.data.text_files import read_utf8
 from fedloom.errors import DataError
 from fedloom.names import looks_like_hub_name
+from fedloom.wording import meant
 
 Row = dict[str, Any]
 _CLIENT_FILE = re.compile(r"local_(training|eval|test)_(\d+)\.(json|jsonl|csv|tsv|parquet)")
@@ -79,10 +79,9 @@ class Rows:
         """
         for index, row in enumerate(self.rows):
             if name not in row:
-                meant = f"did you mean {near[0]!r}? " if (near := get_close_matches(name, row, 1)) else ""
                 raise DataError(
-                    f"{self.where(index)}: expected a column {name!r}, found {_listed(row)}; {meant}fill the row, "
-                    "or name another column"
+                    f"{self.where(index)}: expected a column {name!r}, found {_listed(row)}; {meant(name, row)}fill "
+                    "the row, or name another column"
                 )
         return [row[name] for row in self.rows]
 

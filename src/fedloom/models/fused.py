@@ -115,7 +115,7 @@ def _inverse_root(x_ND: Tensor, epsilon: float) -> Tensor:
 
 def _normed(norm: Any, x: Tensor) -> Any:
     """Run a norm's forward in fp32, which is what families compute it in."""
-    if x.dtype is torch.float32 is norm.weight.dtype and not norm.weight.requires_grad:
+    if x.dtype == norm.weight.dtype == torch.float32 and not norm.weight.requires_grad:
         return RMSNorm.apply(x, norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
     return type(norm).forward(norm, x)
 
