@@ -35,8 +35,8 @@ from fedloom.seeding import stream
 from fedloom.training.row_passes import RowPasses, row_passes
 from fedloom.wording import counted, written_bytes
 
-_HELD_PER_TENSOR_BYTE = {"cpu": 1.4}
-"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.25 to 1.6."""
+_HELD_PER_TENSOR_BYTE = {"cpu": 1.25}
+"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.05 to 1.3."""
 _WORK_SPACE = {"cpu": 20 << 20}
 """Libraries' code and buffers that the first passes bring in."""
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5625}
