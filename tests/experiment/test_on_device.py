@@ -24,7 +24,9 @@ BESIDE: Mapping[str, Mapping[str, Any]] = {
     "control variates": {**RANKED, "method__name": "fedit", "training__control_variates": True},
     "few bits": {**RANKED, "method__name": "weave", "training__local_steps": 1, "wire__dtype": "int4"},
     "half precision": {**RANKED, "method__name": "fedit", "model__dtype": "bfloat16"},
+    "a base in 4 bits": {**RANKED, "method__name": "fedit", "model__dtype": "bfloat16", "model__quantization": "4bit"},
 }
+NEEDS = {"a base in 4 bits": [pytest.mark.extra("quantized")]}
 
 
 def losses(settings_for: Make, folder: Path, device: str, changes: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -39,8 +41,11 @@ def losses(settings_for: Make, folder: Path, device: str, changes: Mapping[str, 
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes warns of layers so narrow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [*table.shipped(), *BESIDE])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=NEEDS.get(name, [])) for name in [*table.shipped(), *BESIDE]]
+)
 def test_a_run_on_a_device_ends_as_on_the_cpu(name: str, settings_for: Make, tmp_path: Path) -> None:
     by_method = {} if name in BESIDE else {"method__name": name} | (RANKED if table.has(name, "is_trained") else {})
     changes = BESIDE.get(name, by_method)

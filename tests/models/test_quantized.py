@@ -73,9 +73,9 @@ def trained(model: Any) -> Any:
     return train_cohort(lora, [ClientTask(0, rows(), 2, 1.0, start)], settings, seed=0, round=1)[0]
 
 
-def twin(folder: Path, quantized: Any) -> Any:
+def twin(folder: Path, quantized: Any, device: str) -> Any:
     """Return the unquantised model with the numbers that the quantised one holds."""
-    plain = load_base(folder, device="cpu").model
+    plain = load_base(folder, device=device).model
     for name, module in quantized.named_modules():
         if type(module).__module__.startswith("bitsandbytes"):
             plain.get_submodule(name).weight.data.copy_(_dense_weight(module).float())
@@ -85,14 +85,14 @@ def twin(folder: Path, quantized: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("quantization", ["4bit", "8bit"])
 def test_partial_targets_train_as_on_the_dequantised_base(
-    folder: Path, quantization: Any, dtype: Any, monkeypatch: pytest.MonkeyPatch
+    folder: Path, quantization: Any, dtype: Any, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also on a CPU on which bitsandbytes would pack weights for inference and lose their gradient."""
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
-    base = load_base(folder, device="cpu", dtype=dtype, quantization=quantization)
+    base = load_base(folder, device=device, dtype=dtype, quantization=quantization)
     with torch.no_grad():
-        base.model(input_ids=torch.arange(5)[None])
-    plain = twin(folder, base.model)
+        base.model(input_ids=torch.arange(5, device=device)[None])
+    plain = twin(folder, base.model, device)
     found, expected = trained(base.model), trained(plain)
     close = 0.01 if dtype == "float32" and quantization == "4bit" else 0.05
     assert found.stats.loss_last_nats == pytest.approx(expected.stats.loss_last_nats, abs=close)

@@ -11,7 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from fedloom.errors import ModelError
 from fedloom.training import loss as loss_module
-from fedloom.training.loss import OutputHead, output_head, supervised_cross_entropy, target_nats
+from fedloom.training import output_head as output_head_module
+from fedloom.training.loss import output_head, supervised_cross_entropy, target_nats
+from fedloom.training.output_head import OutputHead
 
 NUM_TARGETS, WIDTH, VOCABULARY = 41, 6, 11
 
@@ -58,6 +60,47 @@ def test_loss_and_gradient_equal_torchs_cross_entropy(
 def test_a_chunk_is_large_enough_for_the_product_and_small_enough_for_memory(vocabulary: int, num_rows: int) -> None:
     first = next(iter(loss_module._chunks(torch.empty(3_000, 1), OutputHead(torch.empty(vocabulary, 1)))))
     assert first == slice(0, num_rows)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_few_passes_over_padded_logits_give_the_same_loss_and_gradient(
+    smoothing: float, has_bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU does, here in fp64 on a CPU."""
+    plain = OutputHead(draw(VOCABULARY, WIDTH, seed=1), draw(VOCABULARY, seed=2) if has_bias else None)
+    monkeypatch.setattr(output_head_module, "_multiple_for", lambda weight: 8)
+    padded = plain.aligned()
+    assert (padded.vocabulary, padded.weight_VD.shape[0]) == (VOCABULARY, 16)
+    targets_S, weights_S = torch.arange(NUM_TARGETS) % VOCABULARY, draw(NUM_TARGETS, seed=4).abs()
+    found = []
+    for head, few in ((plain, False), (padded, True)):
+        monkeypatch.setattr(loss_module, "_counts_passes", lambda hidden_SD, few=few: few)
+        hidden_SD = draw(NUM_TARGETS, WIDTH, seed=3).requires_grad_()
+        loss, nats_S = supervised_cross_entropy(hidden_SD, head, targets_S, weights_S, label_smoothing=smoothing)
+        found.append((loss.detach(), nats_S, *torch.autograd.grad(loss, hidden_SD)))
+        torch.testing.assert_close(target_nats(hidden_SD, head, targets_S), nats_S)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_16_bits_on_a_device_give_the_loss_of_fp64(device: str, few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough for the device's own products and passes; both ways on every device."""
+    monkeypatch.setattr(output_head_module, "_multiple_for", lambda weight: 64 if few and weight.itemsize == 2 else 1)
+    weight_VD, hidden = 0.1 * draw(1_003, 64, seed=1), draw(300, 64, seed=3)
+    targets_S, weights_S = torch.arange(300) * 3 % 1_003, draw(300, seed=4).abs()
+    found = []
+    for where, dtype in (("cpu", torch.float64), (device, torch.bfloat16)):
+        head = OutputHead(weight_VD.bfloat16().to(where, dtype)).aligned()
+        monkeypatch.setattr(loss_module, "_counts_passes", lambda hidden_SD: few and hidden_SD.itemsize == 2)
+        hidden_SD = hidden.bfloat16().to(where, dtype).requires_grad_()
+        loss, _ = supervised_cross_entropy(hidden_SD, head, targets_S.to(where), weights_S.to(where))
+        (grad_SD,) = torch.autograd.grad(loss, hidden_SD)
+        found.append((float(loss.detach()), grad_SD.cpu().double()))
+    (exact, grad_SD), (ours, ours_SD) = found
+    assert ours == pytest.approx(exact, rel=1e-3)
+    assert (ours_SD - grad_SD).norm() <= 0.02 * grad_SD.norm()
 
 
 def test_scoring_gives_the_losses_of_training(head: OutputHead) -> None:

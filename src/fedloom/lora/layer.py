@@ -18,6 +18,7 @@ from fedloom.lora.initial import check_rank
 from fedloom.lora.linear import LoRALinear, is_transposed
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.lora.route import Owners, Route, Slot, chosen_of, samples_of
+from fedloom.lora.transfer import moved_together
 from fedloom.lora.turns import Turn
 
 __all__ = ["LoRAModel", "Slot", "check_covers", "check_fits"]
@@ -106,26 +107,29 @@ class LoRAModel:
         """
         check_fits(adapter, self.shapes)
         rank, scale = self.slots[slot].rank, self.slots[slot].scale
+        for name, layer in self.layers.items():
+            if adapter[name].rank != min(rank, layer.most_rank):
+                raise AdapterError(
+                    f"expected rank {rank} in slot {slot}, got {adapter[name].rank} for {name}; "
+                    "open the slot with the adapter's rank"
+                )
+        whole = [factor for name in self.layers for factor in (adapter[name].a_RI, adapter[name].b_OR)]
+        moved = iter(moved_together(whole, self.base_weight.device))
         with torch.no_grad():
-            for name, layer in self.layers.items():
-                pair, rows = adapter[name], self._route.rows_of(slot, layer.most_rank)
-                if pair.rank != min(rank, layer.most_rank):
-                    raise AdapterError(
-                        f"expected rank {rank} in slot {slot}, got {pair.rank} for {name}; "
-                        "open the slot with the adapter's rank"
-                    )
-                layer.a_RI[rows].copy_(pair.a_RI)
-                layer.bt_RO[rows].copy_(pair.b_OR.T).div_(scale)
+            for layer in self.layers.values():
+                rows = self._route.rows_of(slot, layer.most_rank)
+                layer.a_RI[rows].copy_(next(moved))
+                layer.bt_RO[rows].copy_(next(moved).T).div_(scale)
 
     def adapter(self, slot: int) -> Adapter:
         """Return a copy of a slot as effective pairs, fp32 (fp64 for an fp64 model), on the CPU."""
         scale = self.slots[slot].scale
+        moved = iter(moved_together([factor.detach() for factor in self.parameters(slot)], torch.device("cpu")))
         pairs = {}
-        for name, layer in self.layers.items():
-            rows = self._route.rows_of(slot, layer.most_rank)
-            # Cloned, since ``.contiguous()`` and ``.cpu()`` may copy nothing, and the next step would change it.
-            b_OR = layer.bt_RO.detach()[rows].T.clone(memory_format=torch.contiguous_format).mul_(scale)
-            pairs[name] = Pair(b_OR.cpu(), layer.a_RI.detach()[rows].cpu().clone())
+        for name in self.layers:
+            # Cloned, since nothing may have been copied yet, and the next step would change it.
+            a_RI, b_OR = next(moved).clone(), next(moved).T.clone(memory_format=torch.contiguous_format).mul_(scale)
+            pairs[name] = Pair(b_OR, a_RI)
         return Adapter(pairs)
 
     def parameters(self, slot: int) -> list[nn.Parameter]:

@@ -30,7 +30,8 @@ from fedloom.models.families import decoder_blocks
 from fedloom.split.split_step import run_bottom
 from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.last_block import assume_targets_alone, forget_targets_alone
-from fedloom.training.loss import OutputHead, chunk_rows, read_output_head, supervised_cross_entropy, target_nats
+from fedloom.training.loss import chunk_rows, supervised_cross_entropy, target_nats
+from fedloom.training.output_head import OutputHead, read_output_head
 from fedloom.training.packing import PackedBatch, Row, pack
 from fedloom.training.rotation import replaced_forward
 from fedloom.training.row_passes import RowPasses, row_passes
@@ -314,6 +315,6 @@ def _logit_bytes(head: OutputHead, hidden_SD: Tensor, planned: PlannedPass, devi
             supervised_cross_entropy(few_SD, head, targets_S, weights_S, label_smoothing=planned.label_smoothing)
         else:
             target_nats(few_SD, head, targets_S)
-    rows = min(len(hidden_SD), chunk_rows(device, head.weight_VD.shape[0]))
+    rows = min(len(hidden_SD), chunk_rows(device, head.vocabulary))
     gradient = hidden_SD.numel() * hidden_SD.element_size() if hidden_SD.requires_grad else 0
     return int(gradient + held.peak * rows // _CHUNK_PROBE)

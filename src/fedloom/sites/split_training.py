@@ -60,7 +60,7 @@ from fedloom.split.cut_messages import MessageKind, SplitMessage
 from fedloom.split.message_checks import Expected, check_message
 from fedloom.split.party import adamw
 from fedloom.split.plan import Segment
-from fedloom.training.loss import read_output_head
+from fedloom.training.output_head import read_output_head
 
 Answer = tuple[SplitToServer, bytes]
 Note = Callable[[str], None]

@@ -30,7 +30,7 @@ from fedloom.split.message_checks import Expected, fitting
 from fedloom.split.party import MakeOptimiser, Party, without
 from fedloom.split.plan import Segment, SplitPlan
 from fedloom.split.split_step import run_bottom, tail_step
-from fedloom.training.loss import OutputHead
+from fedloom.training.output_head import OutputHead
 from fedloom.training.packing import PackedBatch, num_targets, pack
 from fedloom.training.stats import TrainingStats
 

@@ -26,7 +26,7 @@ from fedloom.split.split_step import (
     backward_from_tails,
     in_order_of_joining,
 )
-from fedloom.training.loss import OutputHead
+from fedloom.training.output_head import OutputHead
 
 _ENDLESS = 1 << 20
 """Tokens of a row where neither the plan nor the base states a limit."""
@@ -77,7 +77,7 @@ class SplitServer:
     @property
     def vocabulary(self) -> int | None:
         """What targets are below, where the labels are the server's."""
-        return None if self._head is None or self._plan.labels == "client" else self._head.weight_VD.shape[0]
+        return None if self._head is None or self._plan.labels == "client" else self._head.vocabulary
 
     @property
     def party(self) -> Party:

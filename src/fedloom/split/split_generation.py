@@ -16,7 +16,7 @@ from fedloom.errors import EvaluationError
 from fedloom.models.cut import Part
 from fedloom.split.codecs import WireDtype, encode
 from fedloom.split.cut_messages import SplitMessage
-from fedloom.training.loss import OutputHead
+from fedloom.training.output_head import OutputHead
 
 
 @dataclass(frozen=True)

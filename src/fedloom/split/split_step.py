@@ -30,7 +30,8 @@ from fedloom.models.cut import Part, part_of, top_of
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.seeding import stream
 from fedloom.training.attention import LAYOUT, Layout, layout, packed_attention
-from fedloom.training.loss import OutputHead, accumulator, supervised_cross_entropy
+from fedloom.training.loss import accumulator, supervised_cross_entropy
+from fedloom.training.output_head import OutputHead
 from fedloom.training.packing import PackedBatch
 
 

@@ -18,7 +18,8 @@ from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.turns import Turn, Turns
 from fedloom.models.families import model_type
-from fedloom.training.loss import OutputHead, accumulator, supervised_cross_entropy
+from fedloom.training.loss import accumulator, supervised_cross_entropy
+from fedloom.training.output_head import OutputHead
 from fedloom.training.packing import Row
 from fedloom.training.rotation import switching_rotaries
 from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes

@@ -9,9 +9,8 @@ Letters: S supervised targets, C targets of a chunk, D width, V vocabulary.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,12 +20,11 @@ from torch import Tensor, nn
 
 from fedloom.errors import ModelError
 from fedloom.lora.linear import LoRALinear
-from fedloom.lora.pair import Pair
-from fedloom.lora.route import FEWEST_ROWS
 from fedloom.models.families import model_type
 from fedloom.models.foreign_forward import foreign_forward
 from fedloom.models.quantized_layers import is_quantized
 from fedloom.models.row_attention import Attention, attention_of, choose_attention
+from fedloom.training.output_head import OutputHead, linear, read_output_head
 from fedloom.training.row_passes import row_passes
 
 CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 27}
@@ -37,54 +35,6 @@ CHUNK_ROWS, MOST_LOGITS = 192, 1 << 24
 
 PROBE_LENGTHS = (7, 4)
 """Tokens of the two rows with which a pass is compared with the model's own forward of each row alone."""
-
-_SCALES, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
-_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-"""What families call a factor on their logits, a divisor, and a softcap."""
-
-
-@dataclass(frozen=True, eq=False)
-class OutputHead:
-    """What a model does between last hidden state and logits: ``z = scale·(h Wᵀ + bias)``, then ``c·tanh(z / c)``.
-
-    ``side`` is a frozen pair beside the weight: an adapter that someone trained on the head.
-    """
-
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    side: Pair | None = None
-
-    def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Return the logits (S, V), in fp32 at least."""
-        logits_SV = _linear(hidden_SD, self.weight_VD, self.bias_V)
-        if self.side is not None:
-            logits_SV = logits_SV.addmm(hidden_SD @ self.side.a_RI.T, self.side.b_OR.T)
-        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
-        if self.scale != 1.0:
-            logits_SV = logits_SV * self.scale
-        if self.softcap is None:
-            return logits_SV
-        return self.softcap * torch.tanh(logits_SV / self.softcap)
-
-    def pull_back(self, grad_SV: Tensor, logits_SV: Tensor | None) -> Tensor:
-        """Return the gradient (S, D) at the hidden states; changes ``grad_SV``."""
-        if self.softcap is not None and logits_SV is not None:
-            grad_SV.mul_(1.0 - (logits_SV / self.softcap).square_())
-        if self.scale != 1.0:
-            grad_SV.mul_(self.scale)
-        grad_SV = grad_SV.to(self.weight_VD.dtype)
-        grad_SD = _linear(grad_SV, self.weight_VD.T)
-        return grad_SD if self.side is None else grad_SD.addmm(grad_SV @ self.side.b_OR, self.side.a_RI)
-
-
-def _linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
-    """Return ``x Wᵀ + bias``, of few rows as of more: libraries sum one or two rows in another order."""
-    num_rows = x_SX.shape[0]
-    if num_rows < FEWEST_ROWS:
-        x_SX = torch.cat([x_SX, x_SX.new_zeros(FEWEST_ROWS - num_rows, x_SX.shape[1])])
-    return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
 
 
 def supervised_cross_entropy(
@@ -126,13 +76,18 @@ class _CrossEntropy(torch.autograd.Function):
         grad_SD = torch.empty_like(hidden_SD)
         nats_S = torch.empty(targets_S.shape, dtype=accumulator(hidden_SD.dtype), device=hidden_SD.device)
         loss = nats_S.new_zeros(())
+        few_passes = head.is_plain and _counts_passes(hidden_SD)
         for part in _chunks(hidden_SD, head):
-            logits_CV = head.logits(hidden_SD[part])
-            nats_C, smooth_C, grad_CV = _loss_and_gradient(logits_CV, targets_S[part], smoothing, head)
-            weight_C = weights_S[part].to(nats_C.dtype)
+            weight_C = weights_S[part].to(nats_S.dtype)
+            if few_passes:
+                nats_C, smooth_C, grad_CV = _in_few_passes(head, hidden_SD[part], targets_S[part], weight_C, smoothing)
+                grad_SD[part] = linear(grad_CV, head.weight_VD.T)
+            else:
+                logits_CV = head.logits(hidden_SD[part])
+                nats_C, smooth_C, grad_CV = _loss_and_gradient(logits_CV, targets_S[part], smoothing, head)
+                grad_SD[part] = head.pull_back(grad_CV.mul_(weight_C[:, None]), logits_CV)
             loss += weight_C @ ((1.0 - smoothing) * nats_C + smoothing * smooth_C)
             nats_S[part] = nats_C
-            grad_SD[part] = head.pull_back(grad_CV.mul_(weight_C[:, None]), logits_CV)
         ctx.save_for_backward(grad_SD)
         ctx.mark_non_differentiable(nats_S)
         return loss, nats_S
@@ -166,13 +121,39 @@ def _loss_and_gradient(
     return (log_total_C1 - of_target_C1)[:, 0], (log_total_C1 - mean_C1)[:, 0], grad_CV
 
 
+def _counts_passes(hidden_SD: Tensor) -> bool:
+    """Tell whether passes over logits cost more than what is computed in them: on a GPU, which caches no chunk."""
+    return hidden_SD.is_cuda
+
+
+def _in_few_passes(
+    head: OutputHead, hidden_CD: Tensor, targets_C: Tensor, weight_C: Tensor, smoothing: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what :func:`_loss_and_gradient` does, the gradient weighed and in the weight's type, padding included.
+
+    A GPU's memory is passed over three times: a softmax that reads 16 bits and writes 32, the exponential in place, and
+    the product with the weights that writes 16 again. What is padding has a share of zero.
+    """
+    own, target_C1 = slice(0, head.vocabulary), targets_C[:, None]
+    log_share_CV = nn.functional.log_softmax(head.products(hidden_CD), 1, dtype=weight_C.dtype)
+    nats_C = -log_share_CV.gather(1, target_C1)[:, 0]
+    smooth_C = -log_share_CV[:, own].mean(1) if smoothing else nats_C
+    share_CV = log_share_CV.exp_()
+    share_CV.scatter_add_(1, target_C1, torch.full_like(target_C1, smoothing - 1.0, dtype=share_CV.dtype))
+    if smoothing:
+        share_CV[:, own] -= smoothing / head.vocabulary
+    grad_CV = torch.empty_like(share_CV, dtype=hidden_CD.dtype)
+    torch.mul(share_CV, weight_C[:, None], out=grad_CV)
+    return nats_C, smooth_C, grad_CV
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the type that losses are summed in: fp32 at least."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _chunks(hidden_SD: Tensor, head: OutputHead) -> Iterator[slice]:
-    size = chunk_rows(hidden_SD.device.type, head.weight_VD.shape[0])
+    size = chunk_rows(hidden_SD.device.type, head.vocabulary)
     return (slice(start, start + size) for start in range(0, hidden_SD.shape[0], size))
 
 
@@ -197,7 +178,7 @@ def output_head(model: Any) -> OutputHead:
     """
     verified, attention = _VERIFIED.setdefault(model, {}), attention_of(model)
     if attention not in verified:
-        head = read_output_head(model)
+        head = read_output_head(model).aligned()
         _verify(model, _with_adapter(model, head))
         verified[attention] = head
     return _with_adapter(model, verified[attention])
@@ -219,36 +200,13 @@ def obstacle(model: Any, attention: Attention) -> str | None:
     return None
 
 
-def read_output_head(model: Any) -> OutputHead:
-    """Return a causal LM's output head unchecked, as for a part of a model, which has no forward of its own.
-
-    Read are the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor, and the
-    like under other names.
-
-    Raises:
-        ModelError: if the head is not a linear layer.
-    """
-    layer, config = model.get_output_embeddings(), model.config
-    layer = layer.base if isinstance(layer, LoRALinear) else layer
-    if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
-        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
-    scale = math.prod(_configured(config, _SCALES)) / math.prod(_configured(config, _DIVISORS))
-    return OutputHead(layer.weight, layer.bias, scale, next(iter(_configured(config, _SOFTCAPS)), None))
-
-
-def _configured(config: Any, names: Sequence[str]) -> list[float]:
-    """Return the numbers other than zero that a config gives under these names."""
-    found = (getattr(config, name, None) for name in names)
-    return [value for value in found if isinstance(value, int | float) and value]
-
-
 def _with_adapter(model: Any, head: OutputHead) -> OutputHead:
     """Return the head with what an adapter on it adds at present, which changes with the adapter."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, LoRALinear):
         return head
     dtype = head.weight_VD.dtype
-    return replace(head, weight_VD=layer.weight_OI(dtype), side=layer.side_in(dtype))
+    return replace(head, weight_VD=layer.weight_OI(dtype), bias_V=layer.bias, side=layer.side_in(dtype), padding=0)
 
 
 def not_finite(model: Any) -> str:
@@ -262,7 +220,7 @@ def not_finite(model: Any) -> str:
 
 @torch.no_grad()
 def _verify(model: Any, head: OutputHead) -> None:
-    vocabulary, device = head.weight_VD.shape[0], head.weight_VD.device
+    vocabulary, device = head.vocabulary, head.weight_VD.device
     passes = row_passes(model)
     passes.check(model)
     # Two rows of different lengths, tokens spread by a prime: passes that mix rows or positions show.

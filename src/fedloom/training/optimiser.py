@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from fedloom.errors import AdapterError, SettingsError
+from fedloom.lora.transfer import moved_together
 
 Schedule = Literal["constant", "linear", "cosine"]
 ScheduleSpan = Literal["round", "run"]
@@ -114,26 +115,22 @@ class ClientOptimiser:
 
     def _take(self) -> tuple[list[_Moved], float]:
         """Return what the next step moves, and its learning rate."""
-        moved = []
-        for name, factor in self._factors.items():
-            if factor.grad is None:
-                continue
-            if name not in self._state:
-                # The fused kernel keeps its step count as an fp32 tensor on the factor's device.
-                fresh = {"step": torch.zeros((), dtype=torch.float32, device=factor.device)}
-                self._state[name] = {**fresh, **{key: torch.zeros_like(factor) for key in _STATES[1:]}}
-            moved.append(_Moved(factor, factor.grad, self._state[name]))
+        held = [(name, factor, factor.grad) for name, factor in self._factors.items() if factor.grad is not None]
+        if fresh := {name: factor for name, factor, _ in held if name not in self._state}:
+            self._state.update(_fresh_states(fresh))
+        moved = [_Moved(factor, grad, self._state[name]) for name, factor, grad in held]
         self._next += 1
         return moved, self._settings.learning_rate * self._factor(self._next - 1)
 
     def export_state(self) -> dict[str, Tensor]:
         """Return AdamW's state as ``<factor>.step``, ``.exp_avg``, ``.exp_avg_sq``, copies on the CPU."""
-        return {
-            f"{name}.{key}": self._state[name][key].detach().cpu().clone()
-            for name in self._factors
-            if name in self._state
-            for key in _STATES
-        }
+        names = [name for name in self._factors if name in self._state]
+        found: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for key in _STATES:
+            held = [self._state[name][key].detach() for name in names]
+            for name, state in zip(names, moved_together(held, torch.device("cpu")), strict=True):
+                found[name][key] = state.clone()
+        return {f"{name}.{key}": found[name][key] for name in names for key in _STATES}
 
     def _import_state(self, state: Mapping[str, Tensor]) -> None:
         expected = {f"{name}.{key}" for name in self._factors for key in _STATES}
@@ -152,6 +149,18 @@ class ClientOptimiser:
                 "step": state[f"{name}.step"].to(parameter.device, torch.float32, copy=True),
                 **{key: moment.to(parameter, copy=True) for key, moment in moments.items()},
             }
+
+
+def _fresh_states(factors: Mapping[str, nn.Parameter]) -> dict[str, dict[str, Tensor]]:
+    """Return zeroed states: parts of one tensor, which a device makes in one call."""
+    sizes, first = [factor.numel() for factor in factors.values()], next(iter(factors.values()))
+    moments = [torch.split(first.new_zeros(sum(sizes)), sizes) for _ in _STATES[1:]]
+    # The fused kernel keeps its step count as an fp32 tensor on the factor's device.
+    steps = first.new_zeros(len(sizes), dtype=torch.float32).unbind()
+    return {
+        name: dict(zip(_STATES, (step, *(moment.view_as(factor) for moment in own)), strict=True))
+        for (name, factor), step, *own in zip(factors.items(), steps, *moments, strict=True)
+    }
 
 
 @dataclass(frozen=True, eq=False)

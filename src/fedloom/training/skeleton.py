@@ -12,7 +12,8 @@ from fedloom.errors import ModelError
 from fedloom.models.families import model_type
 from fedloom.models.row_attention import USE_PADDED, Attention
 from fedloom.training.attention import layout
-from fedloom.training.loss import PROBE_LENGTHS, read_output_head
+from fedloom.training.loss import PROBE_LENGTHS
+from fedloom.training.output_head import read_output_head
 from fedloom.training.packing import hidden_states, pack
 
 _ATTENDING = ("attention", "full", "sliding", "chunked")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.transfer import moved_together
 
 
 def factor_names(lora: LoRAModel) -> list[str]:
@@ -22,10 +24,11 @@ def factor_of(name: str) -> str:
 
 def gradient_of(factors: Mapping[str, nn.Parameter], scale: float) -> Adapter:
     """Return the gradient at the effective factors: the slot's ``bt`` is ``bᵀ`` over the scale."""
-    grads = {name: factor.grad for name, factor in factors.items() if factor.grad is not None}
+    held = {name: factor.grad for name, factor in factors.items() if factor.grad is not None}
+    grads = dict(zip(held, moved_together(list(held.values()), torch.device("cpu")), strict=True))
     return Adapter(
         {
-            module: Pair((grads[f"{module}.bt_RO"].T / scale).contiguous().cpu(), grads[f"{module}.a_RI"].cpu().clone())
+            module: Pair((grads[f"{module}.bt_RO"].T / scale).contiguous(), grads[f"{module}.a_RI"].clone())
             for module in dict.fromkeys(name.rpartition(".")[0] for name in factors)
         }
     )

@@ -1,0 +1,124 @@
+"""What a causal LM does between its last hidden states and its logits.
+
+Letters: S rows of hidden states, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedloom.errors import ModelError
+from fedloom.lora.linear import LoRALinear
+from fedloom.lora.pair import Pair
+from fedloom.lora.route import FEWEST_ROWS
+
+ALIGNED = 64
+"""Logits to whose multiples a GPU's 16-bit products are padded: rows of 8 are enough to be aligned, 64 fill a tile."""
+
+_SCALES, _DIVISORS = ("logit_scale", "lm_head_multiplier"), ("logits_scaling",)
+_SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""What families call a factor on their logits, a divisor, and a softcap."""
+
+
+@dataclass(frozen=True, eq=False)
+class OutputHead:
+    """What a model does between last hidden state and logits: ``z = scale·(h Wᵀ + bias)``, then ``c·tanh(z / c)``.
+
+    ``side`` is a frozen pair beside the weight: an adapter that someone trained on the head. The last ``padding`` rows
+    of the weight are zero, with a bias of minus infinity, and nobody's: with them a GPU multiplies faster.
+    """
+
+    weight_VD: Tensor
+    bias_V: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    side: Pair | None = None
+    padding: int = 0
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a target has."""
+        return self.weight_VD.shape[0] - self.padding
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a logit is the product with a weight's row, and its bias, alone."""
+        return self.scale == 1.0 and self.softcap is None and self.side is None
+
+    def aligned(self) -> OutputHead:
+        """Return the head with a copy of its weight whose rows a GPU's 16-bit matrix units take as they are."""
+        padding = -self.vocabulary % _multiple_for(self.weight_VD)
+        if not padding or not self.is_plain:
+            return self
+        weight_VD = nn.functional.pad(self.weight_VD, (0, 0, 0, padding))
+        bias_V = weight_VD.new_zeros(self.vocabulary) if self.bias_V is None else self.bias_V
+        bias_V = nn.functional.pad(bias_V, (0, padding), value=-math.inf)
+        return replace(self, weight_VD=weight_VD, bias_V=bias_V, padding=padding)
+
+    def logits(self, hidden_SD: Tensor) -> Tensor:
+        """Return the logits (S, V), in fp32 at least."""
+        logits_SV = self.products(hidden_SD)[:, : self.vocabulary]
+        if self.side is not None:
+            logits_SV = logits_SV.addmm(hidden_SD @ self.side.a_RI.T, self.side.b_OR.T)
+        logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
+        if self.scale != 1.0:
+            logits_SV = logits_SV * self.scale
+        if self.softcap is None:
+            return logits_SV
+        return self.softcap * torch.tanh(logits_SV / self.softcap)
+
+    def products(self, hidden_SD: Tensor) -> Tensor:
+        """Return the products (S, V + padding) with the weight's rows, and the bias, in the hidden states' type."""
+        return linear(hidden_SD, self.weight_VD, self.bias_V)
+
+    def pull_back(self, grad_SV: Tensor, logits_SV: Tensor | None) -> Tensor:
+        """Return the gradient (S, D) at the hidden states; changes ``grad_SV``."""
+        if self.softcap is not None and logits_SV is not None:
+            grad_SV.mul_(1.0 - (logits_SV / self.softcap).square_())
+        if self.scale != 1.0:
+            grad_SV.mul_(self.scale)
+        grad_SV = grad_SV.to(self.weight_VD.dtype)
+        grad_SD = linear(grad_SV, self.weight_VD.T)
+        return grad_SD if self.side is None else grad_SD.addmm(grad_SV @ self.side.b_OR, self.side.a_RI)
+
+
+def linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
+    """Return ``x Wᵀ + bias``, of few rows as of more: libraries sum one or two rows in another order."""
+    num_rows = x_SX.shape[0]
+    if num_rows < FEWEST_ROWS:
+        x_SX = torch.cat([x_SX, x_SX.new_zeros(FEWEST_ROWS - num_rows, x_SX.shape[1])])
+    return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
+
+
+def _multiple_for(weight_VD: Tensor) -> int:
+    """Return what the vocabulary is best a multiple of where this weight lies."""
+    return ALIGNED if weight_VD.is_cuda and weight_VD.dtype.itemsize == 2 else 1
+
+
+def read_output_head(model: Any) -> OutputHead:
+    """Return a causal LM's output head unchecked, as for a part of a model, which has no forward of its own.
+
+    Read are the scalings that the families configure: Gemma's softcap, Cohere's factor, Granite's divisor, and the
+    like under other names.
+
+    Raises:
+        ModelError: if the head is not a linear layer.
+    """
+    layer, config = model.get_output_embeddings(), model.config
+    layer = layer.base if isinstance(layer, LoRALinear) else layer
+    if not isinstance(layer, nn.Linear) or not layer.weight.dtype.is_floating_point:
+        raise ModelError(f"model.base: expected a linear output head, got {type(layer).__name__}; choose another base")
+    scale = math.prod(_configured(config, _SCALES)) / math.prod(_configured(config, _DIVISORS))
+    return OutputHead(layer.weight, layer.bias, scale, next(iter(_configured(config, _SOFTCAPS)), None))
+
+
+def _configured(config: Any, names: Sequence[str]) -> list[float]:
+    """Return the numbers other than zero that a config gives under these names."""
+    found = (getattr(config, name, None) for name in names)
+    return [value for value in found if isinstance(value, int | float) and value]
