@@ -152,7 +152,7 @@ def test_activations_kept_at_borders_only_change_no_bit(
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "phi"])
-def test_any_number_of_cores_gives_the_same_bits_as_its_parts_one_by_one(
+def test_any_number_of_cores_gives_the_same_bits(
     kind: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(client_passes, "PART_TOKENS", 20)
@@ -163,14 +163,13 @@ def test_any_number_of_cores_gives_the_same_bits_as_its_parts_one_by_one(
         for k, (lengths, rank) in enumerate(zip(LENGTHS, RANKS, strict=True))
     ]
     settings = replace(SETTINGS, batch_size=6, dropout=0.2, steps=3)
-    found = {cores: train(lora, [tasks[0]], replace(settings, cores=cores))[0] for cores in (2, 3, 4)}
-    found[1] = train(lora, [tasks[0]], replace(settings, token_budget=20))[0]
+    found = {cores: train(lora, [tasks[0]], replace(settings, cores=cores))[0] for cores in (1, 2, 3, 4)}
     for other in found.values():
         assert other.stats.loss_nats == found[1].stats.loss_nats
         for name, pair in found[1].adapter.items():
             assert torch.equal(pair.a_RI, other.adapter[name].a_RI)
             assert torch.equal(pair.b_OR, other.adapter[name].b_OR)
-    together = [train(lora, tasks, replace(settings, cores=cores)) for cores in (2, 3)]
+    together = [train(lora, tasks, replace(settings, cores=cores)) for cores in (1, 3)]
     for one, other in zip(*together, strict=True):
         assert all(torch.equal(pair.a_RI, other.adapter[name].a_RI) for name, pair in one.adapter.items())
 

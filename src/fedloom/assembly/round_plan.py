@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
+from fedloom.assembly.cores import cores_here
 from fedloom.assembly.inputs import Inputs
 from fedloom.assembly.participation import participation_of
 from fedloom.assembly.start_adapter import start_adapter
@@ -304,7 +305,7 @@ def training_of(settings: Settings) -> LocalTraining:
         token_budget=training.token_budget,
         start_rounds=settings.start_rounds,
         privacy=privacy_of(settings),
-        cores=settings.engine.cores,
+        cores=cores_here(settings),
         checkpoint_activations=training.checkpoint_activations,
     )
 

@@ -108,11 +108,11 @@ class Engine(Table):
         "those of a matrix product's rows do not depend on how many there are. Private rows train client by client.",
         when=ROUNDS,
     )
-    cores: Threads = setting(
-        1,
-        "Threads over which the rows of a step are spread on a CPU, in parts of about a thousand tokens. The bits are "
-        "the same for any number above 1, and for 1 where those of a matrix product's rows do not depend on how many "
-        "there are.",
+    cores: Threads | None = setting(
+        None,
+        "Threads over which the rows of a step are spread on a CPU, in parts of about a thousand tokens; default: as "
+        "many as this process has cores (on Ray cpus_per_worker) for engine.threads each, and training.token_budget "
+        "has thousands. Changes no bit.",
         when=ROUNDS,
     )
     threads: Threads = setting(1, "CPU threads that compute the base, everywhere; sums round otherwise with another.")

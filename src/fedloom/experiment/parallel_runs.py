@@ -15,6 +15,7 @@ from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoo
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from fedloom.assembly.cores import share_cores
 from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
 from fedloom.experiment.run_summary import RunSummary
@@ -25,7 +26,7 @@ from fedloom.run_folder.run_date import begin_on
 _ERROR = "error: "
 _CHILD = (
     "import runpy, sys; from fedloom.experiment.parallel_runs import begin; "
-    "begin(int(sys.argv.pop(1)), sys.argv.pop(1)); "
+    "begin(int(sys.argv.pop(1)), sys.argv.pop(1), int(sys.argv.pop(1))); "
     "runpy.run_module('fedloom', run_name='__main__', alter_sys=True)"
 )
 """The ordinary command, in a process that ends with the one that started it."""
@@ -56,9 +57,10 @@ def check_parallel(variants: Sequence[Settings], parallel: int) -> None:
             )
 
 
-def begin(parent: int, date: str) -> None:
-    """Begin as one of several runs: on their day, and to end with the process that started them."""
+def begin(parent: int, date: str, parallel: int) -> None:
+    """Begin as one of several runs: on their day, on a part of the cores, to end with their parent."""
     begin_on(date)
+    share_cores(parallel)
     end_with(parent)
 
 
@@ -83,33 +85,32 @@ def run_in_processes(
     Raises:
         RunError: a run failed; the message is its own.
     """
-    return [one.result() for one in _ended(runs, parallel, _Starting(date, fresh, progress), FIRST_EXCEPTION)]
+    return [one.result() for one in _ended(runs, _Starting(date, parallel, fresh, progress), FIRST_EXCEPTION)]
 
 
 def attempt_in_processes(
     runs: Sequence[tuple[Settings, Path]], parallel: int, date: str, *, fresh: bool, progress: Progress
 ) -> list[RunSummary | RunError]:
     """Run all as :func:`run_in_processes` does, where one that fails ends no other: its error stands for it."""
-    ended = _ended(runs, parallel, _Starting(date, fresh, progress), ALL_COMPLETED)
+    ended = _ended(runs, _Starting(date, parallel, fresh, progress), ALL_COMPLETED)
     return [error if isinstance(error := one.exception(), RunError) else one.result() for one in ended]
 
 
 @dataclass(frozen=True)
 class _Starting:
-    """How every process starts."""
+    """How every process starts, and how many at a time."""
 
     date: str
+    parallel: int
     fresh: bool
     progress: Progress
 
 
-def _ended(
-    runs: Sequence[tuple[Settings, Path]], parallel: int, starting: _Starting, until: str
-) -> list[Future[RunSummary]]:
+def _ended(runs: Sequence[tuple[Settings, Path]], starting: _Starting, until: str) -> list[Future[RunSummary]]:
     place = Path(os.path.commonpath([out.absolute().parent for _, out in runs]))
     with tempfile.TemporaryDirectory() as folder:
         processes = _Processes(Path(folder), place, starting)
-        with ThreadPoolExecutor(parallel) as threads:
+        with ThreadPoolExecutor(starting.parallel) as threads:
             waiting = [threads.submit(processes.run, settings, out) for settings, out in runs]
             try:
                 done, _ = wait(waiting, return_when=until)
@@ -144,7 +145,8 @@ class _Processes:
         own = Path(tempfile.mkdtemp(dir=self.folder))
         recipe, printed = own / "recipe.json", own / "printed"
         recipe.write_text(json.dumps(settings.as_dict()), encoding="utf-8")
-        command = [sys.executable, "-c", _CHILD, str(os.getpid()), self.starting.date]
+        beginning = [str(os.getpid()), self.starting.date, str(self.starting.parallel)]
+        command = [sys.executable, "-c", _CHILD, *beginning]
         command += ["run", str(recipe), "--out", str(out), "--json"]
         errors: list[str] = []
         with printed.open("w", encoding="utf-8") as output, self._started(command, output) as process:

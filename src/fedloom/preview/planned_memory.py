@@ -6,12 +6,11 @@ A CPU's allocator holds more than the tensors do: freed blocks of other sizes st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -29,15 +28,16 @@ from fedloom.models.discovery import num_blocks_of
 from fedloom.models.families import decoder_blocks
 from fedloom.models.row_attention import choose_attention
 from fedloom.preview.held_bytes import PlannedPass, bottom_bytes, scoring_bytes, top_bytes, training_bytes
+from fedloom.preview.planned_passes import largest_pass, passes_at_once, ranks_of, scoring_pass, training_pass
 from fedloom.preview.row_sample import RowSample
 from fedloom.privacy.secure_sum.fixed_point import WORD_BYTES
-from fedloom.seeding import stream
-from fedloom.training.row_passes import RowPasses, row_passes
+from fedloom.training.row_passes import row_passes
 from fedloom.wording import counted, written_bytes
 
-_HELD_PER_TENSOR_BYTE = {"cpu": 1.25}
-"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.05 to 1.3."""
-_WORK_SPACE = {"cpu": 20 << 20}
+_HELD_PER_TENSOR_BYTE, _HELD_BY_THREADS = 1.25, 1.5
+"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.05 to 1.3; by two threads,
+which have memory of their own: 1.2 to 1.7."""
+_WORK_SPACE = 20 << 20
 """Libraries' code and buffers that the first passes bring in."""
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5625}
 """Bytes a weight in bitsandbytes' layers; nf4 has one fp32 scale for 64 weights."""
@@ -47,17 +47,8 @@ _UPDATE_BYTES = 4
 """Bytes of a number of an update, which waits for the sum."""
 _COPIES = 5
 """How often one member's numbers are there while they are masked: as floats, whole, under a mask, and as bytes."""
-_DRAWS = 16
-"""Steps that are drawn to find the largest pass."""
 Watch = Callable[[LoRAModel, PlannedPass, str], int]
 """Says what a pass holds on a kind of device."""
-
-
-class _Part(NamedTuple):
-    """A client's rows of one pass: its slot and the rows' places in the sample."""
-
-    slot: int
-    rows: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -110,17 +101,17 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     choose_attention(model, settings.model.attention)
     passes = row_passes(model)
     at_once = _clients_at_once(settings, lora, device)
-    parts = _largest(settings, passes, sample, at_once)
+    parts = largest_pass(settings, lora, sample, at_once, device)
     exact = passes.attends_by_mask and not (device == "cpu" and model.dtype in (torch.float16, torch.bfloat16))
     lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]
     trained = settings.traits.is_trained
     training, open_bytes = 0, 0
     depth = num_blocks_of(model)
     if trained:
-        planned = _training_pass(settings, sample, parts, merges=exact)
+        planned = training_pass(settings, sample, parts, merges=exact)
         training = _watched(lora, planned, device, training_bytes, depth)
-        open_bytes = client_bytes(lora.shapes, max(_ranks(settings))) * at_once
-    scoring = _watched(lora, _scoring_pass(settings, sample, merges=exact), device, scoring_bytes, 1)
+        open_bytes = client_bytes(lora.shapes, max(ranks_of(settings))) * at_once
+    scoring = _watched(lora, scoring_pass(settings, sample, merges=exact), device, scoring_bytes, 1)
     most = max(training, scoring) + _dequantized(settings, model)
     return PlannedMemory(
         device=device,
@@ -128,7 +119,7 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
         side_bytes=_side_bytes(settings, lora, lora.shapes),
         client_bytes=open_bytes,
         pass_bytes=most,
-        held_bytes=_held(most, device),
+        held_bytes=_held(most, device, in_threads=trained and passes_at_once(settings, lora, device) > 1),
         sum_bytes=_sum_bytes(settings, lora),
         pass_tokens=sum(lengths),
         pass_rows=len(lengths),
@@ -149,8 +140,8 @@ def planned_client_memory(settings: Settings, lora: LoRAModel, sample: RowSample
     family, depth = decoder_blocks(model), num_blocks_of(model)
     blocks, keeps_labels = list(model.get_submodule(family.blocks).children()), split.labels == "client"
     last = depth - (split.tail_blocks if keeps_labels else 0)
-    largest = _largest(settings, row_passes(model), sample, num_clients=1)
-    whole = replace(_training_pass(settings, sample, largest, merges=False), ranks=(rank,))
+    largest = largest_pass(settings, lora, sample, 1, device)
+    whole = replace(training_pass(settings, sample, largest, merges=False), ranks=(rank,))
     bottom = whole
     if split.client_half == "frozen":
         bottom = replace(whole, lengths=(max(whole.lengths),), ranks=(), owners=())
@@ -176,16 +167,11 @@ def _device(name: str) -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _held(pass_bytes: int, device: str) -> int:
-    """Return what the device's allocator holds for a pass of so many bytes."""
-    return round(pass_bytes * _HELD_PER_TENSOR_BYTE.get(device, 1.0)) + _WORK_SPACE.get(device, 0)
-
-
-def _ranks(settings: Settings) -> Sequence[int]:
-    split, ranks = settings.split, settings.client_ranks
-    if not settings.traits.is_cut:
-        return ranks
-    return [*settings.per_client(split.client_rank or settings.method.ranks), split.server_rank or max(ranks)]
+def _held(pass_bytes: int, device: str, *, in_threads: bool = False) -> int:
+    """Return what the device's allocator holds for a pass of so many bytes, or for several in as many threads."""
+    if device != "cpu":
+        return pass_bytes
+    return round(pass_bytes * (_HELD_BY_THREADS if in_threads else _HELD_PER_TENSOR_BYTE)) + _WORK_SPACE
 
 
 def _clients_at_once(settings: Settings, lora: LoRAModel, device: str) -> int:
@@ -198,79 +184,6 @@ def _clients_at_once(settings: Settings, lora: LoRAModel, device: str) -> int:
     if device == "cuda" and torch.cuda.is_available():
         free = free_on(torch.device(device)) - _weight_bytes(settings, lora.model, lora.model.parameters())
     return min(settings.cohort_size, clients_at_once(settings, device, lora.shapes, free))
-
-
-def _largest(settings: Settings, passes: RowPasses, sample: RowSample, num_clients: int) -> list[_Part]:
-    """Return the members of the largest of the passes of some drawn steps of the clients that are open at once."""
-    chance = stream(settings.run.seed, "describe", "passes")
-    drawn = [group for _ in range(_DRAWS) for group in _passes_of_a_step(settings, passes, sample, num_clients, chance)]
-
-    def tokens(group: list[_Part]) -> int:
-        lengths = [int(sample.lengths_N[row]) for part in group for row in part.rows]
-        return sum(lengths) if passes.name == "packed" else len(lengths) * max(lengths)
-
-    return max(drawn, key=tokens)
-
-
-def _passes_of_a_step(
-    settings: Settings, passes: RowPasses, sample: RowSample, num_clients: int, chance: np.random.Generator
-) -> Iterator[list[_Part]]:
-    """Yield who shares a pass in one step, as :class:`~fedloom.training.client_passes.Passes` puts them together."""
-    size, training = settings.training.batch_size, training_of(settings)
-    lengths = sample.lengths_N
-    clients = [chance.integers(0, len(lengths), size) for _ in range(num_clients)]
-    if settings.traits.is_cut:  # the server's half sees the whole batch, of one client or of all
-        joint = settings.split.server_update == "joint"
-        yield [_Part(slot, tuple(rows.tolist())) for slot, rows in enumerate(clients if joint else clients[:1])]
-        return
-    budget, most = training.token_budget, training.most_at_once
-    cut = [passes.split([[int(lengths[row])] for row in rows], budget, most) for rows in clients]
-    for turn in range(max(map(len, cut))):
-        ready = [
-            _Part(slot, tuple(int(rows[i]) for i in parts[turn]))
-            for slot, (rows, parts) in enumerate(zip(clients, cut, strict=True))
-            if turn < len(parts)
-        ]
-        for members in passes.split([[int(lengths[row]) for row in part.rows] for part in ready], budget):
-            yield [ready[i] for i in members]
-
-
-def _training_pass(settings: Settings, sample: RowSample, parts: Sequence[_Part], *, merges: bool) -> PlannedPass:
-    training, units = training_of(settings), training_of(settings).num_unit_slots
-    rank, opened = max(_ranks(settings)), max(part.slot for part in parts) + 1 + units
-    lengths, owners = list[int](), list[int]()
-    for part in parts:
-        own = [int(sample.lengths_N[row]) for row in part.rows]
-        own = own if units or not merges else _merged(own, 1 if len(parts) > 1 else 2)
-        lengths += own
-        owners += [1 + i % units for i in range(len(own))] if units else [part.slot] * len(own)
-    targets = sum(int(sample.targets_N[row]) for part in parts for row in part.rows)
-    return PlannedPass(
-        tuple(lengths),
-        targets,
-        (rank,) * opened,
-        tuple(owners),
-        training.dropout,
-        training.label_smoothing,
-        training.checkpoint_activations,
-    )
-
-
-def _scoring_pass(settings: Settings, sample: RowSample, *, merges: bool) -> PlannedPass:
-    """Return a pass of the longest rows, as many as the budget holds."""
-    longest = int(sample.lengths_N.max())
-    rows = max(1, settings.evaluation.batch_tokens // longest)
-    if settings.data.eval_rows is not None:
-        rows = min(rows, settings.data.eval_rows)
-    share = sample.targets_N.sum() / sample.lengths_N.sum()
-    lengths = [longest] * rows
-    return PlannedPass(tuple(_merged(lengths, 2) if merges else lengths), max(1, round(share * longest * rows)))
-
-
-def _merged(lengths: Sequence[int], most: int) -> list[int]:
-    """Return as many tokens in at most so many rows: attention without matrices holds by the token."""
-    rows = min(most, len(lengths))
-    return [sum(lengths) // rows + (i < sum(lengths) % rows) for i in range(rows)]
 
 
 def _watched(lora: LoRAModel, planned: PlannedPass, device: str, watch: Watch, num_blocks: int) -> int:
@@ -332,7 +245,7 @@ def _side_bytes(settings: Settings, lora: LoRAModel, shapes: Mapping[str, tuple[
     """Return the bytes of the side of some modules at the end of a run: factors, or working copies of the weights."""
     if not settings.traits.is_trained:
         return 0
-    ranks, rank = settings.client_ranks, max(_ranks(settings))
+    ranks, rank = settings.client_ranks, max(ranks_of(settings))
     if settings.traits.grows_side and settings.server.step != "adamw":
         rank = round(sum(ranks) * settings.cohort_size / len(ranks)) * settings.federation.num_rounds
     size, total = lora.base_weight.element_size(), 0

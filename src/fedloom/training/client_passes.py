@@ -18,6 +18,7 @@ from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.turns import Turn, Turns
 from fedloom.models.families import model_type
+from fedloom.training.local_training import LocalTraining
 from fedloom.training.loss import accumulator, supervised_cross_entropy
 from fedloom.training.output_head import OutputHead
 from fedloom.training.packing import Row
@@ -25,7 +26,7 @@ from fedloom.training.rotation import switching_rotaries
 from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
 
 PART_TOKENS = 1024
-"""Tokens of a client's pass where cores share a step: small enough that all have one, and more costs no less."""
+"""Tokens of a client's pass where cores may share a step: small enough that all have one, and more costs no less."""
 
 
 class Owner(Protocol):
@@ -65,23 +66,23 @@ class MicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class Passes:
-    """What a pass needs: the model with its slots, how rows go through it, its head, and what acts on every pass."""
+    """What a pass needs: the model with its slots, how rows go through it, its head, and what acts on every pass.
+
+    ``part_budget`` are the tokens of one client's part of a pass, whatever the number of ``cores``.
+    """
 
     lora: LoRAModel
     rows: RowPasses
     head: OutputHead
     token_budget: int
+    part_budget: int
     dropout: float
     label_smoothing: float
-    cores: int = 1
+    cores: int
 
     def parts(self, lengths: Sequence[Sequence[int]], most: int | None) -> list[list[int]]:
-        """Cut a client's batch of units, given by their rows' lengths, into what goes through in one pass each.
-
-        Where several cores share a step, parts are small and do not depend on how many cores there are.
-        """
-        budget = self.token_budget if self.cores == 1 else min(self.token_budget, PART_TOKENS)
-        return self.rows.split(lengths, budget, most)
+        """Cut a client's batch of units, given by their rows' lengths, into what goes through in one pass each."""
+        return self.rows.split(lengths, self.part_budget, most)
 
     def gather(self, batches: Sequence[Sequence[MicroBatch]]) -> None:
         """Gather the gradients of every client's batch, given as its micro-batches.
@@ -98,10 +99,10 @@ class Passes:
             for parts in passes:
                 _tell(parts, *self._run(parts))
             return
-        turns = Turns()
+        turns, inside = Turns(), torch.get_num_threads()
 
         def run(number: int) -> tuple[list[float], list[float]]:
-            torch.set_num_threads(1)
+            torch.set_num_threads(inside)
             with turns.turn(number) as turn, torch.enable_grad():
                 return self._run(passes[number], turn)
 
@@ -143,7 +144,15 @@ def _tell(parts: Sequence[MicroBatch], nats_N: list[float], seconds: list[float]
         part.owner.add(part, list(islice(rows, len(part.rows))), took)
 
 
-def can_spread(lora: LoRAModel) -> bool:
-    """Tell whether several threads may be in a model at once: on a CPU, where no embedding keeps a state."""
-    is_stateless = lora.base_weight.device.type == "cpu" and not switching_rotaries(lora.model)
-    return is_stateless and isinstance(row_passes(lora.model), PackedPasses)
+def can_spread(lora: LoRAModel, settings: LocalTraining, device: str) -> bool:
+    """Tell whether a step's passes may be under way at once: on a CPU, where no embedding keeps a state."""
+    is_stateless = device == "cpu" and not switching_rotaries(lora.model)
+    return is_stateless and settings.privacy is None and isinstance(row_passes(lora.model), PackedPasses)
+
+
+def part_budget(token_budget: int, spreads: bool) -> int:
+    """Return how many tokens of a client a pass holds at most, by whether a step is spread over cores.
+
+    It does not depend on their number, nor do the bits.
+    """
+    return min(token_budget, PART_TOKENS) if spreads else token_budget

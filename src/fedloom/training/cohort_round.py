@@ -28,7 +28,7 @@ from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
 from fedloom.training.checkpointing import checkpointed_blocks
-from fedloom.training.client_passes import MicroBatch, Passes, can_spread
+from fedloom.training.client_passes import MicroBatch, Passes, can_spread, part_budget
 from fedloom.training.control_variates import Variates, corrected_steps
 from fedloom.training.local_training import LocalTraining
 from fedloom.training.loss import output_head
@@ -132,8 +132,10 @@ def train_cohort(
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head, rows = output_head(lora.model), row_passes(lora.model)
-        cores = settings.cores if settings.privacy is None and can_spread(lora) else 1
-        passes = Passes(lora, rows, head, settings.token_budget, settings.dropout, settings.label_smoothing, cores)
+        spreads = can_spread(lora, settings, lora.base_weight.device.type)
+        budgets = settings.token_budget, part_budget(settings.token_budget, spreads)
+        cores = settings.cores if spreads else 1
+        passes = Passes(lora, rows, head, *budgets, settings.dropout, settings.label_smoothing, cores)
         chance = _Chance(seed, round, draws)
         clients = [_Client(lora, passes, slot, task, settings, chance) for slot, task in enumerate(tasks)]
         with checkpointed_blocks(lora) if settings.checkpoint_activations else nullcontext():

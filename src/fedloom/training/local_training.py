@@ -18,8 +18,8 @@ class LocalTraining:
     A pass holds at most ``micro_batch_size`` rows of a client (None: the whole batch) and ``token_budget`` tokens of
     all clients; a batch beyond either is accumulated over several passes, which changes the result by rounding only: a
     row's dropout mask is its own. Draws and schedule count from the round after the first ``start_rounds``, which train
-    nothing. With ``privacy`` no single row shows in what a client trains. On a CPU a step's passes, then smaller, are
-    spread over ``cores`` threads, whose number changes no bit; not private steps. With ``checkpoint_activations`` a
+    nothing. With ``privacy`` no single row shows in what a client trains. On a CPU a step's passes are small and spread
+    over ``cores`` threads, whose number changes no bit; private steps are not spread. With ``checkpoint_activations`` a
     pass keeps what enters its blocks, and backward runs them once more.
     """
 
