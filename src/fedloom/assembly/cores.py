@@ -28,8 +28,18 @@ def cores_here(settings: Settings) -> int:
     engine = settings.engine
     if engine.cores is not None:
         return engine.cores
-    free = int(engine.cpus_per_worker) if engine.name == "ray" else _usable() // _sharers
-    return max(1, min(free // engine.threads, settings.training.token_budget // PART_TOKENS))
+    if engine.name == "ray":
+        return _fitting(int(engine.cpus_per_worker) // engine.threads, settings.training.token_budget)
+    return own_cores(settings.training.token_budget, engine.threads)
+
+
+def own_cores(token_budget: int, threads: int = 1) -> int:
+    """Return the threads of a step where nobody set them, as at a site, each with so many ``threads`` of arithmetic."""
+    return _fitting(_usable() // _sharers // threads, token_budget)
+
+
+def _fitting(cores: int, token_budget: int) -> int:
+    return max(1, min(cores, token_budget // PART_TOKENS))
 
 
 def _usable() -> int:

@@ -96,7 +96,9 @@ class Engine(Table):
     gpus_per_worker: NonNegative | None = setting(
         None, "GPUs of a worker, or a part of one; default: 1 where the base is on a GPU, else 0.", when=ON_RAY
     )
-    cpus_per_worker: Positive = setting(1.0, "CPUs that Ray reserves for a worker.", when=ON_RAY)
+    cpus_per_worker: Positive = setting(
+        1.0, "CPUs that Ray reserves for a worker, and cores of a step there.", when=ON_RAY
+    )
     address: Name | None = setting(
         None, "A running Ray cluster: auto, or host:port; default: one is started on this machine.", when=ON_RAY
     )

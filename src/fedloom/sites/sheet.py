@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import StringConstraints, ValidationError
 
+from fedloom.assembly.cores import own_cores
 from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
@@ -178,7 +179,8 @@ class Sheet(Part):
     def local_training(self) -> LocalTraining:
         """What the client does in a round."""
         privacy = None if self.training.privacy is None else RowPrivacy(**dict(self.training.privacy))
-        return LocalTraining(**{**dict(self.training), "privacy": privacy})
+        cores = own_cores(self.training.token_budget)  # the site's own machine's, whatever the server has
+        return LocalTraining(**{**dict(self.training), "privacy": privacy, "cores": cores})
 
     @property
     def line(self) -> str:
