@@ -13,7 +13,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.preview.held_bytes import PlannedPass
 from fedloom.preview.row_sample import RowSample
 from fedloom.seeding import stream
-from fedloom.training.client_passes import can_spread, part_budget
+from fedloom.training.client_passes import budget_of_a_pass, can_spread
 from fedloom.training.row_passes import RowPasses, row_passes
 
 _DRAWS = 16
@@ -75,9 +75,8 @@ def _passes_of_a_step(
         joint = settings.split.server_update == "joint"
         yield [Part(slot, tuple(rows.tolist())) for slot, rows in enumerate(clients if joint else clients[:1])]
         return
-    budget, most = training.token_budget, training.most_at_once
-    own_budget = part_budget(budget, spreads)
-    cut = [passes.split([[int(lengths[row])] for row in rows], own_budget, most) for rows in clients]
+    budget, most = budget_of_a_pass(training.token_budget, spreads), training.most_at_once
+    cut = [passes.split([[int(lengths[row])] for row in rows], budget, most) for rows in clients]
     groups = list[list[Part]]()
     for turn in range(max(map(len, cut))):
         ready = [

@@ -68,21 +68,20 @@ class MicroBatch:
 class Passes:
     """What a pass needs: the model with its slots, how rows go through it, its head, and what acts on every pass.
 
-    ``part_budget`` are the tokens of one client's part of a pass, whatever the number of ``cores``.
+    ``token_budget`` are the tokens of a pass (:func:`budget_of_a_pass`), whatever the number of ``cores``.
     """
 
     lora: LoRAModel
     rows: RowPasses
     head: OutputHead
     token_budget: int
-    part_budget: int
     dropout: float
     label_smoothing: float
     cores: int
 
     def parts(self, lengths: Sequence[Sequence[int]], most: int | None) -> list[list[int]]:
         """Cut a client's batch of units, given by their rows' lengths, into what goes through in one pass each."""
-        return self.rows.split(lengths, self.part_budget, most)
+        return self.rows.split(lengths, self.token_budget, most)
 
     def gather(self, batches: Sequence[Sequence[MicroBatch]]) -> None:
         """Gather the gradients of every client's batch, given as its micro-batches.
@@ -150,8 +149,8 @@ def can_spread(lora: LoRAModel, settings: LocalTraining, device: str) -> bool:
     return is_stateless and settings.privacy is None and isinstance(row_passes(lora.model), PackedPasses)
 
 
-def part_budget(token_budget: int, spreads: bool) -> int:
-    """Return how many tokens of a client a pass holds at most, by whether a step is spread over cores.
+def budget_of_a_pass(token_budget: int, spreads: bool) -> int:
+    """Return how many tokens a pass holds at most, by whether a step is spread over cores.
 
     It does not depend on their number, nor do the bits.
     """
