@@ -197,6 +197,8 @@ def test_the_plan_is_within_15_percent_or_50_mb_of_a_childs_peak(shape: str, tmp
         batch_size = 6
         [evaluation]
         batch_tokens = 1024
+        [engine]
+        cores = 2
         """,
         encoding="utf-8",
     )
