@@ -13,7 +13,7 @@ from fedloom.lora.layer import LoRAModel
 from fedloom.preview.held_bytes import PlannedPass
 from fedloom.preview.row_sample import RowSample
 from fedloom.seeding import stream
-from fedloom.training.client_passes import budget_of_a_pass, can_spread
+from fedloom.training.client_passes import spread
 from fedloom.training.row_passes import RowPasses, row_passes
 
 _DRAWS = 16
@@ -37,18 +37,17 @@ def ranks_of(settings: Settings) -> Sequence[int]:
 
 def passes_at_once(settings: Settings, lora: LoRAModel, device: str) -> int:
     """Return how many passes are under way at once, each on a core."""
-    training = training_of(settings)
-    return training.cores if not settings.traits.is_cut and can_spread(lora, training, device) else 1
+    return 1 if settings.traits.is_cut else spread(lora, training_of(settings), device)[1]
 
 
 def largest_pass(settings: Settings, lora: LoRAModel, sample: RowSample, num_clients: int, device: str) -> list[Part]:
     """Return the members of the largest of the passes of some drawn steps of the clients that are open at once."""
     chance = stream(settings.run.seed, "describe", "passes")
-    passes, spreads = row_passes(lora.model), can_spread(lora, training_of(settings), device)
+    passes, limits = row_passes(lora.model), spread(lora, training_of(settings), device)
     drawn = [
         group
         for _ in range(_DRAWS)
-        for group in _passes_of_a_step(settings, passes, sample, num_clients, chance, spreads=spreads)
+        for group in _passes_of_a_step(settings, passes, sample, num_clients, chance, limits)
     ]
 
     def tokens(group: list[Part]) -> int:
@@ -64,18 +63,16 @@ def _passes_of_a_step(
     sample: RowSample,
     num_clients: int,
     chance: np.random.Generator,
-    *,
-    spreads: bool,
+    limits: tuple[int, int],
 ) -> Iterator[list[Part]]:
     """Yield who shares a pass in one step, as :class:`~fedloom.training.client_passes.Passes` puts them together."""
-    size, training = settings.training.batch_size, training_of(settings)
-    lengths = sample.lengths_N
+    size, lengths, (budget, at_once) = settings.training.batch_size, sample.lengths_N, limits
     clients = [chance.integers(0, len(lengths), size) for _ in range(num_clients)]
     if settings.traits.is_cut:  # the server's half sees the whole batch, of one client or of all
         joint = settings.split.server_update == "joint"
         yield [Part(slot, tuple(rows.tolist())) for slot, rows in enumerate(clients if joint else clients[:1])]
         return
-    budget, most = budget_of_a_pass(training.token_budget, spreads), training.most_at_once
+    most = training_of(settings).most_at_once
     cut = [passes.split([[int(lengths[row])] for row in rows], budget, most) for rows in clients]
     groups = list[list[Part]]()
     for turn in range(max(map(len, cut))):
@@ -87,14 +84,14 @@ def _passes_of_a_step(
         for members in passes.split([[int(lengths[row]) for row in part.rows] for part in ready], budget):
             groups.append([ready[i] for i in members])
     # What is under way at once on several cores holds as much as one pass of it all.
-    at_once = training.cores if spreads else 1
     for first in range(0, len(groups), at_once):
         yield [part for group in groups[first : first + at_once] for part in group]
 
 
 def training_pass(settings: Settings, sample: RowSample, parts: Sequence[Part], *, merges: bool) -> PlannedPass:
     """Return a pass of these parts; ``merges``: attention needs no matrices, so that few long rows stand for all."""
-    training, units = training_of(settings), training_of(settings).num_unit_slots
+    training = training_of(settings)
+    units = training.num_unit_slots
     rank, opened = max(ranks_of(settings)), max(part.slot for part in parts) + 1 + units
     lengths, owners = list[int](), list[int]()
     for part in parts:

@@ -68,7 +68,7 @@ class MicroBatch:
 class Passes:
     """What a pass needs: the model with its slots, how rows go through it, its head, and what acts on every pass.
 
-    ``token_budget`` are the tokens of a pass (:func:`budget_of_a_pass`), whatever the number of ``cores``.
+    ``token_budget`` are the tokens of a pass (:func:`spread`), whatever the number of ``cores``.
     """
 
     lora: LoRAModel
@@ -143,15 +143,12 @@ def _tell(parts: Sequence[MicroBatch], nats_N: list[float], seconds: list[float]
         part.owner.add(part, list(islice(rows, len(part.rows))), took)
 
 
-def can_spread(lora: LoRAModel, settings: LocalTraining, device: str) -> bool:
-    """Tell whether a step's passes may be under way at once: on a CPU, where no embedding keeps a state."""
-    is_stateless = device == "cpu" and not switching_rotaries(lora.model)
-    return is_stateless and settings.privacy is None and isinstance(row_passes(lora.model), PackedPasses)
+def spread(lora: LoRAModel, settings: LocalTraining, device: str) -> tuple[int, int]:
+    """Return the tokens of a pass at most, which no number of cores changes, and how many passes are under way at once.
 
-
-def budget_of_a_pass(token_budget: int, spreads: bool) -> int:
-    """Return how many tokens a pass holds at most, by whether a step is spread over cores.
-
-    It does not depend on their number, nor do the bits.
+    Several may be in a model on a CPU, where no embedding keeps a state; private steps are not spread.
     """
-    return min(token_budget, PART_TOKENS) if spreads else token_budget
+    is_stateless = device == "cpu" and not switching_rotaries(lora.model)
+    if is_stateless and settings.privacy is None and isinstance(row_passes(lora.model), PackedPasses):
+        return min(settings.token_budget, PART_TOKENS), settings.cores
+    return settings.token_budget, 1

@@ -28,7 +28,7 @@ from fedloom.lora.pair import BOTH, Adapter, Factors
 from fedloom.privacy.draws import Draws, SeededDraws
 from fedloom.seeding import stream
 from fedloom.training.checkpointing import checkpointed_blocks
-from fedloom.training.client_passes import MicroBatch, Passes, budget_of_a_pass, can_spread
+from fedloom.training.client_passes import MicroBatch, Passes, spread
 from fedloom.training.control_variates import Variates, corrected_steps
 from fedloom.training.local_training import LocalTraining
 from fedloom.training.loss import output_head
@@ -132,8 +132,7 @@ def train_cohort(
     try:
         lora.route_all(None)  # output_head compares the model with itself: no adapter may be in the way
         head, rows = output_head(lora.model), row_passes(lora.model)
-        spreads = can_spread(lora, settings, lora.base_weight.device.type)
-        budget, cores = budget_of_a_pass(settings.token_budget, spreads), settings.cores if spreads else 1
+        budget, cores = spread(lora, settings, lora.base_weight.device.type)
         passes = Passes(lora, rows, head, budget, settings.dropout, settings.label_smoothing, cores)
         chance = _Chance(seed, round, draws)
         clients = [_Client(lora, passes, slot, task, settings, chance) for slot, task in enumerate(tasks)]
