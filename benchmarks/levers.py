@@ -1,20 +1,22 @@
 """Time one step of local training with each lever and without it, on three shapes.
 
     FEDLOOM_DATA=../shared/data python benchmarks/levers.py
-    FEDLOOM_DATA=../shared/data python benchmarks/levers.py --shapes gpt2 --levers chunk gelu --batch-size 4 --pairs 7
+    FEDLOOM_DATA=../shared/data python benchmarks/levers.py --shapes gpt2 --levers tiles gelu --batch-size 4 --pairs 7
 
 A lever is something that makes a step cheaper and changes its result by rounding at most. Per pair one client takes the
 same step on the same Dolly rows from the same start, once with the lever and once without, in alternating order, in one
 process. Printed are the median and the range of (CPU time without / CPU time with), and the largest difference of the
 losses. Everything else is as it ships. Levers that ship:
 
-* ``chunk``: the loss goes through at least 192 targets at a time, instead of as many as 2^20 logits hold;
+* ``tiles``: the loss goes through 2,048 tokens of the vocabulary at a time, for up to 384 targets in chunks of one
+  size, instead of through all of it for 192 targets (fewer if they have more than 2^24 logits) and a rest;
 * ``targets``: the last block computes the targets' rows alone;
 * ``gelu``, ``norm``, ``rope``: GPT-2's GELU, RMS norms and the rotation in fewer passes than families spell out.
 
-``--clients 1 10`` times instead the optimisers' steps of so many clients after a pass: torch's AdamW and clipping for
-each against calls that all clients share, as they ship. It also counts the calls into torch that a step makes where
-norms are taken as on a GPU. That is a proxy: a GPU starts at least one kernel for each.
+``--heads 50257x768 262144x640 --targets 200`` times the loss of so many targets alone, of a random head, with ``tiles``
+and without. ``--clients 1 10`` times instead the optimisers' steps of so many clients after a pass: torch's AdamW and
+clipping for each against calls that all clients share, as they ship. It also counts the calls into torch that a step
+makes where norms are taken as on a GPU. That is a proxy: a GPU starts at least one kernel for each.
 
 One that was tried and does not ship, switched on here from outside: ``malloc``, glibc keeps freed memory instead of
 giving it back to the system (Linux).
@@ -40,22 +42,34 @@ from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.families import resolve_targets
 from fedloom.models.fused import fuse_operators
-from fedloom.training import last_block, loss
+from fedloom.training import last_block, loss, verified_head
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 from fedloom.training.optimiser import AdamWSettings, ClientOptimiser, step_together
+from fedloom.training.output_head import OutputHead
 from fedloom.training.slot_factors import factor_names
 
 RANK, SCALE, SEED = 8, 2.0, 1
 Switch = Callable[[Any, bool], None]
 
 
-def chunk(_: Any, on: bool) -> None:
-    loss.CHUNK_ROWS = 192 if on else 0
+TILES, CHUNKS = loss.tile_of, loss._chunks
+
+
+def tiles(_: Any, on: bool) -> None:
+    loss.tile_of, loss._chunks = (TILES, CHUNKS) if on else (whole_rows, with_a_rest)
+
+
+def whole_rows(_: str, vocabulary: int) -> loss.Tile:
+    return loss.Tile(max(16, min(192, (1 << 24) // vocabulary)), vocabulary)
+
+
+def with_a_rest(num_targets: int, tile: loss.Tile) -> list[slice]:
+    return [slice(first, first + tile.rows) for first in range(0, num_targets, tile.rows)]
 
 
 def targets(model: Any, on: bool) -> None:
     if on:
-        loss._VERIFIED.pop(model, None)  # the next step tries the last block again
+        verified_head._VERIFIED.pop(model, None)  # the next step tries the last block again
     else:
         last_block._FOUND.pop(model, None)
 
@@ -93,8 +107,8 @@ def as_its_family(model: Any, on: bool, kind: str) -> None:
         spell_out(model, kind)
 
 
-LEVERS: dict[str, Switch] = {f.__name__: f for f in (chunk, targets, malloc, gelu, norm, rope)}
-SHIPPED = ("chunk", "targets", "gelu", "norm", "rope")
+LEVERS: dict[str, Switch] = {f.__name__: f for f in (tiles, targets, malloc, gelu, norm, rope)}
+SHIPPED = ("tiles", "targets", "gelu", "norm", "rope")
 ABSENT = {("stories3M", "gelu"), ("llama", "gelu"), ("gpt2", "norm"), ("gpt2", "rope")}
 """Levers that change nothing on a shape."""
 
@@ -106,7 +120,7 @@ def compare(shape: str, lever: str, lora: LoRAModel, rows: TokenSet, arguments: 
 
     def step(on: bool, round: int) -> float:
         LEVERS[lever](lora.model, on)
-        loss.output_head(lora.model)
+        verified_head.output_head(lora.model)
         task = ClientTask(0, rows, RANK, SCALE, fresh_adapter(lora.shapes, RANK, SEED, 1, 0))
 
         def work() -> None:
@@ -154,6 +168,30 @@ def time_optimisers(shape: str, lora: LoRAModel, num_clients: int, pairs: int) -
     lora.close()
 
 
+def time_head(vocabulary: int, width: int, num_targets: int, pairs: int) -> None:
+    """Print what loss and gradient of some targets take with a random head, through tiles and as it was before."""
+    generator = torch.Generator().manual_seed(SEED)
+    head = OutputHead(0.02 * torch.randn(vocabulary, width, generator=generator))
+    hidden_SD = torch.randn(num_targets, width, generator=generator).requires_grad_()
+    targets_S = torch.randint(vocabulary, (num_targets,), generator=generator)
+    weights_S = torch.full((num_targets,), 1.0 / num_targets)
+
+    def seconds(on: bool) -> float:
+        tiles(None, on)
+        return cpu_seconds(lambda: loss.supervised_cross_entropy(hidden_SD, head, targets_S, weights_S))
+
+    seconds(True), seconds(False)  # warms up
+    found = np.array([[seconds(on) for on in (False, True)] for _ in range(pairs)])
+    tiles(None, True)
+    ratios, (before, after) = found[:, 0] / found[:, 1], 1e3 * np.median(found, axis=0)
+    spread = f"{ratios.min():.2f} to {ratios.max():.2f}, n = {pairs}"
+    print(
+        f"head {vocabulary} x {width}, {num_targets} targets: {before:.0f} ms in whole rows, {after:.0f} ms in tiles, "
+        f"ratio {np.median(ratios):.2f} ({spread})",
+        flush=True,
+    )
+
+
 def num_calls(work: Callable[[], object]) -> int:
     """Return how many operators run that no other operator called, those left out that compute nothing."""
     with profile(activities=[ProfilerActivity.CPU]) as seen:
@@ -179,8 +217,16 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--clients", nargs="+", type=int, help="time the optimisers of so many clients instead")
+    parser.add_argument("--heads", nargs="+", metavar="VxD", help="time the loss of such heads alone instead")
+    parser.add_argument("--targets", nargs="+", type=int, default=[200])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    for sizes in arguments.heads or ():
+        vocabulary, width = map(int, sizes.split("x"))
+        for num_targets in arguments.targets:
+            time_head(vocabulary, width, num_targets, arguments.pairs)
+    if arguments.heads:
+        return
     data = Path(os.environ["FEDLOOM_DATA"])
     for shape in arguments.shapes:
         model, tokenizer = load_shape(shape, data)

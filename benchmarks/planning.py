@@ -94,7 +94,7 @@ def main() -> None:
             full.base.save_pretrained(folder)
             table = config.parse(recipes.read(name), name)
             # The hub's data is not opened; a cut's own table is left to `fedloom describe`.
-            overrides = [f"model.base={folder}", f"data.path={data / full.sample}"]
+            overrides = [f"model.base={folder}", "model.device=cuda", f"data.path={data / full.sample}"]
             settings = config.resolve(table, name, overrides, also=())
             model = skeleton(settings)
             dtype = settings.model.dtype if settings.model.dtype != "auto" else "float32"

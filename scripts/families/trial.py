@@ -33,9 +33,9 @@ from fedloom.results.merged_export import export_merged
 from fedloom.seeding import stream, torch_stream
 from fedloom.split.split_step import run_part
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
-from fedloom.training.loss import output_head
 from fedloom.training.packing import hidden_states, pack
 from fedloom.training.skeleton import check_runs_packed
+from fedloom.training.verified_head import output_head
 
 RANK = 2
 LENGTHS = (9, 5, 24)

@@ -162,7 +162,7 @@ def test_a_base_that_cannot_run_packed_is_refused_by_the_preview_as_by_the_run(
 
 
 def test_a_forward_that_raises_is_one_line_with_its_cause(folder: Path) -> None:
-    from fedloom.training.loss import output_head
+    from fedloom.training.verified_head import output_head
 
     base = load_base(folder, device="cpu")
 

@@ -30,8 +30,8 @@ from fedloom.split.cost_model import (
 )
 from fedloom.split.plan import SERVER
 from fedloom.split.split_step import Arrival, ServerHalf, backward_from_labels, run_bottom
-from fedloom.training.loss import output_head
 from fedloom.training.packing import pack
+from fedloom.training.verified_head import output_head
 
 SHAPE = ModelShape(10, (100, 100, 100, 100), (20, 20, 20, 20), 50, 70)
 WORK = Work(tokens_per_step=8, loss_tokens_per_step=4, tokens_per_sample=4)

@@ -14,8 +14,8 @@ from split.split_cases import random_adapter, random_rows, wrapped
 from fedloom.lora.layer import Slot
 from fedloom.models.cut import part_of
 from fedloom.split.split_step import Arrival, ServerHalf, backward_from_labels, run_bottom
-from fedloom.training.loss import output_head
 from fedloom.training.packing import pack
+from fedloom.training.verified_head import output_head
 
 
 def example() -> Any:

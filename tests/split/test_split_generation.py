@@ -10,7 +10,7 @@ from fedloom.errors import EvaluationError
 from fedloom.lora.layer import Slot
 from fedloom.models.cut import cut
 from fedloom.split.split_generation import generate
-from fedloom.training.loss import output_head
+from fedloom.training.verified_head import output_head
 
 PROMPT = [5, 9, 3, 44, 7, 21]
 

@@ -33,9 +33,10 @@ from fedloom.split.plan import steps_for_epochs
 from fedloom.split.server_half import SplitServer
 from fedloom.split.split_state import SplitState
 from fedloom.split.split_step import rows_of_step
-from fedloom.training.loss import output_head, supervised_cross_entropy
+from fedloom.training.loss import supervised_cross_entropy
 from fedloom.training.packing import hidden_states, pack
 from fedloom.training.row_losses import row_losses
+from fedloom.training.verified_head import output_head
 
 
 def run(parties: SplitParties, state: SplitState | None = None) -> list[SplitRecord]:

@@ -21,8 +21,9 @@ from fedloom.split.split_step import (
     run_bottom,
     tail_step,
 )
-from fedloom.training.loss import output_head, supervised_cross_entropy
+from fedloom.training.loss import supervised_cross_entropy
 from fedloom.training.packing import PackedBatch, hidden_states, pack
+from fedloom.training.verified_head import output_head
 
 ROWS = random_rows(6)
 

@@ -16,8 +16,8 @@ from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.models.families import resolve_targets
 from fedloom.training import packing
 from fedloom.training.attention import Layout, layout, packed_attention
-from fedloom.training.loss import output_head
 from fedloom.training.packing import hidden_states, pack, split_by_tokens
+from fedloom.training.verified_head import output_head
 
 LENGTHS = [9, 3, 17, 1, 10, 9]
 EAGER_IN_FP32 = {"gemma2"}  # transformers' own softmax is in fp32 there, whatever the model's dtype

@@ -23,10 +23,10 @@ from fedloom.models.cut import cut
 from fedloom.models.families import resolve_targets
 from fedloom.models.row_attention import Attention, choose_attention
 from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, train_cohort
-from fedloom.training.loss import obstacle, output_head
 from fedloom.training.padding import pad, split_by_padded_tokens
 from fedloom.training.row_losses import row_losses
 from fedloom.training.row_passes import row_passes
+from fedloom.training.verified_head import obstacle, output_head
 
 LENGTHS = [9, 3, 17, 1, 10, 9]
 SETTINGS = LocalTraining(learning_rate=1e-2, batch_size=6, steps=1)

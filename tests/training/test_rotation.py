@@ -14,10 +14,10 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import ModelError
 from fedloom.models.cut import cut
 from fedloom.split.split_step import run_bottom, run_part
-from fedloom.training.loss import output_head
 from fedloom.training.packing import hidden_states, pack
 from fedloom.training.rotation import NEVER, check_rotated_apart, shortest_switch
 from fedloom.training.row_losses import row_losses
+from fedloom.training.verified_head import output_head
 
 SIZES = {
     "vocab_size": 64,

@@ -14,7 +14,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.training.loss import output_head
+from fedloom.training.verified_head import output_head
 from fedloom.training.row_losses import check_finite, row_losses
 
 LENGTHS = [9, 3, 17, 1, 10, 9]

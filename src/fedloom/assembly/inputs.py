@@ -34,7 +34,7 @@ from fedloom.models.load import Base, load_base
 from fedloom.models.threads import compute_with
 from fedloom.reporting.progress import Progress, SilentProgress
 from fedloom.seeding import stream
-from fedloom.training.loss import output_head
+from fedloom.training.verified_head import output_head
 
 _OF_ANY_READING = {"date", "eval_path", "eval_rows", "eval_fraction", "validation_fraction", "scored_seeds"}
 _OF_ANY_READING |= {"canaries", "canary_clients", "canary_repetitions"}

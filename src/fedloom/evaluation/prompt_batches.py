@@ -20,8 +20,8 @@ from fedloom.data.token_rows import PromptTokens
 from fedloom.errors import ModelError
 from fedloom.models.causal import causal_lm
 from fedloom.models.foreign_forward import foreign_forward
-from fedloom.training.loss import probe_tolerance
 from fedloom.training.row_passes import row_passes
+from fedloom.training.verified_head import probe_tolerance
 
 _LONG, _AS_LONG, _SHORT = (3, 5, 7, 11, 13), (17, 19, 23, 29, 31), (3, 5)
 _NUM_NEW = 3

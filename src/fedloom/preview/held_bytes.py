@@ -30,7 +30,7 @@ from fedloom.models.families import decoder_blocks
 from fedloom.split.split_step import run_bottom
 from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.last_block import assume_targets_alone, forget_targets_alone
-from fedloom.training.loss import chunk_rows, supervised_cross_entropy, target_nats
+from fedloom.training.loss import chunk_gradient, chunk_nats, tile_of
 from fedloom.training.output_head import OutputHead, read_output_head
 from fedloom.training.packing import PackedBatch, Row, pack
 from fedloom.training.rotation import replaced_forward
@@ -310,11 +310,11 @@ def _logit_bytes(head: OutputHead, hidden_SD: Tensor, planned: PlannedPass, devi
     few_SD = hidden_SD.detach().new_empty(_CHUNK_PROBE, hidden_SD.shape[1])
     targets_S = torch.empty(_CHUNK_PROBE, dtype=torch.long, device="meta")
     weights_S = torch.empty(_CHUNK_PROBE, device="meta")
-    with HeldBytes([head.weight_VD, few_SD]) as held:
+    with torch.no_grad(), HeldBytes([head.weight_VD, few_SD]) as held:
         if hidden_SD.requires_grad:
-            supervised_cross_entropy(few_SD, head, targets_S, weights_S, label_smoothing=planned.label_smoothing)
+            chunk_gradient(few_SD, head, targets_S, weights_S, planned.label_smoothing, device)
         else:
-            target_nats(few_SD, head, targets_S)
-    rows = min(len(hidden_SD), chunk_rows(device, head.vocabulary))
+            chunk_nats(few_SD, head, targets_S, device)
+    rows = min(len(hidden_SD), tile_of(device, head.vocabulary).rows)
     gradient = hidden_SD.numel() * hidden_SD.element_size() if hidden_SD.requires_grad else 0
     return int(gradient + held.peak * rows // _CHUNK_PROBE)

@@ -31,6 +31,7 @@ from fedloom.preview.held_bytes import PlannedPass, bottom_bytes, scoring_bytes,
 from fedloom.preview.planned_passes import largest_pass, passes_at_once, ranks_of, scoring_pass, training_pass
 from fedloom.preview.row_sample import RowSample
 from fedloom.privacy.secure_sum.fixed_point import WORD_BYTES
+from fedloom.training.output_head import read_output_head
 from fedloom.training.row_passes import row_passes
 from fedloom.wording import counted, written_bytes
 
@@ -115,7 +116,7 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     most = max(training, scoring) + _dequantized(settings, model)
     return PlannedMemory(
         device=device,
-        base_bytes=_weight_bytes(settings, model, model.parameters()),
+        base_bytes=_weight_bytes(settings, model, model.parameters()) + _aligned_bytes(model, device),
         side_bytes=_side_bytes(settings, lora, lora.shapes),
         client_bytes=open_bytes,
         pass_bytes=most,
@@ -216,6 +217,13 @@ def _weight_bytes(settings: Settings, model: Any, chosen: Iterable[nn.Parameter]
     held = (w.numel() * ((narrow or 0.0) if id(w) in quantized else w.element_size()) for w in weights.values())
     total: float = sum(held)
     return round(total)
+
+
+def _aligned_bytes(model: Any, device: str) -> int:
+    """Return the bytes of the padded copy of the head's weight, where the device multiplies by one."""
+    head = read_output_head(model)
+    aligned = head.aligned(device)
+    return 0 if aligned is head else aligned.weight_VD.nbytes
 
 
 def _stored_bytes(model: Any) -> float | None:

@@ -31,7 +31,7 @@ from fedloom.run_folder.contents import ADAPTER, check_in_run
 from fedloom.run_folder.manifest import MANIFEST
 from fedloom.run_folder.reader import StoredRun, check_result_folder, missing_adapters, read_run
 from fedloom.run_folder.run_date import date_of
-from fedloom.training.loss import obstacle
+from fedloom.training.verified_head import obstacle
 from fedloom.wording import resuming
 
 

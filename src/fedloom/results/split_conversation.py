@@ -13,7 +13,7 @@ from fedloom.results.held_out import BASE
 from fedloom.results.opened_result import OpenedResult
 from fedloom.split.codecs import WireDtype
 from fedloom.split.split_generation import generate
-from fedloom.training.loss import output_head
+from fedloom.training.verified_head import output_head
 from fedloom.wording import written_bytes
 
 

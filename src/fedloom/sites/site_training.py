@@ -44,8 +44,8 @@ from fedloom.sites.site_sum import SiteSums
 from fedloom.sites.store import Recall, Store, confirmation
 from fedloom.sites.sum_frames import SumAnswered, SumAsked
 from fedloom.training.cohort_round import ClientResult, StepReport, train_cohort
-from fedloom.training.loss import output_head
 from fedloom.training.row_losses import row_losses_of
+from fedloom.training.verified_head import output_head
 
 Note = Callable[[str], None]
 Take = Callable[[], Body]

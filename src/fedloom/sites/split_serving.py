@@ -33,8 +33,8 @@ from fedloom.split.parties import SplitParties
 from fedloom.split.party import adamw
 from fedloom.split.plan import Segment, SplitPlan, block_of, segments, server_shapes
 from fedloom.split.server_half import SplitServer
-from fedloom.training.loss import output_head
 from fedloom.training.output_head import OutputHead, read_output_head
+from fedloom.training.verified_head import output_head
 
 
 def served_base(study: Study, workshop: Workshop) -> tuple[Base, LoRAModel]:

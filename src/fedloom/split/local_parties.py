@@ -14,7 +14,7 @@ from fedloom.split.parties import MakeStrategy, SplitParties
 from fedloom.split.party import MakeOptimiser, adamw
 from fedloom.split.plan import SplitPlan, segments, server_shapes
 from fedloom.split.server_half import SplitServer
-from fedloom.training.loss import output_head
+from fedloom.training.verified_head import output_head
 
 
 def local_parties(

@@ -31,7 +31,6 @@ from fedloom.training.checkpointing import checkpointed_blocks
 from fedloom.training.client_passes import MicroBatch, Passes, spread
 from fedloom.training.control_variates import Variates, corrected_steps
 from fedloom.training.local_training import LocalTraining
-from fedloom.training.loss import output_head
 from fedloom.training.moments import Prior, means_of, state_of
 from fedloom.training.optimiser import ClientOptimiser, first_step, schedule, step_together
 from fedloom.training.packing import num_targets
@@ -40,6 +39,7 @@ from fedloom.training.proximal import pull_to_start
 from fedloom.training.row_passes import row_passes
 from fedloom.training.slot_factors import factor_names, factor_of, gradient_of
 from fedloom.training.stats import TrainingStats
+from fedloom.training.verified_head import output_head
 
 __all__ = ["ClientResult", "ClientTask", "LocalTraining", "StepReport", "train_cohort"]
 

@@ -6,7 +6,7 @@ Letters: S rows of hidden states, D width, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,9 +51,12 @@ class OutputHead:
         """Whether a logit is the product with a weight's row, and its bias, alone."""
         return self.scale == 1.0 and self.softcap is None and self.side is None
 
-    def aligned(self) -> OutputHead:
-        """Return the head with a copy of its weight whose rows a GPU's 16-bit matrix units take as they are."""
-        padding = -self.vocabulary % _multiple_for(self.weight_VD)
+    def aligned(self, device: str) -> OutputHead:
+        """Return the head with a copy of its weight whose rows a GPU's 16-bit matrix units take as they are.
+
+        On another kind of device, and where nothing is to be padded, it is the head itself.
+        """
+        padding = -self.vocabulary % _multiple_for(device, self.weight_VD.dtype)
         if not padding or not self.is_plain:
             return self
         weight_VD = nn.functional.pad(self.weight_VD, (0, 0, 0, padding))
@@ -77,15 +80,41 @@ class OutputHead:
         """Return the products (S, V + padding) with the weight's rows, and the bias, in the hidden states' type."""
         return linear(hidden_SD, self.weight_VD, self.bias_V)
 
-    def pull_back(self, grad_SV: Tensor, logits_SV: Tensor | None) -> Tensor:
-        """Return the gradient (S, D) at the hidden states; changes ``grad_SV``."""
-        if self.softcap is not None and logits_SV is not None:
-            grad_SV.mul_(1.0 - (logits_SV / self.softcap).square_())
-        if self.scale != 1.0:
-            grad_SV.mul_(self.scale)
-        grad_SV = grad_SV.to(self.weight_VD.dtype)
+    def parts(self, size: int) -> Iterator[tuple[int, OutputHead]]:
+        """Yield heads of ``size`` tokens of the vocabulary each, behind the first token's place; all of it as it is."""
+        if size >= self.vocabulary:
+            yield 0, self
+            return
+        for start in range(0, self.vocabulary, size):
+            own = slice(start, min(start + size, self.vocabulary))
+            bias_V = None if self.bias_V is None else self.bias_V[own]
+            side = None if self.side is None else Pair(b_OR=self.side.b_OR[own], a_RI=self.side.a_RI)
+            yield start, replace(self, weight_VD=self.weight_VD[own], bias_V=bias_V, side=side, padding=0)
+
+    def pull_back(self, grad_SV: Tensor, logits_SV: Tensor) -> Tensor:
+        """Return the gradient (S, D) at the hidden states; changes ``grad_SV``. Only a softcap reads the logits."""
+        grad_SV = self._at_products(grad_SV, logits_SV).to(self.weight_VD.dtype)
         grad_SD = linear(grad_SV, self.weight_VD.T)
         return grad_SD if self.side is None else grad_SD.addmm(grad_SV @ self.side.b_OR, self.side.a_RI)
+
+    def pull_back_mean(self, logits_SV: Tensor) -> Tensor:
+        """Return the gradient at the hidden states of each row's mean logit (S, D), or one for all rows (1, D)."""
+        rows_SV = logits_SV if self.softcap is not None else logits_SV[:1]
+        return self.pull_back(torch.full_like(rows_SV, 1.0 / self.vocabulary), rows_SV)
+
+    def pull_back_one(self, token_S: Tensor, logit_S1: Tensor) -> Tensor:
+        """Return the gradient (S, D) at the hidden states of one logit of each row, in the logit's type."""
+        grad_S1 = self._at_products(torch.ones_like(logit_S1), logit_S1)
+        grad_SD = self.weight_VD[token_S] * grad_S1
+        if self.side is None:
+            return grad_SD
+        return grad_SD.addmm(self.side.b_OR[token_S] * grad_S1, self.side.a_RI.to(grad_S1.dtype))
+
+    def _at_products(self, grad_SV: Tensor, logits_SV: Tensor) -> Tensor:
+        """Change a gradient at logits into that at the products, in place."""
+        if self.softcap is not None:
+            grad_SV.mul_(1.0 - (logits_SV / self.softcap).square_())
+        return grad_SV.mul_(self.scale) if self.scale != 1.0 else grad_SV
 
 
 def linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Tensor:
@@ -96,9 +125,9 @@ def linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Ten
     return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
 
 
-def _multiple_for(weight_VD: Tensor) -> int:
-    """Return what the vocabulary is best a multiple of where this weight lies."""
-    return ALIGNED if weight_VD.is_cuda and weight_VD.dtype.itemsize == 2 else 1
+def _multiple_for(device: str, dtype: torch.dtype) -> int:
+    """Return what the vocabulary of a head of this type is best a multiple of on a kind of device."""
+    return ALIGNED if device == "cuda" and dtype.itemsize == 2 else 1
 
 
 def read_output_head(model: Any) -> OutputHead:

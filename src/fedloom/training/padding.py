@@ -1,9 +1,9 @@
 """Batches with padding, for a model that only its own attention (or state) can run: each row as the model reads it.
 
 Rows are right-padded to the longest of their pass and go through the model's own forward, without a mask: in a causal
-model nothing that follows a row changes it. :func:`fedloom.training.loss.output_head` compares a padded row with the
-same row alone before the model is used. No mask also means that no token of the padding is left without anything to
-attend to, so no NaN arises in it.
+model nothing that follows a row changes it. :func:`fedloom.training.verified_head.output_head` compares a padded row
+with the same row alone before the model is used. No mask also means that no token of the padding is left without
+anything to attend to, so no NaN arises in it.
 
 Letters: B rows, T tokens of the longest, S supervised targets, D width.
 """

@@ -14,7 +14,8 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.training.loss import not_finite, output_head, target_nats
+from fedloom.training.loss import target_nats
+from fedloom.training.verified_head import not_finite, output_head
 from fedloom.training.packing import split_by_tokens
 from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
 

@@ -12,9 +12,9 @@ from fedloom.errors import ModelError
 from fedloom.models.families import model_type
 from fedloom.models.row_attention import USE_PADDED, Attention
 from fedloom.training.attention import layout
-from fedloom.training.loss import PROBE_LENGTHS
 from fedloom.training.output_head import read_output_head
 from fedloom.training.packing import hidden_states, pack
+from fedloom.training.verified_head import PROBE_LENGTHS
 
 _ATTENDING = ("attention", "full", "sliding", "chunked")
 """What the kinds of layers that attend have in their names; linear attention is a state instead."""
@@ -23,7 +23,7 @@ _ATTENDING = ("attention", "full", "sliding", "chunked")
 def check_passes(model: Any, attention: Attention) -> None:
     """Reject a model on the meta device whose rows cannot pass as ``attention`` says.
 
-    What :func:`~fedloom.training.loss.output_head` finds when it is loaded decides.
+    What :func:`~fedloom.training.verified_head.output_head` finds when it is loaded decides.
 
     Raises:
         ModelError: naming the family and what it has.

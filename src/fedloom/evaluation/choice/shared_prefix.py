@@ -27,10 +27,11 @@ from fedloom.data.tokens import TokenSet
 from fedloom.models.causal import causal_lm
 from fedloom.models.families import body_of
 from fedloom.models.foreign_forward import foreign_forward
-from fedloom.training.loss import output_head, target_nats
+from fedloom.training.loss import target_nats
 from fedloom.training.rotation import shortest_switch
 from fedloom.training.row_losses import row_losses
 from fedloom.training.row_passes import row_passes
+from fedloom.training.verified_head import output_head
 
 _PROMPT, _PADDING = 0, -1
 
