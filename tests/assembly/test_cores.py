@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from fedloom.assembly import cores
-from fedloom.assembly.cores import cores_here, share_cores
+from fedloom.assembly.cores import cores_here
 from fedloom.config import Settings
+from fedloom.training import cores
+from fedloom.training.cores import share_cores
 
 Make = Callable[..., Settings]
 

@@ -18,7 +18,7 @@ from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.models.families import resolve_targets
 from fedloom.seeding import torch_stream
-from fedloom.training import client_passes
+from fedloom.training import cores as cores_module
 from fedloom.training.cohort_round import ClientResult, ClientTask, LocalTraining, StepReport, train_cohort
 from fedloom.training.private_rows import RowPrivacy
 
@@ -155,7 +155,7 @@ def test_activations_kept_at_borders_only_change_no_bit(
 def test_any_number_of_cores_gives_the_same_bits(
     kind: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_passes, "PART_TOKENS", 20)
+    monkeypatch.setattr(cores_module, "PART_TOKENS", 20)
     model = tiny(kind, torch.float32)
     lora = LoRAModel(model, resolve_targets(model))
     tasks = [

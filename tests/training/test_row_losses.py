@@ -14,8 +14,11 @@ from fedloom.errors import ModelError
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.training.verified_head import output_head
+from fedloom.models.families import resolve_targets
+from fedloom.training import cores
+from fedloom.training import row_losses as row_losses_module
 from fedloom.training.row_losses import check_finite, row_losses
+from fedloom.training.verified_head import output_head
 
 LENGTHS = [9, 3, 17, 1, 10, 9]
 
@@ -45,6 +48,39 @@ def test_a_routed_adapter_is_scored(llama_lora: LoRAModel, rows_of_lengths: Call
     np.testing.assert_allclose(row_losses(llama_lora, rows, token_budget=30).sum_nats, base, rtol=1e-12)
     llama_lora.parameters(0)[1].data.fill_(1.0)
     assert not np.allclose(row_losses(llama_lora, rows, token_budget=30).sum_nats, base)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_any_number_of_cores_gives_the_same_bits(
+    kind: str, tiny: Callable[..., Any], rows_of_lengths: Callable[..., TokenSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under an adapter that rows are routed to, which a thread of its own knows too."""
+    monkeypatch.setattr(cores, "PART_TOKENS", 20)
+    model, rows = tiny(kind, torch.float32), rows_of_lengths(LENGTHS * 3)
+    lora = LoRAModel(model, resolve_targets(model))
+    lora.open([Slot(2, 1.0)])
+    lora.load(0, fresh_adapter(lora.shapes, 2, 0))
+    lora.parameters(0)[1].data.fill_(1.0)
+    base = row_losses(model, rows, token_budget=100, cores=1).sum_nats
+    lora.route_all(0)
+    few, many, usual = (row_losses(lora, rows, token_budget=100, cores=number).sum_nats for number in (1, 4, None))
+    assert few.tobytes() == many.tobytes() == usual.tobytes() != base.tobytes()
+
+
+def test_an_interrupt_on_one_core_ends_the_scoring(
+    llama_lora: LoRAModel, rows_of_lengths: Callable[..., TokenSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "PART_TOKENS", 20)
+    seen = []
+
+    def broken(*of_pass: Any) -> Any:
+        seen.append(of_pass)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(row_losses_module, "score_pass", broken)
+    with pytest.raises(KeyboardInterrupt):
+        row_losses(llama_lora, rows_of_lengths([15] * 100), token_budget=60, cores=2)
+    assert len(seen) < 50
 
 
 @pytest.mark.parametrize("rank", [1, 20])

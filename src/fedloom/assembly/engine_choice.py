@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from fedloom.assembly.clients_at_once import clients_at_once_here
@@ -24,8 +25,7 @@ from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.state import ServerState
 from fedloom.models.load import Base
 from fedloom.training.cohort_round import StepReport
-from fedloom.training.row_losses import PassLosses, score_pass
-from fedloom.training.row_passes import row_passes
+from fedloom.training.row_losses import PassLosses, score_pass, scoring_passes
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +141,7 @@ def _ray(
                 memories=memories,
                 version=state.round,
                 side=state.side,
-                row_passes=row_passes(around.lora),
+                passes_of=partial(scoring_passes, around.lora.model),
             )
         finally:
             hiring.dismiss_all()

@@ -112,7 +112,7 @@ class Engine(Table):
     )
     cores: Threads | None = setting(
         None,
-        "Threads over which the rows of a step are spread on a CPU, in parts of about a thousand tokens; default: as "
+        "Threads over which a step's and an evaluation's rows are spread on a CPU, by the thousand tokens; default: as "
         "many as this process has cores (on Ray cpus_per_worker) for engine.threads each, and training.token_budget "
         "has thousands. Changes no bit.",
         when=ROUNDS,

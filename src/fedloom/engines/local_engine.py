@@ -74,7 +74,7 @@ class LocalEngine:
 
     def row_losses(self, adapter: Adapter, rows: TokenSet, token_budget: int) -> RowLosses:
         """Return the loss of every row under the base with an adapter."""
-        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget)
+        return row_losses_of(self.lora, adapter, rows, token_budget=token_budget, cores=self.training.cores)
 
     def _prepared(self, broadcast: Broadcast) -> _Ready | Arrival:
         """Let a client read its broadcast; what it cannot read is its failure."""

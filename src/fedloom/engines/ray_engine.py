@@ -26,7 +26,6 @@ from fedloom.lora.pair import Adapter
 from fedloom.methods.client_half import ClientHalf
 from fedloom.methods.state import Broadcast, Failure
 from fedloom.training.row_losses import PassLosses, RowLosses, joined, passes_of
-from fedloom.training.row_passes import RowPasses
 
 Put = Callable[[Any], Any]
 """Store a value once on every machine that asks for it, and return a reference to it."""
@@ -44,7 +43,7 @@ class RayEngine:
         clients_at_once: clients that train together, the same ones as in one process.
         memories: what clients keep from before, where a run resumes.
         version, side: the side that every client starts with, where a run resumes.
-        row_passes: how rows go through the base, which decides what is scored together; None: packed.
+        passes_of: says which rows are scored together.
     """
 
     crew: Crew[Any]
@@ -58,7 +57,7 @@ class RayEngine:
     memories: dict[int, Memory] = field(default_factory=dict)
     version: int = 0
     side: Adapter = field(default_factory=Adapter)
-    row_passes: RowPasses | None = None
+    passes_of: Callable[[TokenSet, int], list[list[int]]] = passes_of
 
     def __post_init__(self) -> None:
         self._sides = HeldSides(self.version, self.side)
@@ -95,7 +94,7 @@ class RayEngine:
         if self._rows[0] is not rows:
             self._rows = (rows, [self.put(one) for one in (rows.input_ids, rows.supervised, rows.starts)])
         self._evaluations += 1
-        reference, passes = self.put(as_arrays(adapter)), passes_of(rows, token_budget, self.row_passes)
+        reference, passes = self.put(as_arrays(adapter)), self.passes_of(rows, token_budget)
         size = max(1, -(-len(passes) // (_SHARES * self.crew.size)))
         shares = [passes[first : first + size] for first in range(0, len(passes), size)]
         name = f"evaluation {self._evaluations}"

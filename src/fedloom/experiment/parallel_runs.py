@@ -15,13 +15,13 @@ from concurrent.futures import ALL_COMPLETED, FIRST_EXCEPTION, Future, ThreadPoo
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedloom.assembly.cores import share_cores
 from fedloom.config import Settings
 from fedloom.errors import RunError, SettingsError
 from fedloom.experiment.run_summary import RunSummary
 from fedloom.methods import table
 from fedloom.reporting.progress import Progress
 from fedloom.run_folder.run_date import begin_on
+from fedloom.training.cores import share_cores
 
 _ERROR = "error: "
 _CHILD = (

@@ -112,7 +112,7 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
         planned = training_pass(settings, sample, parts, merges=exact)
         training = _watched(lora, planned, device, training_bytes, depth)
         open_bytes = client_bytes(lora.shapes, max(ranks_of(settings))) * at_once
-    scoring = _watched(lora, scoring_pass(settings, sample, merges=exact), device, scoring_bytes, 1)
+    scoring = _watched(lora, scoring_pass(settings, model, sample, device, merges=exact), device, scoring_bytes, 1)
     most = max(training, scoring) + _dequantized(settings, model)
     return PlannedMemory(
         device=device,

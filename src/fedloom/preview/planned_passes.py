@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from fedloom.preview.held_bytes import PlannedPass
 from fedloom.preview.row_sample import RowSample
 from fedloom.seeding import stream
 from fedloom.training.client_passes import spread
+from fedloom.training.row_losses import scoring_spread
 from fedloom.training.row_passes import RowPasses, row_passes
 
 _DRAWS = 16
@@ -111,10 +112,11 @@ def training_pass(settings: Settings, sample: RowSample, parts: Sequence[Part], 
     )
 
 
-def scoring_pass(settings: Settings, sample: RowSample, *, merges: bool) -> PlannedPass:
-    """Return a pass of the longest rows, as many as the budget holds."""
+def scoring_pass(settings: Settings, model: Any, sample: RowSample, device: str, *, merges: bool) -> PlannedPass:
+    """Return a pass of the longest rows, as many as are under way at once."""
     longest = int(sample.lengths_N.max())
-    rows = max(1, settings.evaluation.batch_tokens // longest)
+    part, at_once = scoring_spread(model, device, settings.evaluation.batch_tokens, settings.engine.cores)
+    rows = at_once * max(1, part // longest)
     if settings.data.eval_rows is not None:
         rows = min(rows, settings.data.eval_rows)
     share = sample.targets_N.sum() / sample.lengths_N.sum()

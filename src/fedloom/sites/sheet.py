@@ -13,7 +13,6 @@ from typing import Annotated, Literal, NamedTuple
 from annotated_types import Ge, Gt, Le, Lt, MaxLen
 from pydantic import StringConstraints, ValidationError
 
-from fedloom.assembly.cores import own_cores
 from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.config.input_tables import Data
@@ -30,6 +29,7 @@ from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.models.row_attention import Attention
 from fedloom.sites.frame_parts import Hash, Part, RunId
 from fedloom.sites.sheet_sum import SheetSum, client_privacy_of, sum_of
+from fedloom.training.cores import own_cores
 from fedloom.training.local_training import SKETCH_ROWS, LocalTraining
 from fedloom.training.private_rows import RowPrivacy
 

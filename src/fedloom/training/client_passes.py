@@ -18,15 +18,12 @@ from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.turns import Turn, Turns
 from fedloom.models.families import model_type
+from fedloom.training.cores import part_of_pass
 from fedloom.training.local_training import LocalTraining
 from fedloom.training.loss import accumulator, supervised_cross_entropy
 from fedloom.training.output_head import OutputHead
 from fedloom.training.packing import Row
-from fedloom.training.rotation import switching_rotaries
-from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
-
-PART_TOKENS = 1024
-"""Tokens of a client's pass where cores may share a step: small enough that all have one, and more costs no less."""
+from fedloom.training.row_passes import Batch, RowPasses
 
 
 class Owner(Protocol):
@@ -146,9 +143,7 @@ def _tell(parts: Sequence[MicroBatch], nats_N: list[float], seconds: list[float]
 def spread(lora: LoRAModel, settings: LocalTraining, device: str) -> tuple[int, int]:
     """Return the tokens of a pass at most, which no number of cores changes, and how many passes are under way at once.
 
-    Several may be in a model on a CPU, where no embedding keeps a state; private steps are not spread.
+    Private steps are not spread.
     """
-    is_stateless = device == "cpu" and not switching_rotaries(lora.model)
-    if is_stateless and settings.privacy is None and isinstance(row_passes(lora.model), PackedPasses):
-        return min(settings.token_budget, PART_TOKENS), settings.cores
-    return settings.token_budget, 1
+    part = None if settings.privacy is not None else part_of_pass(lora.model, device, settings.token_budget)
+    return (settings.token_budget, 1) if part is None else (part, settings.cores)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,10 +16,11 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
+from fedloom.training.cores import fitting, own_cores, part_of_pass
 from fedloom.training.loss import target_nats
-from fedloom.training.verified_head import not_finite, output_head
 from fedloom.training.packing import split_by_tokens
 from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
+from fedloom.training.verified_head import not_finite, output_head
 
 PassLosses = tuple[NDArray[np.float64], NDArray[np.int64]]
 
@@ -39,24 +42,63 @@ class RowLosses:
         return RowLosses(self.sum_nats[indices], self.num_loss_tokens[indices])
 
 
-def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int) -> RowLosses:
+def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int, cores: int | None = None) -> RowLosses:
     """Score rows with a causal LM or with what a ``LoRAModel`` is routed to (``route_all``).
 
     Rows go through in passes of at most ``token_budget`` tokens, sorted by length; the result is in the rows' order
-    and does not depend on the passes. Targets are the supervised tokens that have a token before them.
+    and does not depend on the passes. On a CPU passes are smaller, and ``cores`` of them are under way at once (by
+    default as many as this process has cores); together they hold no more than the budget, and their number changes no
+    bit. Targets are the supervised tokens that have a token before them.
 
     Raises:
         ModelError: if the passes of the model are not its own forward.
     """
-    passes = passes_of(rows, token_budget, row_passes(model))
-    return joined(len(rows), passes, (score_pass(model, rows, members) for members in passes))
+    causal_lm = _causal_lm(model)
+    output_head(causal_lm)  # compares the model with itself once, before threads use it
+    passes = scoring_passes(causal_lm, rows, token_budget)
+    _, at_once = scoring_spread(causal_lm, causal_lm.device.type, token_budget, cores)
+    return joined(len(rows), passes, _scores(model, rows, passes, at_once))
 
 
-def row_losses_of(lora: LoRAModel, adapter: Adapter, rows: TokenSet, *, token_budget: int) -> RowLosses:
+def scoring_passes(model: Any, rows: TokenSet, token_budget: int) -> list[list[int]]:
+    """Return which rows go together through a causal LM that scores them."""
+    part, _ = scoring_spread(model, model.device.type, token_budget)
+    return passes_of(rows, part, row_passes(model))
+
+
+def scoring_spread(model: Any, device: str, token_budget: int, cores: int | None = None) -> tuple[int, int]:
+    """Return the tokens of a pass that scores, which no number of ``cores`` changes, and how many run at once."""
+    part = part_of_pass(model, device, token_budget)
+    if part is None:
+        return token_budget, 1
+    return part, own_cores(token_budget, torch.get_num_threads()) if cores is None else fitting(cores, token_budget)
+
+
+def _scores(
+    model: LoRAModel | Any, rows: TokenSet, passes: Sequence[Sequence[int]], at_once: int
+) -> Iterator[PassLosses]:
+    """Yield what :func:`score_pass` does of each pass, some of them computed at once."""
+    if at_once == 1 or len(passes) == 1:
+        yield from (score_pass(model, rows, members) for members in passes)
+        return
+    routed, inside = model.routed_again() if isinstance(model, LoRAModel) else nullcontext, torch.get_num_threads()
+
+    def score(members: Sequence[int]) -> PassLosses:
+        torch.set_num_threads(inside)
+        with routed():
+            return score_pass(model, rows, members)
+
+    with ThreadPoolExecutor(at_once, "fedloom-score") as threads:
+        yield from threads.map(score, passes)
+
+
+def row_losses_of(
+    lora: LoRAModel, adapter: Adapter, rows: TokenSet, *, token_budget: int, cores: int | None = None
+) -> RowLosses:
     """Score rows with a base and an adapter beside it, which stays there."""
     lora.set_side(adapter or None)
     lora.route_all(None)
-    return row_losses(lora, rows, token_budget=token_budget)
+    return row_losses(lora, rows, token_budget=token_budget, cores=cores)
 
 
 def check_finite(lora: LoRAModel, rows: TokenSet, *, token_budget: int) -> None:
@@ -99,7 +141,7 @@ def joined(num_rows: int, passes: Sequence[Sequence[int]], scores: Iterable[Pass
 @torch.no_grad()
 def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -> PassLosses:
     """Return the summed nats and the number of targets of the rows of one pass."""
-    causal_lm = model.model if isinstance(model, LoRAModel) else model
+    causal_lm = _causal_lm(model)
     head, passes = output_head(causal_lm), row_passes(causal_lm)
     batch: Batch = passes.batch([rows.row(index) for index in members], head.weight_VD.device)
     nats_S = target_nats(passes.target_states(causal_lm, batch), head, batch.targets_S)
@@ -107,3 +149,7 @@ def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -
     counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
     sum_nats = np.bincount(row_of_target_S, weights=nats_S.cpu().double().numpy(), minlength=len(members))
     return sum_nats.astype(np.float64), counts
+
+
+def _causal_lm(model: LoRAModel | Any) -> Any:
+    return model.model if isinstance(model, LoRAModel) else model

@@ -1,0 +1,50 @@
+"""Over how many threads passes on one base are spread by default: as many as this process has cores for.
+
+Their number changes no bit of a result, so that it may differ from machine to machine.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from fedloom.training.rotation import switching_rotaries
+from fedloom.training.row_passes import PackedPasses, row_passes
+
+PART_TOKENS = 1024
+"""Tokens of a pass where cores may share the work: small enough that all have one, and more costs no less."""
+
+_sharers = 1
+
+
+def share_cores(processes: int) -> None:
+    """Leave this process its part of the cores, where so many of its kind run side by side."""
+    global _sharers
+    _sharers = processes
+
+
+def own_cores(token_budget: int, threads: int = 1) -> int:
+    """Return the threads of a step where nobody set them, as at a site, each with so many ``threads`` of arithmetic."""
+    return fitting(_usable() // _sharers // threads, token_budget)
+
+
+def fitting(cores: int, token_budget: int) -> int:
+    """Return how many of these threads together hold no more than ``token_budget`` tokens, one at least."""
+    return max(1, min(cores, token_budget // PART_TOKENS))
+
+
+def part_of_pass(model: Any, device: str, token_budget: int) -> int | None:
+    """Return the tokens of the parts into which a pass is cut, one a thread; None where the base takes one at a time.
+
+    Several passes may be in a model on a CPU, where rows are packed and no embedding keeps a state.
+    """
+    if device == "cpu" and isinstance(row_passes(model), PackedPasses) and not switching_rotaries(model):
+        return min(token_budget, PART_TOKENS)
+    return None
+
+
+def _usable() -> int:
+    """Return the cores that this process may run on; an operating system that does not tell has them all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
