@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
@@ -24,6 +25,7 @@ from fedloom.preview.cut_table import devices_of
 from fedloom.preview.message_sizes import MessageSizes
 from fedloom.preview.row_sample import RowSample
 from fedloom.split.cost_model import centralised_seconds, local_step_flops, shape_of
+from fedloom.training.client_passes import spread
 from fedloom.wording import written_seconds
 
 _PROBE = 1024
@@ -82,7 +84,8 @@ def planned_time(settings: Settings, lora: LoRAModel, sample: RowSample, sizes: 
     of_rank = {rank: local_step_flops(shape, rank, work) for rank in set(ranks)}
     flops = rounds * settings.cohort_size * steps * fmean(of_rank[rank] for rank in ranks)
     used, rate = settings.devices.utilisation, _rate(settings, lora)
-    here = None if rate is None else flops / (rate * used)
+    busy = _busy_cores(settings, lora, work.tokens_per_step)
+    here = None if rate is None else flops / (rate * busy * used)
     simulated = _simulated(settings, of_rank, steps, sizes)
     if settings.traits.pools_rows:
         at_one = devices_of(settings)[0].flops
@@ -91,6 +94,7 @@ def planned_time(settings: Settings, lora: LoRAModel, sample: RowSample, sizes: 
     assumed = [
         f"{rounds * settings.cohort_size * steps:,} steps of {work.tokens_per_step:.0f} tokens, {flops:.1e} operations",
         "" if rate is None else f"products run at {rate / 1e9:,.0f} GFLOP/s here just now",
+        "" if rate is None or busy == 1.0 else f"{busy:.3g} cores busy in a step",
         f"{used:.0%} of the peak reached",
     ]
     if simulated is not None:
@@ -131,6 +135,15 @@ def _simulated(settings: Settings, of_rank: Mapping[int, float], steps: int, siz
         delay = 2 * device.latency_seconds if up or down else 0.0
         seconds.append(steps * of_rank[rank] / device.flops + link + delay)
     return settings.federation.num_rounds * max(seconds)
+
+
+def _busy_cores(settings: Settings, lora: LoRAModel, tokens_per_step: float) -> float:
+    """Return how many cores of this process have work in a step, on average: its parts go out in turns."""
+    if settings.traits.is_cut or settings.model.device.partition(":")[0] not in ("auto", "cpu"):
+        return 1.0
+    part, at_once = spread(lora, training_of(settings), choose_device(settings.model.device).type)
+    turns = math.ceil(math.ceil(tokens_per_step / part) / at_once)
+    return max(1.0, tokens_per_step / (turns * part))
 
 
 def _rate(settings: Settings, lora: LoRAModel) -> float | None:
