@@ -31,7 +31,10 @@ from shapes import SHAPES, cpu_seconds, load_clients, load_shape
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedloom.training import client_passes
+
 AT_RATE, BEYOND, CALLS = "products at the measured rate", "products beyond it", "Python, autograd, calls"
+LOSS = "loss beside its products"
 MOST_ROWS = 300
 OPTIMISER = ("_fused_adamw", "linalg_vector_norm", "_foreach")
 
@@ -94,8 +97,6 @@ class Watch(TorchDispatchMode):
             part = "attention's kernel"
         elif part == "others" and any(known in name for known in OPTIMISER):
             part = "optimiser"
-        elif name in ("logsumexp", "exp", "exp_", "_softmax", "gather", "scatter_add_", "_log_softmax"):
-            part = "loss beside its products"
         self.seconds[part] += took
         return result
 
@@ -112,6 +113,17 @@ def watched(model: nn.Module) -> Iterator[Watch]:
                     module.register_forward_hook(watch.leave),
                 ):
                     stack.callback(handle.remove)
+        loss = client_passes.supervised_cross_entropy
+
+        def watched_loss(*args: Any, **kwargs: Any) -> Any:
+            watch.open_parts.append(LOSS)
+            try:
+                return loss(*args, **kwargs)
+            finally:
+                watch.leave()
+
+        stack.callback(setattr, client_passes, "supervised_cross_entropy", loss)
+        client_passes.supervised_cross_entropy = watched_loss
         stack.enter_context(watch)
         yield watch
 
