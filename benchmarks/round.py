@@ -8,6 +8,8 @@ All sides train the same adapters (q and v, ranks 64 to 4, alpha = 2r) from the 
 rows (at most 512 tokens, loss on the answer), with AdamW and clipping, in fp32 and in bf16. ``baselines.py`` says what
 the others are; TRL's two train only where they are named (``--against``).
 
+``--even 128`` takes the first 128 tokens of rows that have so many, every token learned: nothing is left to save.
+
 The sides run in turn in one process; reported are medians, and the median of the paired ratios, in wall time and in
 CPU time. Peak memory is what a process of its own per side needs beyond base, rows and libraries (Linux).
 """
@@ -67,8 +69,21 @@ def peak_memory_mib(side: str, dtype: str, arguments: argparse.Namespace) -> flo
     command += ["--steps", str(arguments.steps), "--batch-size", str(arguments.batch_size)]
     command += ["--shape", arguments.shape, "--ranks", *map(str, arguments.ranks)]
     command += ["--threads", str(arguments.threads), "--budget", str(arguments.budget)]
+    command += [] if arguments.even is None else ["--even", str(arguments.even)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return float(output.split()[-1])
+
+
+def rows_of(data: Path, tokenizer: Any, arguments: argparse.Namespace) -> list[TokenSet]:
+    """Return each client's rows; with ``--even`` their first tokens, as many of each row, all of them learned."""
+    clients = load_clients(data, tokenizer, len(arguments.ranks))
+    if arguments.even is None:
+        return clients
+    cut = []
+    for rows in clients:
+        long = [rows.row(int(i))[0][: arguments.even] for i in np.flatnonzero(rows.lengths >= arguments.even)]
+        cut.append(TokenSet.from_rows((ids.tolist(), [True] * arguments.even) for ids in long))
+    return cut
 
 
 def work_of(rows: list[TokenSet], arguments: argparse.Namespace) -> Work:
@@ -127,7 +142,7 @@ def matmul_rate(dtype: torch.dtype) -> float:
 def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
     """Run both sides in turn and print medians."""
     model, tokenizer = load_shape(arguments.shape, data, dtype)
-    work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
+    work = work_of(rows_of(data, tokenizer, arguments), arguments)
     real, padded = num_tokens(work)
     runs: dict[str, list[Side]] = {name: [] for name in ("fedloom", *arguments.against)}
     rates = []
@@ -164,7 +179,7 @@ def compare(data: Path, dtype: str, arguments: argparse.Namespace) -> None:
 def run_one(data: Path, side: str, arguments: argparse.Namespace) -> None:
     """Run one side once and print the growth of this process's resident memory at its peak, in MiB."""
     model, tokenizer = load_shape(arguments.shape, data, arguments.dtypes[0])
-    work = work_of(load_clients(data, tokenizer, len(arguments.ranks)), arguments)
+    work = work_of(rows_of(data, tokenizer, arguments), arguments)
     Path("/proc/self/clear_refs").write_text("5")  # the peak restarts from what is resident now
     before = _memory_mib("VmRSS")
     SIDES[side](model, work)
@@ -186,6 +201,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--steps", type=int, default=4, help="steps per client")
     parser.add_argument("--batch-size", type=int, default=16, help="rows per step")
+    parser.add_argument("--even", type=int, metavar="TOKENS", help="rows of one length, every token learned")
     parser.add_argument("--budget", type=int, default=8192, help="tokens per pass (fedloom)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
