@@ -29,6 +29,8 @@ from fedloom.experiment import compare, describe, run
 from fedloom.experiment.run_summary import RunSummary
 from fedloom.methods.state_codec import NUMBERS, TENSORS, read_state, state_files
 from fedloom.reporting.progress import PlainProgress
+from fedloom.training import cores
+from fedloom.training import row_losses as row_losses_module
 from fedloom.training.row_losses import row_losses
 
 Make = Callable[..., Settings]
@@ -63,6 +65,24 @@ def test_the_base_method_scores_the_untouched_base(settings_for: Make, tmp_path:
     assert summary.eval == summary.base_eval
     assert summary.num_rounds == 0
     assert not (tmp_path / "run/adapter").exists()
+
+
+@pytest.mark.parametrize("chosen", [1, 3, None])
+def test_a_run_scores_on_the_cores_that_it_was_given(
+    chosen: int | None, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base and every evaluation, by default on all four that there are."""
+    monkeypatch.setattr(cores, "_usable", lambda: 4)
+    monkeypatch.setattr(cores, "PART_TOKENS", 20)
+    seen = set[int]()
+
+    def in_threads(work: Any, items: Any, number: int) -> Any:
+        seen.add(number)
+        return map(work, items)
+
+    monkeypatch.setattr(row_losses_module, "in_threads", in_threads)
+    run(settings_for(federation__num_rounds=1, engine__cores=chosen), tmp_path / "run")
+    assert seen == ({chosen or 4} - {1})
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -210,9 +210,8 @@ class Session:
     def _evaluate_base(self) -> dict[str, Any]:
         """Score the base, once in a comparison, and once more where that is all of the run and its outputs are kept."""
         held_out, is_all = (self.inputs.held_out_sha256, self.inputs.own.sha256), self.kind is None
-        return self.workshop.base_scores(
-            self.settings, held_out, lambda: self.evaluate(Standing(0), score_here(self.lora)), is_all
-        )
+        score = score_here(self.lora, self.settings.engine.cores)
+        return self.workshop.base_scores(self.settings, held_out, lambda: self.evaluate(Standing(0), score), is_all)
 
     @cached_property
     def _grouping(self) -> Grouping | None:

@@ -40,9 +40,9 @@ def held_out_loss(
     }
 
 
-def score_here(lora: LoRAModel) -> Score:
-    """Return what scores rows with a base of this process."""
-    return lambda adapter, rows, token_budget: row_losses_of(lora, adapter, rows, token_budget=token_budget)
+def score_here(lora: LoRAModel, cores: int | None = None) -> Score:
+    """Return what scores rows with a base of this process, on so many cores or on those that it has."""
+    return lambda adapter, rows, budget: row_losses_of(lora, adapter, rows, token_budget=budget, cores=cores)
 
 
 def evaluate_state(
