@@ -28,7 +28,7 @@ from fedloom.models.discovery import num_blocks_of
 from fedloom.models.families import decoder_blocks
 from fedloom.models.row_attention import choose_attention
 from fedloom.preview.held_bytes import PlannedPass, bottom_bytes, scoring_bytes, top_bytes, training_bytes
-from fedloom.preview.planned_passes import largest_pass, passes_at_once, ranks_of, scoring_pass, training_pass
+from fedloom.preview.planned_passes import largest_pass, pass_limits, ranks_of, scoring_pass, training_pass
 from fedloom.preview.row_sample import RowSample
 from fedloom.privacy.secure_sum.fixed_point import WORD_BYTES
 from fedloom.training.output_head import read_output_head
@@ -98,7 +98,7 @@ class PlannedMemory:
 
 def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> PlannedMemory:
     """Return the memory of a run whose base is on the meta device in the type it would have."""
-    model, device = lora.model, _device(settings.model.device)
+    model, device = lora.model, kind_of_device(settings.model.device)
     choose_attention(model, settings.model.attention)
     passes = row_passes(model)
     at_once = _clients_at_once(settings, lora, device)
@@ -120,7 +120,7 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
         side_bytes=_side_bytes(settings, lora, lora.shapes),
         client_bytes=open_bytes,
         pass_bytes=most,
-        held_bytes=_held(most, device, in_threads=trained and passes_at_once(settings, lora, device) > 1),
+        held_bytes=_held(most, device, in_threads=trained and pass_limits(settings, lora, device)[1] > 1),
         sum_bytes=_sum_bytes(settings, lora),
         pass_tokens=sum(lengths),
         pass_rows=len(lengths),
@@ -136,7 +136,7 @@ def planned_client_memory(settings: Settings, lora: LoRAModel, sample: RowSample
     adapter and moments, and the largest pass of a step of its own. A frozen half reads row by row, keeps nothing for a
     way back and trains nothing.
     """
-    model, device, split = lora.model, _device(settings.model.device), settings.split
+    model, device, split = lora.model, kind_of_device(settings.model.device), settings.split
     choose_attention(model, settings.model.attention)
     family, depth = decoder_blocks(model), num_blocks_of(model)
     blocks, keeps_labels = list(model.get_submodule(family.blocks).children()), split.labels == "client"
@@ -162,7 +162,8 @@ def planned_client_memory(settings: Settings, lora: LoRAModel, sample: RowSample
     return found
 
 
-def _device(name: str) -> str:
+def kind_of_device(name: str) -> str:
+    """Return the kind of a device by its name, which need not be here; ``auto`` is what this machine has."""
     if name != "auto":
         return name.partition(":")[0]
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"

@@ -36,15 +36,16 @@ def ranks_of(settings: Settings) -> Sequence[int]:
     return [*settings.per_client(split.client_rank or settings.method.ranks), split.server_rank or max(ranks)]
 
 
-def passes_at_once(settings: Settings, lora: LoRAModel, device: str) -> int:
-    """Return how many passes are under way at once, each on a core."""
-    return 1 if settings.traits.is_cut else spread(lora, training_of(settings), device)[1]
+def pass_limits(settings: Settings, lora: LoRAModel, device: str) -> tuple[int, int]:
+    """Return the tokens of a pass at most, and how many passes are under way at once, each on a core."""
+    tokens, at_once = spread(lora, training_of(settings), device)
+    return tokens, 1 if settings.traits.is_cut else at_once
 
 
 def largest_pass(settings: Settings, lora: LoRAModel, sample: RowSample, num_clients: int, device: str) -> list[Part]:
     """Return the members of the largest of the passes of some drawn steps of the clients that are open at once."""
     chance = stream(settings.run.seed, "describe", "passes")
-    passes, limits = row_passes(lora.model), spread(lora, training_of(settings), device)
+    passes, limits = row_passes(lora.model), pass_limits(settings, lora, device)
     drawn = [
         group
         for _ in range(_DRAWS)

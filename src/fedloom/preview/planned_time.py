@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from fedloom.assembly.round_plan import training_of
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
@@ -23,9 +22,10 @@ from fedloom.methods.traits import Kind
 from fedloom.models.load import choose_device
 from fedloom.preview.cut_table import devices_of
 from fedloom.preview.message_sizes import MessageSizes
+from fedloom.preview.planned_memory import kind_of_device
+from fedloom.preview.planned_passes import pass_limits
 from fedloom.preview.row_sample import RowSample
 from fedloom.split.cost_model import centralised_seconds, local_step_flops, shape_of
-from fedloom.training.client_passes import spread
 from fedloom.wording import written_seconds
 
 _PROBE = 1024
@@ -139,11 +139,9 @@ def _simulated(settings: Settings, of_rank: Mapping[int, float], steps: int, siz
 
 def _busy_cores(settings: Settings, lora: LoRAModel, tokens_per_step: float) -> float:
     """Return how many cores of this process have work in a step, on average: its parts go out in turns."""
-    if settings.traits.is_cut or settings.model.device.partition(":")[0] not in ("auto", "cpu"):
-        return 1.0
-    part, at_once = spread(lora, training_of(settings), choose_device(settings.model.device).type)
-    turns = math.ceil(math.ceil(tokens_per_step / part) / at_once)
-    return max(1.0, tokens_per_step / (turns * part))
+    tokens, at_once = pass_limits(settings, lora, kind_of_device(settings.model.device))
+    turns = math.ceil(math.ceil(tokens_per_step / tokens) / at_once)
+    return max(1.0, tokens_per_step / (turns * tokens))
 
 
 def _rate(settings: Settings, lora: LoRAModel) -> float | None:

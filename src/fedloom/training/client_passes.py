@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -18,7 +17,7 @@ from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.turns import Turn, Turns
 from fedloom.models.families import model_type
-from fedloom.training.cores import part_of_pass
+from fedloom.training.cores import in_threads, spread_passes
 from fedloom.training.local_training import LocalTraining
 from fedloom.training.loss import accumulator, supervised_cross_entropy
 from fedloom.training.output_head import OutputHead
@@ -95,16 +94,14 @@ class Passes:
             for parts in passes:
                 _tell(parts, *self._run(parts))
             return
-        turns, inside = Turns(), torch.get_num_threads()
+        turns = Turns()
 
         def run(number: int) -> tuple[list[float], list[float]]:
-            torch.set_num_threads(inside)
             with turns.turn(number) as turn, torch.enable_grad():
                 return self._run(passes[number], turn)
 
-        with ThreadPoolExecutor(self.cores, "fedloom-pass") as threads:
-            for parts, found in zip(passes, threads.map(run, range(len(passes))), strict=True):
-                _tell(parts, *found)
+        for parts, found in zip(passes, in_threads(run, range(len(passes)), self.cores), strict=True):
+            _tell(parts, *found)
 
     def _run(self, parts: Sequence[MicroBatch], turn: Turn | None = None) -> tuple[list[float], list[float]]:
         """Run forward and backward over clients' micro-batches; return the nats of each row, and each client's time."""
@@ -141,9 +138,7 @@ def _tell(parts: Sequence[MicroBatch], nats_N: list[float], seconds: list[float]
 
 
 def spread(lora: LoRAModel, settings: LocalTraining, device: str) -> tuple[int, int]:
-    """Return the tokens of a pass at most, which no number of cores changes, and how many passes are under way at once.
-
-    Private steps are not spread.
-    """
-    part = None if settings.privacy is not None else part_of_pass(lora.model, device, settings.token_budget)
-    return (settings.token_budget, 1) if part is None else (part, settings.cores)
+    """Return the tokens of a pass at most, and how many passes are under way at once; private steps are not spread."""
+    if settings.privacy is not None:
+        return settings.token_budget, 1
+    return spread_passes(lora.model, device, settings.token_budget, settings.cores)

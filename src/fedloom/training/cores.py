@@ -6,13 +6,20 @@ Their number changes no bit of a result, so that it may differ from machine to m
 from __future__ import annotations
 
 import os
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
 
 from fedloom.training.rotation import switching_rotaries
 from fedloom.training.row_passes import PackedPasses, row_passes
 
 PART_TOKENS = 1024
 """Tokens of a pass where cores may share the work: small enough that all have one, and more costs no less."""
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 _sharers = 1
 
@@ -33,14 +40,26 @@ def fitting(cores: int, token_budget: int) -> int:
     return max(1, min(cores, token_budget // PART_TOKENS))
 
 
-def part_of_pass(model: Any, device: str, token_budget: int) -> int | None:
-    """Return the tokens of the parts into which a pass is cut, one a thread; None where the base takes one at a time.
+def spread_passes(model: Any, device: str, token_budget: int, cores: int) -> tuple[int, int]:
+    """Return the tokens of a pass at most, which no number of ``cores`` changes, and how many are under way at once.
 
-    Several passes may be in a model on a CPU, where rows are packed and no embedding keeps a state.
+    Several may be in a model on a CPU, where rows are packed and no embedding keeps a state.
     """
     if device == "cpu" and isinstance(row_passes(model), PackedPasses) and not switching_rotaries(model):
-        return min(token_budget, PART_TOKENS)
-    return None
+        return min(token_budget, PART_TOKENS), cores
+    return token_budget, 1
+
+
+def in_threads(work: Callable[[T], R], items: Iterable[T], cores: int) -> Iterator[R]:
+    """Yield what ``work`` returns of each item, in their order, in so many threads that compute as this one does."""
+    inside = torch.get_num_threads()
+
+    def begun(item: T) -> R:
+        torch.set_num_threads(inside)
+        return work(item)
+
+    with ThreadPoolExecutor(cores, "fedloom-pass") as threads:
+        yield from threads.map(begun, items)
 
 
 def _usable() -> int:

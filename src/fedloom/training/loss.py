@@ -186,7 +186,7 @@ class Tile(NamedTuple):
 def tile_of(device: str, vocabulary: int) -> Tile:
     """Return the logits that are held at a time on a kind of device."""
     if device == "cpu":
-        return Tile(CPU_ROWS, min(CPU_VOCABULARY, vocabulary))
+        return Tile(CPU_ROWS, CPU_VOCABULARY)
     return Tile(max(16, HELD_LOGITS.get(device, 1 << 24) // vocabulary), vocabulary)
 
 

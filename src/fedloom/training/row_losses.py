@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,8 @@ from fedloom.data.tokens import TokenSet
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.training.cores import fitting, own_cores, part_of_pass
+from fedloom.models.causal import causal_lm
+from fedloom.training.cores import fitting, in_threads, own_cores, spread_passes
 from fedloom.training.loss import target_nats
 from fedloom.training.packing import split_by_tokens
 from fedloom.training.row_passes import Batch, PackedPasses, RowPasses, row_passes
@@ -53,10 +53,10 @@ def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int, cor
     Raises:
         ModelError: if the passes of the model are not its own forward.
     """
-    causal_lm = _causal_lm(model)
-    output_head(causal_lm)  # compares the model with itself once, before threads use it
-    passes = scoring_passes(causal_lm, rows, token_budget)
-    _, at_once = scoring_spread(causal_lm, causal_lm.device.type, token_budget, cores)
+    lm = causal_lm(model)
+    output_head(lm)  # compares the model with itself once, before threads use it
+    passes = scoring_passes(lm, rows, token_budget)
+    _, at_once = scoring_spread(lm, lm.device.type, token_budget, cores)
     return joined(len(rows), passes, _scores(model, rows, passes, at_once))
 
 
@@ -68,10 +68,8 @@ def scoring_passes(model: Any, rows: TokenSet, token_budget: int) -> list[list[i
 
 def scoring_spread(model: Any, device: str, token_budget: int, cores: int | None = None) -> tuple[int, int]:
     """Return the tokens of a pass that scores, which no number of ``cores`` changes, and how many run at once."""
-    part = part_of_pass(model, device, token_budget)
-    if part is None:
-        return token_budget, 1
-    return part, own_cores(token_budget, torch.get_num_threads()) if cores is None else fitting(cores, token_budget)
+    own = own_cores(token_budget, torch.get_num_threads()) if cores is None else fitting(cores, token_budget)
+    return spread_passes(model, device, token_budget, own)
 
 
 def _scores(
@@ -81,15 +79,13 @@ def _scores(
     if at_once == 1 or len(passes) == 1:
         yield from (score_pass(model, rows, members) for members in passes)
         return
-    routed, inside = model.routed_again() if isinstance(model, LoRAModel) else nullcontext, torch.get_num_threads()
+    routed = model.routed_again() if isinstance(model, LoRAModel) else nullcontext
 
     def score(members: Sequence[int]) -> PassLosses:
-        torch.set_num_threads(inside)
         with routed():
             return score_pass(model, rows, members)
 
-    with ThreadPoolExecutor(at_once, "fedloom-score") as threads:
-        yield from threads.map(score, passes)
+    yield from in_threads(score, passes, at_once)
 
 
 def row_losses_of(
@@ -141,15 +137,11 @@ def joined(num_rows: int, passes: Sequence[Sequence[int]], scores: Iterable[Pass
 @torch.no_grad()
 def score_pass(model: LoRAModel | Any, rows: TokenSet, members: Sequence[int]) -> PassLosses:
     """Return the summed nats and the number of targets of the rows of one pass."""
-    causal_lm = _causal_lm(model)
-    head, passes = output_head(causal_lm), row_passes(causal_lm)
+    lm = causal_lm(model)
+    head, passes = output_head(lm), row_passes(lm)
     batch: Batch = passes.batch([rows.row(index) for index in members], head.weight_VD.device)
-    nats_S = target_nats(passes.target_states(causal_lm, batch), head, batch.targets_S)
+    nats_S = target_nats(passes.target_states(lm, batch), head, batch.targets_S)
     row_of_target_S = batch.row_of_target_S.cpu().numpy()
     counts = np.bincount(row_of_target_S, minlength=len(members)).astype(np.int64)
     sum_nats = np.bincount(row_of_target_S, weights=nats_S.cpu().double().numpy(), minlength=len(members))
     return sum_nats.astype(np.float64), counts
-
-
-def _causal_lm(model: LoRAModel | Any) -> Any:
-    return model.model if isinstance(model, LoRAModel) else model
