@@ -168,9 +168,13 @@ def test_the_plan_of_sketched_sums_is_within_15_percent_of_a_childs_peak(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_plan_is_within_15_percent_or_50_mb_of_a_childs_peak(shape: str, tmp_path: Path) -> None:
-    """Counted is what a run adds to a process that has run something tiny, and so has loaded all libraries."""
+@pytest.mark.parametrize(("shape", "cores"), [("stories3M", 1), ("llama", 1), *((shape, 2) for shape in SHAPES)])
+def test_the_plan_is_near_a_childs_peak(shape: str, cores: int, tmp_path: Path) -> None:
+    """Counted is what a run adds to a process that has run something tiny, and so has loaded all libraries.
+
+    The plan is within 15 %; threads whose peaks do not meet hold a quarter less. What a process happens to hold beside
+    its tensors is a fifth of the smallest shape's peak, and differs by run: 50 MB.
+    """
     SHAPES[shape]().save_pretrained(tmp_path / "base")
     words = "the client wrote a row about a river and a boat near the old mill "
     rows = [{"question": f"row {i}?", "answer": (words * 8)[: 250 + 25 * (i % 5)]} for i in range(60)]
@@ -198,11 +202,10 @@ def test_the_plan_is_within_15_percent_or_50_mb_of_a_childs_peak(shape: str, tmp
         [evaluation]
         batch_tokens = 1024
         [engine]
-        cores = 2
+        cores = {cores}
         """,
         encoding="utf-8",
     )
     measured = measured_bytes(recipe, tmp_path / "run")
     planned = memory_of(config.load(recipe)).total_bytes
-    # What a process happens to hold beside its tensors is a fifth of the smallest shape's peak, and differs by run.
-    assert planned == pytest.approx(measured, rel=0.15, abs=50e6)
+    assert planned * (0.85 if cores == 1 else 0.75) - 50e6 < measured < planned * 1.15 + 50e6

@@ -35,9 +35,9 @@ from fedloom.training.output_head import read_output_head
 from fedloom.training.row_passes import row_passes
 from fedloom.wording import counted, written_bytes
 
-_HELD_PER_TENSOR_BYTE, _HELD_BY_THREADS = 1.25, 1.5
-"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 1.05 to 1.3; by two threads,
-which have memory of their own: 1.2 to 1.7."""
+_HELD_PER_TENSOR_BYTE, _HELD_BY_THREADS = 1.15, 1.45
+"""What glibc's allocator holds for a byte of a pass's tensors, measured on three shapes: 0.95 to 1.35; by two threads,
+which have memory of their own and do not always hold most at the same time: 1.1 to 1.75."""
 _WORK_SPACE = 20 << 20
 """Libraries' code and buffers that the first passes bring in."""
 _QUANTIZED_BYTES = {"8bit": 1.0, "4bit": 0.5625}
