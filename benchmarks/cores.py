@@ -1,12 +1,14 @@
-"""Time a client's steps, or scoring, with one thread, with two that share the rows, and with two in every operation.
+"""Time steps, or scoring, with one thread, with two that share the rows, and with two in every operation.
 
     FEDLOOM_DATA=../shared/data python benchmarks/cores.py --shapes stories3M --pairs 5
     FEDLOOM_DATA=../shared/data python benchmarks/cores.py --work score --pairs 5
+    FEDLOOM_DATA=../shared/data python benchmarks/cores.py --work split --batch-size 4 --pairs 5
 
 The same work on the same Dolly rows, in turn, in one process: ``engine.cores = 1``; ``= 2``, one thread of arithmetic
-each; and one pass whose operations torch divides between two threads (``engine.threads = 2``). ``train`` is a step from
-the same start, ``score`` the losses of the first 60 rows. Printed are medians and ranges of the ratios of wall time to
-that of one thread, and of CPU time. A machine that other work keeps busy lends two threads less than two cores, so wall
+each; and one pass whose operations torch divides between two threads (``engine.threads = 2``). ``train`` is a client's
+step from the same start, ``score`` the losses of the first 60 rows, ``split`` a joint step of three clients and a
+server that are cut at a quarter of the blocks. Printed are medians and ranges of the ratios of wall time to that of one
+thread, and of CPU time. A machine that other work keeps busy lends two threads less than two cores, so wall
 time says too little there; CPU time says what the threads cost each other. What one and two cores give is compared bit
 by bit.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,17 +27,25 @@ import torch
 from shapes import SHAPES, load_clients, load_shape
 
 from fedloom.data.tokens import TokenSet
+from fedloom.federation.server import ServerRules
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
+from fedloom.methods.server_steps import PlainStep
+from fedloom.methods.zero_padding import fedit
+from fedloom.models.cut import num_blocks
 from fedloom.models.families import resolve_targets
 from fedloom.models.fused import fuse_operators
+from fedloom.split.local_parties import local_parties
+from fedloom.split.parties import SplitParties
+from fedloom.split.period import Period
+from fedloom.split.plan import SplitPlan
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 from fedloom.training.row_losses import row_losses_of
 
 WAYS = {"one": (1, 1), "cores": (2, 1), "threads": (1, 2)}
 """By way: cores that share the work, and threads inside an operation."""
-RANK, SCORED, BUDGET = 8, 60, 8192
+RANK, SCORED, BUDGET, CUT_CLIENTS = 8, 60, 8192, 3
 
 
 def step(lora: LoRAModel, rows: TokenSet, batch_size: int, cores: int, round: int) -> list[bytes]:
@@ -42,7 +53,12 @@ def step(lora: LoRAModel, rows: TokenSet, batch_size: int, cores: int, round: in
     training = LocalTraining(learning_rate=3e-4, batch_size=batch_size, steps=1, max_grad_norm=1.0, cores=cores)
     task = ClientTask(0, rows, RANK, 2.0, fresh_adapter(lora.shapes, RANK, 1, 1, 0))
     (result,) = train_cohort(lora, [task], training, seed=1, round=round)
-    return [factor.numpy().tobytes() for pair in result.adapter.values() for factor in (pair.a_RI, pair.b_OR)]
+    return bytes_of(result.adapter)
+
+
+def bytes_of(adapter: Adapter) -> list[bytes]:
+    """Return the bytes of all factors."""
+    return [factor.numpy().tobytes() for pair in adapter.values() for factor in (pair.a_RI, pair.b_OR)]
 
 
 def score(lora: LoRAModel, rows: TokenSet, cores: int, _: int) -> list[bytes]:
@@ -51,10 +67,37 @@ def score(lora: LoRAModel, rows: TokenSet, cores: int, _: int) -> list[bytes]:
     return [row_losses_of(lora, Adapter(), few, token_budget=BUDGET, cores=cores).sum_nats.tobytes()]
 
 
+def split(parties: dict[int, SplitParties], cores: int, round: int) -> list[bytes]:
+    """Take one step of a cut model; return the adapters of the clients and the server."""
+    period = Period(parties[cores], parties[cores].initial())
+    period.step(round)
+    updates = [update for _, own in parties[cores].clients.end(range(CUT_CLIENTS)) for update in own]
+    return [
+        part for one in (parties[cores].server.party.adapter(), *(u.adapter for u in updates)) for part in bytes_of(one)
+    ]
+
+
+def cut_parties(lora: LoRAModel, rows: list[TokenSet], batch_size: int, cores: int) -> SplitParties:
+    """Set up a cut model whose steps are spread over so many cores."""
+    plan = SplitPlan(
+        seed=1,
+        num_steps=10**6,
+        aggregate_every=10**6,
+        cut_layers=(max(1, num_blocks(lora.model) // 4),) * len(rows),
+        ranks=(RANK,) * len(rows),
+        scales=(2.0,) * len(rows),
+        server_rank=RANK,
+        server_scale=2.0,
+        num_rows=tuple(len(own) for own in rows),
+        training=LocalTraining(learning_rate=3e-4, batch_size=batch_size, steps=1, max_grad_norm=1.0, cores=cores),
+    )
+    return local_parties(lora, plan, rows, fedit, ServerRules(PlainStep()))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
-    parser.add_argument("--work", choices=("train", "score"), default="train")
+    parser.add_argument("--work", choices=("train", "score", "split"), default="train")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--ways", nargs="+", choices=[*WAYS][1:], default=["cores"])
@@ -63,9 +106,15 @@ def main() -> None:
     for shape in arguments.shapes:
         model, tokenizer = load_shape(shape, data)
         fuse_operators(model)
-        rows = load_clients(data, tokenizer, num_clients=1)[0]
-        lora = LoRAModel(model, resolve_targets(model))
-        work = {"train": partial(step, lora, rows, arguments.batch_size), "score": partial(score, lora, rows)}
+        of_client = load_clients(data, tokenizer, num_clients=CUT_CLIENTS if arguments.work == "split" else 1)
+        rows, lora = of_client[0], LoRAModel(model, resolve_targets(model))
+        work: dict[str, Callable[[int, int], list[bytes]]] = {
+            "train": partial(step, lora, rows, arguments.batch_size),
+            "score": partial(score, lora, rows),
+        }
+        if arguments.work == "split":
+            parties = {n: cut_parties(lora, of_client, arguments.batch_size, n) for n, _ in WAYS.values()}
+            work["split"] = partial(split, parties)
         ways = {way: WAYS[way] for way in ("one", *arguments.ways)}
         spent: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         same = True

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fedloom.lora.turns import Turns
+from fedloom.lora.turns import Turn, Turns
 
 
 def test_layers_get_the_passes_in_their_order_whichever_is_faster() -> None:
@@ -52,6 +52,22 @@ def test_a_layer_that_is_used_twice_is_given_on_after_the_second_time() -> None:
         waiting = [threads.submit(first), threads.submit(second)]
         [one.result(10) for one in waiting]
     assert order == ["first", "first again", "second"]
+
+
+def test_a_pass_may_go_forward_in_one_thread_and_back_in_another() -> None:
+    turns, order = Turns(), list[int]()
+    passes = [Turn(turns, number) for number in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(lambda turn: turn.expect(3), passes))
+
+    def back(turn: Turn) -> None:
+        with turn.ending(), turn.adding(3):
+            order.append(turn.number)
+
+    with ThreadPoolExecutor(2) as threads:
+        second, first = threads.submit(back, passes[1]), threads.submit(back, passes[0])
+        first.result(10), second.result(10)
+    assert order == [0, 1]
 
 
 def test_a_pass_that_fails_or_uses_other_layers_holds_nobody_up() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -48,8 +49,13 @@ def test_the_parts_of_a_step_keep_several_cores_busy(
     assert (f"{busy:.3g} cores busy in a step" in planned.lines()[0]) == (busy > 1)
 
 
-def test_a_cut_model_keeps_one_core_busy(settings_for: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cores, "PART_TOKENS", 10)
-    planned = time_of(settings_for(method__name="splitlora", method__ranks=2))
+@pytest.mark.parametrize(("server_update", "busy"), [("joint", 9.6 / 3), ("sequential", 2.4)])
+def test_a_cut_models_clients_share_a_joint_step(
+    settings_for: Make, server_update: str, busy: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cores, "PART_TOKENS", 100)
+    monkeypatch.setattr(RowSample, "work", lambda sample, size: Work(480.0, 100.0, 100.0))
+    cut: dict[str, Any] = {"method__name": "splitlora", "method__ranks": 2, "federation__num_clients": 2}
+    planned = time_of(settings_for(**cut, split__server_update=server_update))
     assert planned.flops is not None
-    assert planned.here_seconds == pytest.approx(planned.flops / (1e9 * 0.4))
+    assert planned.here_seconds == pytest.approx(planned.flops / (1e9 * 0.4 * busy))

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from split.split_cases import PLAN, SGD, VOCABULARY, SetUp, wrapped
 
 from fedloom.data.tokens import TokenSet
-from fedloom.errors import CutError, SettingsError, TooFewClientsError
+from fedloom.errors import CutError, ModelError, SettingsError, TooFewClientsError
 from fedloom.lora.dropout import dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter
@@ -33,6 +33,7 @@ from fedloom.split.plan import steps_for_epochs
 from fedloom.split.server_half import SplitServer
 from fedloom.split.split_state import SplitState
 from fedloom.split.split_step import rows_of_step
+from fedloom.training import cores as cores_module
 from fedloom.training.loss import supervised_cross_entropy
 from fedloom.training.packing import hidden_states, pack
 from fedloom.training.row_losses import row_losses
@@ -145,6 +146,43 @@ def test_micro_batches_change_nothing(set_up: SetUp, changes: dict[str, Any], dr
         parts = run(set_up(micro_batches=micro_batches, **changes)[1])
         assert_same_adapter(parts[-1].state.global_adapter(), whole[-1].state.global_adapter())
         assert parts[-1].loss_nats == pytest.approx(whole[-1].loss_nats, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"cut_layers": (1, 2, 3), "micro_batches": 2},
+        {"tail_blocks": 1},
+        {"server_update": "sequential"},
+        {"client_half": "frozen"},
+        {"client_half": "frozen", "tail_blocks": 1},
+    ],
+)
+def test_any_number_of_cores_gives_the_same_bits(
+    set_up: SetUp, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = with_dropout(0.3)
+    whole = run(set_up(training=training, **changes)[1])[-1]
+    monkeypatch.setattr(cores_module, "PART_TOKENS", 20)
+    one, *others = [run(set_up(training=replace(training, cores=n), **changes)[1])[-1] for n in (1, 2, 4)]
+    for other in others:
+        assert_identical(other.state.global_adapter(), one.state.global_adapter())
+        assert [client.stats.loss_nats for client in other.clients] == [c.stats.loss_nats for c in one.clients]
+    assert_same_adapter(one.state.global_adapter(), whole.state.global_adapter())
+    assert one.loss_nats == pytest.approx(whole.loss_nats, abs=1e-6)
+
+
+def test_what_goes_wrong_in_a_piece_on_one_core_is_told(set_up: SetUp, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cores_module, "PART_TOKENS", 20)
+    lora, parties, _ = set_up(training=replace(PLAN.training, cores=2))
+
+    def broken(hidden: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError(f"no luck with {hidden.ndim} axes")
+
+    lora.model.model.norm.forward = broken
+    with pytest.raises(ModelError, match="no luck"):
+        run(parties)
 
 
 def test_every_participant_is_updated_exactly_once_a_step_and_sent_as_it_is_after(set_up: SetUp) -> None:

@@ -13,9 +13,10 @@ import torch
 from fedloom.data.tokens import TokenSet
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.models.cut import cut
 from fedloom.models.families import resolve_targets
 from fedloom.training import packing
-from fedloom.training.attention import Layout, layout, packed_attention
+from fedloom.training.attention import PACKED, Layout, layout, packed_attention
 from fedloom.training.packing import hidden_states, pack, split_by_tokens
 from fedloom.training.verified_head import output_head
 
@@ -113,6 +114,19 @@ def test_the_own_attention_comes_back_after_an_error(tiny: Callable[..., Any]) -
     implementation = model.config._attn_implementation
     with pytest.raises(ZeroDivisionError), packed_attention(model, layout([4])):
         raise ZeroDivisionError
+    assert model.config._attn_implementation == implementation
+
+
+def test_parts_of_a_model_may_be_under_way_at_once_and_end_in_any_order(tiny: Callable[..., Any]) -> None:
+    model = tiny("llama")
+    implementation = model.config._attn_implementation
+    bottom, top = cut(model, 1)
+    first, second = packed_attention(bottom.decoder, layout([4])), packed_attention(top.decoder, layout([4]))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert model.config._attn_implementation == PACKED
+    second.__exit__(None, None, None)
     assert model.config._attn_implementation == implementation
 
 

@@ -115,7 +115,6 @@ class Engine(Table):
         "Threads over which a step's and an evaluation's rows are spread on a CPU, by the thousand tokens; default: as "
         "many as this process has cores (on Ray cpus_per_worker) for engine.threads each, and training.token_budget "
         "has thousands. Changes no bit.",
-        when=ROUNDS,
     )
     threads: Threads = setting(1, "CPU threads that compute the base, everywhere; sums round otherwise with another.")
 

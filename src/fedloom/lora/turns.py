@@ -24,13 +24,16 @@ class Turns:
 
     @contextmanager
     def turn(self, number: int) -> Iterator[Turn]:
-        """Yield the turn of a pass, counted from 0; at its end, for better or worse, nobody waits for it."""
-        try:
-            yield Turn(self, number)
-        finally:
-            with self._changed:
-                self._over.add(number)
-                self._changed.notify_all()
+        """Yield the turn of a pass, counted from 0, that ends here."""
+        turn = Turn(self, number)
+        with turn.ending():
+            yield turn
+
+    def over(self, number: int) -> None:
+        """Say that a pass has ended, for better or worse: nobody waits for it."""
+        with self._changed:
+            self._over.add(number)
+            self._changed.notify_all()
 
     def wait(self, layer: int, number: int) -> None:
         """Wait until every earlier pass has added to a layer, or is over."""
@@ -52,6 +55,14 @@ class Turn:
     turns: Turns
     number: int
     _left: Counter[int] = field(default_factory=Counter)
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Run the last of a pass, which may have begun in another thread."""
+        try:
+            yield
+        finally:
+            self.turns.over(self.number)
 
     def expect(self, layer: int) -> None:
         """Count a forward through a layer, which will have a backward."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -90,11 +91,11 @@ class Part(nn.Module):
         # The forward gets the activations twice. As ``inputs_embeds`` they only give it shape, dtype and device:
         # there the family scales or shifts embeddings, which the bottom part has already done. The entry block then
         # puts the real activations in their place, with their graph, so that gradients reach the client.
-        self.entry.hidden_BTD = inputs
+        self.entry.here.hidden_BTD = inputs
         try:
             return cast(Tensor, self.decoder(inputs_embeds=inputs.detach(), **keywords).last_hidden_state)
         finally:
-            self.entry.hidden_BTD = None
+            del self.entry.here.hidden_BTD
 
     def new_cache(self) -> Any:
         """Return an empty key/value cache for this part.
@@ -215,15 +216,18 @@ class Passed(nn.Module):
 
 
 class Entry(nn.Module):
-    """The first absent block of an upper part: the received activations replace what the forward made of its inputs."""
+    """The first absent block of an upper part: the received activations replace what the forward made of its inputs.
+
+    They are each thread's own, so that several passes may be in the part.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.hidden_BTD: Tensor | None = None
+        self.here = threading.local()
 
     def forward(self, _: Tensor, *__: Any, **___: Any) -> Tensor:
-        assert self.hidden_BTD is not None
-        return self.hidden_BTD
+        received: Tensor = self.here.hidden_BTD
+        return received
 
 
 class NoEmbedding(nn.Module):

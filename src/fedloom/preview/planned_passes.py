@@ -38,8 +38,7 @@ def ranks_of(settings: Settings) -> Sequence[int]:
 
 def pass_limits(settings: Settings, lora: LoRAModel, device: str) -> tuple[int, int]:
     """Return the tokens of a pass at most, and how many passes are under way at once, each on a core."""
-    tokens, at_once = spread(lora, training_of(settings), device)
-    return tokens, 1 if settings.traits.is_cut else at_once
+    return spread(lora, training_of(settings), device)
 
 
 def largest_pass(settings: Settings, lora: LoRAModel, sample: RowSample, num_clients: int, device: str) -> list[Part]:

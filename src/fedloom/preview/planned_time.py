@@ -84,7 +84,8 @@ def planned_time(settings: Settings, lora: LoRAModel, sample: RowSample, sizes: 
     of_rank = {rank: local_step_flops(shape, rank, work) for rank in set(ranks)}
     flops = rounds * settings.cohort_size * steps * fmean(of_rank[rank] for rank in ranks)
     used, rate = settings.devices.utilisation, _rate(settings, lora)
-    busy = _busy_cores(settings, lora, work.tokens_per_step)
+    is_joint = settings.traits.is_cut and settings.split.server_update == "joint"
+    busy = _busy_cores(settings, lora, work.tokens_per_step * (settings.cohort_size if is_joint else 1))
     here = None if rate is None else flops / (rate * busy * used)
     simulated = _simulated(settings, of_rank, steps, sizes)
     if settings.traits.pools_rows:

@@ -6,9 +6,8 @@ adapter; a client elsewhere does the same with its own part of the model and one
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,46 +20,36 @@ from fedloom.lora.dropout import dropout_of
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
+from fedloom.lora.turns import Turn, Turns
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.models.cut import num_blocks, part_of, top_of
+from fedloom.split.client_record import Tally
 from fedloom.split.client_seam import Memory
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
 from fedloom.split.message_checks import Expected, fitting
 from fedloom.split.party import MakeOptimiser, Party, without
+from fedloom.split.pieces import Piece, Spread, joined
 from fedloom.split.plan import Segment, SplitPlan
 from fedloom.split.split_step import run_bottom, tail_step
 from fedloom.training.output_head import OutputHead
 from fedloom.training.packing import PackedBatch, num_targets, pack
-from fedloom.training.stats import TrainingStats
 
 
 @dataclass(frozen=True, eq=False)
 class _Graph:
-    """A forward pass that waits for gradients: whose token rows are where in it."""
+    """A forward pass that waits for gradients: what of whom is in it, and its turn to go back."""
 
     hidden_TD: Tensor
-    rows: dict[int, slice]
-
-
-@dataclass
-class _Tally:
-    """What a client has trained on since the period began."""
-
-    steps: int = 0
-    tokens: int = 0
-    loss_tokens: int = 0
-    nats: float = 0.0
-    last_nats: float = 0.0
-    last_loss_tokens: int = 0
-    begun: float = field(default_factory=time.perf_counter)
+    piece: Piece
+    turn: Turn
 
 
 class LocalSplitClients:
     """Clients in this process. The open slots of ``lora`` are those of a period's clients, in the order of its cohort.
 
-    With a slot each, all clients of a cut share one packed pass: a route gives every token the adapter of its client,
-    so that no client's gradient depends on another's rows, as on machines of their own.
+    With a slot each, all clients of a cut share packed passes: a route gives every token the adapter of its client, so
+    that no client's gradient depends on another's rows, as on machines of their own.
     """
 
     def __init__(
@@ -79,11 +68,12 @@ class LocalSplitClients:
         self._tail = None if plan.tail_blocks is None else top_of(lora.model, depth - plan.tail_blocks)
         weight = lora.base_weight
         self._dtype, self._device = weight.dtype, weight.device
+        self._spread = Spread.of(lora, plan.training.cores)
         self._parties: dict[int, Party] = {}
         self._broadcasts: dict[int, list[Broadcast]] = {}
         self._ready: dict[tuple[int, int], list[SplitMessage]] = {}
         self._graphs: dict[tuple[int, int], list[_Graph]] = {}
-        self._tallies: dict[int, _Tally] = {}
+        self._tallies: dict[int, Tally] = {}
         self._memory: dict[int, Memory] = {}
         self._refused: dict[int, str] = {}
         self._feedback = ErrorFeedback()
@@ -99,7 +89,7 @@ class LocalSplitClients:
         self._ready, self._graphs, self._parties, self._refused, self._round = {}, {}, {}, {}, round
         self._broadcasts = {client: list(received) for client, received in broadcasts.items()}
         self._slot_of = {client: slot for slot, client in enumerate(broadcasts)}
-        self._tallies = {client: _Tally() for client in broadcasts}
+        self._tallies = {client: Tally() for client in broadcasts}
         self._memory = {client: dict(carried) for client, carried in memory.items()}
         self._feedback.residuals_D = {c: m["residual"] for c, m in self._memory.items() if "residual" in m}
         sides: dict[str, Pair] = {}
@@ -123,37 +113,44 @@ class LocalSplitClients:
 
     def request(self, step: int, micro_batch: int, rows: Mapping[int, Sequence[int]]) -> None:
         """Run the bottoms now: here nothing is gained by waiting."""
-        by_cut: dict[int, list[int]] = {}
-        for client in rows:
-            by_cut.setdefault(self._plan.cut_layers[client], []).append(client)
-        messages: list[SplitMessage] = []
-        for cut_layer, clients in sorted(by_cut.items()):
-            messages += self._run_bottom(cut_layer, {client: rows[client] for client in clients}, step, micro_batch)
-        self._ready[step, micro_batch] = messages
+        hidden = self._run_frozen(rows) if self._plan.is_frozen else self._run_bottoms(rows, step, micro_batch)
+        self._ready[step, micro_batch] = [
+            self._message(client, step, micro_batch, hidden_TD, rows[client]) for client, hidden_TD in hidden.items()
+        ]
 
     def activations(self, step: int, micro_batch: int) -> Iterator[SplitMessage | Failure]:
         """Return the activations that are ready."""
         yield from self._ready.pop((step, micro_batch))
 
     def tails(self, hidden: Sequence[SplitMessage]) -> Iterator[SplitMessage | Failure]:
-        """Run the tail of all clients in one pass."""
+        """Run the tails of all clients."""
         assert self._tail is not None
         assert self._head is not None
+        tail, head, smoothing = self._tail, self._head, self._plan.training.label_smoothing
         step, micro_batch = hidden[0].step, hidden[0].micro_batch
-        clients = [message.client for message in hidden]
-        batch, counts = self._batch({c: self._plan.rows(c, step, micro_batch).tolist() for c in clients})
-        whole = {client: self._num_loss_tokens(client, step) for client in clients}
-        targets = [self._targets_in(client, step, micro_batch) for client in clients]
-        weights = torch.tensor([1.0 / max(1, whole[client]) for client in clients], dtype=torch.float64)
-        weights_S = weights.repeat_interleave(torch.tensor(targets)).to(self._device)
-        self._route(counts, batch, step, micro_batch)
-        received_TD = torch.cat([message.matrix.decode(self._dtype).to(self._device) for message in hidden])
-        smoothing = self._plan.training.label_smoothing
-        grad_TD, nats_S = tail_step(self._tail, self._head, received_TD, batch, weights_S, label_smoothing=smoothing)
-        sums = [float(nats.sum()) for nats in torch.split(nats_S.cpu().double(), targets)]
-        for client, part_TD, nats in zip(clients, torch.split(grad_TD, list(counts.values())), sums, strict=True):
-            matrix = self._encode_gradient(client, part_TD)
-            yield SplitMessage("tail gradients", client, step, micro_batch, matrix, whole[client], nats)
+        received = {message.client: message.matrix.decode(self._dtype).to(self._device) for message in hidden}
+        rows = {client: self._plan.rows(client, step, micro_batch).tolist() for client in received}
+        whole = {client: self._num_loss_tokens(client, step) for client in received}
+        pieces, turns = self._spread.pieces(self._lengths(rows)), Turns()
+
+        def run(number: int) -> tuple[Tensor, Tensor, list[int]]:
+            piece, turn = pieces[number], Turn(turns, number)
+            own_TD = torch.cat([received[client][tokens] for client, tokens in piece.tokens.items()])
+            targets = [_count_targets(self._rows[c], rows[c][samples]) for c, samples in piece.samples.items()]
+            weights = torch.tensor([1.0 / max(1, whole[client]) for client in piece.samples], dtype=torch.float64)
+            weights_S = weights.repeat_interleave(torch.tensor(targets)).to(self._device)
+            with turn.ending():
+                batch = self._routed(piece, rows, step, micro_batch, turn)
+                return *tail_step(tail, head, own_TD, batch, weights_S, label_smoothing=smoothing), targets
+
+        gradients, nats = list[tuple[int, Tensor]](), dict.fromkeys(received, 0.0)
+        for piece, (grad_TD, nats_S, targets) in zip(pieces, self._spread.run(run, range(len(pieces))), strict=True):
+            gradients += [(client, grad_TD[own]) for client, own in piece.rows.items()]
+            for client, own_S in zip(piece.samples, torch.split(nats_S.cpu().double(), targets), strict=True):
+                nats[client] += float(own_S.sum())
+        for client, own_TD in joined(gradients).items():
+            matrix = self._encode_gradient(client, own_TD)
+            yield SplitMessage("tail gradients", client, step, micro_batch, matrix, whole[client], nats[client])
 
     def gradients(self, messages: Sequence[SplitMessage]) -> None:
         """Run backward through the bottoms; a client without a message that fits gets a gradient of zero."""
@@ -162,13 +159,18 @@ class LocalSplitClients:
         graphs = self._graphs.pop((messages[0].step, messages[0].micro_batch), [])
         received, refused = fitting(messages, self._expected(messages, graphs))
         self._refused |= refused
-        for graph in graphs:
+        decoded = {client: message.matrix.decode(self._dtype).to(self._device) for client, message in received.items()}
+
+        def run(graph: _Graph) -> None:
             grad_TD = torch.zeros_like(graph.hidden_TD)
-            for client, rows in graph.rows.items():
-                if client in received:
-                    grad_TD[rows] = received[client].matrix.decode(self._dtype).to(self._device)
-            if graph.hidden_TD.requires_grad:
-                graph.hidden_TD.backward(grad_TD)  # type: ignore[no-untyped-call]
+            for client, rows in graph.piece.rows.items():
+                if client in decoded:
+                    grad_TD[rows] = decoded[client][graph.piece.tokens[client]]
+            with graph.turn.ending():
+                if graph.hidden_TD.requires_grad:
+                    graph.hidden_TD.backward(grad_TD)  # type: ignore[no-untyped-call]
+
+        self._spread.run(run, graphs)
 
     def finish(self, step: int, clients: Sequence[int]) -> Iterator[Failure]:
         """Step every client once."""
@@ -213,7 +215,8 @@ class LocalSplitClients:
         """Return the gradients that fit the activations which wait for them, by client."""
         step, micro_batch, plan = messages[0].step, messages[0].micro_batch, self._plan
         width, dtype = self._lora.model.config.hidden_size, plan.gradient_wire_dtype  # type: ignore[union-attr]
-        tokens = {client: rows.stop - rows.start for graph in graphs for client, rows in graph.rows.items()}
+        # A client's last piece ends where all of its tokens do.
+        tokens = {client: own.stop for graph in graphs for client, own in graph.piece.tokens.items()}
         return {c: Expected("gradients", c, step, micro_batch, width, dtype, count) for c, count in tokens.items()}  # type: ignore[arg-type]
 
     def _own(self, client: int) -> list[Segment]:
@@ -236,40 +239,41 @@ class LocalSplitClients:
         return without(carried, drawn)
 
     def _update(self, broadcast: Broadcast, segment: Segment, adapter: Adapter) -> Update:
-        tally = self._tallies[broadcast.client]
         return Update(
             round=broadcast.round,
             client=broadcast.client,
             adapter=Adapter({module: adapter[module] for module in segment.shapes}),
-            stats=TrainingStats(
-                num_rows=len(self._rows[broadcast.client]),
-                num_tokens=tally.tokens,
-                num_loss_tokens=tally.loss_tokens,
-                num_steps=tally.steps,
-                seconds=time.perf_counter() - tally.begun,
-            ),
+            stats=self._tallies[broadcast.client].stats(len(self._rows[broadcast.client])),
             held=broadcast.news.version,
         )
 
-    def _run_bottom(
-        self, cut_layer: int, rows: Mapping[int, Sequence[int]], step: int, micro_batch: int
-    ) -> list[SplitMessage]:
-        if self._plan.is_frozen:
-            return [self._frozen(cut_layer, client, own, step, micro_batch) for client, own in rows.items()]
-        batch, counts = self._batch(rows)
-        self._route(counts, batch, step, micro_batch)
-        hidden_TD = run_bottom(self._bottoms[cut_layer], batch)
-        spans = _spans(counts)
-        self._graphs.setdefault((step, micro_batch), []).append(_Graph(hidden_TD, spans))
-        return [self._message(c, step, micro_batch, hidden_TD.detach()[spans[c]], rows[c]) for c in counts]
+    def _run_bottoms(self, rows: Mapping[int, Sequence[int]], step: int, micro_batch: int) -> dict[int, Tensor]:
+        """Run bottoms that train, and keep their graphs; return each client's activations (T, D)."""
+        by_cut: dict[int, dict[int, list[int]]] = {}
+        for client, lengths in self._lengths(rows).items():
+            by_cut.setdefault(self._plan.cut_layers[client], {})[client] = lengths
+        cut_pieces = [(cut, piece) for cut in sorted(by_cut) for piece in self._spread.pieces(by_cut[cut])]
+        turns = Turns()
 
-    def _frozen(self, cut_layer: int, client: int, rows: Sequence[int], step: int, micro_batch: int) -> SplitMessage:
-        """Run a frozen bottom row by row: a row's activations then do not depend on its company, bit for bit."""
-        self._lora.route_all(None)
-        batches = [pack([self._rows[client].row(row)], self._device) for row in rows]
-        with torch.no_grad():
-            hidden_TD = torch.cat([run_bottom(self._bottoms[cut_layer], batch) for batch in batches])
-        return self._message(client, step, micro_batch, hidden_TD, rows)
+        def run(number: int) -> _Graph:
+            (cut_layer, piece), turn = cut_pieces[number], Turn(turns, number)
+            batch = self._routed(piece, rows, step, micro_batch, turn)
+            return _Graph(run_bottom(self._bottoms[cut_layer], batch), piece, turn)
+
+        self._graphs[step, micro_batch] = graphs = self._spread.run(run, range(len(cut_pieces)))
+        return joined((c, graph.hidden_TD.detach()[own]) for graph in graphs for c, own in graph.piece.rows.items())
+
+    def _run_frozen(self, rows: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Run frozen bottoms row by row: a row's activations then do not depend on its company, bit for bit."""
+
+        def run(one: tuple[int, int]) -> tuple[int, Tensor]:
+            client, row = one
+            bottom = self._bottoms[self._plan.cut_layers[client]]
+            self._lora.route_all(None)
+            with torch.no_grad():
+                return client, run_bottom(bottom, pack([self._rows[client].row(row)], self._device))
+
+        return joined(self._spread.run(run, [(client, row) for client, own in rows.items() for row in own]))
 
     def _message(
         self, client: int, step: int, micro_batch: int, hidden_TD: Tensor, rows: Sequence[int]
@@ -288,31 +292,35 @@ class LocalSplitClients:
             targets_S=batch.targets_S.int() if labels else None,
         )
 
-    def _batch(self, rows: Mapping[int, Sequence[int]]) -> tuple[PackedBatch, dict[int, int]]:
-        """Pack several clients' rows; also return each client's tokens."""
-        lengths = {client: int(self._rows[client].lengths[list(own)].sum()) for client, own in rows.items()}
-        return pack([self._rows[c].row(row) for c, own in rows.items() for row in own], self._device), lengths
+    def _lengths(self, rows: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        return {client: self._rows[client].lengths[list(own)].tolist() for client, own in rows.items()}
 
-    def _route(self, counts: Mapping[int, int], batch: PackedBatch, step: int, micro_batch: int) -> None:
+    def _routed(
+        self, piece: Piece, rows: Mapping[int, Sequence[int]], step: int, micro_batch: int, turn: Turn
+    ) -> PackedBatch:
+        """Pack a piece of clients' rows, and send this thread's next pass to their slots."""
+        own = [
+            self._rows[client].row(row) for client, samples in piece.samples.items() for row in rows[client][samples]
+        ]
+        batch = pack(own, self._device)
         if self._plan.is_frozen:
             self._lora.route_all(None)
-            return
-        keys = [self._plan.row_keys(self._round, client, step, micro_batch) for client in counts]
+            return batch
+        keys = [self._plan.row_keys(self._round, c, step, micro_batch)[samples] for c, samples in piece.samples.items()]
         dropout = dropout_of(self._plan.training.dropout, keys, batch.lengths, self._device)
-        self._lora.route([(self._slot_of[client], tokens) for client, tokens in counts.items()], dropout, batch.lengths)
+        segments = [(self._slot_of[client], own.stop - own.start) for client, own in piece.tokens.items()]
+        self._lora.route(segments, dropout, batch.lengths, turn=turn)
+        return batch
 
     def _num_loss_tokens(self, client: int, step: int) -> int:
         return _count_targets(self._rows[client], self._plan.all_rows(client, step))
-
-    def _targets_in(self, client: int, step: int, micro_batch: int) -> int:
-        return _count_targets(self._rows[client], self._plan.rows(client, step, micro_batch))
 
     def _encode_gradient(self, client: int, grad_TD: Tensor) -> Encoded:
         if self._plan.error_feedback == "on":
             return self._feedback.encode(client, grad_TD, self._plan.gradient_wire_dtype)
         return encode(grad_TD, self._plan.gradient_wire_dtype)
 
-    def _book_rows(self, tally: _Tally, client: int, step: int) -> None:
+    def _book_rows(self, tally: Tally, client: int, step: int) -> None:
         tally.tokens += int(self._rows[client].lengths[self._plan.all_rows(client, step)].sum())
         tally.loss_tokens += self._num_loss_tokens(client, step)
 
@@ -323,10 +331,5 @@ def start_of(broadcast: Broadcast, segment: Segment, seed: int) -> Adapter:
     return start.adapter(segment.shapes, broadcast.rank, seed) if isinstance(start, Draw) else start
 
 
-def _count_targets(rows: TokenSet, chosen: NDArray[np.int64]) -> int:
+def _count_targets(rows: TokenSet, chosen: Sequence[int] | NDArray[np.int64]) -> int:
     return sum(num_targets(rows.row(int(row))[1]) for row in chosen)
-
-
-def _spans(counts: Mapping[int, int]) -> dict[int, slice]:
-    ends = np.cumsum(list(counts.values()))
-    return {client: slice(int(end - n), int(end)) for (client, n), end in zip(counts.items(), ends, strict=True)}

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
+from fedloom.lora.turns import Turn, Turns
 from fedloom.models.causal import context_of
 from fedloom.models.cut import num_blocks
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
 from fedloom.split.party import MakeOptimiser, Party, without
+from fedloom.split.pieces import Spread, joined
 from fedloom.split.plan import SplitPlan, block_of
 from fedloom.split.split_step import (
     Arrival,
@@ -25,11 +30,21 @@ from fedloom.split.split_step import (
     backward_from_labels,
     backward_from_tails,
     in_order_of_joining,
+    labels_between,
 )
 from fedloom.training.output_head import OutputHead
 
 _ENDLESS = 1 << 20
 """Tokens of a row where neither the plan nor the base states a limit."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Pass:
+    """A piece of the step that has gone forward, and its turn to go back."""
+
+    done: ServerPass
+    tokens: dict[int, slice]
+    turn: Turn
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +76,8 @@ class SplitServer:
         self._cache: dict[int, dict[int, CachedRow]] = {}
         self._party: Party | None = None
         self._round = 0
-        self._done: ServerPass | None = None
+        self._spread = Spread.of(lora, plan.training.cores)
+        self._passes: list[_Pass] = []
 
     def begin(
         self, start: Adapter, side: Adapter, round: int, state: Mapping[str, Tensor], drawn: Collection[str]
@@ -99,7 +115,8 @@ class SplitServer:
         for row, start, end in zip(rows, starts[:-1], starts[1:], strict=True):
             scales_T = message.matrix.scales_T
             matrix = Encoded(message.matrix.values_TD[start:end], None if scales_T is None else scales_T[start:end])
-            cached[row] = CachedRow(matrix, *_labels_between(message, int(start), int(end)))
+            labels = labels_between(message.target_index_S, message.targets_S, slice(int(start), int(end)))
+            cached[row] = CachedRow(matrix, *labels)
 
     def recall(self, client: int, rows: Sequence[int], step_rows: Sequence[int]) -> Arrival:
         """Return rows of a frozen client from the cache, in the order of the batch; its step has ``step_rows``."""
@@ -138,37 +155,70 @@ class SplitServer:
 
     def forward(self, arrivals: Sequence[Arrival], step: int, micro_batch: int) -> None:
         """Run the server's blocks on all arrivals of a micro-batch."""
-        ordered = in_order_of_joining(arrivals)
-        keys = [self._plan.row_keys(self._round, arrival.client, step, micro_batch) for arrival in ordered]
-        lengths = [length for arrival in ordered for length in arrival.lengths]
-        self._lora.route_all(self._slot, dropout_of(self._plan.training.dropout, keys, lengths, self._device))
-        self._done = self._half.forward(ordered, wants_gradients=not self._plan.is_frozen)
+        of_client, turns = {arrival.client: arrival for arrival in in_order_of_joining(arrivals)}, Turns()
+        keys = {client: self._plan.row_keys(self._round, client, step, micro_batch) for client in of_client}
+        pieces = self._spread.pieces({client: arrival.lengths for client, arrival in of_client.items()})
+
+        def run(number: int) -> _Pass:
+            piece, turn = pieces[number], Turn(turns, number)
+            own = [of_client[client].part(samples, piece.tokens[client]) for client, samples in piece.samples.items()]
+            own_keys = np.concatenate([keys[client][samples] for client, samples in piece.samples.items()])
+            route = partial(self._route, own_keys, turn)
+            done = self._half.forward(own, wants_gradients=not self._plan.is_frozen, route=route)
+            return _Pass(done, piece.tokens, turn)
+
+        self._passes = self._spread.run(run, range(len(pieces)))
+
+    def _route(self, keys_N: NDArray[np.uint64], turn: Turn, lengths: Sequence[int]) -> None:
+        """Send the samples that have joined, the first ones, to the server's slot."""
+        dropout = dropout_of(self._plan.training.dropout, [keys_N[: len(lengths)]], lengths, self._device)
+        self._lora.route([(self._slot, sum(lengths))], dropout, lengths, turn=turn)
 
     def weigh(self, num_loss_tokens: Mapping[int, int]) -> None:
         """Set every client's share of the step: its supervised tokens among those of all."""
-        assert self._done is not None
         total = max(1, sum(num_loss_tokens.values()))
-        arrivals = [replace(a, weight=num_loss_tokens.get(a.client, 0) / total) for a in self._done.arrivals]
-        self._done = replace(self._done, arrivals=arrivals)
+
+        def weighed(done: ServerPass) -> ServerPass:
+            arrivals = [replace(a, weight=num_loss_tokens.get(a.client, 0) / total) for a in done.arrivals]
+            return replace(done, arrivals=arrivals)
+
+        self._passes = [replace(one, done=weighed(one.done)) for one in self._passes]
 
     def learn(self) -> dict[int, float]:
         """Run backward from the labels; return each client's sum of nats."""
-        assert self._done is not None
-        assert self._head is not None
-        return backward_from_labels(self._done, self._head, label_smoothing=self._plan.training.label_smoothing)
+        head, smoothing = self._head, self._plan.training.label_smoothing
+        assert head is not None
+
+        def run(one: _Pass) -> dict[int, float]:
+            with one.turn.ending():
+                return backward_from_labels(one.done, head, label_smoothing=smoothing)
+
+        nats = Counter[int]()
+        for found in self._spread.run(run, self._passes):
+            nats.update(found)
+        return dict(nats)
 
     def hidden(self, step: int, micro_batch: int) -> list[SplitMessage]:
         """Return what the clients' tails need (U-shape)."""
-        assert self._done is not None
+        whole = joined(
+            (a.client, one.done.hidden_of(i)) for one in self._passes for i, a in enumerate(one.done.arrivals)
+        )
         return [
-            SplitMessage("hidden", a.client, step, micro_batch, encode(self._done.hidden_of(i), self._plan.wire_dtype))
-            for i, a in enumerate(self._done.arrivals)
+            SplitMessage("hidden", client, step, micro_batch, encode(hidden_TD, self._plan.wire_dtype))
+            for client, hidden_TD in whole.items()
         ]
 
     def learn_from(self, tails: Sequence[SplitMessage]) -> None:
         """Run backward from the tails' gradients (U-shape)."""
-        assert self._done is not None
-        backward_from_tails(self._done, {m.client: m.matrix.decode(self._dtype).to(self._device) for m in tails})
+        gradients = {message.client: message.matrix.decode(self._dtype).to(self._device) for message in tails}
+
+        def run(one: _Pass) -> None:
+            with one.turn.ending():
+                backward_from_tails(
+                    one.done, {c: gradients[c][tokens] for c, tokens in one.tokens.items() if c in gradients}
+                )
+
+        self._spread.run(run, self._passes)
 
     def step(self, num_loss_tokens: Mapping[int, int]) -> None:
         """Take the server's step.
@@ -190,9 +240,8 @@ class SplitServer:
 
     def gradients(self, step: int, micro_batch: int, nats: Mapping[int, float]) -> list[SplitMessage]:
         """Return the gradients of the clients' activations, none to frozen clients, and forget the pass."""
-        assert self._done is not None
-        found = {} if self._plan.is_frozen else self._done.gradients()
-        self._done = None
+        passes, self._passes = self._passes, []
+        found = {} if self._plan.is_frozen else joined(own for one in passes for own in one.done.gradients().items())
         return [
             SplitMessage("gradients", client, step, micro_batch, self._encode(client, grad_TD), loss_nats=nats[client])
             for client, grad_TD in found.items()
@@ -203,10 +252,3 @@ class SplitServer:
         if self._plan.error_feedback == "on":
             return self.feedback.encode(client, grad_TD, self._plan.gradient_wire_dtype)
         return encode(grad_TD, self._plan.gradient_wire_dtype)
-
-
-def _labels_between(message: SplitMessage, start: int, end: int) -> tuple[Tensor | None, Tensor | None]:
-    if message.target_index_S is None or message.targets_S is None:
-        return None, None
-    inside = (message.target_index_S >= start) & (message.target_index_S < end)
-    return message.target_index_S[inside] - start, message.targets_S[inside]

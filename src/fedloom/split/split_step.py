@@ -17,8 +17,8 @@ neither crosses, and no keys or values do.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -85,6 +85,27 @@ class Arrival:
     target_index_S: Tensor | None = None
     targets_S: Tensor | None = None
 
+    def part(self, samples: slice, tokens: slice) -> Arrival:
+        """Return some consecutive samples, which are these tokens; the whole step's numbers stay."""
+        labels = labels_between(self.target_index_S, self.targets_S, tokens)
+        return replace(
+            self,
+            hidden_TD=self.hidden_TD[tokens],
+            lengths=self.lengths[samples],
+            target_index_S=labels[0],
+            targets_S=labels[1],
+        )
+
+
+def labels_between(
+    target_index_S: Tensor | None, targets_S: Tensor | None, tokens: slice
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the targets of some tokens, and their places from the first of these on; None where none are told."""
+    if target_index_S is None or targets_S is None:
+        return None, None
+    inside = (target_index_S >= tokens.start) & (target_index_S < tokens.stop)
+    return target_index_S[inside] - tokens.start, targets_S[inside]
+
 
 @dataclass(frozen=True, eq=False)
 class ServerPass:
@@ -123,8 +144,17 @@ class ServerHalf:
         last = top_of(model, edges[-1]) if stop is None else part_of(model, edges[-1], stop)
         self.stages.append((edges[-1], last))
 
-    def forward(self, arrivals: Sequence[Arrival], *, wants_gradients: bool) -> ServerPass:
-        """Run all arrivals, each from its own cut, in one packed pass."""
+    def forward(
+        self,
+        arrivals: Sequence[Arrival],
+        *,
+        wants_gradients: bool,
+        route: Callable[[Sequence[int]], None] = lambda lengths: None,
+    ) -> ServerPass:
+        """Run all arrivals, each from its own cut, in one packed pass.
+
+        ``route`` is told the samples' lengths before every stage: those that have joined by then.
+        """
         ordered = in_order_of_joining(arrivals)
         leaves = [arrival.hidden_TD.detach().requires_grad_(wants_gradients) for arrival in ordered]
         present: list[Tensor] = []
@@ -136,12 +166,16 @@ class ServerHalf:
             if present:
                 hidden_TD = torch.cat(present) if len(present) > 1 else present[0]
                 samples = layout(lengths, hidden_TD.device)
+                route(lengths)
                 present = [run_part(part, hidden_TD, positions(lengths, hidden_TD.device), samples)]
         return ServerPass(ordered, leaves, _consecutive([len(leaf) for leaf in leaves]), present[0])
 
 
 def backward_from_labels(done: ServerPass, head: OutputHead, *, label_smoothing: float = 0.0) -> dict[int, float]:
-    """Compute ``Σ_k w_k ℓ_k`` from the labels the server has, run backward, and return each client's sum of nats."""
+    """Compute ``Σ_k w_k ℓ_k`` from the labels the server has, run backward, and return each client's sum of nats.
+
+    Of a pass without a target nothing is learnt.
+    """
     indices, targets, weights, counts = [], [], [], []
     for arrival, rows in zip(done.arrivals, done.rows, strict=True):
         assert arrival.target_index_S is not None
@@ -150,6 +184,8 @@ def backward_from_labels(done: ServerPass, head: OutputHead, *, label_smoothing:
         targets.append(arrival.targets_S.long())
         counts.append(len(arrival.targets_S))
         weights.append(arrival.weight / max(1, arrival.num_loss_tokens))
+    if not sum(counts):
+        return {arrival.client: 0.0 for arrival in done.arrivals}
     device = done.hidden_TD.device
     weights_S = torch.tensor(weights, dtype=torch.float64).repeat_interleave(torch.tensor(counts))
     hidden_SD = done.hidden_TD.index_select(0, torch.cat(indices).to(device))

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +132,9 @@ def _similar(lengths: Sequence[int]) -> list[list[int]]:
 
 
 _LOCK = threading.Lock()
-_UNDER_WAY: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
-"""By model how many packed forwards are under way, and how it attended before the first."""
+_UNDER_WAY: dict[int, tuple[int, str]] = {}
+"""By a configuration's identity, which the parts of a cut model share: how many packed forwards are under way, and how
+it attended before the first."""
 
 
 @contextmanager
@@ -149,17 +149,17 @@ def packed_attention(model: Any, samples: Layout) -> Iterator[None]:
     AttentionInterface.register(PACKED, attend)
     config = model.config
     with _LOCK:
-        count, before = _UNDER_WAY.get(model, (0, config._attn_implementation))
-        _UNDER_WAY[model] = count + 1, before
+        count, before = _UNDER_WAY.get(id(config), (0, config._attn_implementation))
+        _UNDER_WAY[id(config)] = count + 1, before
         config._attn_implementation = PACKED
     try:
         with rotated_apart(model, samples.lengths):
             yield
     finally:
         with _LOCK:
-            count, before = _UNDER_WAY.pop(model)
+            count, before = _UNDER_WAY.pop(id(config))
             if count > 1:
-                _UNDER_WAY[model] = count - 1, before
+                _UNDER_WAY[id(config)] = count - 1, before
             else:
                 config._attn_implementation = before
 
