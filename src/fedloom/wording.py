@@ -14,6 +14,9 @@ Unit = Literal["", "%", "B", "s"]
 # C0 and C1 but for tab and line end, line separators, what turns the direction of writing, and lone surrogates.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+_NEAR = 0.5
+"""Likeness from which on a name is probably a misspelt one."""
+
 
 def printable(text: str) -> str:
     """Return text that no terminal takes for a command: control characters are spelt out, as in ``\\u001b``.
@@ -56,10 +59,15 @@ class Displayed:
         return f"<pre>{escape(printable(chr(10).join(self.lines())))}</pre>"
 
 
+def nearest(name: str, names: Iterable[str]) -> str | None:
+    """Return the name that was probably meant; None where none is near."""
+    return next(iter(get_close_matches(name, list(names), 1, _NEAR)), None)
+
+
 def meant(name: str, names: Iterable[str]) -> str:
     """Return ``did you mean 'x'? `` of the name that is nearest, nothing where none is near."""
-    near = get_close_matches(name, list(names), n=1)
-    return f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names)
+    return f"did you mean {near!r}? " if near else ""
 
 
 def counted(number: int, noun: str) -> str:

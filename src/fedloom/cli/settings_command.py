@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
 from typing import Annotated
 
 import typer
@@ -12,6 +11,7 @@ from fedloom.cli.output import print_json, print_line
 from fedloom.config.json_schema import json_schema
 from fedloom.config.setting import described
 from fedloom.errors import SettingsError
+from fedloom.wording import nearest
 
 
 def settings(
@@ -34,8 +34,8 @@ def settings(
     chosen = [one for one in every if name is None or one == name or one.startswith(f"{name}.")]
     if not chosen:
         known = [*every, *config.tables()]
-        close = get_close_matches(str(name), known, 1, 0.5)
-        advice = f"try {close[0]}" if close else "run fedloom settings for all"
+        close = nearest(str(name), known)
+        advice = f"try {close}" if close else "run fedloom settings for all"
         raise SettingsError(f"expected a table or a setting, got {name!r}; {advice}")
     for one in chosen:
         print_line(described(one, every[one]))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 
 from fedloom.config.schema import PER_CLIENT, Settings
 from fedloom.config.setting import shown
 from fedloom.errors import SettingsError
 from fedloom.names import name_order
+from fedloom.wording import nearest
 
 _SHOWN = 12
 
@@ -73,8 +73,8 @@ def _problems(settings: Settings, name: str, names: Sequence[str]) -> list[str]:
     missing = [client for client in names if client not in value]
     wanted = f"{name}: expected a value for each client ({_listed(names)})"
     if unknown:
-        close = difflib.get_close_matches(unknown[0], missing, 1, 0.5)
-        action = f"did you mean {close[0]}?" if close else "remove it or correct its name"
+        close = nearest(unknown[0], missing)
+        action = f"did you mean {close}?" if close else "remove it or correct its name"
         return [f"{wanted}, got one for {shown(unknown[0])}, which is not a client; {action}"]
     if missing:
         return [f"{wanted}, got none for {_listed(missing)}; add what is missing"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from fedloom.config.schema import tables
 from fedloom.config.setting import MethodsHaving, Table, choices, expected, shown
 from fedloom.errors import SettingsError
 from fedloom.methods import table as methods
+from fedloom.wording import nearest
 
 NUMBER = re.compile(r"[-+]?[\d.]+(e[-+]?\d+)?")
 KNOWN_ELSEWHERE = {
@@ -108,8 +108,8 @@ def _schema_problem(table: str, key: str, document: Mapping[str, Any], kinds: Ma
 
 
 def _unknown_table(table: str, value: object, kinds: Mapping[str, type[Table]]) -> Problem:
-    close = difflib.get_close_matches(table, list(kinds), 1, 0.5)
-    action = f"did you mean [{close[0]}]?" if close else suggestion(table, kinds)
+    close = nearest(table, kinds)
+    action = f"did you mean [{close}]?" if close else suggestion(table, kinds)
     if not isinstance(value, Mapping):
         action = suggestion(table, kinds)
     return Problem(table, "one of the tables " + ", ".join(kinds), shown(table), action)
@@ -125,9 +125,9 @@ def _remedy(field: FieldInfo, value: object) -> str:
             return (
                 "write a list: [" + ", ".join(item if NUMBER.fullmatch(item) else shown(item) for item in items) + "]"
             )
-        close = difflib.get_close_matches(value, choices(field), 1, 0.5)
+        close = nearest(value, choices(field))
         if close:
-            return f"did you mean {shown([close[0]] if accepts.startswith('a list') else close[0])}?"
+            return f"did you mean {shown([close] if accepts.startswith('a list') else close)}?"
     return "give such a value, or drop the setting for its default"
 
 
@@ -138,6 +138,6 @@ def suggestion(name: str, kinds: Mapping[str, type[Table]] | None = None) -> str
     here = {known.rpartition(".")[2]: known for known in names if known.startswith(f"{table}.")}
     elsewhere = [KNOWN_ELSEWHERE[key]] if KNOWN_ELSEWHERE.get(key) in names else []
     elsewhere += [known for known in names if known.rpartition(".")[2] == key]
-    close = [here[one] for one in difflib.get_close_matches(key, here, 1, 0.6)]
-    meant = elsewhere or close or difflib.get_close_matches(name, names, 1, 0.6)
-    return f"did you mean {meant[0]}?" if meant else "remove it; docs/settings.md lists every setting"
+    close = here.get(nearest(key, here) or "")
+    meant = next(iter(elsewhere), None) or close or nearest(name, names)
+    return f"did you mean {meant}?" if meant else "remove it; docs/settings.md lists every setting"

@@ -13,7 +13,6 @@ Imports no torch. The packages' entry points are looked up when a name is not a 
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from fedloom.methods.method import Method as Method
 from fedloom.methods.options import MethodOptions as MethodOptions
 from fedloom.methods.shipped import SHIPPED
 from fedloom.methods.traits import Kind, Traits
+from fedloom.wording import nearest
 
 GROUP = "fedloom.methods"
 BASELINE = "fedit"
@@ -93,9 +93,9 @@ def remedy(name: str, among: Iterable[str]) -> str:
         return _installed().faults[name]
     among = list(among)
     known = OTHER_NAMES.get(re.sub(r"[^a-z]", "", name.lower()))
-    close = [known] if known in among else difflib.get_close_matches(name, among, 1, 0.6)
-    nearest = f"did you mean {close[0]}?" if close else "name one of them"
-    return nearest if has(name) else f"{nearest} (a method of your own must be registered or installed first)"
+    close = known if known in among else nearest(name, among)
+    advice = f"did you mean {close}?" if close else "name one of them"
+    return advice if has(name) else f"{advice} (a method of your own must be registered or installed first)"
 
 
 def traits_of(name: str) -> Traits:

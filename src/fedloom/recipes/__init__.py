@@ -10,11 +10,11 @@ from __future__ import annotations
 import re
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 
 from fedloom.errors import SettingsError
+from fedloom.wording import nearest
 
 KEYS = ("claim", "command", "machine", "expect", "small", "prints")
 _ENTRY = re.compile(r"# (\w+): (.*)")
@@ -56,8 +56,8 @@ def read(name: str) -> str:
         SettingsError: there is none of that name.
     """
     if name not in names():
-        close = get_close_matches(name, names(), 1, 0.5)
-        action = f"did you mean {close[0]}?" if close else "name one of them, or a file ending in .toml"
+        close = nearest(name, names())
+        action = f"did you mean {close}?" if close else "name one of them, or a file ending in .toml"
         raise SettingsError(
             f"{name}: expected a shipped recipe ({', '.join(names())}) or a file, got neither; {action}"
         )

@@ -11,13 +11,13 @@ import re
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
 from fedloom.errors import EvaluationError, SettingsError
 from fedloom.reporting.collected import collect
 from fedloom.reporting.figures import write_figures
 from fedloom.reporting.paper import write_tables
+from fedloom.wording import nearest
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEYS = ("runs", "reference")
@@ -110,5 +110,5 @@ def _wrong(name: str, table: object) -> list[str]:
 
 
 def _instead(key: str) -> str:
-    close = get_close_matches(key, _KEYS, n=1)
-    return f"did you mean {close[0]}?" if close else "remove it"
+    close = nearest(key, _KEYS)
+    return f"did you mean {close}?" if close else "remove it"

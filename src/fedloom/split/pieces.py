@@ -2,8 +2,6 @@
 
 How samples are cut into pieces does not depend on how many threads there are, and a layer gets the gradients of the
 pieces in their order, so any number of threads gives the same bits.
-
-Letters: T tokens.
 """
 
 from __future__ import annotations
@@ -64,7 +62,7 @@ class Spread:
         ]
 
     def run(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-        """Return what ``work`` returns of each item, in their order; threads have gradients enabled as by default."""
+        """Return what ``work``, in which gradients are enabled, returns of each item, in their order."""
         if self.cores == 1 or len(items) < 2:
             return [work(item) for item in items]
         return list(in_threads(work, items, self.cores))
