@@ -137,7 +137,7 @@ def test_bases_agree_by_hash_or_by_name(
 
 @pytest.mark.parametrize("weights", [[1.0], [1.0, -1.0], [0.0, 0.0], [math.nan, 1.0], [math.inf, 1.0]])
 def test_weights_that_do_not_fit_are_refused(weights: list[float], site: Write, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="change the weights"):
+    with pytest.raises(AdapterError, match="weights: expected one for each"):
         aggregate_adapters([site("a", 1), site("b", 1)], tmp_path / "out", weights=weights)
 
 

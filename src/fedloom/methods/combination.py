@@ -16,7 +16,7 @@ from fedloom.methods import table
 from fedloom.methods.state import ServerState, Update
 from fedloom.methods.strategy import Cohort, Strategy
 from fedloom.training.stats import TrainingStats
-from fedloom.wording import either
+from fedloom.wording import counted, either
 
 
 def aggregate(
@@ -121,8 +121,8 @@ def shares_of(num_adapters: int, weights: Sequence[float] | None) -> list[float]
         total = math.inf
     if not given or len(given) != num_adapters or not 0.0 < total < math.inf or min(given) < 0.0:
         raise AdapterError(
-            "expected at least one adapter, and for each a weight ≥ 0, their sum finite and above 0, "
-            f"got {num_adapters} adapters and weights {given}; change the weights"
+            "weights: expected one for each of at least one adapter, none below 0, their sum finite and above 0, "
+            f"got {given} for {counted(num_adapters, 'adapter')}; change them"
         )
     return [weight / total for weight in given]
 
