@@ -44,7 +44,7 @@ def test_a_file_that_is_not_there_is_told_from_one_that_is_no_toml(tmp_path: Pat
 @pytest.mark.extra("figures")
 def test_a_reference_that_no_run_has_names_its_part(comparison: Path, tmp_path: Path) -> None:
     file = listed(tmp_path, f"[first]\nruns = ['{comparison}']\nreference = 'floar'\n")
-    with pytest.raises(FedloomError, match=r"^first\.reference: expected one of .*, got 'floar'"):
+    with pytest.raises(FedloomError, match=r"^\S+\.toml: first\.reference: expected one of .*, got 'floar'"):
         list(write_paper(read_parts(file), tmp_path / "paper"))
 
 

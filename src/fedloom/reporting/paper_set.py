@@ -26,11 +26,12 @@ TABLES = {"latex": "table.tex", "markdown": "table.md", "csv": "runs.csv"}
 
 @dataclass(frozen=True)
 class Part:
-    """One comparison of a paper: its name, which becomes a folder, its runs, and the reference."""
+    """One comparison of a paper: its name, which becomes a folder, its runs, the reference, and the file it is from."""
 
     name: str
     runs: tuple[Path, ...]
-    reference: str | None = None
+    reference: str | None
+    file: Path
 
 
 def read_parts(file: Path) -> list[Part]:
@@ -58,7 +59,7 @@ def read_parts(file: Path) -> list[Part]:
         problems += [f"{file}: {problem}" for problem in found]
         if not found:
             runs = tuple(file.parent / run for run in table["runs"])
-            parts.append(Part(name, runs, table.get("reference")))
+            parts.append(Part(name, runs, table.get("reference"), file))
     if problems:
         raise SettingsError("\n".join(problems))
     return parts
@@ -78,7 +79,7 @@ def write_paper(parts: list[Part], to: Path) -> Iterator[Path]:
         try:
             told[part.name] = collect(list(part.runs), part.reference)
         except EvaluationError as error:
-            raise EvaluationError(f"{part.name}.{error}") from error
+            raise EvaluationError(f"{part.file}: {part.name}.{error}") from error
     for name, one in told.items():
         folder = to / name
         files = {kind: folder / file for kind, file in TABLES.items()}
