@@ -19,6 +19,9 @@ from fedloom.config import checks
 from fedloom.errors import SettingsError
 
 NAMES = recipes.names()
+OF_ROUNDING = 0.2
+"""Share by which a small run's loss differs on another processor: its steps amplify rounding. The default ended at
+0.362 and 0.330 nats before and after one change of rounding on an Intel Xeon, and at 0.377 on an AMD EPYC."""
 OFTEN = ("default", "demo", "flora-hetero-dolly")
 """The small forms that run with every slow test; FEDLOOM_SMALL_RUNS=1 runs all, five minutes more of CPU."""
 
@@ -95,7 +98,7 @@ def test_a_small_run_ends_with_what_its_header_says(name: str, tmp_path: Path) -
     command = [sys.executable, "-m", *shlex.split(recipe.small)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stderr
-    assert not missing([recipe.prints], done.stdout.splitlines()), done.stdout
+    assert not missing([recipe.prints], done.stdout.splitlines(), OF_ROUNDING), done.stdout
 
 
 def adapter_bytes(layers: int, shapes: list[tuple[int, int]], rank: int) -> int:
