@@ -50,7 +50,7 @@ def shown_beside(block: str) -> Iterator[tuple[str, list[str]]]:
         yield command, below
 
 
-def is_like(shown: str, printed: str, tolerance: float = TOLERANCE) -> bool:
+def is_like(shown: str, printed: str) -> bool:
     """Tell whether a printed line has the words of the one that is shown, and nearly its numbers."""
     if shown.endswith(" …"):
         begun = shown.split()[:-1]
@@ -58,14 +58,14 @@ def is_like(shown: str, printed: str, tolerance: float = TOLERANCE) -> bool:
     if [part.split() for part in _NUMBER.split(shown)] != [part.split() for part in _NUMBER.split(printed)]:
         return False
     pairs = zip(_NUMBER.findall(shown), _NUMBER.findall(printed), strict=True)
-    return all(_is_near(one, other, tolerance) for one, other in pairs)
+    return all(_is_near(one, other) for one, other in pairs)
 
 
-def missing(shown: Sequence[str], printed: Sequence[str], tolerance: float = TOLERANCE) -> list[str]:
-    """Return the shown lines that are not printed in that order, their numbers within this share."""
+def missing(shown: Sequence[str], printed: Sequence[str]) -> list[str]:
+    """Return the shown lines that are not printed in that order."""
     rest, absent = list(printed), []
     for line in shown:
-        place = next((i for i, other in enumerate(rest) if is_like(line, other, tolerance)), None)
+        place = next((i for i, other in enumerate(rest) if is_like(line, other)), None)
         if place is None:
             absent.append(line)
         else:
@@ -73,12 +73,12 @@ def missing(shown: Sequence[str], printed: Sequence[str], tolerance: float = TOL
     return absent
 
 
-def _is_near(shown: str, printed: str, tolerance: float) -> bool:
+def _is_near(shown: str, printed: str) -> bool:
     one, other = _value(shown), _value(printed)
     if one.is_integer() and other.is_integer() and min(one, other) >= _MANY and abs(one - other) <= 1:
         return True
     last = 0.1 if all(re.fullmatch(r"[1-9]\.\d", number) for number in (shown, printed)) else 0.01
-    return math.isclose(one, other, rel_tol=tolerance, abs_tol=1.01 * last)
+    return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=1.01 * last)
 
 
 def _value(number: str) -> float:

@@ -11,7 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from shown_output import missing
+from shown_output import is_like
 
 from fedloom import config, recipes
 from fedloom.cli.experiments import load_settings
@@ -83,9 +83,15 @@ def test_the_small_run_is_what_run_takes_in_an_empty_folder(
 @pytest.mark.parametrize("name", NAMES)
 def test_a_small_run_teaches_something(name: str) -> None:
     """A reader should see that it worked: the loss of the header's last line is below the base's."""
-    numbers = re.match(r"held-out loss ([\d.]+) nats per token \(base ([\d.]+)\)", recipes.describe(name).prints)
+    loss, base = losses_in(recipes.describe(name).prints)
+    assert loss < 0.6 * base
+
+
+def losses_in(line: str) -> tuple[float, float]:
+    """Return the loss and the base's that a run's line states."""
+    numbers = re.match(r"held-out loss ([\d.]+) nats per token \(base ([\d.]+)\)", line)
     assert numbers is not None
-    assert float(numbers[1]) < 0.6 * float(numbers[2])
+    return float(numbers[1]), float(numbers[2])
 
 
 @pytest.mark.slow
@@ -98,7 +104,13 @@ def test_a_small_run_ends_with_what_its_header_says(name: str, tmp_path: Path) -
     command = [sys.executable, "-m", *shlex.split(recipe.small)]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=1800)
     assert done.returncode == 0, done.stderr
-    assert not missing([recipe.prints], done.stdout.splitlines(), OF_ROUNDING), done.stdout
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("held-out loss"))
+    loss, base = losses_in(printed)
+    stated, _ = losses_in(recipe.prints)
+    assert loss == pytest.approx(stated, rel=OF_ROUNDING)
+    assert loss < 0.6 * base
+    # All else on the line, the base's loss and the counts, as on a page.
+    assert is_like(recipe.prints.partition("(")[2], printed.partition("(")[2]), done.stdout
 
 
 def adapter_bytes(layers: int, shapes: list[tuple[int, int]], rank: int) -> int:
