@@ -20,7 +20,7 @@ from fedloom.lora.dropout import dropout_of
 from fedloom.lora.initial import Draw
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter, Pair
-from fedloom.lora.turns import Turn, Turns
+from fedloom.lora.turns import Turn
 from fedloom.methods.state import Broadcast, Failure, Update
 from fedloom.models.cut import num_blocks, part_of, top_of
 from fedloom.split.client_record import Tally
@@ -131,10 +131,9 @@ class LocalSplitClients:
         received = {message.client: message.matrix.decode(self._dtype).to(self._device) for message in hidden}
         rows = {client: self._plan.rows(client, step, micro_batch).tolist() for client in received}
         whole = {client: self._num_loss_tokens(client, step) for client in received}
-        pieces, turns = self._spread.pieces(self._lengths(rows)), Turns()
+        pieces = self._spread.pieces(self._lengths(rows))
 
-        def run(number: int) -> tuple[Tensor, Tensor, list[int]]:
-            piece, turn = pieces[number], Turn(turns, number)
+        def run(piece: Piece, turn: Turn) -> tuple[Tensor, Tensor, list[int]]:
             own_TD = torch.cat([received[client][tokens] for client, tokens in piece.tokens.items()])
             targets = [_count_targets(self._rows[c], rows[c][samples]) for c, samples in piece.samples.items()]
             weights = torch.tensor([1.0 / max(1, whole[client]) for client in piece.samples], dtype=torch.float64)
@@ -144,7 +143,7 @@ class LocalSplitClients:
                 return *tail_step(tail, head, own_TD, batch, weights_S, label_smoothing=smoothing), targets
 
         gradients, nats = list[tuple[int, Tensor]](), dict.fromkeys(received, 0.0)
-        for piece, (grad_TD, nats_S, targets) in zip(pieces, self._spread.run(run, range(len(pieces))), strict=True):
+        for piece, (grad_TD, nats_S, targets) in zip(pieces, self._spread.begin(run, pieces), strict=True):
             gradients += [(client, grad_TD[own]) for client, own in piece.rows.items()]
             for client, own_S in zip(piece.samples, torch.split(nats_S.cpu().double(), targets), strict=True):
                 nats[client] += float(own_S.sum())
@@ -253,14 +252,13 @@ class LocalSplitClients:
         for client, lengths in self._lengths(rows).items():
             by_cut.setdefault(self._plan.cut_layers[client], {})[client] = lengths
         cut_pieces = [(cut, piece) for cut in sorted(by_cut) for piece in self._spread.pieces(by_cut[cut])]
-        turns = Turns()
 
-        def run(number: int) -> _Graph:
-            (cut_layer, piece), turn = cut_pieces[number], Turn(turns, number)
+        def run(cut_piece: tuple[int, Piece], turn: Turn) -> _Graph:
+            cut_layer, piece = cut_piece
             batch = self._routed(piece, rows, step, micro_batch, turn)
             return _Graph(run_bottom(self._bottoms[cut_layer], batch), piece, turn)
 
-        self._graphs[step, micro_batch] = graphs = self._spread.run(run, range(len(cut_pieces)))
+        self._graphs[step, micro_batch] = graphs = self._spread.begin(run, cut_pieces)
         return joined((c, graph.hidden_TD.detach()[own]) for graph in graphs for c, own in graph.piece.rows.items())
 
     def _run_frozen(self, rows: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:

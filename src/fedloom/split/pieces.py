@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fedloom.lora.layer import LoRAModel
+from fedloom.lora.turns import Turn, Turns
 from fedloom.training.cores import in_threads, spread_passes
 from fedloom.training.packing import split_by_tokens
 
@@ -66,6 +67,11 @@ class Spread:
         if self.cores == 1 or len(items) < 2:
             return [work(item) for item in items]
         return list(in_threads(work, items, self.cores))
+
+    def begin(self, work: Callable[[T, Turn], R], items: Sequence[T]) -> list[R]:
+        """Run ``work`` of each item in its turn, which may end (:meth:`Turn.ending`) in another call than this."""
+        turns = Turns()
+        return self.run(lambda one: work(*one), [(item, Turn(turns, number)) for number, item in enumerate(items)])
 
 
 def joined(parts: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:

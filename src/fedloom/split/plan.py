@@ -40,7 +40,8 @@ class SplitPlan:
         server_rank, server_scale: of the server's.
         num_rows: each client's number of rows, which the server must know to follow its batches; by client where some
             are told later than others.
-        training: batch size, optimiser and schedule; ``steps`` and ``epochs`` are not read, nor is ``total_rounds``.
+        training: batch size, optimiser, schedule and cores; ``steps`` and ``epochs`` are not read, nor is
+            ``total_rounds``.
         server_update: one server step on all clients together, or one per client in turn (the release).
         tail_blocks: last blocks kept by the clients together with head, loss and labels; None: the server has them.
         client_half: whether client-side adapters train; frozen, a row's activations cross once and are cached.

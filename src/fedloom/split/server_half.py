@@ -15,13 +15,13 @@ from torch import Tensor
 from fedloom.lora.dropout import dropout_of
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.lora.turns import Turn, Turns
+from fedloom.lora.turns import Turn
 from fedloom.models.causal import context_of
 from fedloom.models.cut import num_blocks
 from fedloom.split.codecs import Encoded, ErrorFeedback, encode
 from fedloom.split.cut_messages import SplitMessage
 from fedloom.split.party import MakeOptimiser, Party, without
-from fedloom.split.pieces import Spread, joined
+from fedloom.split.pieces import Piece, Spread, joined
 from fedloom.split.plan import SplitPlan, block_of
 from fedloom.split.split_step import (
     Arrival,
@@ -155,19 +155,18 @@ class SplitServer:
 
     def forward(self, arrivals: Sequence[Arrival], step: int, micro_batch: int) -> None:
         """Run the server's blocks on all arrivals of a micro-batch."""
-        of_client, turns = {arrival.client: arrival for arrival in in_order_of_joining(arrivals)}, Turns()
+        of_client = {arrival.client: arrival for arrival in in_order_of_joining(arrivals)}
         keys = {client: self._plan.row_keys(self._round, client, step, micro_batch) for client in of_client}
         pieces = self._spread.pieces({client: arrival.lengths for client, arrival in of_client.items()})
 
-        def run(number: int) -> _Pass:
-            piece, turn = pieces[number], Turn(turns, number)
+        def run(piece: Piece, turn: Turn) -> _Pass:
             own = [of_client[client].part(samples, piece.tokens[client]) for client, samples in piece.samples.items()]
             own_keys = np.concatenate([keys[client][samples] for client, samples in piece.samples.items()])
             route = partial(self._route, own_keys, turn)
             done = self._half.forward(own, wants_gradients=not self._plan.is_frozen, route=route)
             return _Pass(done, piece.tokens, turn)
 
-        self._passes = self._spread.run(run, range(len(pieces)))
+        self._passes = self._spread.begin(run, pieces)
 
     def _route(self, keys_N: NDArray[np.uint64], turn: Turn, lengths: Sequence[int]) -> None:
         """Send the samples that have joined, the first ones, to the server's slot."""
