@@ -19,27 +19,23 @@ import argparse
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from shapes import SHAPES, load_clients, load_shape
+from shapes import SHAPES, cut_parties, load_clients, load_shape
 
 from fedloom.data.tokens import TokenSet
-from fedloom.federation.server import ServerRules
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.pair import Adapter
-from fedloom.methods.server_steps import PlainStep
-from fedloom.methods.zero_padding import fedit
 from fedloom.models.cut import num_blocks
 from fedloom.models.families import resolve_targets
 from fedloom.models.fused import fuse_operators
-from fedloom.split.local_parties import local_parties
 from fedloom.split.parties import SplitParties
 from fedloom.split.period import Period
-from fedloom.split.plan import SplitPlan
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 from fedloom.training.row_losses import row_losses_of
 
@@ -77,23 +73,6 @@ def split(parties: dict[int, SplitParties], cores: int, round: int) -> list[byte
     ]
 
 
-def cut_parties(lora: LoRAModel, rows: list[TokenSet], batch_size: int, cores: int) -> SplitParties:
-    """Set up a cut model whose steps are spread over so many cores."""
-    plan = SplitPlan(
-        seed=1,
-        num_steps=10**6,
-        aggregate_every=10**6,
-        cut_layers=(max(1, num_blocks(lora.model) // 4),) * len(rows),
-        ranks=(RANK,) * len(rows),
-        scales=(2.0,) * len(rows),
-        server_rank=RANK,
-        server_scale=2.0,
-        num_rows=tuple(len(own) for own in rows),
-        training=LocalTraining(learning_rate=3e-4, batch_size=batch_size, steps=1, max_grad_norm=1.0, cores=cores),
-    )
-    return local_parties(lora, plan, rows, fedit, ServerRules(PlainStep()))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
@@ -113,7 +92,11 @@ def main() -> None:
             "score": partial(score, lora, rows),
         }
         if arguments.work == "split":
-            parties = {n: cut_parties(lora, of_client, arguments.batch_size, n) for n, _ in WAYS.values()}
+            at = max(1, num_blocks(model) // 4)
+            training = LocalTraining(learning_rate=3e-4, batch_size=arguments.batch_size, max_grad_norm=1.0)
+            parties = {
+                n: cut_parties(lora, of_client, at, replace(training, cores=n), rank=RANK) for n, _ in WAYS.values()
+            }
             work["split"] = partial(split, parties)
         ways = {way: WAYS[way] for way in ("one", *arguments.ways)}
         spent: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}

@@ -7,7 +7,7 @@ weights. Rows are Dolly's ten clients by the shape's own tokenizer, those of mor
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import MethodType
@@ -21,8 +21,16 @@ from fedloom.data.records import read_records
 from fedloom.data.sources import load_rows
 from fedloom.data.tokenizer import load_tokenizer
 from fedloom.data.tokens import TokenSet
+from fedloom.federation.server import ServerRules
+from fedloom.lora.layer import LoRAModel
+from fedloom.methods.server_steps import PlainStep
+from fedloom.methods.zero_padding import fedit
 from fedloom.models.fused import TanhGELU, fuse_operators
 from fedloom.models.load import DTYPES, load_base
+from fedloom.split.local_parties import local_parties
+from fedloom.split.parties import SplitParties
+from fedloom.split.plan import SplitPlan
+from fedloom.training.cohort_round import LocalTraining
 
 SHAPES = ("stories3M", "llama", "gpt2")
 LONGEST = 512
@@ -74,6 +82,26 @@ def load_clients(data: Path, tokenizer: Any, num_clients: int = 10, most_rows: i
     files = [folder / f"local_training_{i}.json" for i in range(num_clients)]
     kept: dict[str, Any] = {"max_length": LONGEST, "overlong": "drop", "unanswered": "drop", "at_most": most_rows}
     return [encode(read_records(load_rows(str(f))), tokenizer, **kept).tokens for f in files]
+
+
+def cut_parties(
+    lora: LoRAModel, rows: Sequence[TokenSet], cut_layer: int, training: LocalTraining, *, rank: int, **changes: Any
+) -> SplitParties:
+    """Set up a split run over a model, of as many clients as there are sets of rows, that never aggregates."""
+    count = len(rows)
+    plan: dict[str, Any] = {
+        "seed": 1,
+        "num_steps": 10**6,
+        "aggregate_every": 10**6,
+        "cut_layers": (cut_layer,) * count,
+        "ranks": (rank,) * count,
+        "scales": (2.0,) * count,
+        "server_rank": rank,
+        "server_scale": 2.0,
+        "num_rows": tuple(len(own) for own in rows),
+        "training": training,
+    }
+    return local_parties(lora, SplitPlan(**plan | changes), rows, fedit, ServerRules(PlainStep()))
 
 
 def cpu_seconds(work: Callable[[], object]) -> float:

@@ -29,21 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from shapes import cut_parties
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedloom.data.tokens import TokenSet
-from fedloom.federation.server import ServerRules
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel
-from fedloom.methods.server_steps import PlainStep
-from fedloom.methods.zero_padding import fedit
 from fedloom.models.families import resolve_targets
 from fedloom.split.codecs import encode
 from fedloom.split.cut_messages import SplitMessage
-from fedloom.split.local_parties import local_parties
 from fedloom.split.parties import SplitParties
 from fedloom.split.period import Period
-from fedloom.split.plan import SplitPlan
 from fedloom.training.cohort_round import ClientTask, LocalTraining, train_cohort
 
 RELEASE_TOKENS = 512
@@ -66,21 +62,7 @@ def parties_of(
     folder: Path, rows: Sequence[TokenSet], cut_layer: int, training: LocalTraining, **changes: Any
 ) -> SplitParties:
     """Set up a split run of as many clients as there are sets of rows, on a model of its own."""
-    lora = adapted_model(folder)
-    count = len(rows)
-    plan = SplitPlan(
-        seed=SEED,
-        num_steps=10**6,
-        aggregate_every=10**6,
-        cut_layers=(cut_layer,) * count,
-        ranks=(RANK,) * count,
-        scales=(SCALE,) * count,
-        server_rank=RANK,
-        server_scale=SCALE,
-        num_rows=tuple(len(own) for own in rows),
-        training=training,
-    )
-    return local_parties(lora, replace(plan, **changes), rows, fedit, ServerRules(PlainStep()))
+    return cut_parties(adapted_model(folder), rows, cut_layer, training, rank=RANK, seed=SEED, **changes)
 
 
 def adapted_model(folder: Path) -> LoRAModel:
