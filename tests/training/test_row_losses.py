@@ -16,7 +16,6 @@ from fedloom.lora.layer import LoRAModel, Slot
 from fedloom.lora.pair import Adapter, Pair
 from fedloom.models.families import resolve_targets
 from fedloom.training import cores
-from fedloom.training import row_losses as row_losses_module
 from fedloom.training.row_losses import check_finite, row_losses
 from fedloom.training.verified_head import output_head
 
@@ -65,22 +64,6 @@ def test_any_number_of_cores_gives_the_same_bits(
     lora.route_all(0)
     few, many, usual = (row_losses(lora, rows, token_budget=100, cores=number).sum_nats for number in (1, 4, None))
     assert few.tobytes() == many.tobytes() == usual.tobytes() != base.tobytes()
-
-
-def test_an_interrupt_on_one_core_ends_the_scoring(
-    llama_lora: LoRAModel, rows_of_lengths: Callable[..., TokenSet], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cores, "PART_TOKENS", 20)
-    seen = []
-
-    def broken(*of_pass: Any) -> Any:
-        seen.append(of_pass)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(row_losses_module, "score_pass", broken)
-    with pytest.raises(KeyboardInterrupt):
-        row_losses(llama_lora, rows_of_lengths([15] * 100), token_budget=60, cores=2)
-    assert len(seen) < 50
 
 
 @pytest.mark.parametrize("rank", [1, 20])

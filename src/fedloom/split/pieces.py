@@ -64,8 +64,6 @@ class Spread:
 
     def run(self, work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         """Return what ``work``, in which gradients are enabled, returns of each item, in their order."""
-        if self.cores == 1 or len(items) < 2:
-            return [work(item) for item in items]
         return list(in_threads(work, items, self.cores))
 
     def begin(self, work: Callable[[T, Turn], R], items: Sequence[T]) -> list[R]:

@@ -90,10 +90,6 @@ class Passes:
             ready = [parts[turn] for parts in batches if turn < len(parts) and parts[turn].num_targets]
             groups = self.rows.split([part.lengths for part in ready], self.token_budget)
             passes += [[ready[i] for i in members] for members in groups]
-        if self.cores == 1 or len(passes) == 1:
-            for parts in passes:
-                _tell(parts, *self._run(parts))
-            return
         turns = Turns()
 
         def run(number: int) -> tuple[list[float], list[float]]:
@@ -103,7 +99,7 @@ class Passes:
         for parts, found in zip(passes, in_threads(run, range(len(passes)), self.cores), strict=True):
             _tell(parts, *found)
 
-    def _run(self, parts: Sequence[MicroBatch], turn: Turn | None = None) -> tuple[list[float], list[float]]:
+    def _run(self, parts: Sequence[MicroBatch], turn: Turn) -> tuple[list[float], list[float]]:
         """Run forward and backward over clients' micro-batches; return the nats of each row, and each client's time."""
         begun = time.perf_counter()
         device = self.head.weight_VD.device

@@ -6,8 +6,9 @@ Their number changes no bit of a result, so that it may differ from machine to m
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import torch
@@ -50,16 +51,40 @@ def spread_passes(model: Any, device: str, token_budget: int, cores: int) -> tup
     return token_budget, 1
 
 
-def in_threads(work: Callable[[T], R], items: Iterable[T], cores: int) -> Iterator[R]:
-    """Yield what ``work`` returns of each item, in their order, in so many threads that compute as this one does."""
-    inside = torch.get_num_threads()
+def in_threads(work: Callable[[T], R], items: Sequence[T], cores: int) -> Iterator[R]:
+    """Yield what ``work`` returns of each item, in their order, in so many threads that compute as this one does.
 
-    def begun(item: T) -> R:
+    Items begin in their order. None begins after one has failed, and each that has been taken runs: a pass whose
+    gradients wait for those of an earlier one waits for a pass that ends.
+    """
+    if cores == 1 or len(items) < 2:
+        yield from map(work, items)
+        return
+    inside = torch.get_num_threads()
+    found = [Future[R]() for _ in items]
+    waiting = deque(zip(items, found, strict=True))
+
+    def take() -> None:
         torch.set_num_threads(inside)
-        return work(item)
+        while waiting:
+            try:
+                item, future = waiting.popleft()
+            except IndexError:  # another thread took the last one
+                return
+            try:
+                future.set_result(work(item))
+            except BaseException as error:
+                waiting.clear()
+                future.set_exception(error)
 
     with ThreadPoolExecutor(cores, "fedloom-pass") as threads:
-        yield from threads.map(begun, items)
+        try:
+            for _ in range(min(cores, len(items))):
+                threads.submit(take)
+            for future in found:
+                yield future.result()
+        finally:
+            waiting.clear()
 
 
 def _usable() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,13 @@ def row_losses(model: LoRAModel | Any, rows: TokenSet, *, token_budget: int, cor
     output_head(lm)  # compares the model with itself once, before threads use it
     passes = scoring_passes(lm, rows, token_budget)
     _, at_once = scoring_spread(lm, lm.device.type, token_budget, cores)
-    return joined(len(rows), passes, _scores(model, rows, passes, at_once))
+    routed = model.routed_again() if isinstance(model, LoRAModel) else nullcontext
+
+    def score(members: Sequence[int]) -> PassLosses:
+        with routed():
+            return score_pass(model, rows, members)
+
+    return joined(len(rows), passes, in_threads(score, passes, at_once))
 
 
 def scoring_passes(model: Any, rows: TokenSet, token_budget: int) -> list[list[int]]:
@@ -70,22 +76,6 @@ def scoring_spread(model: Any, device: str, token_budget: int, cores: int | None
     """Return the tokens of a pass that scores, which no number of ``cores`` changes, and how many run at once."""
     own = own_cores(token_budget, torch.get_num_threads()) if cores is None else fitting(cores, token_budget)
     return spread_passes(model, device, token_budget, own)
-
-
-def _scores(
-    model: LoRAModel | Any, rows: TokenSet, passes: Sequence[Sequence[int]], at_once: int
-) -> Iterator[PassLosses]:
-    """Yield what :func:`score_pass` does of each pass, some of them computed at once."""
-    if at_once == 1 or len(passes) == 1:
-        yield from (score_pass(model, rows, members) for members in passes)
-        return
-    routed = model.routed_again() if isinstance(model, LoRAModel) else nullcontext
-
-    def score(members: Sequence[int]) -> PassLosses:
-        with routed():
-            return score_pass(model, rows, members)
-
-    yield from in_threads(score, passes, at_once)
 
 
 def row_losses_of(
