@@ -57,6 +57,21 @@ def test_loss_and_gradient_equal_torchs_cross_entropy(
     assert not nats_S.requires_grad
 
 
+@pytest.mark.parametrize("ruled_out", [slice(0, 4), slice(4, 8), slice(6, 11)])
+def test_tokens_that_a_bias_rules_out_have_no_share(ruled_out: slice, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where they fill a part of the vocabulary too, the first one or another."""
+    monkeypatch.setattr(loss_module, "tile_of", lambda device, vocabulary: Tile(16, 4))
+    bias_V = draw(VOCABULARY, seed=2)
+    bias_V[ruled_out] = -math.inf
+    head, hidden_SD = OutputHead(draw(VOCABULARY, WIDTH, seed=1), bias_V), draw(30, WIDTH, seed=3).requires_grad_()
+    targets_S = torch.tensor([v for v in range(VOCABULARY) if bias_V[v].isfinite()])[torch.arange(30) % 6]
+    ours, nats_S = supervised_cross_entropy(hidden_SD, head, targets_S, torch.ones(30, dtype=torch.float64))
+    theirs = cross_entropy(head.logits(hidden_SD), targets_S, reduction="sum")
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, hidden_SD)[0] for loss in (ours, theirs)))
+    torch.testing.assert_close(target_nats(hidden_SD, head, targets_S), nats_S)
+
+
 @pytest.mark.parametrize(("num_targets", "sizes"), [(0, [0]), (3, [3]), (385, [192, 193]), (1_000, [333, 333, 334])])
 def test_targets_are_cut_into_chunks_of_about_one_size(num_targets: int, sizes: list[int]) -> None:
     chunks = loss_module._chunks(num_targets, tile_of("cpu", 50_257))

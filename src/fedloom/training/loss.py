@@ -112,8 +112,9 @@ def _by_parts(
     Each part has a softmax of its own, whose gradient counts by the part's share of the whole: no logit is needed again
     once its part is done.
     """
-    target_C1, num_rows = targets_C[:, None], len(targets_C)
-    log_total_C1 = of_target_C1 = weight_C.new_full((num_rows, 1), -math.inf)
+    target_C1, num_rows, lowest = targets_C[:, None], len(targets_C), torch.finfo(weight_C.dtype).min
+    of_target_C1 = weight_C.new_full((num_rows, 1), -math.inf)
+    log_total_C1 = torch.full_like(of_target_C1, lowest)
     mean_C1, grad_CD = torch.zeros_like(log_total_C1), weight_C.new_zeros(hidden_CD.shape)
     even_CD = torch.zeros_like(grad_CD) if smoothing else grad_CD
     for start, part in head.parts(size):
@@ -123,10 +124,11 @@ def _by_parts(
             share = part.vocabulary / head.vocabulary
             mean_C1.add_(logits_CV.mean(1, keepdim=True), alpha=share)
             even_CD.add_(part.pull_back_mean(logits_CV), alpha=share)
-        top_C1 = logits_CV.amax(1, keepdim=True)
+        # A bias of minus infinity may rule out all of a part: its share is then 0, and not 0 of 0.
+        top_C1 = logits_CV.amax(1, keepdim=True).clamp_(min=lowest)
         # In place where possible, since logits are the largest tensor here; pull_back needs the softcapped ones.
         share_CV = (logits_CV - top_C1 if head.softcap is not None else logits_CV.sub_(top_C1)).exp_()
-        total_C1 = share_CV.sum(1, keepdim=True)
+        total_C1 = share_CV.sum(1, keepdim=True).clamp_(min=1.0)
         own_CD = part.pull_back(share_CV.div_(total_C1), logits_CV).to(grad_CD.dtype)
         own_total_C1 = total_C1.log_().add_(top_C1)
         both_C1 = torch.logaddexp(log_total_C1, own_total_C1)
