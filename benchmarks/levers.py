@@ -11,7 +11,9 @@ losses. Everything else is as it ships. Levers that ship:
 * ``tiles``: the loss goes through 2,048 tokens of the vocabulary at a time, for up to 384 targets in chunks of one
   size, instead of through all of it for 192 targets (fewer if they have more than 2^24 logits) and a rest;
 * ``targets``: the last block computes the targets' rows alone;
-* ``gelu``, ``norm``, ``rope``: GPT-2's GELU, RMS norms and the rotation in fewer passes than families spell out.
+* ``gelu``, ``norm``, ``rope``: GPT-2's GELU, RMS norms and the rotation in fewer passes than families spell out;
+* ``wide``, with ``--dtype bfloat16`` or ``float16``: products are taken in fp32, as they ship on a CPU that has no
+  units for 16 bits, instead of by torch's own operators for them.
 
 ``--heads 50257x768 262144x640 --targets 200`` times the loss of so many targets alone, of a random head, with ``tiles``
 and without. ``--clients 1 10`` times instead the optimisers' steps of so many clients after a pass: torch's AdamW and
@@ -38,8 +40,10 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from fedloom.data.tokens import TokenSet
+from fedloom.lora import products
 from fedloom.lora.initial import fresh_adapter
 from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.models import fused
 from fedloom.models.families import resolve_targets
 from fedloom.models.fused import fuse_operators
 from fedloom.training import last_block, loss, verified_head
@@ -107,8 +111,13 @@ def as_its_family(model: Any, on: bool, kind: str) -> None:
         spell_out(model, kind)
 
 
-LEVERS: dict[str, Switch] = {f.__name__: f for f in (tiles, targets, malloc, gelu, norm, rope)}
-SHIPPED = ("tiles", "targets", "gelu", "norm", "rope")
+def wide(model: Any, on: bool) -> None:
+    products.has_units = fused.has_units = lambda _: not on
+    fuse_operators(model)
+
+
+LEVERS: dict[str, Switch] = {f.__name__: f for f in (tiles, targets, malloc, gelu, norm, rope, wide)}
+SHIPPED = ("tiles", "targets", "gelu", "norm", "rope", "wide")
 ABSENT = {("stories3M", "gelu"), ("llama", "gelu"), ("gpt2", "norm"), ("gpt2", "rope")}
 """Levers that change nothing on a shape."""
 
@@ -214,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=SHAPES)
     parser.add_argument("--levers", nargs="+", choices=sorted(LEVERS), default=list(LEVERS))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--clients", nargs="+", type=int, help="time the optimisers of so many clients instead")
@@ -229,7 +239,7 @@ def main() -> None:
         return
     data = Path(os.environ["FEDLOOM_DATA"])
     for shape in arguments.shapes:
-        model, tokenizer = load_shape(shape, data)
+        model, tokenizer = load_shape(shape, data, arguments.dtype)
         fuse_operators(model)
         lora = LoRAModel(model, resolve_targets(model))
         if arguments.clients:
@@ -238,7 +248,7 @@ def main() -> None:
             continue
         rows = load_clients(data, tokenizer, num_clients=1)[0]
         for lever in arguments.levers:
-            if (shape, lever) not in ABSENT:
+            if (shape, lever) not in ABSENT and (lever != "wide" or arguments.dtype != "float32"):
                 compare(shape, lever, lora, rows, arguments)
 
 

@@ -168,8 +168,12 @@ def test_the_plan_of_sketched_sums_is_within_15_percent_of_a_childs_peak(tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux's /proc")
-@pytest.mark.parametrize(("shape", "cores"), [("stories3M", 1), ("llama", 1), *((shape, 2) for shape in SHAPES)])
-def test_the_plan_is_near_a_childs_peak(shape: str, cores: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("shape", "cores", "dtype"),
+    [("stories3M", 1, "float32"), ("llama", 1, "float32"), ("llama", 1, "bfloat16")]
+    + [(shape, 2, "float32") for shape in SHAPES],
+)
+def test_the_plan_is_near_a_childs_peak(shape: str, cores: int, dtype: str, tmp_path: Path) -> None:
     """Counted is what a run adds to a process that has run something tiny, and so has loaded all libraries.
 
     The plan is within 15 %; threads whose peaks do not meet hold up to a quarter less than it. What a process
@@ -186,6 +190,7 @@ def test_the_plan_is_near_a_childs_peak(shape: str, cores: int, tmp_path: Path) 
         base = "{tmp_path / "base"}"
         tokenizer = "bytes"
         device = "cpu"
+        dtype = "{dtype}"
         [data]
         path = "{tmp_path / "rows.jsonl"}"
         shape = "question-answer"

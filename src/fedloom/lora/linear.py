@@ -17,6 +17,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.dropout import feature_words
 from fedloom.lora.grouped import add_backward, add_forward
 from fedloom.lora.pair import Pair
+from fedloom.lora.products import product_type
 from fedloom.lora.route import Route
 
 FOLD_WHEN_SIDE_COSTS = 1 / 8
@@ -30,10 +31,12 @@ class _LowRankLinear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, a: Tensor, bt: Tensor, layer: LoRALinear, blocks: list[Any], mask_TI: Tensor | None
     ) -> Tensor:
-        y = nn.functional.linear(x, layer.weight_OI(x.dtype), layer.bias)
-        if (side := layer.side_in(x.dtype)) is not None:
+        dtype, narrow = product_type(x), x
+        x, bias = x.to(dtype), None if layer.bias is None else layer.bias.to(dtype)
+        y = nn.functional.linear(x, layer.weight_OI(dtype), bias)
+        if (side := layer.side_in(dtype)) is not None:
             y.addmm_(x @ side.a_RI.T, side.b_OR.T)
-        a_x, bt_x, middles = a.to(x.dtype), bt.to(x.dtype), []
+        a_x, bt_x, middles = a.to(dtype), bt.to(dtype), []
         buckets = layer.route.buckets(blocks, x)
         if buckets:
             middles = add_forward(y, x if mask_TI is None else x * mask_TI, a_x, bt_x, buckets)
@@ -43,19 +46,19 @@ class _LowRankLinear(torch.autograd.Function):
                 middle = (seen @ a_x[rows].T).mul_(layer.route.slots[slot].scale)
                 y[tokens].addmm_(middle, bt_x[rows])
                 middles.append(middle)
-        ctx.save_for_backward(x, a_x, bt_x, mask_TI, *middles)
+        ctx.save_for_backward(narrow, a_x, bt_x, mask_TI, *middles)
         ctx.layer, ctx.blocks, ctx.buckets = layer, blocks, buckets
         ctx.turn = layer.route.here.turn
         if ctx.turn is not None:
             ctx.turn.expect(id(layer))
-        return y
+        return y.to(narrow.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # A dropped x is masked again here instead of being kept: the mask is drawn once, the product is cheap.
         x, a, bt, mask_TI, *middles = ctx.saved_tensors
-        layer, grad = ctx.layer, grads[0].contiguous()
-        grad_x = None
+        layer, dtype = ctx.layer, product_type(x)
+        x, grad, grad_x = x.to(dtype), grads[0].contiguous().to(dtype), None
         if ctx.needs_input_grad[0]:
             grad_x = grad @ layer.weight_OI(grad.dtype)
             if (side := layer.side_in(grad.dtype)) is not None:
@@ -71,7 +74,7 @@ class _LowRankLinear(torch.autograd.Function):
         if ctx.buckets:
             seen_TI = x if mask_TI is None else x * mask_TI
             add_backward((grad_x, grad_a, grad_bt), grad, seen_TI, (a, bt), middles, ctx.buckets, mask_TI)
-            return grad_x, *given, None, None, None
+            return _in_type_of(grads[0], grad_x), *given, None, None, None
         mine, grad_middles = nullcontext() if ctx.turn is None else ctx.turn.adding(id(layer)), []
         for (slot, tokens, rows, _), _ in zip(ctx.blocks, middles, strict=True):
             grad_middle = (grad[tokens] @ bt[rows].T).mul_(layer.route.slots[slot].scale)
@@ -86,7 +89,11 @@ class _LowRankLinear(torch.autograd.Function):
                 for own in samples if in_place else [slice(None)]:
                     _add_product(grad_a[rows], grad_middle[own], seen[own])
                     _add_product(grad_bt[rows], middle[own], grad[tokens][own])
-        return grad_x, *given, None, None, None
+        return _in_type_of(grads[0], grad_x), *given, None, None, None
+
+
+def _in_type_of(grad: Tensor, grad_x: Tensor | None) -> Tensor | None:
+    return None if grad_x is None else grad_x.to(grad.dtype)
 
 
 def _add_product(sum_RX: Tensor, left_TR: Tensor, right_TX: Tensor) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 
 from fedloom.errors import ModelError
 from fedloom.lora.linear import is_transposed
+from fedloom.lora.products import affine
 from fedloom.models.discovery import beside_text, discovered_parts, discovered_targets, is_away, num_blocks_of
 
 ALL_LINEAR = "all-linear"
@@ -201,7 +202,7 @@ def _computes_linear(module: Any) -> bool:
     try:
         x_TI = torch.linspace(-1, 1, 2 * module.in_features, dtype=module.weight.dtype, device=module.weight.device)
         x_TI = x_TI.view(2, module.in_features)
-        found, expected = module(x_TI), nn.functional.linear(x_TI, module.weight, module.bias)
+        found, expected = module(x_TI), affine(x_TI, module.weight, module.bias)
         same_shape = isinstance(found, torch.Tensor) and found.shape == expected.shape
         return same_shape and (found.is_meta or bool(torch.allclose(found, expected, rtol=1e-3, atol=1e-3)))
     except Exception:  # whatever it wants instead, it is no linear layer

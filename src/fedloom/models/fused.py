@@ -3,7 +3,8 @@
 Results differ by the rounding of fp32 and fp64. In 16 bits a family's functions round after every pass and stay, so
 that a base gives what it gives elsewhere; but for GELU on a GPU, where its many passes are a fifth of a step of GPT-2.
 A family's function is taken for one of these where its code is, to the letter, that of the Llama of the installed
-transformers (most families copy it); every other one stays as it is.
+transformers (most families copy it); every other one stays as it is. Linear layers of 16 bits are multiplied in fp32
+on a CPU that has no units for them (:mod:`fedloom.lora.products`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fedloom.lora.linear import is_transposed
+from fedloom.lora.products import frozen_affine, has_units, product_type
+
 _VECTORS = 64
 """A multiple of the numbers that torch takes at once: two vectors of AVX-512. It has another tanh for the rest."""
 _ROTATE = "apply_rotary_pos_emb"
@@ -27,6 +31,7 @@ def fuse_operators(model: Any) -> Any:
     """Return the model, its own modules changed where they spell out one of the three."""
     from transformers.activations import FastGELUActivation, NewGELUActivation
     from transformers.models.llama import modeling_llama as llama
+    from transformers.pytorch_utils import Conv1D
 
     for module in list(model.modules()):
         if isinstance(module, TanhGELU):  # the model was here before
@@ -34,6 +39,8 @@ def fuse_operators(model: Any) -> Any:
         for name, child in module.named_children():
             if type(child) in (FastGELUActivation, NewGELUActivation):
                 setattr(module, name, TanhGELU(child))
+            elif type(child) in (nn.Linear, Conv1D) and "forward" not in vars(child) and _is_slow(child.weight.dtype):
+                child.forward = MethodType(_multiplied, child)
         if "forward" in vars(module):  # ours, or that of a library that placed the model
             continue
         forward = type(module).forward
@@ -42,6 +49,18 @@ def fuse_operators(model: Any) -> Any:
         elif _is_copy(_called(forward, _ROTATE), llama.apply_rotary_pos_emb):
             module.forward = MethodType(_with_rotation(forward), module)
     return model
+
+
+def _is_slow(dtype: torch.dtype) -> bool:
+    return dtype in (torch.bfloat16, torch.float16) and not has_units(dtype)
+
+
+def _multiplied(layer: Any, x: Tensor) -> Tensor:
+    """Run a linear layer's forward in fp32 where the device multiplies its type slowly, and the layer is frozen."""
+    if product_type(x) == x.dtype or layer.weight.requires_grad:
+        found: Tensor = type(layer).forward(layer, x)
+        return found
+    return frozen_affine(x, layer.weight.T if is_transposed(layer) else layer.weight, layer.bias)
 
 
 class TanhGELU(nn.Module):

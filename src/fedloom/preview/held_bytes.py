@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_iter
 from fedloom.errors import ModelError
 from fedloom.lora.dropout import Dropout, dropout_of, row_keys
 from fedloom.lora.layer import LoRAModel, Slot
+from fedloom.lora.products import meta_is
 from fedloom.models.cut import part_of
 from fedloom.models.discovery import num_blocks_of
 from fedloom.models.families import decoder_blocks
@@ -253,7 +254,7 @@ def _watched(lora: LoRAModel, planned: PlannedPass, device: str, step: _Step) ->
             passes.hidden_states(model, batch)
         assume_targets_alone(model, batch.layout.attended)
     kept = _checkpointed(lora) if planned.checkpoint_activations else nullcontext()
-    with HeldBytes(known) as held, _FusedAttention(), kept:
+    with HeldBytes(known) as held, _FusedAttention(), kept, meta_is(device):
         lora.open_narrow([Slot(rank, 1.0) for rank in planned.ranks])
         hidden_SD = step(lora, planned, batch, passes)
         before = held.now
@@ -310,7 +311,7 @@ def _logit_bytes(head: OutputHead, hidden_SD: Tensor, planned: PlannedPass, devi
     few_SD = hidden_SD.detach().new_empty(_CHUNK_PROBE, hidden_SD.shape[1])
     targets_S = torch.empty(_CHUNK_PROBE, dtype=torch.long, device="meta")
     weights_S = torch.empty(_CHUNK_PROBE, device="meta")
-    with torch.no_grad(), HeldBytes([head.weight_VD, few_SD]) as held:
+    with torch.no_grad(), HeldBytes([head.weight_VD, few_SD]) as held, meta_is(device):
         if hidden_SD.requires_grad:
             chunk_gradient(few_SD, head, targets_S, weights_S, planned.label_smoothing, device)
         else:

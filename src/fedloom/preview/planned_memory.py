@@ -100,19 +100,18 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     """Return the memory of a run whose base is on the meta device in the type it would have."""
     model, device = lora.model, kind_of_device(settings.model.device)
     choose_attention(model, settings.model.attention)
-    passes = row_passes(model)
+    merges = row_passes(model).attends_by_mask
     at_once = _clients_at_once(settings, lora, device)
     parts = largest_pass(settings, lora, sample, at_once, device)
-    exact = passes.attends_by_mask and not (device == "cpu" and model.dtype in (torch.float16, torch.bfloat16))
     lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]
     trained = settings.traits.is_trained
     training, open_bytes = 0, 0
     depth = num_blocks_of(model)
     if trained:
-        planned = training_pass(settings, sample, parts, merges=exact)
+        planned = training_pass(settings, sample, parts, merges=merges)
         training = _watched(lora, planned, device, training_bytes, depth)
         open_bytes = client_bytes(lora.shapes, max(ranks_of(settings))) * at_once
-    scoring = _watched(lora, scoring_pass(settings, model, sample, device, merges=exact), device, scoring_bytes, 1)
+    scoring = _watched(lora, scoring_pass(settings, model, sample, device, merges=merges), device, scoring_bytes, 1)
     most = max(training, scoring) + _dequantized(settings, model)
     return PlannedMemory(
         device=device,

@@ -18,6 +18,7 @@ import torch
 from fedloom.config import Settings
 from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
+from fedloom.lora.products import product
 from fedloom.methods.traits import Kind
 from fedloom.models.load import choose_device
 from fedloom.preview.cut_table import devices_of
@@ -157,7 +158,7 @@ def _rate(settings: Settings, lora: LoRAModel) -> float | None:
         x = torch.ones(_PROBE, _PROBE, dtype=lora.base_weight.dtype, device=device)
         for _ in range(3):
             begun = time.perf_counter()
-            float((x @ x)[0, 0])  # reading a number waits for the device
+            float(product(x, x)[0, 0])  # reading a number waits for the device
             seconds.append(time.perf_counter() - begun)
     finally:
         torch.set_num_threads(threads)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fedloom.errors import ModelError
+from fedloom.lora.products import is_half_on_cpu
 from fedloom.models.row_attention import USE_PADDED
 from fedloom.training.flash import attend_at_once, runs_at_once
 from fedloom.training.rotation import rotated_apart
@@ -193,17 +194,19 @@ def attend(
         )
     rows.attended.add(module)
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    dtype, scale = query.dtype, query.shape[-1] ** -0.5 if scaling is None else scaling
+    if is_half_on_cpu(query):  # torch's kernel for 16 bits is slow there
+        query, key, value = query.float(), key.float(), value.float()
     call = _Call(rows, scale, sliding_window, softcap)
     if not rows.shares_calls:
         parts = [torch.split(t, list(rows.lengths), dim=2) for t in (query, key, value)]
         attended = [call(*sample).transpose(1, 2) for sample in zip(*parts, strict=True)]
-        return torch.cat(attended, dim=1), None
+        return torch.cat(attended, dim=1).to(dtype), None
     if softcap is None and runs_at_once(query):
         window = None if sliding_window is None or sliding_window >= rows.longest else sliding_window
         ends = (rows.bounds_N1, rows.longest)
         return attend_at_once(query, key, value, *ends, scaling=scale, sliding_window=window), None
-    return _attend_in_buckets(call, query, key, value, rows.in_buckets), None
+    return _attend_in_buckets(call, query, key, value, rows.in_buckets).to(dtype), None
 
 
 def _check_supported(
@@ -255,9 +258,8 @@ class _Call:
     softcap: float | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        slow_kernel = query.device.type == "cpu" and query.dtype in (torch.bfloat16, torch.float16)
-        if self.softcap is not None or slow_kernel:
-            return self._two_products(query, key, value)
+        if self.softcap is not None:
+            return self._two_products(query, key, value, self.softcap)
         length, shared = query.shape[2], query.shape[1] // key.shape[1]
         if self.sliding_window is None or length <= self.sliding_window:
             return scaled_dot_product_attention(
@@ -266,15 +268,14 @@ class _Call:
         key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
         return scaled_dot_product_attention(query, key, value, attn_mask=self._mask(query), scale=self.scaling)
 
-    def _two_products(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend by two products and a softmax: softcapping needs it, and in half precision a CPU is faster so."""
+    def _two_products(self, query: Tensor, key: Tensor, value: Tensor, softcap: float) -> Tensor:
+        """Attend by two products and a softmax, which softcapping needs."""
         n, heads, length, width = query.shape
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         # The query heads that share a key head are stacked as more rows of one product: no copies of keys are made.
         stacked = (query * self.scaling).reshape(key.shape[0], -1, width)
         scores = torch.bmm(stacked, key.transpose(1, 2)).view(n, heads, length, length)
-        if self.softcap is not None:
-            scores = self.softcap * torch.tanh(scores / self.softcap)
+        scores = softcap * torch.tanh(scores / softcap)
         share = torch.softmax(scores.add_(self._mask(query)), -1)
         return torch.bmm(share.view(key.shape[0], -1, length), value).view(query.shape)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from fedloom.errors import ModelError
 from fedloom.lora.linear import LoRALinear
 from fedloom.lora.pair import Pair
+from fedloom.lora.products import added_product, affine, product
 from fedloom.lora.route import FEWEST_ROWS
 
 ALIGNED = 64
@@ -68,7 +69,7 @@ class OutputHead:
         """Return the logits (S, V), in fp32 at least."""
         logits_SV = self.products(hidden_SD)[:, : self.vocabulary]
         if self.side is not None:
-            logits_SV = logits_SV.addmm(hidden_SD @ self.side.a_RI.T, self.side.b_OR.T)
+            logits_SV = added_product(logits_SV, product(hidden_SD, self.side.a_RI.T), self.side.b_OR.T)
         logits_SV = logits_SV.to(torch.promote_types(logits_SV.dtype, torch.float32))
         if self.scale != 1.0:
             logits_SV = logits_SV * self.scale
@@ -95,7 +96,9 @@ class OutputHead:
         """Return the gradient (S, D) at the hidden states; changes ``grad_SV``. Only a softcap reads the logits."""
         grad_SV = self._at_products(grad_SV, logits_SV).to(self.weight_VD.dtype)
         grad_SD = linear(grad_SV, self.weight_VD.T)
-        return grad_SD if self.side is None else grad_SD.addmm(grad_SV @ self.side.b_OR, self.side.a_RI)
+        if self.side is None:
+            return grad_SD
+        return added_product(grad_SD, product(grad_SV, self.side.b_OR), self.side.a_RI)
 
     def pull_back_mean(self, logits_SV: Tensor) -> Tensor:
         """Return the gradient at the hidden states of each row's mean logit (S, D), or one for all rows (1, D)."""
@@ -122,7 +125,7 @@ def linear(x_SX: Tensor, weight_YX: Tensor, bias_Y: Tensor | None = None) -> Ten
     num_rows = x_SX.shape[0]
     if num_rows < FEWEST_ROWS:
         x_SX = torch.cat([x_SX, x_SX.new_zeros(FEWEST_ROWS - num_rows, x_SX.shape[1])])
-    return nn.functional.linear(x_SX, weight_YX, bias_Y)[:num_rows]
+    return affine(x_SX, weight_YX, bias_Y)[:num_rows]
 
 
 def _multiple_for(device: str, dtype: torch.dtype) -> int:
