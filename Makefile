@@ -9,6 +9,8 @@ WORKERS ?= 2
 PYTEST_FLAGS ?=
 
 export OMP_NUM_THREADS ?= 1
+# Hundreds of processes start in the tests: each would compile all modules anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The extras that users may install; `[dev]` and `[docs]` are ours.
 EXTRAS := cluster,figures,lm-eval,meteor,mlflow,privacy,quantized,sentencepiece,sites,wandb

@@ -136,6 +136,7 @@ def test_a_process_without_the_method_reports_its_runs_and_says_to_register_it_f
             use()
 
 
+@pytest.mark.slow
 def test_the_installed_method_of_the_page_works_on_the_command_line(
     install: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -126,7 +126,7 @@ def of_method(make: Make, method: str, **overrides: object) -> Settings:
     )
 
 
-@pytest.mark.parametrize("wire", ["fp32", "bf16"])
+@pytest.mark.parametrize("wire", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("method", table.shipped("aggregates"))
 def test_every_method_gives_the_bits_of_one_process_at_any_number_of_workers(
     method: str, wire: str, settings_for: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
