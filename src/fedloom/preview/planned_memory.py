@@ -22,6 +22,7 @@ from fedloom.errors import ModelError
 from fedloom.lora.layer import LoRAModel
 from fedloom.lora.linear import is_worth_folding
 from fedloom.lora.pair import rank_in
+from fedloom.lora.products import is_half_on_cpu, meta_is, product_type
 from fedloom.methods.masked_sums import MaskedSums
 from fedloom.methods.strategy import Cohort
 from fedloom.models.discovery import num_blocks_of
@@ -100,7 +101,11 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     """Return the memory of a run whose base is on the meta device in the type it would have."""
     model, device = lora.model, kind_of_device(settings.model.device)
     choose_attention(model, settings.model.attention)
-    merges = row_passes(model).attends_by_mask
+    weight = lora.base_weight
+    with meta_is(device):  # a CPU that multiplies 16 bits as they are holds all scores
+        merges = row_passes(model).attends_by_mask and not (
+            is_half_on_cpu(weight) and product_type(weight) == weight.dtype
+        )
     at_once = _clients_at_once(settings, lora, device)
     parts = largest_pass(settings, lora, sample, at_once, device)
     lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]

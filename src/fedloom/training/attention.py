@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from fedloom.errors import ModelError
-from fedloom.lora.products import is_half_on_cpu
+from fedloom.lora.products import is_half_on_cpu, product_type
 from fedloom.models.row_attention import USE_PADDED
 from fedloom.training.flash import attend_at_once, runs_at_once
 from fedloom.training.rotation import rotated_apart
@@ -195,8 +195,7 @@ def attend(
     rows.attended.add(module)
     _check_supported(module, attention_mask, dropout, sliding_window, kwargs)
     dtype, scale = query.dtype, query.shape[-1] ** -0.5 if scaling is None else scaling
-    if is_half_on_cpu(query):  # torch's kernel for 16 bits is slow there
-        query, key, value = query.float(), key.float(), value.float()
+    query, key, value = (t.to(product_type(t)) for t in (query, key, value))
     call = _Call(rows, scale, sliding_window, softcap)
     if not rows.shares_calls:
         parts = [torch.split(t, list(rows.lengths), dim=2) for t in (query, key, value)]
@@ -258,8 +257,8 @@ class _Call:
     softcap: float | None
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if self.softcap is not None:
-            return self._two_products(query, key, value, self.softcap)
+        if self.softcap is not None or is_half_on_cpu(query):
+            return self._two_products(query, key, value)
         length, shared = query.shape[2], query.shape[1] // key.shape[1]
         if self.sliding_window is None or length <= self.sliding_window:
             return scaled_dot_product_attention(
@@ -268,14 +267,15 @@ class _Call:
         key, value = (t.repeat_interleave(shared, 1) for t in (key, value))
         return scaled_dot_product_attention(query, key, value, attn_mask=self._mask(query), scale=self.scaling)
 
-    def _two_products(self, query: Tensor, key: Tensor, value: Tensor, softcap: float) -> Tensor:
-        """Attend by two products and a softmax, which softcapping needs."""
+    def _two_products(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attend by two products and a softmax: softcapping needs it, and in 16 bits a CPU with units is faster so."""
         n, heads, length, width = query.shape
         key, value = key.flatten(0, 1), value.flatten(0, 1)
         # The query heads that share a key head are stacked as more rows of one product: no copies of keys are made.
         stacked = (query * self.scaling).reshape(key.shape[0], -1, width)
         scores = torch.bmm(stacked, key.transpose(1, 2)).view(n, heads, length, length)
-        scores = softcap * torch.tanh(scores / softcap)
+        if self.softcap is not None:
+            scores = self.softcap * torch.tanh(scores / self.softcap)
         share = torch.softmax(scores.add_(self._mask(query)), -1)
         return torch.bmm(share.view(key.shape[0], -1, length), value).view(query.shape)
 
