@@ -12,10 +12,8 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 
-TOLERANCE = 0.05
+TOLERANCE = 0.02
 """Share by which a printed number may differ from the one that is shown; 0.01 where the number is nearly 0.
-
-Rounding by another kind of processor moves the loss of a base in bfloat16 by 4 % in 60 rounds.
 
 A number of two digits and a decimal, as 3.2, may differ by one in its last.
 """

@@ -34,7 +34,9 @@ def is_half_on_cpu(x: Tensor) -> bool:
 
 @cache
 def has_units(dtype: torch.dtype) -> bool:
-    """Tell whether this CPU multiplies matrices of a 16-bit type at once."""
+    """Tell whether this CPU multiplies matrices of a type at once, as it does but for some of 16 bits."""
+    if dtype not in _UNITS:
+        return True
     try:
         return bool(getattr(torch.ops.mkldnn, _UNITS[dtype])())
     except (AttributeError, RuntimeError):  # a torch without that library

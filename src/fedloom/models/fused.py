@@ -28,7 +28,7 @@ _WIDE = (torch.float32, torch.float64)
 
 
 def fuse_operators(model: Any) -> Any:
-    """Return the model, its own modules changed where they spell out one of the three."""
+    """Return the model, its own modules changed: those that spell out one of the three, and slow linear layers."""
     from transformers.activations import FastGELUActivation, NewGELUActivation
     from transformers.models.llama import modeling_llama as llama
     from transformers.pytorch_utils import Conv1D
@@ -39,7 +39,11 @@ def fuse_operators(model: Any) -> Any:
         for name, child in module.named_children():
             if type(child) in (FastGELUActivation, NewGELUActivation):
                 setattr(module, name, TanhGELU(child))
-            elif type(child) in (nn.Linear, Conv1D) and "forward" not in vars(child) and _is_slow(child.weight.dtype):
+            elif (
+                type(child) in (nn.Linear, Conv1D)
+                and "forward" not in vars(child)
+                and not has_units(child.weight.dtype)
+            ):
                 child.forward = MethodType(_multiplied, child)
         if "forward" in vars(module):  # ours, or that of a library that placed the model
             continue
@@ -49,10 +53,6 @@ def fuse_operators(model: Any) -> Any:
         elif _is_copy(_called(forward, _ROTATE), llama.apply_rotary_pos_emb):
             module.forward = MethodType(_with_rotation(forward), module)
     return model
-
-
-def _is_slow(dtype: torch.dtype) -> bool:
-    return dtype in (torch.bfloat16, torch.float16) and not has_units(dtype)
 
 
 def _multiplied(layer: Any, x: Tensor) -> Tensor:

@@ -103,9 +103,7 @@ def planned_memory(settings: Settings, lora: LoRAModel, sample: RowSample) -> Pl
     choose_attention(model, settings.model.attention)
     weight = lora.base_weight
     with meta_is(device):  # a CPU that multiplies 16 bits as they are holds all scores
-        merges = row_passes(model).attends_by_mask and not (
-            is_half_on_cpu(weight) and product_type(weight) == weight.dtype
-        )
+        merges = row_passes(model).attends_by_mask and not is_half_on_cpu(weight.to(product_type(weight)))
     at_once = _clients_at_once(settings, lora, device)
     parts = largest_pass(settings, lora, sample, at_once, device)
     lengths = [int(sample.lengths_N[row]) for part in parts for row in part.rows]
